@@ -1,0 +1,1 @@
+"""The command line, imported as `qmoe_lite.cli`."""

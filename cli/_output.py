@@ -1,0 +1,108 @@
+"""What commands print: tables and JSON on standard output, progress and errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from qmoe_lite.compression import Progress
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_table(table: Table) -> None:
+    """Print a table, at most 80 columns wide where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=80)
+    console.print(table)
+
+
+def print_text(text: str = "") -> None:
+    """Print one line on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """Print one line on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice out of our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress_shown(title: str, show: bool = True) -> Iterator[Callable[[Progress], None] | None]:
+    """Give a callback for `compress`: a bar with the time left on a terminal, now and then a plain line elsewhere."""
+    if not show:
+        yield None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("elapsed"), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), *left)
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=None)
+
+            def advance(event: Progress) -> None:
+                bar.update(task, completed=event.done, total=event.total, description=f"{title}: {event.place}")
+
+            yield advance
+    else:
+        yield _PlainLines(title)
+
+
+class _PlainLines:
+    """One line for each block, and at least one a minute, with the time that is left."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._start, self._first, self._last = title, time.monotonic(), 0, 0.0
+        self._block = ""
+
+    def __call__(self, event: Progress) -> None:
+        now = time.monotonic()
+        if not self._last:
+            self._first = event.done - 1  # a resumed run does not count what an earlier one did
+        block = event.place.split(",")[0]
+        if block == self._block and event.done < event.total and now - self._last < 60:
+            return
+        self._block, self._last = block, now
+        each = (now - self._start) / max(event.done - self._first, 1)
+        left = each * (event.total - event.done)
+        note(f"{self._title}: {event.done} of {event.total} groups ({event.place}), about {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def megabytes(size: int) -> str:
+    """Write a size in units of 10^6 bytes."""
+    return f"{size / 1e6:,.2f}" if size < 1e8 else f"{size / 1e6:,.0f}"

@@ -1,0 +1,65 @@
+"""The typer application: registers the commands, and turns the library's exceptions into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from qmoe_lite.cli import compress_, demo, eval_
+from qmoe_lite.errors import QMoEError
+
+app = typer.Typer(
+    help="Compress the experts of a Mixture-of-Experts model below one bit a weight, and run the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("compress")(compress_.compress)
+app.command("eval")(eval_.evaluate)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from qmoe_lite import __version__
+
+        typer.echo(f"qmoe-lite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Take the options that come before the command."""
+
+
+def main() -> None:
+    """Run the command line. Exit code 0, 1 (what went wrong, in one line), 2 (usage)."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:  # wherever it stands
+        sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
+    try:
+        app()
+    except QMoEError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"qmoe: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("qmoe: interrupted. Finished layers are kept: the same command goes on from there.\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        text = (str(error).strip().splitlines() or [""])[0]
+        sys.stderr.write(f"qmoe: unexpected {type(error).__name__}: {text} (run with --debug and report it)\n")
+        sys.exit(1)

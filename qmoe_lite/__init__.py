@@ -1,0 +1,79 @@
+"""Compress Mixture-of-Experts models to about one bit a weight or less, and run them (QMoE, arXiv:2310.16795)."""
+
+from __future__ import annotations
+
+import importlib
+import os as _os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qmoe_lite.codebook import Codebook as Codebook
+    from qmoe_lite.codec import decode as decode
+    from qmoe_lite.codec import encode as encode
+    from qmoe_lite.compression import compress as compress
+    from qmoe_lite.errors import QMoEError as QMoEError
+    from qmoe_lite.evaluation import evaluate as evaluate
+    from qmoe_lite.experts import PackedExperts as PackedExperts
+    from qmoe_lite.experts import load as load
+    from qmoe_lite.grid import MinMaxTernary as MinMaxTernary
+    from qmoe_lite.grid import MinMaxTwoBit as MinMaxTwoBit
+    from qmoe_lite.grid import Quantized as Quantized
+    from qmoe_lite.matmul import decode_matmul as decode_matmul
+    from qmoe_lite.packed import PackedMatrix as PackedMatrix
+    from qmoe_lite.report import Report as Report
+    from qmoe_lite.solver import gptq as gptq
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Codebook": "codebook",
+    "MinMaxTernary": "grid",
+    "MinMaxTwoBit": "grid",
+    "PackedExperts": "experts",
+    "PackedMatrix": "packed",
+    "QMoEError": "errors",
+    "Quantized": "grid",
+    "Report": "report",
+    "compress": "compression",
+    "decode": "codec",
+    "decode_matmul": "matmul",
+    "encode": "codec",
+    "evaluate": "evaluation",
+    "gptq": "solver",
+    "load": "experts",
+}
+
+__all__ = [  # sorted; a test compares it with _HOMES
+    "Codebook",
+    "MinMaxTernary",
+    "MinMaxTwoBit",
+    "PackedExperts",
+    "PackedMatrix",
+    "QMoEError",
+    "Quantized",
+    "Report",
+    "compress",
+    "decode",
+    "decode_matmul",
+    "encode",
+    "evaluate",
+    "gptq",
+    "load",
+]
+
+# a source checkout keeps cuda/, cli/ and bench/ beside this folder; an installed package holds them
+_here = _os.path.dirname(_os.path.abspath(__file__))
+_root = _os.path.dirname(_here)
+if not _os.path.isdir(_os.path.join(_here, "cuda")) and _os.path.isfile(_os.path.join(_root, "pyproject.toml")):
+    __path__.append(_root)
+
+
+def __getattr__(name: str) -> Any:
+    # lazily: `qmoe --help` must not wait for torch and numba
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"qmoe_lite.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'qmoe_lite' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

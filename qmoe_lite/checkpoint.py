@@ -1,0 +1,272 @@
+"""Read checkpoints lazily, a tensor at a time; write safetensors crash-safely.
+
+A file is written under a temporary name, synced, and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qmoe_lite.errors import CheckpointError, FormatError, OutputError
+
+_KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
+EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
+_COPIED = re.compile(r".*(token|vocab|merges|spiece|special|generation_config|chat_template|\.model$|\.jinja$).*")
+
+
+def find_model(name: str | Path) -> Path:
+    """Give the directory of a model named by path or by its name on the Hugging Face hub.
+
+    Raises
+    ------
+    CheckpointError
+        No such directory, or a directory without config.json, or a name that the hub does not know.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} is no model: it has no config.json. Name a Hugging Face model directory.")
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise CheckpointError(f"{path} is no model directory. Give a directory with config.json and weights.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        found = Path(snapshot_download(str(name), allow_patterns=patterns))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.bin", "*.model", "*.txt"]))
+    except Exception as error:  # huggingface_hub raises its own, httpx's and the file system's exceptions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise CheckpointError(f"{name} is no directory here, and the Hugging Face hub answers: {reason}.") from error
+    return found
+
+
+class Checkpoint:
+    """The tensors of a model directory; nothing is read before it is asked for.
+
+    Parameters
+    ----------
+    directory : path
+        Holds config.json and model.safetensors or pytorch_model.bin, whole or in shards with an index.
+
+    Raises
+    ------
+    CheckpointError
+        No config.json or weights, a shard that the index names is missing, or a file that cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open_files: dict[str, Any] = {}
+        try:
+            self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{directory} is no model: config.json cannot be read.") from error
+        except ValueError as error:
+            raise CheckpointError(f"{directory / 'config.json'} is no JSON ({error}). Fetch the file again.") from error
+        for file_name, self._kind in _KINDS:
+            index = directory / f"{file_name}.index.json"
+            if index.is_file():
+                try:
+                    self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                except (ValueError, KeyError) as error:
+                    raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
+                break
+            if (directory / file_name).is_file():
+                self._file_of = dict.fromkeys(self._open(file_name).keys(), file_name)
+                break
+        else:
+            raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
+        missing = [f for f in self.files if not (directory / f).is_file()]
+        if missing:
+            rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._file_of.keys()
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files, sorted."""
+        return sorted(set(self._file_of.values()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._open_files:
+            path = self.directory / file_name
+            try:
+                if self._kind == "safetensors":
+                    opened: Any = safe_open(path, framework="pt", device="cpu")
+                else:
+                    opened = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # safetensors, pickle and zip each have their own
+                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                raise CheckpointError(f"{path} is damaged: {reason}. Fetch the file again.") from error
+            self._open_files[file_name] = opened
+        return self._open_files[file_name]
+
+    def _lookup(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.directory} lacks the tensor {name}. Is it the whole model?")
+        return self._open(self._file_of[name])
+
+    def tensor(self, name: str) -> Tensor:
+        """Map one tensor into memory; no byte is read before it is touched."""
+        file = self._lookup(name)
+        try:
+            return file.get_tensor(name) if self._kind == "safetensors" else file[name]
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{self.directory / self._file_of[name]} lacks {name}, which the index names.") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Tell the shape of one tensor without reading it."""
+        file = self._lookup(name)
+        try:
+            return tuple(file.get_slice(name).get_shape() if self._kind == "safetensors" else file[name].shape)
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{self.directory / self._file_of[name]} lacks {name}, which the index names.") from error
+
+    def metadata(self, file_name: str) -> dict[str, str]:
+        """Give the free-form header of a safetensors file."""
+        return (self._open(file_name).metadata() or {}) if self._kind == "safetensors" else {}
+
+    def file_of(self, name: str) -> str:
+        """Tell which file holds a tensor."""
+        return self._file_of[name]
+
+    def fingerprint(self) -> str:
+        """Hash the configuration and the names, sizes and times of the weight files."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file_name in self.files:
+            status = (self.directory / file_name).stat()
+            digest.update(f"{file_name} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def names_in(file: Path) -> list[str]:
+    """Names of the tensors in one safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Fill a module's meta parameters and persistent buffers from a checkpoint; experts are left alone.
+
+    Parameters
+    ----------
+    module : torch module
+        Its floating-point tensors are given `dtype`, others keep theirs.
+    prefix : str
+        Name of the module in the checkpoint, "" for the whole model.
+    checkpoint : Checkpoint
+    dtype : torch dtype
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing or has another shape.
+    """
+    filled: dict[str, Tensor] = {}
+    for name, target in module.state_dict().items():
+        full = f"{prefix}.{name}" if prefix else name
+        if EXPERTS in full:
+            continue
+        value = checkpoint.tensor(full)
+        if value.shape != target.shape:
+            found, expected = tuple(value.shape), tuple(target.shape)
+            raise CheckpointError(f"{full} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
+        filled[name] = value.to(dtype) if value.is_floating_point() else value
+    module.load_state_dict(filled, assign=True, strict=False)
+    module.requires_grad_(False)
+
+
+def crc32(tensor: Tensor) -> int:
+    """CRC-32 of a CPU tensor's bytes."""
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, sync it, and rename it to `path`.
+
+    Raises
+    ------
+    OutputError
+        The disk is full or the place not writable; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(
+            f"{path} cannot be written: {reason}. What is finished is kept: make room and run the same command again."
+        ) from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON crash-safely."""
+    write_atomically(path, lambda file: _dump(file, value))
+
+
+def _dump(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file crash-safely, with a CRC-32 of each tensor in its header."""
+    checksums = json.dumps({name: crc32(tensor) for name, tensor in tensors.items()})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda file: save_file(contiguous, file, {"format": "pt", "crc32": checksums}))
+
+
+def check_tensor(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+    """Compare a tensor with the CRC-32 in its file's header.
+
+    Raises
+    ------
+    FormatError
+        They differ, or there is none.
+    """
+    file_name = checkpoint.file_of(name)
+    checksums = json.loads(checkpoint.metadata(file_name).get("crc32", "{}"))
+    if checksums.get(name) != crc32(tensor):
+        raise FormatError(f"{name} in {checkpoint.directory / file_name} is damaged (checksum). Fetch or make it again.")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and chat-template files of a model."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and _COPIED.fullmatch(file.name) and file.suffix != ".safetensors":
+            write_atomically(target / file.name, lambda out, file=file: shutil.copyfile(file, out))  # type: ignore[misc]

@@ -1,0 +1,322 @@
+"""Which strings of digits the codewords stand for: a decode table for every kernel, an automaton for the encoder.
+
+A Tunstall code grows from the empty string by replacing the most probable leaf by its one-digit extensions until the
+codes run out; the leaves are the codewords, so every row has exactly one reading. It is rebuilt exactly from the digit
+counts and the codeword bits, which is all that a checkpoint stores of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
+
+MAX_WEIGHTS = {3: 84, 4: 63}  # per codeword, so that digits * position + slot fits a byte
+MAX_NONZEROS = 7  # per codeword, so that an entry fits its uint64
+_ZERO_SYMBOL = {3: 1, 4: 0}  # symbol = rank of the digit: -1, 0, +1 or 0, 1, 2, 3
+_SLOT_OF_SYMBOL = {3: (1, 2, 0), 4: (3, 0, 1, 2)}
+
+
+class Automaton(NamedTuple):
+    """The encoder's state machine: one step a digit, longest match first.
+
+    Attributes
+    ----------
+    next_state : int32 array, shape (states * digits,)
+        State after `state + symbol`; states are multiples of `digits`, the start is 0.
+    emitted : int32 array, shape (states * digits,)
+        Code that this step completes, or -1.
+    tail_code : int32 array, shape (states * digits,)
+        At `state`: lowest code whose string begins with what is pending at the row's end; -1 where nothing is.
+    """
+
+    next_state: NDArray[np.int32]
+    emitted: NDArray[np.int32]
+    tail_code: NDArray[np.int32]
+
+
+@dataclass(frozen=True, repr=False)
+class Codebook:
+    """The digit strings behind the codes; made by `Codebook.fit` and never changed.
+
+    Parameters
+    ----------
+    kind : str
+        "tunstall".
+    counts : tuple of int
+        Digit counts in ascending digit order: (n(-1), n(0), n(+1)) for ternary, (n(0), .., n(3)) for two-bit digits.
+    bits : int
+        Bits of a codeword, 8 to 12.
+
+    Notes
+    -----
+    Two codebooks are equal when kind, counts and bits are. `table` is the whole of what a decoder needs.
+    """
+
+    kind: str
+    counts: tuple[int, ...]
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.kind != "tunstall":
+            raise CodebookError(f'codebook kind is {self.kind!r}; expected "tunstall". Use Codebook.fit(counts).')
+        object.__setattr__(self, "counts", _checked_counts(self.counts))
+        try:
+            bits = operator.index(self.bits)
+        except TypeError as error:
+            raise SettingError(f"bits is {self.bits!r}; expected an integer from 8 to 12.") from error
+        if not 8 <= bits <= 12:
+            raise SettingError(f"bits is {bits}; expected 8 to 12 (10 serves most models).")
+        object.__setattr__(self, "bits", bits)
+
+    @classmethod
+    def fit(cls, counts: Iterable[int], bits: int = 10) -> Codebook:
+        """Build the Tunstall code for digits that occur as often as `counts` says.
+
+        Parameters
+        ----------
+        counts : three or four int, none negative, not all zero
+            [n(-1), n(0), n(+1)] for ternary digits, [n(0), n(1), n(2), n(3)] for two-bit digits.
+        bits : int, default 10
+            Bits of a codeword, 8 to 12: 2**bits codewords at most.
+
+        Raises
+        ------
+        CodebookError
+            Counts of the wrong number, negative, all zero or not integers.
+        SettingError
+            `bits` out of range.
+
+        Notes
+        -----
+        Departs from QMoE (arXiv:2310.16795, section 4), whose dictionary is fixed: a fitted code is 10% smaller. Exact
+        integer arithmetic, so the same table everywhere. A count of 0 is taken as 1, so every digit can be written.
+        Among equally probable leaves the shortest is split first, then the lexicographically first (ascending digits).
+        A leaf of 84 weights (63 for four digits) or 7 nonzeros is not split. Codewords are numbered in lexicographic
+        order; a code left over stands for nothing and has length 0.
+
+        Examples
+        --------
+        >>> Codebook.fit([115, 1770, 115], bits=8)
+        Codebook.fit([115, 1770, 115], bits=8)
+        """
+        return cls("tunstall", tuple(counts), bits)
+
+    @property
+    def digits(self) -> int:
+        """Size of the alphabet: 3 (ternary) or 4 (two-bit)."""
+        return len(self.counts)
+
+    @property
+    def lowest_digit(self) -> int:
+        """The alphabet's lowest digit: -1 or 0; the others follow without a gap."""
+        return -_ZERO_SYMBOL[self.digits]
+
+    @cached_property
+    def table(self) -> NDArray[np.uint64]:
+        """Decode table: uint64, shape (2**bits,), read-only.
+
+        Byte 0 is the number of weights; bytes 1 to 7 are one per nonzero, `digits * position + slot`, in ascending
+        position. Ternary slots: 0 = digit +1, 1 = digit -1, 2 = zero; two-bit slots 0 to 2 = digits 1 to 3, 3 = zero.
+        An absent nonzero is the zero slot of position 0.
+        """
+        table = np.full(1 << self.bits, _entry(b"", self.digits), dtype=np.uint64)
+        table[: len(self._strings)] = [_entry(string, self.digits) for string in self._strings]
+        table.flags.writeable = False
+        return table
+
+    @cached_property
+    def max_nonzeros(self) -> int:
+        """Most nonzeros of a codeword: how many fields of an entry a kernel must look at."""
+        zero = _ZERO_SYMBOL[self.digits]
+        return max(len(string) - string.count(zero) for string in self._strings)
+
+    @cached_property
+    def automaton(self) -> Automaton:
+        """The encoder's state machine."""
+        return _build_automaton(self._strings, self.digits)
+
+    @cached_property
+    def _strings(self) -> tuple[bytes, ...]:
+        """The codewords' digit strings as symbols (rank of the digit), by code."""
+        return _tunstall_strings(self.counts, self.bits)
+
+    def expected_bits_per_weight(self) -> float:
+        """Return the code bits per weight of a long row of independent digits that occur as `counts` says.
+
+        Notes
+        -----
+        Codes only: no row lengths, no levels, no tail. bits / (mean weights of a codeword).
+        """
+        total = sum(self.counts)
+        shares = np.array([count / total for count in self.counts])
+        uses = np.array([[string.count(symbol) for symbol in range(self.digits)] for string in self._strings])
+        mean_length = float((np.prod(shares**uses, axis=1) * uses.sum(axis=1)).sum())
+        return self.bits / mean_length
+
+    def rate(self, digits: NDArray[np.int8]) -> float:
+        """Return the code bits per weight that encoding `digits` would take, without encoding them.
+
+        Parameters
+        ----------
+        digits : int8 array, shape (R, C)
+            Rows are coded independently, tails included.
+
+        Raises
+        ------
+        ShapeError, DtypeError, DigitError
+            As :func:`qmoe_lite.codec.encode` does.
+
+        Notes
+        -----
+        Codes only: no row lengths, no levels.
+        """
+        return self.bits * int(self.count_codewords(digits).sum()) / digits.size
+
+    def count_codewords(self, digits: NDArray[np.int8]) -> NDArray[np.int64]:
+        """Count the codewords of each row; arguments and errors as for `rate`.
+
+        Returns
+        -------
+        int64 array, shape (R,)
+        """
+        if digits.ndim != 2 or digits.size == 0:
+            raise ShapeError(f"digits has shape {tuple(digits.shape)}; expected (rows, columns), at least one of each.")
+        if digits.dtype != np.int8:
+            raise DtypeError(f"digits is {digits.dtype}; expected int8. Convert it with digits.astype(numpy.int8).")
+        lowest, highest = self.lowest_digit, self.lowest_digit + self.digits - 1
+        if digits.min() < lowest or digits.max() > highest:
+            row, column = np.argwhere((digits < lowest) | (digits > highest))[0]
+            raise DigitError(
+                f"digits holds {digits[row, column]} at row {row}, column {column}; expected {lowest} to {highest}. "
+                f"Fit the codebook with {'four counts' if self.digits == 3 else 'three counts'}, or mend the digits."
+            )
+        return np.asarray(_count_codewords_kernel(np.ascontiguousarray(digits), *self.automaton, -lowest))
+
+    def to_config(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: kind, counts, bits, and the table's sha256 (little-endian bytes, hex)."""
+        return {"kind": self.kind, "counts": list(self.counts), "bits": self.bits, "sha256": self._sha256}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Codebook:
+        """Rebuild a codebook from what `to_config` gave.
+
+        Raises
+        ------
+        FormatError
+            A field is missing or unusable, or the rebuilt table has another sha256.
+        """
+        try:
+            codebook = cls(config["kind"], tuple(config["counts"]), config["bits"])
+            expected = config["sha256"]
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"codebook config is unusable: {error}; expected kind, counts, bits, sha256.") from error
+        except QMoEError as error:
+            raise FormatError(f"codebook config is unusable: {error}") from error
+        if codebook._sha256 != expected:
+            raise FormatError(
+                f"{codebook!r} has a table with sha256 {codebook._sha256}; the file says {expected}. "
+                "The file is damaged or was written by another version."
+            )
+        return codebook
+
+    @cached_property
+    def _sha256(self) -> str:
+        return hashlib.sha256(self.table.astype("<u8").tobytes()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Codebook.fit({list(self.counts)}, bits={self.bits})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Codebook, (self.kind, self.counts, self.bits)
+
+
+def _checked_counts(counts: Iterable[Any]) -> tuple[int, ...]:
+    try:
+        checked = tuple(operator.index(count) for count in counts)
+    except TypeError as error:
+        raise CodebookError(f"counts is {counts!r}; expected three or four integers. Pass digit counts.") from error
+    if len(checked) not in MAX_WEIGHTS:
+        raise CodebookError(f"counts has {len(checked)} numbers; expected 3 (ternary) or 4 (two-bit), one a digit.")
+    if min(checked) < 0 or not 0 < sum(checked) < 1 << 63:
+        raise CodebookError(f"counts is {list(checked)}; expected none negative, a sum from 1 to 2**63 - 1.")
+    return checked
+
+
+def _tunstall_strings(counts: tuple[int, ...], bits: int) -> tuple[bytes, ...]:
+    """Leaves of the Tunstall tree in lexicographic order."""
+    shares = [max(count, 1) for count in counts]
+    digits, total = len(counts), sum(shares)
+    deepest, zero = MAX_WEIGHTS[digits], _ZERO_SYMBOL[digits]
+    # a leaf's weight = its probability times total**deepest: an exact integer, so order never depends on rounding
+    heap: list[tuple[int, int, bytes]] = [(-(total**deepest), 0, b"")]
+    finished: list[bytes] = []
+    while heap and len(heap) + len(finished) + digits - 1 <= 1 << bits:
+        weight, length, string = heapq.heappop(heap)
+        if length == deepest or length - string.count(zero) == MAX_NONZEROS:
+            finished.append(string)
+            continue
+        for symbol, share in enumerate(shares):
+            heapq.heappush(heap, (weight // total * share, length + 1, string + bytes([symbol])))
+    return tuple(sorted(finished + [string for _, _, string in heap]))
+
+
+def _entry(string: bytes, digits: int) -> int:
+    """Table entry of a digit string."""
+    zero, slots = _ZERO_SYMBOL[digits], _SLOT_OF_SYMBOL[digits]
+    fields = [digits * i + slots[symbol] for i, symbol in enumerate(string) if symbol != zero]
+    fields += [digits - 1] * (MAX_NONZEROS - len(fields))
+    return int.from_bytes(bytes([len(string), *fields]), "little")
+
+
+def _build_automaton(strings: tuple[bytes, ...], digits: int) -> Automaton:
+    """State machine of a prefix-free, complete code: inner nodes of its tree are the states."""
+    states: dict[bytes, int] = {b"": 0}
+    for string in strings:
+        for end in range(1, len(string)):
+            states.setdefault(string[:end], digits * len(states))
+    next_state = np.zeros(digits * len(states), dtype=np.int32)
+    emitted = np.full_like(next_state, -1)
+    tail_code = np.full_like(next_state, -1)
+    for code, string in enumerate(strings):
+        for end in range(len(string)):
+            state = states[string[:end]]
+            if end and tail_code[state] < 0:
+                tail_code[state] = code
+            step = state + string[end]
+            if end + 1 == len(string):
+                emitted[step] = code
+            else:
+                next_state[step] = states[string[: end + 1]]
+    return Automaton(next_state, emitted, tail_code)
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _count_codewords_kernel(
+    digits: NDArray[np.int8],
+    next_state: NDArray[np.int32],
+    emitted: NDArray[np.int32],
+    tail_code: NDArray[np.int32],
+    offset: int,
+) -> NDArray[np.int64]:
+    """Codewords per row; digits (R, C) C-contiguous, result (R,)."""
+    counts = np.empty(digits.shape[0], dtype=np.int64)
+    for row in prange(digits.shape[0]):
+        count = 0
+        state = np.uint32(0)
+        for column in range(digits.shape[1]):
+            step = state + np.uint32(digits[row, column] + offset)
+            count += emitted[step] >= 0
+            state = np.uint32(next_state[step])
+        counts[row] = count + (tail_code[state] >= 0)
+    return counts

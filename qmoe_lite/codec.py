@@ -1,0 +1,415 @@
+"""Digits to codewords and back: encode, decode, decode_dense, validate.
+
+A row's codewords are found by one walk of the codebook's automaton (C steps); decoding costs one table look-up a
+codeword and one store a nonzero. Floor: C bytes of digits in or out, about C/12 bytes of codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from qmoe_lite._words import entry_field, entry_length, field_position, field_slot
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.errors import DtypeError, FormatError, NotFiniteError, SettingError, ShapeError
+from qmoe_lite.packed import PADDING_BYTES, PackedMatrix
+
+MAX_COLUMNS = 65535  # a row's codewords are counted in 16 bits
+LEVEL_COUNTS = {3: (1, 2), 4: (3,)}
+_FIELD_COUNTS = (2, 3, 4, 7)  # nonzeros a codeword that kernels are compiled for: each costs seconds once
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: a store copies a bit pattern
+_FAULTS = {
+    1: "uses a code that stands for nothing",
+    2: "ends before the matrix's width",
+    3: "has codewords beyond the matrix's width",
+}
+
+
+def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
+    """Write each row of digits as a run of codewords, longest match first.
+
+    Parameters
+    ----------
+    digits : int8 array or CPU tensor, shape (R, C), R at least 1, C from 1 to 65535
+        Ternary codebook: -1, 0, +1. Two-bit codebook: 0 to 3. Each row starts on a codeword.
+    levels : float32, float16 or bfloat16 array or tensor, shape (R, L)
+        Ternary: L = 2, the row's value of -1 and of +1, or L = 1, symmetric: -l and l. Two-bit: L = 3, the values of
+        1, 2 and 3. Digit 0 is always exactly 0. The dtype is kept.
+    codebook : Codebook
+
+    Returns
+    -------
+    PackedMatrix
+        On the CPU; `packed.bits_per_weight` counts codes, row lengths and levels, not the codebook.
+
+    Raises
+    ------
+    ShapeError
+        `digits` is not (R, C) within those bounds, or `levels` does not match it.
+    DtypeError
+        `digits` is not int8, or `levels` is none of the three floats (float64 would lose precision silently).
+    DigitError
+        A digit outside the codebook's alphabet; names row, column and value.
+    NotFiniteError
+        A level is NaN or infinite.
+    SettingError
+        An argument is on a GPU.
+
+    Notes
+    -----
+    O(R C), the same bytes for any thread count. QMoE (arXiv:2310.16795), section 4.2; departs from it in the codebook
+    (see `Codebook.fit`), in the codewords' width, and in storing row lengths (16 bits) for row offsets (32 bits).
+
+    Examples
+    --------
+    >>> digits = np.array([[0, 0, 1, -1, 0]], dtype=np.int8)
+    >>> decode(encode(digits, np.float32([[-0.5, 0.25]]), Codebook.fit([1, 8, 1])))[0].tolist()
+    [[0, 0, 1, -1, 0]]
+    """
+    digits_array = _digits_array(digits)
+    levels_tensor = _levels_tensor(levels)
+    row_counts = codebook.count_codewords(digits_array)
+    rows, columns = digits_array.shape
+    if columns > MAX_COLUMNS:
+        raise ShapeError(f"digits has {columns} columns; expected at most {MAX_COLUMNS}. Split the matrix by columns.")
+    widths = LEVEL_COUNTS[codebook.digits]
+    if levels_tensor.ndim != 2 or len(levels_tensor) != rows or levels_tensor.shape[1] not in widths:
+        raise ShapeError(
+            f"levels has shape {tuple(levels_tensor.shape)} but digits has {rows} rows of {codebook.digits} digits; "
+            f"expected {' or '.join(f'({rows}, {width})' for width in widths)}. Pass the digits' own levels."
+        )
+    if not torch.isfinite(levels_tensor).all():
+        row = int((~torch.isfinite(levels_tensor)).any(1).nonzero()[0])
+        raise NotFiniteError(f"levels holds NaN or infinity at row {row}; expected finite values. Check the weights.")
+    starts = _starts(row_counts)
+    indices = np.zeros((int(starts[-1]) + 7) // 8 * 8, dtype=np.uint16)
+    _encode_kernel(np.ascontiguousarray(digits_array), *codebook.automaton, -codebook.lowest_digit, starts, indices)
+    codes = np.zeros(len(indices) // 8 * codebook.bits + PADDING_BYTES, dtype=np.uint8)
+    _pack_kernel(indices, codebook.bits, codes)
+    codes = codes[: _stream_bytes(int(starts[-1]), codebook.bits)]
+    row_codewords = torch.from_numpy(row_counts.astype(np.uint16))
+    return PackedMatrix(torch.from_numpy(codes), row_codewords, levels_tensor, codebook, columns, _validated=True)
+
+
+def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the digits back.
+
+    Returns
+    -------
+    digits : int8 tensor, shape (R, C)
+    levels : tensor, shape (R, L)
+        `packed.levels` itself.
+
+    Raises
+    ------
+    FormatError
+        The codes do not decode to exactly R rows of C digits; see `validate`.
+    SettingError
+        The matrix is on a GPU.
+    """
+    prepare(packed)
+    rows, columns = packed.shape
+    slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
+    digits = torch.empty(rows, columns, dtype=torch.int8)
+    decode_rows(packed, torch.tensor([slots] * rows, dtype=torch.int8), row_starts(packed), 0, digits)
+    return digits, packed.levels
+
+
+def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Dequantise: put each digit's level in its place.
+
+    Parameters
+    ----------
+    packed : PackedMatrix
+    dtype : torch float dtype, default float32
+
+    Returns
+    -------
+    tensor of `dtype`, shape (R, C)
+        Each value is its level cast to `dtype`, and 0 for digit 0.
+
+    Raises
+    ------
+    DtypeError
+        `dtype` is not a float of 2, 4 or 8 bytes.
+    FormatError, SettingError
+        As for `decode`.
+    """
+    if dtype not in (*_FLOATS, torch.float64):
+        raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
+    prepare(packed)
+    dense = torch.empty(packed.shape, dtype=dtype)
+    decode_rows(packed, slot_values(packed, dtype), row_starts(packed), 0, dense)
+    return dense
+
+
+def validate(packed: PackedMatrix) -> None:
+    """Check that the matrix decodes to exactly its shape, so that no kernel can read or write outside its row.
+
+    Raises
+    ------
+    FormatError
+        A tensor of the wrong dtype or shape, a stream of the wrong size, nonzero padding, a code that stands for
+        nothing, a row whose codewords end before its width or go on after it, a level that is not finite.
+    SettingError
+        The matrix is on a GPU.
+
+    Notes
+    -----
+    Safe on any bytes. `decode`, `dense` and `decode_matmul` call it once for a matrix that `encode` did not make.
+    """
+    _check_structure(packed)
+    codebook = packed.codebook
+    starts = row_starts(packed)
+    total = int(starts[-1])
+    codes = packed.codes.numpy()
+    if len(codes) != _stream_bytes(total, codebook.bits):
+        raise FormatError(
+            f"codes has {len(codes)} bytes; expected {_stream_bytes(total, codebook.bits)} for {total} codewords of "
+            f"{codebook.bits} bits. The data is truncated or damaged; get it again."
+        )
+    spare_bits = codes[total * codebook.bits // 8] >> total * codebook.bits % 8
+    if spare_bits or codes[-PADDING_BYTES:].any():
+        raise FormatError("codes has data behind its last codeword; expected zeros. The data is damaged; get it again.")
+    faults = _validate_kernel(codes, starts, codebook.table, codebook.bits, packed.columns)
+    if faults.any():
+        row = int(faults.nonzero()[0][0])
+        raise FormatError(
+            f"row {row} {_FAULTS[int(faults[row])]} ({packed.columns}). The data is damaged; get it again."
+        )
+    object.__setattr__(packed, "_validated", True)
+
+
+def _check_structure(packed: PackedMatrix) -> None:
+    """Raise FormatError where a tensor has the wrong dtype, shape or values, before any byte of the stream is read."""
+    _check_cpu(packed)
+    tensors = {"codes": packed.codes, "row_codewords": packed.row_codewords, "levels": packed.levels}
+    dtypes = {"codes": (torch.uint8,), "row_codewords": (torch.uint16,), "levels": _FLOATS}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes[name]:
+            expected = " or ".join(str(dtype) for dtype in dtypes[name])
+            raise FormatError(f"{name} is {tensor.dtype}; expected {expected}. The data is damaged; get it again.")
+        if tensor.ndim != (2 if name == "levels" else 1) or not tensor.is_contiguous():
+            raise FormatError(
+                f"{name} has {tensor.ndim} axes or strides; expected 1 (levels: 2), contiguous. Rebuild it."
+            )
+    rows, width = packed.levels.shape
+    if rows != len(packed.row_codewords) or rows == 0 or width not in LEVEL_COUNTS[packed.codebook.digits]:
+        raise FormatError(
+            f"levels has shape {(rows, width)} beside {len(packed.row_codewords)} rows of digits. "
+            "The data is damaged; get it again."
+        )
+    if not 1 <= packed.columns <= MAX_COLUMNS:
+        raise FormatError(f"columns is {packed.columns}; expected 1 to {MAX_COLUMNS}. Get the data again.")
+    if not torch.isfinite(packed.levels).all():
+        raise FormatError("levels holds NaN or infinity; expected finite values. The data is damaged; get it again.")
+
+
+def prepare(packed: PackedMatrix) -> None:
+    """Validate a matrix unless that is done; refuse one on a GPU."""
+    _check_cpu(packed)
+    if not packed._validated:
+        validate(packed)
+
+
+def slot_values(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """Weight value of each slot: tensor of `dtype`, shape (R, digits); the last is the zero slot."""
+    levels = packed.levels.to(dtype)
+    if packed.codebook.digits == 3:
+        levels = torch.cat([levels, -levels], 1) if levels.shape[1] == 1 else levels.flip(1)
+    return torch.cat([levels, levels.new_zeros(len(levels), 1)], 1)
+
+
+def kernel_fields(codebook: Codebook) -> tuple[int, ...]:
+    """Return a tuple whose length tells the compiler how many fields of an entry to read; its values are unused."""
+    return (0,) * next(count for count in _FIELD_COUNTS if count >= codebook.max_nonzeros)
+
+
+def row_starts(packed: PackedMatrix) -> NDArray[np.int64]:
+    """Return the number of each row's first codeword, then their total: int64, shape (R + 1,)."""
+    return _starts(packed.row_codewords.numpy())
+
+
+def decode_rows(
+    packed: PackedMatrix, values: torch.Tensor, starts: NDArray[np.int64], first: int, out: torch.Tensor
+) -> None:
+    """Write rows `first` and following of a validated matrix into `out`, `values[row, slot]` for each digit.
+
+    Parameters
+    ----------
+    packed : PackedMatrix
+    values : tensor, shape (R, digits), contiguous
+        The zero slot's value must be 0.
+    starts : int64 array, shape (R + 1,)
+        From `row_starts`.
+    first : int
+    out : tensor of the same dtype, shape (any number of rows, C), contiguous
+        Is modified.
+    """
+    codebook, pattern = packed.codebook, _PATTERNS[out.element_size()]
+    _decode_kernel(
+        packed.codes.numpy(),
+        starts[first : first + len(out) + 1],
+        codebook.table,
+        codebook.bits,
+        codebook.digits,
+        kernel_fields(codebook),
+        values[first : first + len(out)].view(pattern).numpy(),
+        out.view(pattern).numpy(),
+    )
+
+
+def _digits_array(digits: Any) -> NDArray[Any]:
+    if isinstance(digits, torch.Tensor):
+        if digits.device.type != "cpu":
+            raise SettingError(f"digits is on {digits.device}; encode works on the CPU. Pass digits.cpu().")
+        if digits.dtype != torch.int8:
+            raise DtypeError(f"digits is {digits.dtype}; expected int8. Convert it with digits.to(torch.int8).")
+        return digits.numpy()
+    if not isinstance(digits, np.ndarray):
+        raise DtypeError(f"digits is a {type(digits).__name__}; expected a NumPy array or torch tensor of int8.")
+    return digits
+
+
+def _levels_tensor(levels: Any) -> torch.Tensor:
+    """Return an own contiguous copy, so that later changes of the argument do not reach the packed matrix."""
+    if isinstance(levels, np.ndarray) and levels.dtype in (np.float32, np.float16):
+        return torch.from_numpy(np.array(levels, order="C"))
+    if not isinstance(levels, torch.Tensor) or levels.dtype not in _FLOATS:
+        found = getattr(levels, "dtype", type(levels).__name__)
+        raise DtypeError(f"levels is {found}; expected float32, float16 or bfloat16. Convert it first.")
+    if levels.device.type != "cpu":
+        raise SettingError(f"levels is on {levels.device}; encode works on the CPU. Pass levels.cpu().")
+    return levels.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check_cpu(packed: PackedMatrix) -> None:
+    for tensor in (packed.codes, packed.row_codewords, packed.levels):
+        if tensor.device.type != "cpu":
+            raise SettingError(f"the packed matrix is on {tensor.device}; expected the CPU. Call packed.to('cpu').")
+
+
+def _starts(row_counts: NDArray[Any]) -> NDArray[np.int64]:
+    starts = np.zeros(len(row_counts) + 1, dtype=np.int64)
+    np.cumsum(row_counts, out=starts[1:])
+    return starts
+
+
+def _stream_bytes(codewords: int, bits: int) -> int:
+    return (codewords * bits + 7) // 8 + PADDING_BYTES
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _encode_kernel(
+    digits: NDArray[np.int8],
+    next_state: NDArray[np.int32],
+    emitted: NDArray[np.int32],
+    tail_code: NDArray[np.int32],
+    offset: int,
+    starts: NDArray[np.int64],
+    indices: NDArray[np.uint16],
+) -> None:
+    """Write the codes of digits (R, C) to indices, each row from its own start on."""
+    for row in prange(digits.shape[0]):
+        k = starts[row]
+        state = np.uint32(0)
+        for column in range(digits.shape[1]):
+            step = state + np.uint32(digits[row, column] + offset)
+            if emitted[step] >= 0:
+                indices[k] = emitted[step]
+                k += 1
+            state = np.uint32(next_state[step])
+        if tail_code[state] >= 0:
+            indices[k] = tail_code[state]
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _pack_kernel(indices: NDArray[np.uint16], bits: int, codes: NDArray[np.uint8]) -> None:
+    """Write indices (a multiple of 8) as a bit stream; 8 codewords are `bits` whole bytes, so no byte is shared."""
+    for group in prange(len(indices) // 8):
+        pending = np.uint32(0)
+        held = 0
+        byte = group * bits
+        for k in range(8 * group, 8 * group + 8):
+            pending |= np.uint32(indices[k]) << np.uint32(held)
+            held += bits
+            while held >= 8:
+                codes[byte] = pending & np.uint32(255)
+                pending >>= np.uint32(8)
+                held -= 8
+                byte += 1
+
+
+@njit(inline="always")
+def load_word(codes: NDArray[np.uint8], bit: np.uint64) -> np.uint64:
+    """Return the stream from `bit` on: at least 57 bits of it, 64 where `bit` starts a byte."""
+    byte = bit >> np.uint64(3)
+    word = np.uint64(codes[byte])
+    for i in range(1, 8):  # unrolled and merged into one load
+        word |= np.uint64(codes[byte + np.uint64(i)]) << np.uint64(8 * i)
+    return word >> (bit & np.uint64(7))
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _validate_kernel(
+    codes: NDArray[np.uint8], starts: NDArray[np.int64], table: NDArray[np.uint64], bits: int, columns: int
+) -> NDArray[np.uint8]:
+    """Fault of each row, (R,): a key of _FAULTS or 0."""
+    mask = np.uint64((1 << bits) - 1)
+    faults = np.zeros(len(starts) - 1, dtype=np.uint8)
+    for row in prange(len(faults)):
+        base = np.int64(0)
+        for k in range(starts[row], starts[row + 1]):
+            length = entry_length(table[load_word(codes, np.uint64(k * bits)) & mask])
+            if base >= columns:
+                faults[row] = 3
+                break
+            if length == 0:
+                faults[row] = 1
+                break
+            base += np.int64(length)
+        if base < columns and faults[row] == 0:
+            faults[row] = 2
+    return faults
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _decode_kernel(
+    codes: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    table: NDArray[np.uint64],
+    bits: int,
+    digits: int,
+    fields: tuple[int, ...],
+    values: NDArray[Any],
+    out: NDArray[Any],
+) -> None:
+    """Write out (R, C): zeros, then values[row, slot] at each nonzero; len(fields) fields an entry."""
+    mask = np.uint64((1 << bits) - 1)
+    n_bits = np.uint64(bits)
+    columns = np.uint64(out.shape[1])
+    for row in prange(out.shape[0]):
+        out[row, :] = 0
+        row_index = np.uint64(row)
+        bit = np.uint64(starts[row]) * n_bits
+        last = np.uint64(starts[row + 1]) * n_bits - n_bits
+        base = np.uint64(0)
+        while bit < last:
+            entry = table[load_word(codes, bit) & mask]
+            for i in range(len(fields) - 1, -1, -1):  # backwards: an absent field's zero never overwrites
+                field = entry_field(entry, i)
+                position = field_position(field, digits)
+                out[row_index, base + np.uint64(position)] = values[row_index, field_slot(field, position, digits)]
+            base += np.uint64(entry_length(entry))
+            bit += n_bits
+        entry = table[load_word(codes, last) & mask]
+        for i in range(len(fields) - 1, -1, -1):
+            field = entry_field(entry, i)
+            position = field_position(field, digits)
+            if base + np.uint64(position) < columns:
+                out[row_index, base + np.uint64(position)] = values[row_index, field_slot(field, position, digits)]

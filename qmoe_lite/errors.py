@@ -1,0 +1,72 @@
+"""Every exception that the library raises on purpose.
+
+QMoEError
+├── ShapeError (ValueError)         an array of the wrong shape
+├── DtypeError (TypeError)          an array of the wrong dtype
+├── DigitError (ValueError)         a digit outside the alphabet
+├── NotFiniteError (ValueError)     NaN or infinity where a number is needed
+├── SettingError (ValueError)       an option outside its range, or options that exclude each other
+├── CodebookError (ValueError)      counts, bits or entries that make no usable codebook
+├── FormatError                     a compressed file that is truncated, forged or too new
+├── CheckpointError                 a directory that is no model, a missing shard or tensor
+├── UnsupportedFamilyError          a model type that families.py does not know
+├── TextError                       calibration or evaluation text that is missing, empty or not UTF-8
+├── OutputError                     an output that exists already or cannot be written
+└── ResumeError                     unfinished work that belongs to other settings
+
+Each message is one line: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+
+class QMoEError(Exception):
+    """Root of every exception that the library raises on purpose."""
+
+
+class ShapeError(QMoEError, ValueError):
+    """An array has the wrong shape."""
+
+
+class DtypeError(QMoEError, TypeError):
+    """An array has the wrong dtype."""
+
+
+class DigitError(QMoEError, ValueError):
+    """A digit lies outside the codebook's alphabet."""
+
+
+class NotFiniteError(QMoEError, ValueError):
+    """A weight, Hessian or activation holds NaN or infinity."""
+
+
+class SettingError(QMoEError, ValueError):
+    """An option lies outside its range, or options exclude each other."""
+
+
+class CodebookError(QMoEError, ValueError):
+    """Counts, bits or entries make no usable codebook."""
+
+
+class FormatError(QMoEError):
+    """A compressed file is truncated, forged, or newer than this program."""
+
+
+class CheckpointError(QMoEError):
+    """A directory is no model, or lacks a shard or a tensor."""
+
+
+class UnsupportedFamilyError(QMoEError):
+    """families.py does not know this model type."""
+
+
+class TextError(QMoEError):
+    """Text is missing, empty, or not UTF-8."""
+
+
+class OutputError(QMoEError):
+    """An output exists already, or cannot be written."""
+
+
+class ResumeError(QMoEError):
+    """Unfinished work belongs to other settings than those asked for."""

@@ -1,0 +1,325 @@
+"""PackedExperts, the module that stands where Hugging Face's experts stood, and `load`, which puts it there.
+
+The codes of all experts of a layer and projection are one tensor; an expert is a slice of it. A slice is checked once,
+when its expert is first needed, and multiplied as it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe_lite.checkpoint import EXPERTS, Checkpoint, check_tensor, crc32, find_model, materialise
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.codec import validate
+from qmoe_lite.errors import CheckpointError, FormatError, SettingError
+from qmoe_lite.families import Family, MoELayer, family_of, read_config, skeleton
+from qmoe_lite.list_buffer import Assignment
+from qmoe_lite.matmul import decode_matmul
+from qmoe_lite.packed import PackedMatrix
+
+FORMAT = 1
+PARTS = ("codes", "expert_offsets", "row_codewords", "levels", "checksums")
+_ALIGNMENT = 16  # bytes; where an expert's codes may start
+_PADDING = 8  # zero bytes behind each expert's codes, so that a kernel may read 8 bytes at a time
+
+
+def checksum(packed: PackedMatrix) -> int:
+    """CRC-32 of one expert's matrix: its codes, row lengths and levels."""
+    parts = (packed.codes, packed.row_codewords.view(torch.int16), packed.levels)
+    return crc32(torch.cat([p.contiguous().view(-1).view(torch.uint8) for p in parts]))
+
+
+def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
+    """Lay the matrices of a layer's experts side by side, as they are stored.
+
+    Parameters
+    ----------
+    matrices : list of PackedMatrix, one an expert
+        Of one shape and codebook.
+
+    Returns
+    -------
+    dict
+        "codes" uint8 (bytes,), "expert_offsets" int64 (E + 1,), "row_codewords" uint16 (E, R), "levels" (E, R, L),
+        "checksums" int64 (E,).
+    """
+    offsets = [0]
+    for packed in matrices:
+        offsets.append(offsets[-1] + -(-len(packed.codes) // _ALIGNMENT) * _ALIGNMENT)
+    codes = torch.zeros(offsets[-1], dtype=torch.uint8)
+    for packed, start in zip(matrices, offsets[:-1], strict=True):
+        codes[start : start + len(packed.codes)] = packed.codes
+    return {
+        "codes": codes,
+        "expert_offsets": torch.tensor(offsets, dtype=torch.int64),
+        "row_codewords": torch.stack([p.row_codewords.view(torch.int16) for p in matrices]).view(torch.uint16),
+        "levels": torch.stack([p.levels for p in matrices]),
+        "checksums": torch.tensor([checksum(p) for p in matrices], dtype=torch.int64),
+    }
+
+
+class PackedExperts(nn.Module):
+    """The experts of one sparse layer, multiplied straight from their codewords.
+
+    Called as the experts module of the model's family was: `forward(hidden_states, *routing)`. Its buffers are
+    `<projection>_codes`, `_expert_offsets`, `_row_codewords`, `_levels` and `_checksums` for each projection.
+
+    Parameters
+    ----------
+    family : Family
+    layer : MoELayer
+    codebooks : dict, projection name to Codebook
+    config : transformers configuration
+    """
+
+    def __init__(self, family: Family, layer: MoELayer, codebooks: dict[str, Codebook], config: Any) -> None:
+        super().__init__()
+        self.family = family
+        self.layer = layer
+        self.codebooks = codebooks
+        self.activation = family.activation(config)
+        self._checked: dict[tuple[int, str], PackedMatrix] = {}
+
+    @property
+    def num_experts(self) -> int:
+        return self.layer.count
+
+    def fill(self, projection: str, tensors: dict[str, Tensor]) -> None:
+        """Take over one projection's tensors, as `pack_experts` makes them.
+
+        Raises
+        ------
+        FormatError
+            A tensor has another shape or dtype than the layer needs.
+        """
+        experts, (rows, _) = self.layer.count, self.layer.shapes[projection]
+        expected = {
+            "expert_offsets": ((experts + 1,), torch.int64),
+            "row_codewords": ((experts, rows), torch.uint16),
+            "checksums": ((experts,), torch.int64),
+        }
+        for part, (shape, dtype) in expected.items():
+            found = tensors[part]
+            if tuple(found.shape) != shape or found.dtype != dtype:
+                raise FormatError(
+                    f"{self.layer.experts}.{projection}_{part} is {found.dtype} {tuple(found.shape)}; "
+                    f"expected {dtype} {shape}. Fetch the file again."
+                )
+        levels, codes = tensors["levels"], tensors["codes"]
+        if levels.dim() != 3 or tuple(levels.shape[:2]) != (experts, rows) or not levels.is_floating_point():
+            raise FormatError(f"{self.layer.experts}.{projection}_levels is not (experts, rows, levels) of floats.")
+        if codes.dim() != 1 or codes.dtype != torch.uint8:
+            raise FormatError(f"{self.layer.experts}.{projection}_codes is not a row of bytes. Fetch the file again.")
+        for part in PARTS:
+            self.register_buffer(f"{projection}_{part}", tensors[part])
+
+    def packed(self, expert: int, projection: str) -> PackedMatrix:
+        """Give one expert's matrix as it is stored; check it when it is first asked for.
+
+        Raises
+        ------
+        FormatError
+            Its checksum differs, or its codes do not decode to exactly its rows.
+        SettingError
+            No such expert or projection.
+        """
+        if (known := self._checked.get((expert, projection))) is not None:
+            return known
+        if projection not in self.layer.shapes or not 0 <= expert < self.layer.count:
+            names = ", ".join(self.layer.projections)
+            raise SettingError(f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}.")
+        get = lambda part: getattr(self, f"{projection}_{part}")  # noqa: E731
+        name = f"expert {expert} of {self.layer.experts}.{projection}"
+        start, stop = get("expert_offsets")[expert : expert + 2].tolist()
+        row_codewords = get("row_codewords")[expert]
+        codebook = self.codebooks[projection]
+        used = -(-int(row_codewords.to(torch.int64).sum()) * codebook.bits // 8) + _PADDING
+        codes = get("codes")
+        if start < 0 or start % _ALIGNMENT or not start + used <= stop <= len(codes):
+            raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
+        packed = PackedMatrix(
+            codes=codes[start : start + used],
+            row_codewords=row_codewords,
+            levels=get("levels")[expert],
+            codebook=codebook,
+            columns=self.layer.shapes[projection][1],
+        )
+        if checksum(packed) != int(get("checksums")[expert]):
+            raise FormatError(f"{name} is damaged (checksum). Fetch or make the file again.")
+        try:
+            validate(packed)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+        self._checked[expert, projection] = packed
+        return packed
+
+    def dense(self, expert: int, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dequantise one expert's matrix.
+
+        Parameters
+        ----------
+        expert : int
+        projection : str
+            Its Hugging Face name: wi, wo.
+        dtype : torch dtype
+
+        Returns
+        -------
+        tensor, shape (rows, columns)
+        """
+        return self.packed(expert, projection).dense(dtype)
+
+    def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
+        """Send tokens, shape (T, C), through one expert."""
+        first, last = self.layer.projections
+        inner = self.activation(decode_matmul(self.packed(expert, first), hidden_states))
+        return decode_matmul(self.packed(expert, last), inner)
+
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        """Send each token through its experts.
+
+        Parameters
+        ----------
+        hidden_states : float tensor, shape (T, C)
+        *routing : tensors
+            As the family's experts module is called by its MoE block.
+
+        Returns
+        -------
+        tensor like `hidden_states`; zero for a token without an expert.
+        """
+        index, weights = self.family.routing(routing)
+        assigned = Assignment.of(index, weights, self.layer.count)
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.layer.count):
+            rows, gates = assigned.of_expert(expert)
+            if len(rows):
+                result = self.run_expert(expert, hidden_states[rows])
+                out.index_add_(0, rows, (result * gates[:, None]).to(out.dtype))
+        return out
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
+        self._checked.clear()  # its views are of the buffers that fn replaces
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.layer.shapes.items())
+        return f"{self.layer.count} experts, {shapes}"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The `quantization_config` of a compressed model's config.json.
+
+    Attributes
+    ----------
+    codebooks : dict, experts module name to (dict, projection name to Codebook)
+    settings : dict
+        All of quantization_config, as read.
+    """
+
+    codebooks: dict[str, dict[str, Codebook]]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, directory: Path, config: dict[str, Any]) -> Packing:
+        """Read quantization_config.
+
+        Raises
+        ------
+        CheckpointError
+            The model is not compressed by qmoe.
+        FormatError
+            It is of a newer format, or a codebook does not match its hash.
+        """
+        settings = config.get("quantization_config") or {}
+        if settings.get("quant_method") != "qmoe":
+            raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
+        if settings.get("format") != FORMAT:
+            found = settings.get("format")
+            raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {FORMAT}. Upgrade qmoe-lite.")
+        try:
+            books = [Codebook.from_config(entry) for entry in settings["codebooks"]]
+            layers = {
+                name: {projection: books[number] for projection, number in used.items()}
+                for name, used in settings["layers"].items()
+            }
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise FormatError(f"{directory}/config.json has a damaged quantization_config. Fetch it again.") from error
+        return cls(layers, settings)
+
+
+class Placeholder(nn.Module):
+    """Stands for an experts module while a skeleton is built; holds nothing."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+
+def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None) -> Any:
+    """Load a compressed model.
+
+    Parameters
+    ----------
+    directory : path or str
+        What `compress` wrote.
+    device : str or torch device
+        "auto" and "cpu" both mean the CPU in this version.
+    dtype : torch dtype, optional
+        Of everything but the experts; by default as stored.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In evaluation mode; its experts modules are `PackedExperts` whose codes are mapped from the files.
+
+    Raises
+    ------
+    CheckpointError
+        No compressed model, or a tensor is missing.
+    FormatError
+        A damaged file, or one of a newer format.
+    """
+    if torch.device("cpu" if device == "auto" else device).type != "cpu":
+        raise SettingError(f"device {device} is not supported yet; use device='cpu'.")
+    path = find_model(directory)
+    checkpoint = Checkpoint(path)
+    family = family_of(checkpoint.config.get("model_type"))
+    packing = Packing.of(path, checkpoint.config)
+    config = read_config(str(path))
+    dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    model = skeleton(family, config, Placeholder, dtype)
+    layers = family.layers(config)
+    if {layer.experts for layer in layers} != set(packing.codebooks):
+        raise FormatError(f"{path}/config.json names other compressed layers than the model has. Fetch it again.")
+    for layer in layers:
+        experts = PackedExperts(family, layer, packing.codebooks[layer.experts], config)
+        for projection in layer.projections:
+            names = {part: f"{layer.experts}.{projection}_{part}" for part in PARTS}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the maps are read-only on purpose
+                experts.fill(projection, {part: checkpoint.tensor(name) for part, name in names.items()})
+        parent, _, child = layer.experts.rpartition(".")
+        setattr(model.get_submodule(parent), child, experts)
+    _load_dense(model, family, checkpoint, config, dtype)
+    return model.eval()
+
+
+def _load_dense(model: Any, family: Family, checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> None:
+    for name in checkpoint.names:
+        if EXPERTS not in name:
+            check_tensor(checkpoint, name, checkpoint.tensor(name))
+    family.load_outside_blocks(model, checkpoint, dtype)
+    for stack in family.stacks(config):
+        for block in stack.blocks:
+            materialise(model.get_submodule(block), block, checkpoint, dtype)
+    from transformers import GenerationConfig
+
+    if (checkpoint.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)

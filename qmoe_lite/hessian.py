@@ -1,0 +1,220 @@
+"""Hessians of the layer-wise error: X^T X of the inputs, float32, never TF32.
+
+A Hessian is (C, C) for one matrix or (E, C, C) for a group, symmetric. `accumulate` adds sums over tokens, so that
+order and batches do not matter beyond rounding; `mean` divides by the tokens; `blend` works on means. Dampening is
+relative to the mean diagonal, so the solver takes sums and means alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmoe_lite.errors import DtypeError, SettingError, ShapeError
+
+NOT_FINITE = -1  # in `info`: NaN or infinity in the Hessian or in its factor
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 matrices in full precision inside the block, whatever the process allows otherwise."""
+    mkldnn: Any = torch.backends.mkldnn  # its `matmul` is missing from torch's own annotations
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def new(columns: int, *, experts: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+    """Return the Hessian of no tokens.
+
+    Parameters
+    ----------
+    columns : int
+        C, the number of inputs.
+    experts : int or None, default None
+        E for a group; None for one matrix.
+    device : torch.device or str, default "cpu"
+        Where it lives.
+
+    Returns
+    -------
+    float32 tensor, shape (C, C) or (E, C, C)
+        Zeros.
+    """
+    shape = (columns, columns) if experts is None else (experts, columns, columns)
+    return torch.zeros(shape, dtype=torch.float32, device=device)
+
+
+def accumulate(hessian: Tensor, x: Tensor) -> None:
+    """Add X^T X to a Hessian, in place.
+
+    Parameters
+    ----------
+    hessian : float32 tensor, shape (C, C)
+        Sum over the tokens so far; `group[expert]` of an (E, C, C) group works. Modified by this function.
+    x : float tensor, shape (N, C)
+        Inputs of N tokens, any float dtype, same device; N may be 0. Converted to float32 before the product.
+
+    Raises
+    ------
+    ShapeError
+        The shapes do not go together.
+    DtypeError
+        `hessian` is not float32, or `x` not floating point.
+
+    Notes
+    -----
+    QMoE (arXiv:2310.16795), section 3.1. NaN or infinity in `x` is not looked for: it makes the Hessian not finite,
+    which the solver reports for this matrix alone.
+    """
+    if x.ndim != 2 or hessian.shape != (x.shape[-1], x.shape[-1]):
+        message = f"hessian has shape {tuple(hessian.shape)} for inputs {tuple(x.shape)}; expected (C, C) and (N, C). "
+        raise ShapeError(message + "Flatten the tokens and pass one expert's Hessian.")
+    if hessian.dtype != torch.float32 or not x.is_floating_point():
+        message = f"hessian is {hessian.dtype} and inputs are {x.dtype}; expected torch.float32 and a float dtype. "
+        raise DtypeError(message + "Make the Hessian with hessian.new().")
+    x = x.detach().to(torch.float32)
+    with full_float32():
+        hessian.addmm_(x.T, x)
+
+
+def mean(hessian: Tensor, tokens: Tensor | int) -> Tensor:
+    """Divide summed Hessians by their tokens.
+
+    Parameters
+    ----------
+    hessian : float32 tensor, shape (E, C, C) or (C, C)
+        Sums, as `accumulate` leaves them.
+    tokens : int64 tensor, shape (E,), or int
+        How many tokens each saw; no tokens give zeros.
+
+    Returns
+    -------
+    float32 tensor, shape of `hessian`
+        A new tensor.
+    """
+    return hessian / _per_matrix(tokens, hessian).clamp(min=1)
+
+
+def blend(own: Tensor, layer: Tensor, tokens: Tensor | int, n0: float) -> Tensor:
+    """Mix the Hessian of an expert that saw few tokens with the layer's: n / (n + n0) own + n0 / (n + n0) layer.
+
+    Parameters
+    ----------
+    own : float32 tensor, shape (E, C, C) or (C, C)
+        MEAN Hessians of the experts, not sums. One without tokens has no influence, whatever it holds.
+    layer : float32 tensor, shape (C, C)
+        Mean Hessian over all tokens of the layer.
+    tokens : int64 tensor, shape (E,), or int
+        n, the tokens behind each expert's own Hessian.
+    n0 : float
+        Tokens at which both count the same; 0 returns `own`.
+
+    Returns
+    -------
+    float32 tensor, shape of `own`
+        A new tensor.
+
+    Raises
+    ------
+    ShapeError
+        `layer` is not (C, C).
+    SettingError
+        `n0` is negative or not finite.
+
+    Notes
+    -----
+    Departs from QMoE (arXiv:2310.16795), section 3.2, which rounds starved experts to nearest.
+    """
+    if layer.shape != own.shape[-2:]:
+        message = f"layer Hessian has shape {tuple(layer.shape)} for experts' {tuple(own.shape)}; "
+        raise ShapeError(message + f"expected {tuple(own.shape[-2:])}. Accumulate both from inputs of the same width.")
+    if not 0 <= n0 < float("inf"):
+        raise SettingError(f"n0 is {n0}; expected a finite number of tokens, 0 or more. Pass 0 for no blending.")
+    if n0 == 0:
+        return own.clone()
+    count = _per_matrix(tokens, own)
+    share = count / (count + n0)
+    return torch.where(share > 0, share * own, 0.0) + (1 - share) * layer
+
+
+def dampen(hessian: Tensor, dampening: float) -> Tensor:
+    """Return a copy with `dampening` of its mean diagonal added to the diagonal of each matrix (..., C, C)."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal += dampening * diagonal.mean(dim=-1, keepdim=True)
+    return damped
+
+
+def all_finite(matrices: Tensor) -> Tensor:
+    """Return a bool for each matrix (..., R, C): no NaN, no infinity. One pass, no temporary."""
+    low, high = matrices.flatten(-2).aminmax(dim=-1)
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def factorise(hessian: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
+    """Factorise the inverse of each dampened Hessian as U^T U.
+
+    Parameters
+    ----------
+    hessian : float32 tensor, shape (E, C, C)
+        Without dampening; only the lower triangle is read.
+    dampening : float
+        Fraction of the mean diagonal that is added to the diagonal ("percdamp" in GPTQ).
+
+    Returns
+    -------
+    factor : float32 tensor, shape (E, C, C)
+        U, upper triangular. The identity where `info` is not 0.
+    info : int32 tensor, shape (E,), on the CPU
+        0, or `NOT_FINITE`, or the order of the minor, counted from the last column, that is not positive definite.
+
+    Notes
+    -----
+    One matrix at a time, so that none depends on its neighbours and only one copy is alive. O(E C^3). Departs from GPTQ
+    (arXiv:2210.17323), which inverts and factorises again: with both axes reversed, H = L L^T gives U as the inverse of
+    L reversed back, one Cholesky and one triangular solve: faster, no less accurate.
+    """
+    columns = hessian.shape[-1]
+    factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    info = torch.zeros(len(hessian), dtype=torch.int32)
+    with full_float32():
+        for index, matrix in enumerate(hessian):
+            upper, info[index] = _factorise_one(matrix, dampening)
+            if info[index] == 0:
+                factor[index] = upper
+            else:
+                factor[index] = torch.eye(columns, device=hessian.device)
+    return factor, info
+
+
+def _factorise_one(matrix: Tensor, dampening: float) -> tuple[Tensor, int]:
+    """Return the upper factor of one (C, C) matrix and its info; the factor is meaningless where info is not 0."""
+    if not all_finite(matrix):
+        return matrix, NOT_FINITE
+    lower, info = torch.linalg.cholesky_ex(dampen(matrix, dampening).mT.flip(0, 1))
+    if info.item() != 0:
+        return lower, int(info.item())
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
+    if not all_finite(inverse):
+        return inverse, NOT_FINITE
+    return inverse.flip(0, 1), 0
+
+
+def _per_matrix(tokens: Tensor | int, hessian: Tensor) -> Tensor:
+    """Return token counts as float32, shaped to multiply Hessians (..., C, C)."""
+    count = torch.as_tensor(tokens, dtype=torch.float32, device=hessian.device)
+    if count.shape != hessian.shape[:-2]:
+        message = f"tokens has shape {tuple(count.shape)} for Hessians {tuple(hessian.shape)}; "
+        raise ShapeError(message + f"expected {tuple(hessian.shape[:-2])}. Pass one count for each expert.")
+    return count[..., None, None]

@@ -1,0 +1,143 @@
+"""Activations of all samples in one CPU tensor, addressed by sample and by expert.
+
+QMoE, section 3.1: layer after layer is calibrated on all samples, so the activations between two blocks must be kept,
+and each expert gathers its own tokens from among all of them. One big buffer makes both a slice or an index. With
+samples of equal length, sample i is rows [i * tokens, (i + 1) * tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+from qmoe_lite.errors import FormatError, ShapeError
+
+_CHUNK = 1 << 26  # bytes copied or compressed at a time
+
+
+class ListBuffer:
+    """One row of activations for each token of each sample.
+
+    Parameters
+    ----------
+    samples, tokens, width : int
+        Samples, tokens of each, values of a token.
+    dtype : torch dtype
+        float32, or bfloat16 at half the memory.
+    file : path, optional
+        Keep the buffer in this file, mapped into memory, instead of in RAM.
+    """
+
+    def __init__(
+        self, samples: int, tokens: int, width: int, dtype: torch.dtype = torch.float32, file: Path | None = None
+    ) -> None:
+        size = samples * tokens * width
+        if file is None:
+            flat = torch.empty(size, dtype=dtype)
+        else:
+            flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
+        self.rows = flat.view(samples * tokens, width)
+        self._samples = flat.view(samples, tokens, width)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.numel() * self.rows.element_size()
+
+    def read(self, samples: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give some samples' activations, shape (samples, tokens, width); a copy unless the dtypes agree."""
+        return self._samples[samples].to(dtype)
+
+    def write(self, samples: slice, values: Tensor) -> None:
+        """Store some samples' activations, shape (samples, tokens, width)."""
+        if values.shape != self._samples[samples].shape:
+            raise ShapeError(f"values {tuple(values.shape)} do not fit {tuple(self._samples[samples].shape)}.")
+        self._samples[samples] = values.to(self.rows.dtype)
+
+    def gather(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give the activations of some tokens, by row number; shape (len(rows), width)."""
+        return self.rows[rows].to(dtype)
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """Add to the activations of some tokens; no row may occur twice."""
+        self.rows[rows] = (self.rows[rows].float() + values).to(self.rows.dtype)
+
+    def save(self, file: Path) -> None:
+        """Write all rows, compressed by zstandard, to a file object's path (no rename, no fsync)."""
+        flat = self.rows.view(torch.uint8).view(-1)
+        with file.open("wb") as raw, zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(raw) as out:
+            for start in range(0, len(flat), _CHUNK):
+                out.write(flat[start : start + _CHUNK].numpy())
+
+    def load(self, file: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FormatError
+            The file is damaged or holds another number of bytes.
+        """
+        flat = self.rows.view(torch.uint8).view(-1).numpy()
+        filled = 0
+        try:
+            with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as source:
+                while piece := source.read(_CHUNK):
+                    if filled + len(piece) > len(flat):
+                        break
+                    flat[filled : filled + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+                    filled += len(piece)
+                else:
+                    if filled == len(flat):
+                        return
+        except zstandard.ZstdError as error:
+            raise FormatError(f"{file} is damaged ({error}). Begin anew with --restart.") from error
+        raise FormatError(f"{file} holds other activations than this run needs. Begin anew with --restart.")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which tokens each expert gets.
+
+    Attributes
+    ----------
+    rows : int64 tensor
+        Row numbers of the tokens, grouped by expert, ascending within an expert.
+    weights : float32 tensor
+        Routing weight of each of them.
+    bounds : list of int, length experts + 1
+        Expert e owns entries [bounds[e], bounds[e + 1]).
+    """
+
+    rows: Tensor
+    weights: Tensor
+    bounds: list[int]
+
+    @classmethod
+    def of(cls, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Assignment:
+        """Group tokens by expert.
+
+        Parameters
+        ----------
+        top_k_index : integer tensor, shape (T, K)
+            Experts of each token; -1 where a token was dropped.
+        top_k_weights : float tensor, shape (T, K)
+        experts : int
+        """
+        flat = top_k_index.reshape(-1).long()
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat + 1, minlength=experts + 1)
+        bounds = torch.cumsum(counts, 0).tolist()
+        rows = torch.div(order, top_k_index.shape[1], rounding_mode="floor")
+        return cls(rows, top_k_weights.reshape(-1)[order].float(), bounds)
+
+    def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Row numbers and routing weights of one expert's tokens."""
+        span = slice(self.bounds[expert], self.bounds[expert + 1])
+        return self.rows[span], self.weights[span]

@@ -1,0 +1,127 @@
+"""What a compression did to each layer, and what it left on disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qmoe_lite.checkpoint import EXPERTS, Checkpoint
+
+FILE_NAME = "qmoe_report.json"
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """One projection of one sparse layer, all experts.
+
+    Attributes
+    ----------
+    layer, projection : str
+        Name of the experts module; wi, wo, ..
+    experts, rows, columns : int
+    bits_per_weight : float
+        Codes, row lengths, levels, offsets and checksums, as stored.
+    code_bits_per_weight : float
+        Codes alone.
+    zeros : float
+        Share of zero digits.
+    error : float
+        Mean over experts of tr((W-Q) H (W-Q)^T) / tr(W H W^T).
+    hessian_classes : dict
+        How many experts were rounded with their own Hessian ("own"), with more dampening ("dampened"), with the
+        layer's Hessian mixed in ("blended"), or to nearest ("nearest").
+    tokens : list of int
+        Calibration tokens behind each expert's Hessian.
+    """
+
+    layer: str
+    projection: str
+    experts: int
+    rows: int
+    columns: int
+    bits_per_weight: float
+    code_bits_per_weight: float
+    zeros: float
+    error: float
+    hessian_classes: dict[str, int]
+    tokens: list[int]
+
+    @property
+    def weights(self) -> int:
+        return self.experts * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compress` did.
+
+    Attributes
+    ----------
+    model : str
+    settings : dict
+        Every setting, defaults included.
+    projections : list of ProjectionReport
+    held_out_error : dict, experts module name to float
+        Relative squared error of the experts' outputs on validation tokens, which no Hessian saw.
+    degraded : list of str
+        What was done less well than asked for, in words.
+    sizes : dict
+        expert_bytes, other_bytes, dense_expert_bytes, dense_other_bytes.
+    seconds : float
+    """
+
+    model: str
+    settings: dict[str, Any]
+    projections: list[ProjectionReport]
+    held_out_error: dict[str, float]
+    degraded: list[str]
+    sizes: dict[str, int]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def expert_weights(self) -> int:
+        return sum(p.weights for p in self.projections)
+
+    @property
+    def matrices(self) -> int:
+        return sum(p.experts for p in self.projections)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of all expert tensors, read from the files, over the number of expert weights."""
+        return 8 * self.sizes["expert_bytes"] / self.expert_weights
+
+    @property
+    def zeros(self) -> float:
+        return sum(p.zeros * p.weights for p in self.projections) / self.expert_weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        totals = {
+            "bits_per_weight": self.bits_per_weight,
+            "zeros": self.zeros,
+            "expert_weights": self.expert_weights,
+            "matrices": self.matrices,
+        }
+        return {"totals": totals, **asdict(self)}
+
+
+def stored_bytes(directory: Path) -> tuple[int, int]:
+    """Add up the tensors in a model's files.
+
+    Returns
+    -------
+    experts, others : int
+        Bytes of the expert tensors and of all others.
+    """
+    checkpoint = Checkpoint(directory)
+    experts = others = 0
+    for name in checkpoint.names:
+        tensor = checkpoint.tensor(name)
+        if EXPERTS in name:
+            experts += tensor.nbytes
+        else:
+            others += tensor.nbytes
+    return experts, others

@@ -1,0 +1,55 @@
+"""Seeds, a compilation cache per state of the sources, and small models that several test files use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_sources = sorted([*(ROOT / "qmoe_lite").glob("*.py"), *(ROOT / "cuda").glob("*.py")])
+_state = hashlib.sha256(b"".join(p.read_bytes() for p in _sources)).hexdigest()[:16]
+# numba's cache does not notice an edit in an imported helper: one folder for each state of the sources
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qmoe-numba-{os.getuid()}-{_state}"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import tiny  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(tiny.make_text(seed=0, words=4000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def switch(tmp_path_factory, tokenizer):
+    """A random Switch, every second block sparse, whose experts matter: see tiny.make_switch."""
+    return tiny.make_switch(tmp_path_factory.mktemp("switch") / "model", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory, switch, text_file):
+    """The same model, compressed with calibration; the report beside it."""
+    from qmoe_lite import compress
+
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    report = compress(switch, out, calibration=text_file, samples=24, sequence_length=32, validation_samples=2)
+    return out, report

@@ -1,0 +1,95 @@
+"""Slow references for the codec: Tunstall in fractions, the stream bit by bit, the product weight by weight."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+ALPHABETS = {3: (-1, 0, 1), 4: (0, 1, 2, 3)}
+LONGEST = {3: 84, 4: 63}
+
+
+def tunstall(counts, bits):
+    """Digit strings (tuples) by code: split the most probable leaf until no further split fits 2**bits leaves."""
+    alphabet = ALPHABETS[len(counts)]
+    counts = [max(count, 1) for count in counts]
+    shares = {digit: Fraction(count, sum(counts)) for digit, count in zip(alphabet, counts, strict=True)}
+    leaves = {(): Fraction(1)}
+    while len(leaves) + len(alphabet) - 1 <= 2**bits:
+        open_leaves = [
+            leaf for leaf in leaves if len(leaf) < LONGEST[len(counts)] and sum(digit != 0 for digit in leaf) < 7
+        ]
+        if not open_leaves:
+            break
+        best = min(open_leaves, key=lambda leaf: (-leaves[leaf], len(leaf), leaf))
+        probability = leaves.pop(best)
+        for digit in alphabet:
+            leaves[(*best, digit)] = probability * shares[digit]
+    return sorted(leaves)
+
+
+def entry(string, n_digits):
+    """Table entry of a digit string, byte by byte."""
+    slot = {3: {1: 0, -1: 1}, 4: {1: 0, 2: 1, 3: 2}}[n_digits]
+    content = [len(string)] + [n_digits * i + slot[digit] for i, digit in enumerate(string) if digit != 0]
+    content += [n_digits - 1] * (8 - len(content))
+    return sum(byte << (8 * i) for i, byte in enumerate(content))
+
+
+def begins_alike(a, b):
+    """Whether the shorter list is how the longer one begins."""
+    shorter = min(len(a), len(b))
+    return a[:shorter] == b[:shorter]
+
+
+def encode(digits, strings, bits):
+    """Codes (bytes) and codewords per row: at each place the one string that fits; at the end the first that would."""
+    stream, row_codewords = [], []
+    for row in digits.tolist():
+        place, count = 0, 0
+        while place < len(row):
+            code = next(i for i, string in enumerate(strings) if begins_alike(row[place:], list(string)))
+            stream += [(code >> i) & 1 for i in range(bits)]
+            place += len(strings[code])
+            count += 1
+        row_codewords.append(count)
+    stream += [0] * (-len(stream) % 8)
+    codes = [sum(stream[8 * i + j] << j for j in range(8)) for i in range(len(stream) // 8)]
+    return bytes(codes) + bytes(8), row_codewords
+
+
+def decode(codes, row_codewords, strings, bits, columns):
+    """Digits, list of rows, cut at the width."""
+    stream = [(byte >> j) & 1 for byte in codes for j in range(8)]
+    rows, place = [], 0
+    for count in row_codewords:
+        row = []
+        for _ in range(count):
+            row += strings[sum(stream[place + j] << j for j in range(bits))]
+            place += bits
+        rows.append(row[:columns])
+    return rows
+
+
+def dequantize(digits, levels):
+    """Float64 matrix; levels (R, 1), (R, 2) for ternary or (R, 3) for two-bit digits."""
+    dense = np.zeros(digits.shape)
+    for row in range(digits.shape[0]):
+        own = [float(level) for level in levels[row]]
+        value = {1: {1: own[0], -1: -own[0]}, 2: {-1: own[0], 1: own[-1]}, 3: dict(enumerate(own, 1))}[len(own)]
+        for column in range(digits.shape[1]):
+            digit = int(digits[row, column])
+            dense[row, column] = value[digit] if digit else 0.0
+    return dense
+
+
+def matmul(digits, levels, x):
+    """y (T, R) in float64, one product at a time."""
+    dense = dequantize(digits, levels)
+    y = np.zeros((len(x), len(dense)))
+    for token in range(len(x)):
+        for row in range(len(dense)):
+            for column in range(dense.shape[1]):
+                y[token, row] += dense[row, column] * float(x[token, column])
+    return y

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import time
+
+import naive_codec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmoe_lite.codebook import MAX_WEIGHTS, Codebook
+from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, SettingError, ShapeError
+
+COUNTS = [
+    [115, 1770, 115],
+    [1, 1, 1],
+    [0, 1, 0],
+    [5, 0, 0],
+    [0, 0, 3],
+    [300, 10**12, 7],
+    [9, 1, 90],
+    [885, 50, 40, 25],
+    [1, 1, 1, 1],
+    [0, 0, 0, 9],
+    [10**9, 0, 1, 3],
+]
+
+
+def draw_digits(rng, shares, shape):
+    shares = np.asarray(shares, dtype=float)
+    lowest = -1 if len(shares) == 3 else 0
+    return (rng.choice(len(shares), size=shape, p=shares / shares.sum()) + lowest).astype(np.int8)
+
+
+def ternary_counts(zeros):
+    return [round((1 - zeros) * 5e5), round(zeros * 1e6), round((1 - zeros) * 5e5)]
+
+
+def strings_of(codebook):
+    """Digit strings read back from the table."""
+    digit_of_slot = {3: [1, -1], 4: [1, 2, 3]}[codebook.digits]
+    strings = []
+    for entry in codebook.table.tolist():
+        content = entry.to_bytes(8, "little")
+        string = [0] * content[0]
+        for field in content[1:]:
+            if field != codebook.digits - 1:
+                string[field // codebook.digits] = digit_of_slot[field % codebook.digits]
+        strings.append(tuple(string))
+    return strings
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_table_equals_the_fraction_built_one(counts):
+    codebook = Codebook.fit(counts, bits=8)
+    expected = [naive_codec.entry(string, len(counts)) for string in naive_codec.tunstall(counts, 8)]
+    assert codebook.table[: len(expected)].tolist() == expected
+    assert (codebook.table[len(expected) :] & np.uint64(255) == 0).all()
+    assert codebook.table.dtype == np.uint64 and len(codebook.table) == 256
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=3, max_size=4).filter(any))
+@settings(max_examples=15, deadline=None)
+def test_any_counts_give_the_fraction_built_strings(counts):
+    strings = naive_codec.tunstall(counts, 8)
+    assert strings_of(Codebook.fit(counts, bits=8))[: len(strings)] == strings
+
+
+@pytest.mark.parametrize("bits", [8, 9, 10, 11, 12])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_strings_are_sorted_prefix_free_complete_and_within_the_limits(counts, bits):
+    codebook = Codebook.fit(counts, bits)
+    strings = [string for string in strings_of(codebook) if string]
+    assert strings == sorted(strings)
+    assert not any(b[: len(a)] == a for a, b in itertools.pairwise(strings))
+    longest = max(len(string) for string in strings)
+    assert sum(codebook.digits ** (longest - len(string)) for string in strings) == codebook.digits**longest
+    assert longest <= MAX_WEIGHTS[codebook.digits]
+    nonzeros = max(sum(digit != 0 for digit in string) for string in strings)
+    assert nonzeros == codebook.max_nonzeros <= 7
+    assert 0 <= 2**bits - len(strings) < codebook.digits - 1
+
+
+@pytest.mark.parametrize(("bits", "rate"), [(8, 0.701), (10, 0.663)])
+def test_rates_of_the_notes_come_out(bits, rate):
+    counts = ternary_counts(0.885)
+    codebook = Codebook.fit(counts, bits)
+    digits = draw_digits(np.random.default_rng(1), counts, (100, 14336))
+    assert abs(codebook.expected_bits_per_weight() - rate) < 0.005
+    assert abs(codebook.rate(digits) - rate) < 0.005
+
+
+def test_expected_bits_per_weight_equals_measured_ones_for_two_bit_digits():
+    counts = [700, 50, 200, 50]
+    digits = draw_digits(np.random.default_rng(2), counts, (100, 5000))
+    codebook = Codebook.fit(counts)
+    assert codebook.rate(digits) == pytest.approx(codebook.expected_bits_per_weight(), rel=0.01)
+
+
+def test_expected_bits_per_weight_of_zeros_only_is_one_code_for_the_longest_string():
+    codebook = Codebook.fit([0, 10**9, 0], bits=8)
+    assert codebook.expected_bits_per_weight() == pytest.approx(8 / 84)
+
+
+def test_twelve_bits_take_less_than_0_3_seconds():
+    started = time.perf_counter()
+    codebook = Codebook.fit([3_450_001_151, 53_100_017_700, 3_450_001_150], bits=12)
+    assert codebook.table.any() and codebook.automaton
+    assert time.perf_counter() - started < 0.3
+
+
+def test_table_has_the_bytes_of_version_one():
+    assert Codebook.fit([115, 1770, 115]).to_config()["sha256"] == (
+        "0b0f6eea81f93a6e14352155386bf9e803889f58e178500551a788b7ee8714fe"
+    )
+    assert Codebook.fit([885, 50, 40, 25], bits=8).to_config()["sha256"] == (
+        "4d74ff255c5222e18f8b4a3650f5093bb68d525e44577d903268891bfd26d539"
+    )
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_config_round_trip_gives_an_equal_codebook(counts):
+    codebook = Codebook.fit(counts, bits=9)
+    again = Codebook.from_config(codebook.to_config())
+    assert again == codebook and hash(again) == hash(codebook)
+    assert (again.table == codebook.table).all()
+    assert eval(repr(codebook)) == codebook
+
+
+def test_codebooks_differ_by_counts_and_by_bits():
+    assert Codebook.fit([1, 2, 1]) != Codebook.fit([2, 4, 2]) != Codebook.fit([2, 4, 2], bits=8)
+
+
+def test_copies_and_pickles_are_equal_and_read_only():
+    codebook = Codebook.fit([1, 8, 1], bits=8)
+    assert codebook.table.any()
+    for again in (copy.deepcopy(codebook), pickle.loads(pickle.dumps(codebook))):
+        assert again == codebook
+        with pytest.raises(ValueError, match="read-only"):
+            again.table[0] = 0
+    with pytest.raises(AttributeError):
+        codebook.bits = 9
+
+
+def test_numpy_counts_become_ints():
+    codebook = Codebook.fit(np.array([1, 8, 1]), bits=np.int64(8))
+    assert (
+        codebook == Codebook.fit([1, 8, 1], bits=8) and type(codebook.counts[0]) is int and type(codebook.bits) is int
+    )
+
+
+@pytest.mark.parametrize(
+    "counts", [[], [1, 2], [1] * 5, [0, 0, 0], [-1, 5, 1], [1.0, 2, 3], ["1", 2, 3], [1 << 63, 1, 1]]
+)
+def test_unusable_counts_are_refused(counts):
+    with pytest.raises(CodebookError, match=r"counts .*expected"):
+        Codebook.fit(counts)
+
+
+@pytest.mark.parametrize("bits", [7, 13, 16, 0, -8, 10.0, "10", None])
+def test_bits_out_of_range_are_refused(bits):
+    with pytest.raises(SettingError, match="8 to 12"):
+        Codebook.fit([1, 8, 1], bits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": "0" * 64},
+        {"sha256": None},
+        {"counts": [1, 9, 1]},
+        {"counts": [1, 8]},
+        {"counts": 5},
+        {"counts": [1, 8.5, 1]},
+        {"bits": 9},
+        {"bits": 99},
+        {"bits": "8"},
+        {"kind": "huffman"},
+        {"kind": ["tunstall"]},
+    ],
+    ids=str,
+)
+def test_a_forged_config_is_a_format_error(change):
+    with pytest.raises(FormatError):
+        Codebook.from_config(Codebook.fit([1, 8, 1], bits=8).to_config() | change)
+
+
+@pytest.mark.parametrize("field", ["kind", "counts", "bits", "sha256"])
+def test_a_config_without_a_field_is_a_format_error(field):
+    config = Codebook.fit([1, 8, 1], bits=8).to_config()
+    del config[field]
+    with pytest.raises(FormatError, match=field):
+        Codebook.from_config(config)
+
+
+def test_rate_refuses_what_encode_refuses():
+    codebook = Codebook.fit([1, 8, 1], bits=8)
+    with pytest.raises(ShapeError):
+        codebook.rate(np.zeros(5, dtype=np.int8))
+    with pytest.raises(ShapeError):
+        codebook.rate(np.zeros((0, 5), dtype=np.int8))
+    with pytest.raises(DtypeError):
+        codebook.rate(np.zeros((2, 5)))
+    digits = np.zeros((3, 5), dtype=np.int8)
+    digits[1, 4] = 2
+    with pytest.raises(DigitError, match="2 at row 1, column 4"):
+        codebook.rate(digits)
+    assert Codebook.fit([8, 1, 1, 1], bits=8).rate(digits) > 0

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import dataclasses
+
+import naive_codec
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.codec import decode, encode, validate
+from qmoe_lite.errors import DigitError, DtypeError, FormatError, NotFiniteError, SettingError, ShapeError
+from qmoe_lite.packed import PackedMatrix
+
+TERNARY = Codebook.fit([115, 1770, 115], bits=8)
+TWO_BIT = Codebook.fit([885, 50, 40, 25], bits=8)
+
+
+def draw_digits(rng, shares, shape):
+    shares = np.asarray(shares, dtype=float)
+    lowest = -1 if len(shares) == 3 else 0
+    return (rng.choice(len(shares), size=shape, p=shares / shares.sum()) + lowest).astype(np.int8)
+
+
+def draw_levels(rng, rows, width, dtype=torch.float32):
+    return torch.from_numpy(rng.standard_normal((rows, width)).astype(np.float32)).to(dtype)
+
+
+def unchecked(packed, **changes):
+    """A copy as if read from a file: not yet validated."""
+    parts = {name: getattr(packed, name).clone() for name in ("codes", "row_codewords", "levels")} | changes
+    return dataclasses.replace(packed, **parts, _validated=False)
+
+
+def sample(rows=9, columns=100, codebook=TERNARY, seed=0):
+    rng = np.random.default_rng(seed)
+    digits = draw_digits(rng, codebook.counts, (rows, columns))
+    return digits, encode(digits, draw_levels(rng, rows, codebook.digits - 1), codebook)
+
+
+shares_strategy = st.one_of(
+    st.sampled_from([(0, 1, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1), (0, 9, 1), (1, 18, 1), (1, 0, 0, 0), (0, 1, 1, 1)]),
+    st.lists(st.integers(0, 100), min_size=3, max_size=4).filter(any),
+)
+
+
+@given(
+    shares=shares_strategy,
+    fitted=st.booleans(),
+    bits=st.sampled_from([8, 9, 10, 11, 12]),
+    rows=st.integers(1, 40),
+    columns=st.one_of(st.sampled_from([1, 2, 27, 28, 29, 63, 84, 85, 1000]), st.integers(1, 300)),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_decode_gives_back_what_was_encoded(shares, fitted, bits, rows, columns, seed):
+    rng = np.random.default_rng(seed)
+    digits = draw_digits(rng, shares, (rows, columns))
+    default = [115, 1770, 115] if len(shares) == 3 else [885, 50, 40, 25]
+    codebook = Codebook.fit(shares if fitted else default, bits)
+    levels = draw_levels(rng, rows, len(shares) - 1)
+    packed = encode(digits, levels, codebook)
+    decoded, decoded_levels = decode(packed)
+    assert packed.shape == digits.shape and decoded.dtype == torch.int8
+    assert (decoded.numpy() == digits).all() and torch.equal(decoded_levels, levels)
+    assert codebook.rate(digits) == packed.row_codewords.numpy().astype(int).sum() * bits / digits.size
+    validate(unchecked(packed))
+
+
+@pytest.mark.parametrize("counts", [[115, 1770, 115], [300, 400, 500], [885, 50, 40, 25], [1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("columns", [1, 27, 28, 29, 63, 1000])
+def test_bytes_equal_the_naive_encoders(counts, columns):
+    digits = draw_digits(np.random.default_rng(columns), counts, (5, columns))
+    digits[1], digits[2], digits[3] = 0, 1, (-1 if len(counts) == 3 else 3)
+    strings = naive_codec.tunstall(counts, 8)
+    ref_codes, ref_row_codewords = naive_codec.encode(digits, strings, 8)
+    packed = encode(digits, np.ones((5, len(counts) - 1), dtype=np.float32), Codebook.fit(counts, bits=8))
+    assert packed.codes.numpy().tobytes() == ref_codes
+    assert packed.row_codewords.tolist() == ref_row_codewords
+    assert naive_codec.decode(ref_codes, ref_row_codewords, strings, 8, columns) == digits.tolist()
+    assert decode(packed)[0].tolist() == digits.tolist()
+
+
+@pytest.mark.parametrize("bits", [9, 10, 11])
+def test_bit_stream_of_odd_widths_equals_the_naive_one(bits):
+    digits = draw_digits(np.random.default_rng(bits), [1, 6, 1], (3, 63))
+    strings = naive_codec.tunstall([1, 6, 1], bits)
+    ref_codes, ref_row_codewords = naive_codec.encode(digits, strings, bits)
+    packed = encode(digits, np.ones((3, 1), dtype=np.float32), Codebook.fit([1, 6, 1], bits))
+    assert packed.codes.numpy().tobytes() == ref_codes and packed.row_codewords.tolist() == ref_row_codewords
+
+
+@pytest.mark.parametrize("shares", [(0, 1, 0), (1, 0, 1), (1, 18, 1), (0, 1, 1, 1)], ids=str)
+def test_the_widest_row_survives(shares):
+    digits = draw_digits(np.random.default_rng(5), shares, (1, 65535))
+    codebook = TERNARY if len(shares) == 3 else TWO_BIT
+    packed = encode(digits, np.ones((1, len(shares) - 1), dtype=np.float32), codebook)
+    assert (decode(unchecked(packed))[0].numpy() == digits).all()
+
+
+def test_a_codeword_per_weight_still_counts_in_16_bits():
+    digits = np.ones((1, 65535), dtype=np.int8)
+    packed = encode(digits, np.ones((1, 1), dtype=np.float32), Codebook.fit([0, 10**15, 0], bits=8))
+    assert (decode(unchecked(packed))[0].numpy() == 1).all()
+
+
+def test_one_and_two_threads_give_the_same_bytes():
+    rng = np.random.default_rng(6)
+    digits = draw_digits(rng, TERNARY.counts, (203, 500))
+    levels = draw_levels(rng, 203, 2)
+    results = []
+    before = numba.get_num_threads()
+    for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
+        numba.set_num_threads(threads)
+        packed = encode(digits, levels, Codebook.fit(TERNARY.counts, bits=11))
+        results.append(
+            (packed.codes.numpy().tobytes(), packed.row_codewords.tolist(), packed.dense().numpy().tobytes())
+        )
+    numba.set_num_threads(before)
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("codebook", "width"), [(TERNARY, 1), (TERNARY, 2), (TWO_BIT, 3)], ids=["1", "2", "3"])
+def test_dense_is_each_level_cast(codebook, width, dtype):
+    rng = np.random.default_rng(7)
+    digits = draw_digits(rng, codebook.counts, (11, 63))
+    levels = draw_levels(rng, 11, width, torch.bfloat16)
+    packed = encode(torch.from_numpy(digits), levels, codebook)
+    dense = packed.dense(dtype)
+    assert dense.dtype == dtype and packed.levels.dtype == torch.bfloat16
+    expected = torch.from_numpy(naive_codec.dequantize(digits, levels.tolist())).to(dtype)
+    assert torch.equal(dense, expected)
+
+
+def test_sizes_count_codes_row_lengths_and_levels():
+    digits, packed = sample(rows=9, columns=100)
+    codewords = sum(packed.row_codewords.tolist())
+    assert packed.nbytes == codewords + 8 + 9 * 2 + 9 * 2 * 4
+    assert packed.bits_per_weight == 8 * packed.nbytes / 900
+    assert packed.shape == digits.shape and packed.device == torch.device("cpu")
+    assert torch.equal(packed.to("cpu").dense(), packed.dense())
+
+
+def test_input_of_any_strides_and_container_gives_the_same_bytes():
+    digits, packed = sample()
+    levels = packed.levels.numpy()
+    for other in (
+        np.asfortranarray(digits),
+        np.repeat(digits, 2, axis=1)[:, ::2],
+        digits[::-1][::-1],
+        torch.from_numpy(digits),
+    ):
+        assert torch.equal(encode(other, levels, TERNARY).codes, packed.codes)
+    digits.flags.writeable = levels.flags.writeable = False
+    assert torch.equal(encode(digits, levels, TERNARY).codes, packed.codes)
+
+
+def test_later_changes_of_the_levels_do_not_reach_the_packed_matrix():
+    levels = torch.ones(1, 2)
+    packed = encode(np.ones((1, 4), dtype=np.int8), levels, TERNARY)
+    levels[:] = 7
+    assert packed.levels.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("digits", "levels", "error"),
+    [
+        (np.zeros(4, np.int8), np.ones((4, 2), np.float32), ShapeError),
+        (np.zeros((0, 4), np.int8), np.ones((0, 2), np.float32), ShapeError),
+        (np.zeros((2, 0), np.int8), np.ones((2, 2), np.float32), ShapeError),
+        (np.zeros((1, 65536), np.int8), np.ones((1, 2), np.float32), ShapeError),
+        (np.zeros((2, 4), np.int8), np.ones((3, 2), np.float32), ShapeError),
+        (np.zeros((2, 4), np.int8), np.ones((2, 3), np.float32), ShapeError),
+        (np.zeros((2, 4), np.int8), np.ones(2, np.float32), ShapeError),
+        (np.zeros((2, 4), np.int16), np.ones((2, 2), np.float32), DtypeError),
+        (torch.zeros(2, 4, dtype=torch.bfloat16), np.ones((2, 2), np.float32), DtypeError),
+        ([[0, 1]], np.ones((1, 2), np.float32), DtypeError),
+        (np.zeros((2, 4), np.int8), np.ones((2, 2)), DtypeError),
+        (np.zeros((2, 4), np.int8), torch.ones(2, 2, dtype=torch.int32), DtypeError),
+        (np.zeros((2, 4), np.int8), [[1.0, 1.0]] * 2, DtypeError),
+        (np.full((2, 4), -2, np.int8), np.ones((2, 2), np.float32), DigitError),
+        (np.full((2, 4), 2, np.int8), np.ones((2, 2), np.float32), DigitError),
+        (np.zeros((2, 4), np.int8), np.float32([[1, 2], [np.nan, 1]]), NotFiniteError),
+        (np.zeros((2, 4), np.int8), np.float32([[1, 2], [np.inf, 1]]), NotFiniteError),
+        (torch.zeros(2, 4, dtype=torch.int8, device="meta"), np.ones((2, 2), np.float32), SettingError),
+        (np.zeros((2, 4), np.int8), torch.ones(2, 2, device="meta"), SettingError),
+    ],
+)
+def test_encode_refuses_what_it_cannot_write(digits, levels, error):
+    with pytest.raises(error, match=r"[.;]") as raised:
+        encode(digits, levels, TERNARY)
+    assert "\n" not in str(raised.value)
+
+
+def test_two_bit_codebook_refuses_negative_digits():
+    with pytest.raises(DigitError, match="-1 at row 0, column 2"):
+        encode(np.int8([[0, 3, -1]]), np.ones((1, 3), np.float32), TWO_BIT)
+
+
+def test_dense_of_an_integer_dtype_is_refused():
+    with pytest.raises(DtypeError):
+        sample()[1].dense(torch.int8)
+
+
+def test_a_matrix_elsewhere_is_refused_with_the_remedy():
+    packed = sample()[1].to("meta")
+    for use in (decode, validate, PackedMatrix.dense):
+        with pytest.raises(SettingError, match=r"packed\.to\('cpu'\)"):
+            use(packed)
+
+
+def forgeries(packed):
+    """Changes that make a sound matrix unsound, by name."""
+    counts = packed.row_codewords.numpy()
+    rows = len(counts)
+    shifted, joined = counts.copy(), counts.copy()
+    shifted[:2] += np.uint16([1, -1 % 65536])
+    joined[:2] = [0, counts[0] + counts[1]]
+    spare, levels = packed.codes.clone(), packed.levels.clone()
+    spare[-1] = 1
+    levels[3, 1] = float("nan")
+    return {
+        "truncated codes": {"codes": packed.codes[:-1]},
+        "codes too long": {"codes": torch.cat([packed.codes, torch.zeros(8, dtype=torch.uint8)])},
+        "no codes": {"codes": packed.codes[:0]},
+        "nonzero padding": {"codes": spare},
+        "one codeword too many": {"row_codewords": torch.from_numpy(counts + np.uint16(np.arange(rows) == 0))},
+        "rows shifted by a codeword": {"row_codewords": torch.from_numpy(shifted)},
+        "a row without codewords": {"row_codewords": torch.from_numpy(joined)},
+        "huge row lengths": {"row_codewords": torch.full((rows,), 65535, dtype=torch.uint16)},
+        "no rows": {"row_codewords": packed.row_codewords[:0], "levels": packed.levels[:0]},
+        "fewer row lengths": {"row_codewords": packed.row_codewords[:-1]},
+        "wider": {"columns": packed.columns + 84},
+        "narrower": {"columns": 1},
+        "no columns": {"columns": 0},
+        "too many columns": {"columns": 65536},
+        "levels of NaN": {"levels": levels},
+        "levels for two-bit digits": {"levels": torch.ones(rows, 3)},
+        "levels of one axis": {"levels": torch.ones(rows)},
+        "levels of float64": {"levels": packed.levels.double()},
+        "signed codes": {"codes": packed.codes.view(torch.int8)},
+        "signed row lengths": {"row_codewords": packed.row_codewords.view(torch.int16)},
+        "strided codes": {"codes": packed.codes.repeat_interleave(2)[::2]},
+    }
+
+
+@pytest.mark.parametrize("name", forgeries(sample()[1]))
+def test_a_forged_matrix_is_refused(name):
+    _, packed = sample()
+    validate(unchecked(packed))
+    damaged = unchecked(packed, **forgeries(packed)[name])
+    for use in (validate, decode, PackedMatrix.dense):
+        with pytest.raises(FormatError) as raised:
+            use(damaged)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_code_that_stands_for_nothing_is_refused():
+    _, packed = sample()
+    codes = packed.codes.clone()
+    codes[0] = 255
+    with pytest.raises(FormatError, match="row 0 uses a code that stands for nothing"):
+        validate(unchecked(packed, codes=codes))
+
+
+def test_set_bits_behind_the_last_codeword_are_refused():
+    rng = np.random.default_rng(3)
+    packed = encode(draw_digits(rng, [1, 8, 1], (1, 63)), draw_levels(rng, 1, 2), Codebook.fit([1, 8, 1], bits=9))
+    assert int(packed.row_codewords[0]) % 8, "the stream must end inside a byte"
+    codes = packed.codes.clone()
+    codes[-9] |= 128
+    with pytest.raises(FormatError, match="behind its last codeword"):
+        validate(unchecked(packed, codes=codes))
+
+
+@given(
+    codebook=st.sampled_from([TERNARY, TWO_BIT, Codebook.fit([1, 8, 1], bits=11)]),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4),
+    target=st.sampled_from(["codes", "row_codewords", "levels"]),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=150, deadline=None)
+def test_flipped_bytes_are_refused_or_decode_within_bounds(codebook, flips, target, seed):
+    _, packed = sample(rows=6, columns=61, codebook=codebook, seed=seed)
+    damaged = unchecked(packed)
+    content = getattr(damaged, target).view(torch.uint8).numpy().reshape(-1)
+    for place, mask in flips:
+        content[place % len(content)] ^= mask
+    try:
+        digits, _ = decode(damaged)
+    except FormatError:
+        return
+    assert digits.shape == (6, 61)
+    assert codebook.lowest_digit <= int(digits.min()) and int(digits.max()) < codebook.lowest_digit + codebook.digits
+    again = encode(digits, damaged.levels, codebook)
+    assert again.row_codewords.tolist() == damaged.row_codewords.tolist()

@@ -1,0 +1,128 @@
+"""Hessians: sums, means, blends, dampening and the factor of the inverse."""
+
+import naive_solver as naive
+import numpy as np
+import pytest
+import torch
+
+from qmoe_lite import hessian as hs
+from qmoe_lite.errors import DtypeError, SettingError, ShapeError
+
+
+def inputs(tokens, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+
+
+@pytest.mark.parametrize("columns", [1, 27, 28, 29, 63])
+def test_accumulate_adds_the_products_of_all_tokens(columns):
+    x = inputs(50, columns)
+    hessian = hs.new(columns)
+    for batch in (x[:7], x[7:7], x[7:]):
+        hs.accumulate(hessian, batch)
+    np.testing.assert_allclose(hessian.numpy(), naive.gram(x), rtol=2e-5, atol=1e-4 * hessian.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_accumulate_multiplies_in_float32_whatever_the_inputs(dtype):
+    x = inputs(40, 9).to(dtype).requires_grad_()
+    hessian = hs.new(9, experts=3)
+    hs.accumulate(hessian[1], x)
+    np.testing.assert_allclose(hessian[1].numpy(), naive.gram(x.detach().double().numpy()), rtol=1e-5, atol=1e-3)
+    assert not hessian[0].any()
+    assert not hessian[2].any()
+
+
+def test_accumulate_refuses_wrong_shapes_and_dtypes():
+    with pytest.raises(ShapeError, match=r"\(3, 3\) for inputs \(5, 4\)"):
+        hs.accumulate(hs.new(3), torch.zeros(5, 4))
+    with pytest.raises(ShapeError, match=r"\(2, 5, 4\)"):
+        hs.accumulate(hs.new(4), torch.zeros(2, 5, 4))
+    with pytest.raises(DtypeError, match="float64"):
+        hs.accumulate(hs.new(4).double(), torch.zeros(5, 4))
+    with pytest.raises(DtypeError, match="int64"):
+        hs.accumulate(hs.new(4), torch.zeros(5, 4, dtype=torch.int64))
+
+
+def test_lower_precision_is_off_inside_and_restored_outside():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        before = [backend.fp32_precision for backend in backends]
+        assert "ieee" not in before
+        with hs.full_float32():
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+        assert [backend.fp32_precision for backend in backends] == before
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_mean_divides_by_the_tokens_and_leaves_none_at_zero():
+    total = torch.stack((torch.eye(4) * 6, torch.zeros(4, 4)))
+    result = hs.mean(total, torch.tensor([3, 0]))
+    assert torch.equal(result, torch.stack((torch.eye(4) * 2, torch.zeros(4, 4))))
+    assert torch.equal(hs.mean(total[0], 2), torch.eye(4) * 3)
+    with pytest.raises(ShapeError, match="tokens"):
+        hs.mean(total, torch.tensor([3]))
+
+
+def test_blend_weighs_by_tokens():
+    own, layer = torch.full((3, 2, 2), 1.0), torch.full((2, 2), 5.0)
+    own[0] = torch.nan
+    blended = hs.blend(own, layer, torch.tensor([0, 30, 10]), 10)
+    assert torch.equal(blended[0], layer)
+    assert torch.equal(blended[1], torch.full((2, 2), 2.0))
+    assert torch.equal(blended[2], torch.full((2, 2), 3.0))
+    assert torch.equal(hs.blend(own[1], layer, 30, 10), blended[1])
+    assert torch.equal(hs.blend(own[1:], layer, torch.tensor([0, 4]), 0), own[1:])
+
+
+def test_blend_refuses_a_bad_n0_and_a_layer_of_another_width():
+    with pytest.raises(SettingError, match="-1"):
+        hs.blend(torch.eye(2), torch.eye(2), 1, -1)
+    with pytest.raises(SettingError, match="nan"):
+        hs.blend(torch.eye(2), torch.eye(2), 1, float("nan"))
+    with pytest.raises(ShapeError, match=r"\(3, 3\)"):
+        hs.blend(torch.eye(2), torch.eye(3), 1, 1)
+
+
+def test_dampen_adds_a_share_of_each_matrix_s_own_mean_diagonal():
+    group = torch.stack((torch.diag(torch.tensor([1.0, 3.0])), torch.ones(2, 2) * 8))
+    before = group.clone()
+    damped = hs.dampen(group, 0.5)
+    assert damped.tolist() == [[[2.0, 0.0], [0.0, 4.0]], [[12.0, 8.0], [8.0, 12.0]]]
+    assert torch.equal(group, before)
+    np.testing.assert_allclose(hs.dampen(group[0], 0.5).numpy(), naive.dampen(group[0].numpy(), 0.5))
+
+
+@pytest.mark.parametrize("columns", [1, 27, 28, 29, 63])
+def test_the_factor_is_the_upper_triangle_whose_square_is_the_inverse(columns):
+    hessian = torch.stack([torch.from_numpy(naive.gram(inputs(80, columns, seed))).float() for seed in (0, 1)])
+    factor, info = hs.factorise(hessian, 0.1)
+    assert info.tolist() == [0, 0]
+    for matrix, upper in zip(hessian, factor, strict=True):
+        assert torch.equal(upper, upper.triu())
+        product = upper.double().T @ upper.double() @ torch.from_numpy(naive.dampen(matrix.numpy(), 0.1))
+        np.testing.assert_allclose(product.numpy(), np.eye(columns), atol=1e-3)
+
+
+def test_a_bad_matrix_is_told_by_its_info_and_touches_no_neighbour():
+    good = torch.from_numpy(naive.gram(inputs(80, 29))).float()
+    indefinite, infinite, nan = -good, good.clone(), good.clone()
+    infinite[3, 3], nan[28, 0] = torch.inf, torch.nan
+    group = torch.stack((good, indefinite, good, torch.zeros(29, 29), infinite, nan, good))
+    factor, info = hs.factorise(group, 0.1)
+    assert [code != 0 for code in info.tolist()] == [False, True, False, True, True, True, False]
+    assert info[4:6].tolist() == [hs.NOT_FINITE] * 2
+    alone, _ = hs.factorise(good[None], 0.1)
+    for index in (0, 2, 6):
+        assert torch.equal(factor[index], alone[0])
+    for index in (1, 3, 4, 5):
+        assert torch.equal(factor[index], torch.eye(29))
+
+
+def test_a_singular_matrix_needs_dampening():
+    single_token = torch.ones(28, 28)
+    assert hs.factorise(single_token[None], 0.0)[1].item() != 0
+    assert hs.factorise(single_token[None], 0.1)[1].item() == 0
