@@ -63,6 +63,7 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
     result: dict[str, Any] = {}
     spans = {}
     experts, others = stored_bytes(source)
+    weights = reports["qmoe"].expert_weights
     for name, directory in (("dense", source), ("rtn", scratch / "rtn"), ("qmoe", scratch / "qmoe")):
         if show:
             _output.note(f"evaluating {name}")
@@ -76,7 +77,7 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
             "loss": found.loss,
             "tokens": found.tokens,
             "zeros": report.zeros if report else 0.0,
-            "bits_per_weight": report.bits_per_weight if report else 16.0,
+            "bits_per_weight": report.bits_per_weight if report else 8 * experts / weights,
             "expert_megabytes": (report.sizes["expert_bytes"] if report else experts) / 1e6,
             "model_megabytes": (sum(report.sizes[k] for k in ("expert_bytes", "other_bytes")) if report else experts + others)
             / 1e6,

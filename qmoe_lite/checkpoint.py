@@ -72,6 +72,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
+        self.checksums: dict[str, int] = {}
         try:
             self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         except OSError as error:
@@ -82,8 +83,10 @@ class Checkpoint:
             index = directory / f"{file_name}.index.json"
             if index.is_file():
                 try:
-                    self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                except (ValueError, KeyError) as error:
+                    content = json.loads(index.read_text(encoding="utf-8"))
+                    self._file_of: dict[str, str] = content["weight_map"]
+                    self.checksums = content.get("metadata", {}).get("crc32", {})
+                except (ValueError, KeyError, AttributeError, TypeError) as error:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
             if (directory / file_name).is_file():
@@ -144,13 +147,17 @@ class Checkpoint:
         except (SafetensorError, KeyError) as error:
             raise CheckpointError(f"{self.directory / self._file_of[name]} lacks {name}, which the index names.") from error
 
-    def metadata(self, file_name: str) -> dict[str, str]:
-        """Give the free-form header of a safetensors file."""
-        return (self._open(file_name).metadata() or {}) if self._kind == "safetensors" else {}
+    def check(self, name: str) -> None:
+        """Compare a tensor with the CRC-32 that `compress` put into the index.
 
-    def file_of(self, name: str) -> str:
-        """Tell which file holds a tensor."""
-        return self._file_of[name]
+        Raises
+        ------
+        FormatError
+            They differ, or there is none.
+        """
+        if self.checksums.get(name) != crc32(self.tensor(name)):
+            path = self.directory / self._file_of[name]
+            raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
 
     def fingerprint(self) -> str:
         """Hash the configuration and the names, sizes and times of the weight files."""
@@ -244,25 +251,12 @@ def _dump(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file crash-safely, with a CRC-32 of each tensor in its header."""
-    checksums = json.dumps({name: crc32(tensor) for name, tensor in tensors.items()})
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Write a safetensors file crash-safely; give the CRC-32 of each tensor."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda file: save_file(contiguous, file, {"format": "pt", "crc32": checksums}))
-
-
-def check_tensor(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
-    """Compare a tensor with the CRC-32 in its file's header.
-
-    Raises
-    ------
-    FormatError
-        They differ, or there is none.
-    """
-    file_name = checkpoint.file_of(name)
-    checksums = json.loads(checkpoint.metadata(file_name).get("crc32", "{}"))
-    if checksums.get(name) != crc32(tensor):
-        raise FormatError(f"{name} in {checkpoint.directory / file_name} is damaged (checksum). Fetch or make it again.")
+    # one key only: safetensors writes several in random order, and equal runs must give equal bytes
+    write_atomically(path, lambda file: save_file(contiguous, file, {"format": "pt"}))
+    return {name: crc32(tensor) for name, tensor in contiguous.items()}
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -2,61 +2,49 @@
 
 A Tunstall code grows from the empty string by replacing the most probable leaf by its one-digit extensions until the
 codes run out; the leaves are the codewords, so every row has exactly one reading. It is rebuilt exactly from the digit
-counts and the codeword bits, which is all that a checkpoint stores of it.
+counts and the codeword bits, which is all that a checkpoint stores of it. The paper's dictionary is fixed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.codewords import (
+    MAX_WEIGHTS,
+    PAPER_BITS,
+    PAPER_COUNTS,
+    ZERO_SYMBOL,
+    Automaton,
+    build_automaton,
+    mean_length,
+    paper_strings,
+    table_entry,
+    tunstall_strings,
+)
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
-
-MAX_WEIGHTS = {3: 84, 4: 63}  # per codeword, so that digits * position + slot fits a byte
-MAX_NONZEROS = 7  # per codeword, so that an entry fits its uint64
-_ZERO_SYMBOL = {3: 1, 4: 0}  # symbol = rank of the digit: -1, 0, +1 or 0, 1, 2, 3
-_SLOT_OF_SYMBOL = {3: (1, 2, 0), 4: (3, 0, 1, 2)}
-
-
-class Automaton(NamedTuple):
-    """The encoder's state machine: one step a digit, longest match first.
-
-    Attributes
-    ----------
-    next_state : int32 array, shape (states * digits,)
-        State after `state + symbol`; states are multiples of `digits`, the start is 0.
-    emitted : int32 array, shape (states * digits,)
-        Code that this step completes, or -1.
-    tail_code : int32 array, shape (states * digits,)
-        At `state`: lowest code whose string begins with what is pending at the row's end; -1 where nothing is.
-    """
-
-    next_state: NDArray[np.int32]
-    emitted: NDArray[np.int32]
-    tail_code: NDArray[np.int32]
 
 
 @dataclass(frozen=True, repr=False)
 class Codebook:
-    """The digit strings behind the codes; made by `Codebook.fit` and never changed.
+    """The digit strings behind the codes; made by `Codebook.fit` or `Codebook.paper`, never changed.
 
     Parameters
     ----------
     kind : str
-        "tunstall".
+        "tunstall" or "paper".
     counts : tuple of int
         Digit counts in ascending digit order: (n(-1), n(0), n(+1)) for ternary, (n(0), .., n(3)) for two-bit digits.
     bits : int
-        Bits of a codeword, 8 to 12.
+        Bits of a codeword: 8 to 12, the paper's 16.
 
     Notes
     -----
@@ -68,16 +56,22 @@ class Codebook:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.kind != "tunstall":
-            raise CodebookError(f'codebook kind is {self.kind!r}; expected "tunstall". Use Codebook.fit(counts).')
+        if self.kind not in ("tunstall", "paper"):
+            raise CodebookError(
+                f'codebook kind is {self.kind!r}; expected "tunstall" or "paper". Use Codebook.fit(counts).'
+            )
         object.__setattr__(self, "counts", _checked_counts(self.counts))
         try:
-            bits = operator.index(self.bits)
+            object.__setattr__(self, "bits", operator.index(self.bits))
         except TypeError as error:
             raise SettingError(f"bits is {self.bits!r}; expected an integer from 8 to 12.") from error
-        if not 8 <= bits <= 12:
-            raise SettingError(f"bits is {bits}; expected 8 to 12 (10 serves most models).")
-        object.__setattr__(self, "bits", bits)
+        if self.kind == "tunstall" and not 8 <= self.bits <= 12:
+            raise SettingError(f"bits is {self.bits}; expected 8 to 12 (10 serves most models).")
+        if self.kind == "paper" and (self.counts, self.bits) != (PAPER_COUNTS, PAPER_BITS):
+            raise CodebookError(
+                f"the paper's dictionary has counts {list(self.counts)} and {self.bits} bits; expected "
+                f"{list(PAPER_COUNTS)} and {PAPER_BITS}. Use Codebook.paper(), or fit a code to your counts."
+            )
 
     @classmethod
     def fit(cls, counts: Iterable[int], bits: int = 10) -> Codebook:
@@ -112,6 +106,23 @@ class Codebook:
         """
         return cls("tunstall", tuple(counts), bits)
 
+    @staticmethod
+    def paper() -> Codebook:
+        """Return the dictionary that the paper's checkpoints are coded with: 65,536 codewords of 16 bits.
+
+        Notes
+        -----
+        QMoE (arXiv:2310.16795), section 4: the most probable strings of 1 to 14 pairs of ternary digits where
+        P(0) = 0.885, numbered as published. Rows are matched greedily, pair by pair; the last pair of a row of odd
+        width ends in a zero beyond it. `counts` holds the nominal ones. Built once, in about a second.
+
+        Examples
+        --------
+        >>> round(Codebook.paper().expected_bits_per_weight(), 3)
+        0.735
+        """
+        return _paper()
+
     @property
     def digits(self) -> int:
         """Size of the alphabet: 3 (ternary) or 4 (two-bit)."""
@@ -120,7 +131,7 @@ class Codebook:
     @property
     def lowest_digit(self) -> int:
         """The alphabet's lowest digit: -1 or 0; the others follow without a gap."""
-        return -_ZERO_SYMBOL[self.digits]
+        return -ZERO_SYMBOL[self.digits]
 
     @cached_property
     def table(self) -> NDArray[np.uint64]:
@@ -130,39 +141,50 @@ class Codebook:
         position. Ternary slots: 0 = digit +1, 1 = digit -1, 2 = zero; two-bit slots 0 to 2 = digits 1 to 3, 3 = zero.
         An absent nonzero is the zero slot of position 0.
         """
-        table = np.full(1 << self.bits, _entry(b"", self.digits), dtype=np.uint64)
-        table[: len(self._strings)] = [_entry(string, self.digits) for string in self._strings]
+        table = np.full(1 << self.bits, table_entry(b"", self.digits), dtype=np.uint64)
+        table[: len(self._strings)] = [table_entry(string, self.digits) for string in self._strings]
         table.flags.writeable = False
         return table
 
     @cached_property
     def max_nonzeros(self) -> int:
         """Most nonzeros of a codeword: how many fields of an entry a kernel must look at."""
-        zero = _ZERO_SYMBOL[self.digits]
+        zero = ZERO_SYMBOL[self.digits]
         return max(len(string) - string.count(zero) for string in self._strings)
 
     @cached_property
     def automaton(self) -> Automaton:
         """The encoder's state machine."""
-        return _build_automaton(self._strings, self.digits)
+        return build_automaton(self._strings, self.digits)
 
     @cached_property
     def _strings(self) -> tuple[bytes, ...]:
         """The codewords' digit strings as symbols (rank of the digit), by code."""
-        return _tunstall_strings(self.counts, self.bits)
+        return paper_strings() if self.kind == "paper" else tunstall_strings(self.counts, self.bits)
 
-    def expected_bits_per_weight(self) -> float:
-        """Return the code bits per weight of a long row of independent digits that occur as `counts` says.
+    def expected_bits_per_weight(self, counts: Iterable[int] | None = None) -> float:
+        """Return the code bits per weight of a long row of independent digits that occur as often as `counts` says.
+
+        Parameters
+        ----------
+        counts : three or four int, optional
+            As for `fit`; by default the codebook's own.
+
+        Raises
+        ------
+        CodebookError
+            Counts that `fit` would refuse, or of another alphabet.
 
         Notes
         -----
         Codes only: no row lengths, no levels, no tail. bits / (mean weights of a codeword).
         """
-        total = sum(self.counts)
-        shares = np.array([count / total for count in self.counts])
-        uses = np.array([[string.count(symbol) for symbol in range(self.digits)] for string in self._strings])
-        mean_length = float((np.prod(shares**uses, axis=1) * uses.sum(axis=1)).sum())
-        return self.bits / mean_length
+        own = self.counts if counts is None else _checked_counts(counts)
+        if len(own) != self.digits:
+            raise CodebookError(f"counts has {len(own)} numbers; expected {self.digits}, one a digit of the codebook.")
+        total = sum(own)
+        shares = np.array([count / total for count in own])
+        return self.bits / mean_length(self._strings, shares, whole=self.kind == "tunstall")
 
     def rate(self, digits: NDArray[np.int8]) -> float:
         """Return the code bits per weight that encoding `digits` would take, without encoding them.
@@ -223,6 +245,8 @@ class Codebook:
             raise FormatError(f"codebook config is unusable: {error}; expected kind, counts, bits, sha256.") from error
         except QMoEError as error:
             raise FormatError(f"codebook config is unusable: {error}") from error
+        if codebook.kind == "paper":
+            codebook = cls.paper()
         if codebook._sha256 != expected:
             raise FormatError(
                 f"{codebook!r} has a table with sha256 {codebook._sha256}; the file says {expected}. "
@@ -235,10 +259,15 @@ class Codebook:
         return hashlib.sha256(self.table.astype("<u8").tobytes()).hexdigest()
 
     def __repr__(self) -> str:
-        return f"Codebook.fit({list(self.counts)}, bits={self.bits})"
+        return "Codebook.paper()" if self.kind == "paper" else f"Codebook.fit({list(self.counts)}, bits={self.bits})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Codebook, (self.kind, self.counts, self.bits)
+        return (_paper, ()) if self.kind == "paper" else (Codebook, (self.kind, self.counts, self.bits))
+
+
+@cache
+def _paper() -> Codebook:
+    return Codebook("paper", PAPER_COUNTS, PAPER_BITS)
 
 
 def _checked_counts(counts: Iterable[Any]) -> tuple[int, ...]:
@@ -251,54 +280,6 @@ def _checked_counts(counts: Iterable[Any]) -> tuple[int, ...]:
     if min(checked) < 0 or not 0 < sum(checked) < 1 << 63:
         raise CodebookError(f"counts is {list(checked)}; expected none negative, a sum from 1 to 2**63 - 1.")
     return checked
-
-
-def _tunstall_strings(counts: tuple[int, ...], bits: int) -> tuple[bytes, ...]:
-    """Leaves of the Tunstall tree in lexicographic order."""
-    shares = [max(count, 1) for count in counts]
-    digits, total = len(counts), sum(shares)
-    deepest, zero = MAX_WEIGHTS[digits], _ZERO_SYMBOL[digits]
-    # a leaf's weight = its probability times total**deepest: an exact integer, so order never depends on rounding
-    heap: list[tuple[int, int, bytes]] = [(-(total**deepest), 0, b"")]
-    finished: list[bytes] = []
-    while heap and len(heap) + len(finished) + digits - 1 <= 1 << bits:
-        weight, length, string = heapq.heappop(heap)
-        if length == deepest or length - string.count(zero) == MAX_NONZEROS:
-            finished.append(string)
-            continue
-        for symbol, share in enumerate(shares):
-            heapq.heappush(heap, (weight // total * share, length + 1, string + bytes([symbol])))
-    return tuple(sorted(finished + [string for _, _, string in heap]))
-
-
-def _entry(string: bytes, digits: int) -> int:
-    """Table entry of a digit string."""
-    zero, slots = _ZERO_SYMBOL[digits], _SLOT_OF_SYMBOL[digits]
-    fields = [digits * i + slots[symbol] for i, symbol in enumerate(string) if symbol != zero]
-    fields += [digits - 1] * (MAX_NONZEROS - len(fields))
-    return int.from_bytes(bytes([len(string), *fields]), "little")
-
-
-def _build_automaton(strings: tuple[bytes, ...], digits: int) -> Automaton:
-    """State machine of a prefix-free, complete code: inner nodes of its tree are the states."""
-    states: dict[bytes, int] = {b"": 0}
-    for string in strings:
-        for end in range(1, len(string)):
-            states.setdefault(string[:end], digits * len(states))
-    next_state = np.zeros(digits * len(states), dtype=np.int32)
-    emitted = np.full_like(next_state, -1)
-    tail_code = np.full_like(next_state, -1)
-    for code, string in enumerate(strings):
-        for end in range(len(string)):
-            state = states[string[:end]]
-            if end and tail_code[state] < 0:
-                tail_code[state] = code
-            step = state + string[end]
-            if end + 1 == len(string):
-                emitted[step] = code
-            else:
-                next_state[step] = states[string[: end + 1]]
-    return Automaton(next_state, emitted, tail_code)
 
 
 @njit(parallel=True, cache=True, fastmath=False)

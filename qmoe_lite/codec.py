@@ -1,4 +1,4 @@
-"""Digits to codewords and back: encode, decode, decode_dense, validate.
+"""Digits to codewords and back: encode, decode, decode_dense.
 
 A row's codewords are found by one walk of the codebook's automaton (C steps); decoding costs one table look-up a
 codeword and one store a nonzero. Floor: C bytes of digits in or out, about C/12 bytes of codes.
@@ -13,21 +13,15 @@ import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite._stream import PADDING_BYTES, load_word, row_starts, stream_bytes
 from qmoe_lite._words import entry_field, entry_length, field_position, field_slot
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.errors import DtypeError, FormatError, NotFiniteError, SettingError, ShapeError
-from qmoe_lite.packed import PADDING_BYTES, PackedMatrix
+from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
+from qmoe_lite.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
+from qmoe_lite.validation import prepare
 
-MAX_COLUMNS = 65535  # a row's codewords are counted in 16 bits
-LEVEL_COUNTS = {3: (1, 2), 4: (3,)}
 _FIELD_COUNTS = (2, 3, 4, 7)  # nonzeros a codeword that kernels are compiled for: each costs seconds once
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: a store copies a bit pattern
-_FAULTS = {
-    1: "uses a code that stands for nothing",
-    2: "ends before the matrix's width",
-    3: "has codewords beyond the matrix's width",
-}
 
 
 def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
@@ -41,6 +35,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
         Ternary: L = 2, the row's value of -1 and of +1, or L = 1, symmetric: -l and l. Two-bit: L = 3, the values of
         1, 2 and 3. Digit 0 is always exactly 0. The dtype is kept.
     codebook : Codebook
+        From `Codebook.fit` or `Codebook.paper`.
 
     Returns
     -------
@@ -63,7 +58,8 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     Notes
     -----
     O(R C), the same bytes for any thread count. QMoE (arXiv:2310.16795), section 4.2; departs from it in the codebook
-    (see `Codebook.fit`), in the codewords' width, and in storing row lengths (16 bits) for row offsets (32 bits).
+    (see `Codebook.fit`; `Codebook.paper` gives the paper's codes), and in storing row lengths (16 bits) for row
+    offsets (32 bits).
 
     Examples
     --------
@@ -86,12 +82,12 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     if not torch.isfinite(levels_tensor).all():
         row = int((~torch.isfinite(levels_tensor)).any(1).nonzero()[0])
         raise NotFiniteError(f"levels holds NaN or infinity at row {row}; expected finite values. Check the weights.")
-    starts = _starts(row_counts)
+    starts = row_starts(row_counts)
     indices = np.zeros((int(starts[-1]) + 7) // 8 * 8, dtype=np.uint16)
     _encode_kernel(np.ascontiguousarray(digits_array), *codebook.automaton, -codebook.lowest_digit, starts, indices)
     codes = np.zeros(len(indices) // 8 * codebook.bits + PADDING_BYTES, dtype=np.uint8)
     _pack_kernel(indices, codebook.bits, codes)
-    codes = codes[: _stream_bytes(int(starts[-1]), codebook.bits)]
+    codes = codes[: stream_bytes(int(starts[-1]), codebook.bits)]
     row_codewords = torch.from_numpy(row_counts.astype(np.uint16))
     return PackedMatrix(torch.from_numpy(codes), row_codewords, levels_tensor, codebook, columns, _validated=True)
 
@@ -116,7 +112,8 @@ def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = packed.shape
     slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
     digits = torch.empty(rows, columns, dtype=torch.int8)
-    decode_rows(packed, torch.tensor([slots] * rows, dtype=torch.int8), row_starts(packed), 0, digits)
+    starts = row_starts(packed.row_codewords.numpy())
+    decode_rows(packed, torch.tensor([slots] * rows, dtype=torch.int8), starts, 0, digits)
     return digits, packed.levels
 
 
@@ -126,7 +123,9 @@ def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> to
     Parameters
     ----------
     packed : PackedMatrix
+        On the CPU.
     dtype : torch float dtype, default float32
+        Of the result.
 
     Returns
     -------
@@ -140,81 +139,12 @@ def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> to
     FormatError, SettingError
         As for `decode`.
     """
-    if dtype not in (*_FLOATS, torch.float64):
+    if dtype not in (*LEVEL_DTYPES, torch.float64):
         raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
     prepare(packed)
     dense = torch.empty(packed.shape, dtype=dtype)
-    decode_rows(packed, slot_values(packed, dtype), row_starts(packed), 0, dense)
+    decode_rows(packed, slot_values(packed, dtype), row_starts(packed.row_codewords.numpy()), 0, dense)
     return dense
-
-
-def validate(packed: PackedMatrix) -> None:
-    """Check that the matrix decodes to exactly its shape, so that no kernel can read or write outside its row.
-
-    Raises
-    ------
-    FormatError
-        A tensor of the wrong dtype or shape, a stream of the wrong size, nonzero padding, a code that stands for
-        nothing, a row whose codewords end before its width or go on after it, a level that is not finite.
-    SettingError
-        The matrix is on a GPU.
-
-    Notes
-    -----
-    Safe on any bytes. `decode`, `dense` and `decode_matmul` call it once for a matrix that `encode` did not make.
-    """
-    _check_structure(packed)
-    codebook = packed.codebook
-    starts = row_starts(packed)
-    total = int(starts[-1])
-    codes = packed.codes.numpy()
-    if len(codes) != _stream_bytes(total, codebook.bits):
-        raise FormatError(
-            f"codes has {len(codes)} bytes; expected {_stream_bytes(total, codebook.bits)} for {total} codewords of "
-            f"{codebook.bits} bits. The data is truncated or damaged; get it again."
-        )
-    spare_bits = codes[total * codebook.bits // 8] >> total * codebook.bits % 8
-    if spare_bits or codes[-PADDING_BYTES:].any():
-        raise FormatError("codes has data behind its last codeword; expected zeros. The data is damaged; get it again.")
-    faults = _validate_kernel(codes, starts, codebook.table, codebook.bits, packed.columns)
-    if faults.any():
-        row = int(faults.nonzero()[0][0])
-        raise FormatError(
-            f"row {row} {_FAULTS[int(faults[row])]} ({packed.columns}). The data is damaged; get it again."
-        )
-    object.__setattr__(packed, "_validated", True)
-
-
-def _check_structure(packed: PackedMatrix) -> None:
-    """Raise FormatError where a tensor has the wrong dtype, shape or values, before any byte of the stream is read."""
-    _check_cpu(packed)
-    tensors = {"codes": packed.codes, "row_codewords": packed.row_codewords, "levels": packed.levels}
-    dtypes = {"codes": (torch.uint8,), "row_codewords": (torch.uint16,), "levels": _FLOATS}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in dtypes[name]:
-            expected = " or ".join(str(dtype) for dtype in dtypes[name])
-            raise FormatError(f"{name} is {tensor.dtype}; expected {expected}. The data is damaged; get it again.")
-        if tensor.ndim != (2 if name == "levels" else 1) or not tensor.is_contiguous():
-            raise FormatError(
-                f"{name} has {tensor.ndim} axes or strides; expected 1 (levels: 2), contiguous. Rebuild it."
-            )
-    rows, width = packed.levels.shape
-    if rows != len(packed.row_codewords) or rows == 0 or width not in LEVEL_COUNTS[packed.codebook.digits]:
-        raise FormatError(
-            f"levels has shape {(rows, width)} beside {len(packed.row_codewords)} rows of digits. "
-            "The data is damaged; get it again."
-        )
-    if not 1 <= packed.columns <= MAX_COLUMNS:
-        raise FormatError(f"columns is {packed.columns}; expected 1 to {MAX_COLUMNS}. Get the data again.")
-    if not torch.isfinite(packed.levels).all():
-        raise FormatError("levels holds NaN or infinity; expected finite values. The data is damaged; get it again.")
-
-
-def prepare(packed: PackedMatrix) -> None:
-    """Validate a matrix unless that is done; refuse one on a GPU."""
-    _check_cpu(packed)
-    if not packed._validated:
-        validate(packed)
 
 
 def slot_values(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
@@ -230,11 +160,6 @@ def kernel_fields(codebook: Codebook) -> tuple[int, ...]:
     return (0,) * next(count for count in _FIELD_COUNTS if count >= codebook.max_nonzeros)
 
 
-def row_starts(packed: PackedMatrix) -> NDArray[np.int64]:
-    """Return the number of each row's first codeword, then their total: int64, shape (R + 1,)."""
-    return _starts(packed.row_codewords.numpy())
-
-
 def decode_rows(
     packed: PackedMatrix, values: torch.Tensor, starts: NDArray[np.int64], first: int, out: torch.Tensor
 ) -> None:
@@ -243,11 +168,13 @@ def decode_rows(
     Parameters
     ----------
     packed : PackedMatrix
+        Validated, on the CPU.
     values : tensor, shape (R, digits), contiguous
         The zero slot's value must be 0.
     starts : int64 array, shape (R + 1,)
         From `row_starts`.
     first : int
+        Number of the first row.
     out : tensor of the same dtype, shape (any number of rows, C), contiguous
         Is modified.
     """
@@ -280,28 +207,12 @@ def _levels_tensor(levels: Any) -> torch.Tensor:
     """Return an own contiguous copy, so that later changes of the argument do not reach the packed matrix."""
     if isinstance(levels, np.ndarray) and levels.dtype in (np.float32, np.float16):
         return torch.from_numpy(np.array(levels, order="C"))
-    if not isinstance(levels, torch.Tensor) or levels.dtype not in _FLOATS:
+    if not isinstance(levels, torch.Tensor) or levels.dtype not in LEVEL_DTYPES:
         found = getattr(levels, "dtype", type(levels).__name__)
         raise DtypeError(f"levels is {found}; expected float32, float16 or bfloat16. Convert it first.")
     if levels.device.type != "cpu":
         raise SettingError(f"levels is on {levels.device}; encode works on the CPU. Pass levels.cpu().")
     return levels.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _check_cpu(packed: PackedMatrix) -> None:
-    for tensor in (packed.codes, packed.row_codewords, packed.levels):
-        if tensor.device.type != "cpu":
-            raise SettingError(f"the packed matrix is on {tensor.device}; expected the CPU. Call packed.to('cpu').")
-
-
-def _starts(row_counts: NDArray[Any]) -> NDArray[np.int64]:
-    starts = np.zeros(len(row_counts) + 1, dtype=np.int64)
-    np.cumsum(row_counts, out=starts[1:])
-    return starts
-
-
-def _stream_bytes(codewords: int, bits: int) -> int:
-    return (codewords * bits + 7) // 8 + PADDING_BYTES
 
 
 @njit(parallel=True, cache=True, fastmath=False)
@@ -343,39 +254,6 @@ def _pack_kernel(indices: NDArray[np.uint16], bits: int, codes: NDArray[np.uint8
                 pending >>= np.uint32(8)
                 held -= 8
                 byte += 1
-
-
-@njit(inline="always")
-def load_word(codes: NDArray[np.uint8], bit: np.uint64) -> np.uint64:
-    """Return the stream from `bit` on: at least 57 bits of it, 64 where `bit` starts a byte."""
-    byte = bit >> np.uint64(3)
-    word = np.uint64(codes[byte])
-    for i in range(1, 8):  # unrolled and merged into one load
-        word |= np.uint64(codes[byte + np.uint64(i)]) << np.uint64(8 * i)
-    return word >> (bit & np.uint64(7))
-
-
-@njit(parallel=True, cache=True, fastmath=False)
-def _validate_kernel(
-    codes: NDArray[np.uint8], starts: NDArray[np.int64], table: NDArray[np.uint64], bits: int, columns: int
-) -> NDArray[np.uint8]:
-    """Fault of each row, (R,): a key of _FAULTS or 0."""
-    mask = np.uint64((1 << bits) - 1)
-    faults = np.zeros(len(starts) - 1, dtype=np.uint8)
-    for row in prange(len(faults)):
-        base = np.int64(0)
-        for k in range(starts[row], starts[row + 1]):
-            length = entry_length(table[load_word(codes, np.uint64(k * bits)) & mask])
-            if base >= columns:
-                faults[row] = 3
-                break
-            if length == 0:
-                faults[row] = 1
-                break
-            base += np.int64(length)
-        if base < columns and faults[row] == 0:
-            faults[row] = 2
-    return faults
 
 
 @njit(parallel=True, cache=True, fastmath=False)

@@ -164,6 +164,7 @@ class _Done:
     projections: list[ProjectionReport] = field(default_factory=list)
     held_out_error: dict[str, float] = field(default_factory=dict)
     codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
 
 
 def compress(
@@ -322,7 +323,7 @@ class _Run:
                     state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
                     done = state.pop("done")
                     rows = [ProjectionReport(**row) for row in done["projections"]]
-                    self.done = _Done(rows, done["held_out_error"], done["codebooks"])
+                    self.done = _Done(rows, done["held_out_error"], done["codebooks"], done["checksums"])
                 except (ValueError, KeyError, TypeError) as error:
                     raise ResumeError(f"{state_file} is damaged. Begin anew with --restart.") from error
                 if state.get("fingerprint") != fingerprint:
@@ -523,7 +524,7 @@ class _Run:
             tensors |= {f"{layer.experts}.{name}_{part}": tensor for part, tensor in stored.items()}
             books[name] = book.to_config()
             tallies[name].stored(stored, packed)
-        files.write_tensors(self.partial / self._layer_file(number), tensors)
+        self.done.checksums |= files.write_tensors(self.partial / self._layer_file(number), tensors)
         self.done.projections += [tally.report() for tally in tallies.values()]
         self.done.codebooks[layer.experts] = books
         if seen is not None:
@@ -628,19 +629,20 @@ class _Run:
         if matrices != promised:
             raise OutputError(f"{matrices} matrices were compressed, {promised} promised; please report this as a bug.")
         weight_map: dict[str, str] = {}
-        for number, layer in enumerate(self.layers):
+        checksums = dict(self.done.checksums)
+        for number in range(len(self.layers)):
             file_name = self._layer_file(number)
-            names = files.names_in(self.partial / file_name)
-            weight_map |= dict.fromkeys(names, file_name)
+            weight_map |= dict.fromkeys(files.names_in(self.partial / file_name), file_name)
         for number, shard in enumerate(self._dense_shards(), len(self.layers)):
             file_name = self._layer_file(number)
             # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
-            files.write_tensors(self.partial / file_name, {name: self.checkpoint.tensor(name).clone() for name in shard})
+            tensors = {name: self.checkpoint.tensor(name).clone() for name in shard}
+            checksums |= files.write_tensors(self.partial / file_name, tensors)
             weight_map |= dict.fromkeys(shard, file_name)
         self._write_config()
         files.copy_companions(self.checkpoint.directory, self.partial)
         total = sum((self.partial / f).stat().st_size for f in set(weight_map.values()))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total, "crc32": checksums}, "weight_map": weight_map}
         files.write_json(self.partial / "model.safetensors.index.json", index)
         report = self._report()
         files.write_json(self.partial / FILE_NAME, report.to_json())

@@ -12,6 +12,7 @@ QMoEError
 ├── UnsupportedFamilyError          a model type that families.py does not know
 ├── TextError                       calibration or evaluation text that is missing, empty or not UTF-8
 ├── OutputError                     an output that exists already or cannot be written
+├── DeviceError (RuntimeError)      a GPU, driver or CUDA package that is missing or too old
 └── ResumeError                     unfinished work that belongs to other settings
 
 Each message is one line: what was found, what was expected, what to do.
@@ -66,6 +67,10 @@ class TextError(QMoEError):
 
 class OutputError(QMoEError):
     """An output exists already, or cannot be written."""
+
+
+class DeviceError(QMoEError, RuntimeError):
+    """A GPU, its driver, or a package that compiles for it is missing or too old."""
 
 
 class ResumeError(QMoEError):

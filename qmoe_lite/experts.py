@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe_lite.checkpoint import EXPERTS, Checkpoint, check_tensor, crc32, find_model, materialise
+from qmoe_lite.checkpoint import EXPERTS, Checkpoint, crc32, find_model, materialise
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.codec import validate
 from qmoe_lite.errors import CheckpointError, FormatError, SettingError
 from qmoe_lite.families import Family, MoELayer, family_of, read_config, skeleton
 from qmoe_lite.list_buffer import Assignment
 from qmoe_lite.matmul import decode_matmul
 from qmoe_lite.packed import PackedMatrix
+from qmoe_lite.validation import validate
 
 FORMAT = 1
 PARTS = ("codes", "expert_offsets", "row_codewords", "levels", "checksums")
@@ -205,8 +205,17 @@ class PackedExperts(nn.Module):
         return out
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
-        self._checked.clear()  # its views are of the buffers that fn replaces
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        # `.to(dtype)` casts float buffers, but levels are data: they travel as integers of the same size
+        kinds = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        for name, kind in kinds.items():
+            self._buffers[name] = self._buffers[name].view(torch.int16 if kind.itemsize == 2 else torch.int32)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, kind in kinds.items():
+                self._buffers[name] = self._buffers[name].view(kind)
+            self._checked.clear()  # its views are of buffers that fn may have replaced
+        return self
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.layer.shapes.items())
@@ -314,7 +323,7 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
 def _load_dense(model: Any, family: Family, checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> None:
     for name in checkpoint.names:
         if EXPERTS not in name:
-            check_tensor(checkpoint, name, checkpoint.tensor(name))
+            checkpoint.check(name)
     family.load_outside_blocks(model, checkpoint, dtype)
     for stack in family.stacks(config):
         for block in stack.blocks:

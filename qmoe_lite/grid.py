@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from numba import njit
 from torch import Tensor
 
 from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
@@ -50,6 +49,10 @@ class Grid(Protocol):
     @property
     def alphabet(self) -> int:
         """Number of different digits: 3 or 4."""
+
+    @property
+    def level_dtype(self) -> torch.dtype | None:
+        """16-bit dtype that the levels are rounded to before the solver runs; None leaves them float32."""
 
     def fit(self, weight: Tensor) -> Tensor:
         """Return the levels (..., R, L), float32, for a weight (..., R, C)."""
@@ -271,16 +274,6 @@ def nearest_digits(weight: Tensor, table: RoundingTable) -> Tensor:
     for column in range(table.thresholds.shape[-1]):
         index += weight > table.thresholds[..., column, None]
     return torch.gather(table.digits, -1, index)
-
-
-@njit(inline="always")
-def level_index(value, thresholds):
-    """Return how many thresholds (K - 1,) lie strictly below `value`: the scalar core of both solvers."""
-    index = 0
-    for threshold in thresholds:
-        if value > threshold:
-            index += 1
-    return index
 
 
 def _clamped_range(weight: Tensor) -> tuple[Tensor, Tensor]:

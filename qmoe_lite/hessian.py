@@ -23,6 +23,14 @@ NOT_FINITE = -1  # in `info`: NaN or infinity in the Hessian or in its factor
 def full_float32() -> Iterator[None]:
     """Multiply float32 matrices in full precision inside the block, whatever the process allows otherwise."""
     mkldnn: Any = torch.backends.mkldnn  # its `matmul` is missing from torch's own annotations
+    if not hasattr(mkldnn, "matmul"):  # torch before 2.9 knows one switch for all
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
     backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:

@@ -14,11 +14,13 @@ import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite._stream import load_word, row_starts
 from qmoe_lite._words import entry_field, entry_length
-from qmoe_lite.codebook import MAX_WEIGHTS
-from qmoe_lite.codec import decode_rows, kernel_fields, load_word, prepare, row_starts, slot_values
+from qmoe_lite.codec import decode_rows, kernel_fields, slot_values
+from qmoe_lite.codewords import MAX_WEIGHTS
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 from qmoe_lite.packed import PackedMatrix
+from qmoe_lite.validation import prepare
 
 GATHERED_SUMS = 8  # up to this many sums a row (tokens x levels) the codewords are walked anew for each pair of them
 TILE_VALUES = 1 << 20  # float32 values decoded at a time for many tokens: 4 MiB, 256 rows of 4096
@@ -30,7 +32,8 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
 
     Parameters
     ----------
-    packed : PackedMatrix, (R, C), on the CPU
+    packed : PackedMatrix
+        (R, C), on the CPU.
     x : float16, float32, float64 or bfloat16 array or CPU tensor, shape (C,) or (T, C)
         Any strides; T may be 0.
 
@@ -98,7 +101,7 @@ def _tile_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
     y = torch.empty(len(tokens), rows)
     if not len(tokens):
         return y
-    values, starts = slot_values(packed, torch.float32), row_starts(packed)
+    values, starts = slot_values(packed, torch.float32), row_starts(packed.row_codewords.numpy())
     tile = torch.empty(min(rows, max(1, TILE_VALUES // columns)), columns)
     for first in range(0, rows, len(tile)):
         part = tile[: rows - first]
@@ -111,7 +114,7 @@ def _gather_product(packed: PackedMatrix, tokens: NDArray[np.float32]) -> torch.
     """Product by adding slots of x, two sums a walk: tokens (T, C) -> (T, R)."""
     codebook, width = packed.codebook, packed.levels.shape[1]
     lanes = _slot_lanes(tokens, codebook.digits, width)
-    starts = row_starts(packed)
+    starts = row_starts(packed.row_codewords.numpy())
     sums = np.empty((len(lanes), packed.shape[0]), dtype=np.float32)
     for i in range(0, len(lanes), 2):
         pair = len(lanes) - i > 1

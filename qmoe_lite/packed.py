@@ -8,7 +8,9 @@ import torch
 
 from qmoe_lite.codebook import Codebook
 
-PADDING_BYTES = 8  # zeros behind the bit stream, so that 64-bit loads stay inside it
+MAX_COLUMNS = 65535  # a row's codewords are counted in 16 bits
+LEVEL_COUNTS = {3: (1, 2), 4: (3,)}  # levels a row, by digits of the alphabet
+LEVEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)

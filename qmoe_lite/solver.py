@@ -17,8 +17,9 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe_lite._words import level_index
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
-from qmoe_lite.grid import Grid, Quantized, RoundingTable, dequantize, level_index, nearest_digits
+from qmoe_lite.grid import Grid, Quantized, RoundingTable, dequantize, nearest_digits
 from qmoe_lite.hessian import all_finite, factorise, full_float32
 
 Array = Tensor | NDArray[Any]
@@ -134,6 +135,10 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     errors : float32 tensor, shape (E, R, B)
         Each column's error over the factor's diagonal: what multiplies the factor's row for the columns that follow.
     """
+    if block.is_cuda:
+        from qmoe_lite.cuda import solver as twin
+
+        return twin.solve_block(block, factor, table)
     errors = np.array(block.cpu().numpy(), order="C")
     digits = np.empty(errors.shape, np.int8)
     operands = [part.cpu().contiguous().numpy() for part in (factor, table.values, table.thresholds, table.digits)]

@@ -1,7 +1,10 @@
-"""Slow references for the codec: Tunstall in fractions, the stream bit by bit, the product weight by weight."""
+"""Slow references for the codec: Tunstall in fractions, the published dictionary off its heap, the stream bit by bit,
+the product weight by weight."""
 
 from __future__ import annotations
 
+import functools
+import heapq
 from fractions import Fraction
 
 import numpy as np
@@ -29,12 +32,74 @@ def tunstall(counts, bits):
     return sorted(leaves)
 
 
+@functools.cache
+def paper_dictionary():
+    """Digit strings (tuples) of the paper's dictionary by code, popped off a heap of lists of pairs as published."""
+    share = [0.885, (1 - 0.885) / 2, (1 - 0.885) / 2]  # 0 = zero, 1 = the row's minimum, 2 = its maximum
+    meaning = [0, -1, 1]
+    heap, popped = [(-1.0, [])], []
+    while len(popped) < 65537:
+        key, pairs = heapq.heappop(heap)
+        popped.append(pairs)
+        if len(pairs) < 14:
+            for pair in range(9):
+                heapq.heappush(heap, (key * (share[pair % 3] * share[pair // 3]), [*pairs, pair]))
+    return [tuple(meaning[x] for pair in pairs for x in (pair % 3, pair // 3)) for pairs in popped[1:]]
+
+
+@functools.cache
+def paper_codes():
+    """Code of each string of the paper's dictionary."""
+    return {string: code for code, string in enumerate(paper_dictionary())}
+
+
+def published_table(strings):
+    """Bytes of the decode table as published: two words a string, 7 pairs each in 4 bits, above 4 bits of count."""
+    number = {0: 0, -1: 1, 1: 2}
+    table = []
+    for string in strings:
+        pairs = [number[string[i]] + 4 * number[string[i + 1]] for i in range(0, len(string), 2)]
+        for half in (pairs[:7], pairs[7:]):
+            table.append(len(pairs) + sum(pair << (4 + 4 * i) for i, pair in enumerate(half)))
+    return b"".join(word.to_bytes(4, "little") for word in table)
+
+
+def encode_pairs(digits):
+    """Codes (bytes) and codewords per row by the paper's dictionary: at each place the longest string that fits."""
+    codes, row_codewords = b"", []
+    for row in digits.tolist():
+        row = row + [0] * (len(row) % 2)
+        place, count = 0, 0
+        while place < len(row):
+            length = next(n for n in range(28, 0, -2) if tuple(row[place : place + n]) in paper_codes())
+            length = min(length, len(row) - place)
+            codes += paper_codes()[tuple(row[place : place + length])].to_bytes(2, "little")
+            place += length
+            count += 1
+        row_codewords.append(count)
+    return codes + bytes(8), row_codewords
+
+
 def entry(string, n_digits):
     """Table entry of a digit string, byte by byte."""
     slot = {3: {1: 0, -1: 1}, 4: {1: 0, 2: 1, 3: 2}}[n_digits]
     content = [len(string)] + [n_digits * i + slot[digit] for i, digit in enumerate(string) if digit != 0]
     content += [n_digits - 1] * (8 - len(content))
     return sum(byte << (8 * i) for i, byte in enumerate(content))
+
+
+def strings_of(entries, n_digits):
+    """Digit strings (tuples) that table entries stand for."""
+    digit = {3: [1, -1, 0], 4: [1, 2, 3, 0]}[n_digits]
+    strings = []
+    for number in entries:
+        length, *fields = number.to_bytes(8, "little")
+        string = [0] * length
+        for field in fields:
+            if field != n_digits - 1:
+                string[field // n_digits] = digit[field % n_digits]
+        strings.append(tuple(string))
+    return strings
 
 
 def begins_alike(a, b):

@@ -1,28 +1,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import naive_codec
 import numba
 import numpy as np
 import pytest
 import torch
+from checks import draw_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.codec import decode, encode, validate
+from qmoe_lite.codec import decode, encode
 from qmoe_lite.errors import DigitError, DtypeError, FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.packed import PackedMatrix
+from qmoe_lite.validation import validate
 
 TERNARY = Codebook.fit([115, 1770, 115], bits=8)
 TWO_BIT = Codebook.fit([885, 50, 40, 25], bits=8)
-
-
-def draw_digits(rng, shares, shape):
-    shares = np.asarray(shares, dtype=float)
-    lowest = -1 if len(shares) == 3 else 0
-    return (rng.choice(len(shares), size=shape, p=shares / shares.sum()) + lowest).astype(np.int8)
+PAPER = Codebook.paper()
 
 
 def draw_levels(rng, rows, width, dtype=torch.float32):
@@ -47,6 +45,11 @@ shares_strategy = st.one_of(
 )
 
 
+@functools.cache
+def default_codebook(digits, bits):
+    return Codebook.fit([115, 1770, 115] if digits == 3 else [885, 50, 40, 25], bits)
+
+
 @given(
     shares=shares_strategy,
     fitted=st.booleans(),
@@ -55,17 +58,18 @@ shares_strategy = st.one_of(
     columns=st.one_of(st.sampled_from([1, 2, 27, 28, 29, 63, 84, 85, 1000]), st.integers(1, 300)),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_decode_gives_back_what_was_encoded(shares, fitted, bits, rows, columns, seed):
     rng = np.random.default_rng(seed)
     digits = draw_digits(rng, shares, (rows, columns))
-    default = [115, 1770, 115] if len(shares) == 3 else [885, 50, 40, 25]
-    codebook = Codebook.fit(shares if fitted else default, bits)
+    codebook = Codebook.fit(shares, bits) if fitted else default_codebook(len(shares), bits)
     levels = draw_levels(rng, rows, len(shares) - 1)
     packed = encode(digits, levels, codebook)
     decoded, decoded_levels = decode(packed)
-    assert packed.shape == digits.shape and decoded.dtype == torch.int8
-    assert (decoded.numpy() == digits).all() and torch.equal(decoded_levels, levels)
+    assert packed.shape == digits.shape
+    assert decoded.dtype == torch.int8
+    assert (decoded.numpy() == digits).all()
+    assert torch.equal(decoded_levels, levels)
     assert codebook.rate(digits) == packed.row_codewords.numpy().astype(int).sum() * bits / digits.size
     validate(unchecked(packed))
 
@@ -87,10 +91,12 @@ def test_bytes_equal_the_naive_encoders(counts, columns):
 @pytest.mark.parametrize("bits", [9, 10, 11])
 def test_bit_stream_of_odd_widths_equals_the_naive_one(bits):
     digits = draw_digits(np.random.default_rng(bits), [1, 6, 1], (3, 63))
-    strings = naive_codec.tunstall([1, 6, 1], bits)
+    codebook = Codebook.fit([1, 6, 1], bits)
+    strings = [string for string in naive_codec.strings_of(codebook.table.tolist(), 3) if string]
     ref_codes, ref_row_codewords = naive_codec.encode(digits, strings, bits)
-    packed = encode(digits, np.ones((3, 1), dtype=np.float32), Codebook.fit([1, 6, 1], bits))
-    assert packed.codes.numpy().tobytes() == ref_codes and packed.row_codewords.tolist() == ref_row_codewords
+    packed = encode(digits, np.ones((3, 1), dtype=np.float32), codebook)
+    assert packed.codes.numpy().tobytes() == ref_codes
+    assert packed.row_codewords.tolist() == ref_row_codewords
 
 
 @pytest.mark.parametrize("shares", [(0, 1, 0), (1, 0, 1), (1, 18, 1), (0, 1, 1, 1)], ids=str)
@@ -131,7 +137,8 @@ def test_dense_is_each_level_cast(codebook, width, dtype):
     levels = draw_levels(rng, 11, width, torch.bfloat16)
     packed = encode(torch.from_numpy(digits), levels, codebook)
     dense = packed.dense(dtype)
-    assert dense.dtype == dtype and packed.levels.dtype == torch.bfloat16
+    assert dense.dtype == dtype
+    assert packed.levels.dtype == torch.bfloat16
     expected = torch.from_numpy(naive_codec.dequantize(digits, levels.tolist())).to(dtype)
     assert torch.equal(dense, expected)
 
@@ -141,7 +148,8 @@ def test_sizes_count_codes_row_lengths_and_levels():
     codewords = sum(packed.row_codewords.tolist())
     assert packed.nbytes == codewords + 8 + 9 * 2 + 9 * 2 * 4
     assert packed.bits_per_weight == 8 * packed.nbytes / 900
-    assert packed.shape == digits.shape and packed.device == torch.device("cpu")
+    assert packed.shape == digits.shape
+    assert packed.device == torch.device("cpu")
     assert torch.equal(packed.to("cpu").dense(), packed.dense())
 
 
@@ -277,15 +285,18 @@ def test_set_bits_behind_the_last_codeword_are_refused():
         validate(unchecked(packed, codes=codes))
 
 
+kept_sample = functools.cache(sample)
+
+
 @given(
-    codebook=st.sampled_from([TERNARY, TWO_BIT, Codebook.fit([1, 8, 1], bits=11)]),
+    codebook=st.sampled_from([TERNARY, TWO_BIT, Codebook.fit([1, 8, 1], bits=11), PAPER]),
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4),
     target=st.sampled_from(["codes", "row_codewords", "levels"]),
-    seed=st.integers(0, 50),
+    seed=st.integers(0, 4),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_flipped_bytes_are_refused_or_decode_within_bounds(codebook, flips, target, seed):
-    _, packed = sample(rows=6, columns=61, codebook=codebook, seed=seed)
+    _, packed = kept_sample(6, 61, codebook, seed)
     damaged = unchecked(packed)
     content = getattr(damaged, target).view(torch.uint8).numpy().reshape(-1)
     for place, mask in flips:
@@ -295,6 +306,8 @@ def test_flipped_bytes_are_refused_or_decode_within_bounds(codebook, flips, targ
     except FormatError:
         return
     assert digits.shape == (6, 61)
-    assert codebook.lowest_digit <= int(digits.min()) and int(digits.max()) < codebook.lowest_digit + codebook.digits
+    assert codebook.lowest_digit <= int(digits.min())
+    assert int(digits.max()) < codebook.lowest_digit + codebook.digits
     again = encode(digits, damaged.levels, codebook)
-    assert again.row_codewords.tolist() == damaged.row_codewords.tolist()
+    if codebook is not PAPER:  # which has other readings than the greedy one
+        assert again.row_codewords.tolist() == damaged.row_codewords.tolist()

@@ -1,0 +1,243 @@
+"""The one door to the CUDA compiler and driver: can a GPU be used, compile a kernel, launch it.
+
+numba-cuda turns a kernel's Python into PTX at its first launch, cuda.core links it and launches it on torch's current
+stream with raw addresses, which costs microseconds where numba's own launch costs tens. A kernel's parameters are flat
+arrays ("float32*") and scalars ("int32"); it indexes by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from qmoe_lite.errors import DeviceError, DtypeError, SettingError, ShapeError
+
+cuda: Any = None  # without numba-cuda: numba's own CUDA target knows no toolkit above 12.4
+if importlib.util.find_spec("numba_cuda") is not None:
+    if not hasattr(np, "row_stack"):
+        np.row_stack = np.vstack  # numba-cuda 0.30 asks for it, NumPy 2.5 dropped it
+    cuda = importlib.import_module("numba.cuda")
+
+DEVICE_TYPE = "cuda"
+WARP = 32
+SHARED_BYTES = 48 << 10  # what a block may ask for without opting in to more
+_OLDEST = (8, 0)
+_DLPACK_CUDA = 2  # kDLCUDA of DLPack's device types
+_INSTALL = "Run: pip install 'qmoe-lite[cuda]'"
+
+
+def available(index: int = 0) -> bool:
+    """Return whether the kernels can run on GPU `index`; see `reason` for why not."""
+    return reason(index) is None
+
+
+@functools.cache
+def reason(index: int = 0) -> str | None:
+    """Return what keeps the kernels from GPU `index` and what to do about it, one line; None where nothing does.
+
+    Parameters
+    ----------
+    index : int, default 0
+        The GPU's number, as torch counts.
+    """
+    if cuda is None:
+        return f"numba-cuda is not installed; the GPU kernels are compiled with it. {_INSTALL}"
+    if not cuda.is_available():
+        return "no NVIDIA GPU or driver was found; expected both. Install the driver (580 or later), or use the CPU."
+    if not torch.cuda.is_available():
+        found = f"torch {torch.__version__} cannot use the GPU; expected a build for CUDA. "
+        return found + "Install one: https://pytorch.org/get-started"
+    missing = _missing_library()
+    if missing is not None:
+        found = f"lib{missing} was not found; the GPU kernels are compiled with it. "
+        return f"{found}{_INSTALL}, or set CUDA_HOME to a CUDA 13 toolkit."
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _OLDEST:
+        found = f"GPU {index} has compute capability {'.'.join(map(str, capability))}; "
+        return found + f"expected {'.'.join(map(str, _OLDEST))} or later (A100, RTX 30). Use another GPU, or the CPU."
+    return None
+
+
+def as_tensor(array: Any, name: str) -> Tensor:
+    """Return a device array as a contiguous torch tensor without a gradient, sharing memory where that is possible.
+
+    Parameters
+    ----------
+    array : tensor, or anything with `__dlpack__` or `__cuda_array_interface__`
+        On a GPU.
+    name : str
+        What an error calls it.
+
+    Raises
+    ------
+    DtypeError
+        No such array.
+    SettingError
+        The array is not on a GPU.
+    """
+    if isinstance(array, Tensor):
+        found = array.device.type
+    elif hasattr(array, "__dlpack_device__"):
+        found = DEVICE_TYPE if array.__dlpack_device__()[0] == _DLPACK_CUDA else "the CPU"
+    elif hasattr(array, "__cuda_array_interface__"):
+        found = DEVICE_TYPE
+    else:
+        raise DtypeError(f"{name} is a {type(array).__name__}; expected a tensor or device array. Convert it first.")
+    if found != DEVICE_TYPE:
+        raise SettingError(f"{name} is on {found}; expected a GPU. Move it there, or call the CPU function.")
+    if isinstance(array, Tensor):
+        return array.detach().contiguous()
+    shared: Tensor = from_dlpack(array) if hasattr(array, "__dlpack__") else torch.as_tensor(array, device=DEVICE_TYPE)
+    return shared.contiguous()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Kernel:
+    """A kernel's Python function, compiled at its first launch for each signature and GPU; made by `kernel`.
+
+    Attributes
+    ----------
+    py_func : function
+        What an emulator runs.
+    signatures : tuple of str
+        Parameter types, "float32*" for an array and "int32" for a scalar; a launch takes the one its arrays fit.
+    """
+
+    __name__: str
+
+    def __init__(self, py_func: Callable[..., None], signatures: tuple[str, ...]) -> None:
+        self.py_func = py_func
+        self.signatures = signatures
+        self._loaded: dict[tuple[str, int], Any] = {}
+
+    def ptx(self, signature: str, capability: tuple[int, int]) -> str:
+        """Compile for a compute capability; needs no GPU."""
+        types: Any = importlib.import_module("numba.core.types")
+        kinds = [getattr(types, kind.rstrip("*")) for kind in signature.split(", ")]
+        pointers = [kind.endswith("*") for kind in signature.split(", ")]
+        arguments = tuple(types.CPointer(kind) if p else kind for kind, p in zip(kinds, pointers, strict=True))
+        return str(cuda.compile_ptx(self.py_func, arguments, cc=capability)[0])
+
+    def launch(self, blocks: int | tuple[int, int], threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
+        """Run on torch's current stream of the arrays' GPU, without waiting.
+
+        Parameters
+        ----------
+        blocks : int or (int, int)
+            Grid, at least one block.
+        threads : int
+            Threads a block.
+        *arguments : contiguous tensors and numbers
+            All tensors on one GPU, not empty.
+        shared_bytes : int, default 0
+            Dynamic shared memory a block.
+
+        Raises
+        ------
+        DeviceError
+            The GPU cannot be used; says what to install.
+        DtypeError, ShapeError, SettingError
+            No signature fits the tensors, a tensor is not contiguous, or they are on several devices.
+        """
+        from cuda.core import Device, LaunchConfig, launch
+
+        signature, device = self._match(arguments)
+        values = [
+            argument.data_ptr() if isinstance(argument, Tensor) else getattr(np, kind)(argument)
+            for argument, kind in zip(arguments, signature.split(", "), strict=True)
+        ]
+        config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
+        with torch.cuda.device(device):
+            Device(device.index).set_current()  # a thread that has not used the GPU yet has no context
+            compiled = self._load(signature, device.index)
+            # looked up at each launch: a graph is captured on a stream of its own
+            launch(_stream(torch.cuda.current_stream(device).cuda_stream), config, compiled, *values)
+
+    def _match(self, arguments: tuple[Any, ...]) -> tuple[str, torch.device]:
+        """Return the signature that fits the arguments, and their device."""
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) != 1 or tensors[0].device.type != DEVICE_TYPE:
+            message = f"arrays are on {' and '.join(sorted(map(str, devices)))}; expected one GPU. "
+            raise SettingError(message + "Move them to one device.")
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            raise ShapeError(f"an array of {self.py_func.__name__} has strides; expected a contiguous one. Copy it.")
+        found = [str(a.dtype).removeprefix("torch.") + "*" if isinstance(a, Tensor) else None for a in arguments]
+        for signature in self.signatures:
+            kinds = signature.split(", ")
+            if len(kinds) == len(found) and all(
+                kind == own if own else not kind.endswith("*") for kind, own in zip(kinds, found, strict=True)
+            ):
+                return signature, tensors[0].device
+        expected = " or ".join(self.signatures)
+        raise DtypeError(f"{self.py_func.__name__} got {[own or 'scalar' for own in found]}; expected {expected}.")
+
+    def _load(self, signature: str, index: int) -> Any:
+        """Return the compiled kernel on GPU `index`, which is current."""
+        key = signature, index
+        if key not in self._loaded:
+            missing = reason(index)
+            if missing is not None:
+                raise DeviceError(missing)
+            capability = torch.cuda.get_device_capability(index)
+            ptx = self.ptx(signature, capability)
+            self._loaded[key] = link(ptx, capability).get_kernel(entry_name(ptx))
+        return self._loaded[key]
+
+
+def kernel(*signatures: str) -> Callable[[Callable[..., None]], Kernel]:
+    """Make a `Kernel` of a function; each signature names its parameters' types, such as "uint8*, float32*, int32"."""
+
+    def decorate(py_func: Callable[..., None]) -> Kernel:
+        made = Kernel(py_func, signatures)
+        made.__name__, made.__doc__ = py_func.__name__, py_func.__doc__
+        return made
+
+    return decorate
+
+
+def entry_name(ptx: str) -> str:
+    """Return the name of the kernel in PTX."""
+    found = re.search(r"\.visible \.entry (\w+)\(", ptx)
+    assert found is not None
+    return found[1]
+
+
+def link(ptx: str, capability: tuple[int, int]) -> Any:
+    """Return the machine code of PTX, a `cuda.core.ObjectCode`; needs no GPU."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch="sm_{}{}".format(*capability))
+    return Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin")
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def _missing_library() -> str | None:
+    """Return the first of the compiler's libraries that is not found."""
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    for name in ("nvvm", "nvrtc", "nvJitLink"):
+        try:
+            load_nvidia_dynamic_lib(name)
+        except DynamicLibNotFoundError:
+            return name
+    return None

@@ -1,0 +1,144 @@
+"""The command line: what it prints, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from qmoe_lite.cli import demo
+from qmoe_lite.cli.main import main
+
+SMALL = ["--samples", "12", "--sequence-length", "32", "--validation-samples", "2"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `qmoe ARGS`; give (exit code, stdout, stderr)."""
+
+    def call(*args: object):
+        monkeypatch.setattr(sys, "argv", ["qmoe", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_compress_then_eval(run, tmp_path, switch, text_file):
+    out = tmp_path / "out"
+    code, printed, noted = run("compress", switch, out, "--calibration", text_file, *SMALL)
+    assert code == 0, noted
+    assert "bits a weight" in printed
+    assert "encoder.block.1" in printed
+    assert max(map(len, printed.splitlines()[:-1])) <= 80
+    assert "compressing: 2 of 2 groups" in noted
+    code, printed, _ = run("eval", out, "--text", text_file, "--sequence-length", 32, "--samples", 8, "--json")
+    assert code == 0
+    packed = json.loads(printed)
+    code, printed, _ = run("eval", switch, "--text", text_file, "--sequence-length", 32, "--samples", 8)
+    assert code == 0
+    assert f"{packed['tokens']:,} tokens" in printed
+    assert packed["loss"] > 0
+
+
+def test_compress_prints_one_json_document(run, tmp_path, switch):
+    code, printed, noted = run("compress", switch, tmp_path / "out", "--recipe", "nearest", "--json")
+    assert code == 0
+    assert noted == ""
+    assert json.loads(printed)["totals"]["matrices"] == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "{tmp}/missing", "{tmp}/out", "--recipe", "nearest"], "is no model directory"),
+        (["compress", "{tmp}", "{tmp}/out", "--recipe", "nearest"], "it has no config.json"),
+        (["compress", "{switch}", "{tmp}/out"], "needs calibration text"),
+        (["compress", "{switch}", "{tmp}", "--recipe", "nearest"], "exists already"),
+        (["compress", "{switch}", "{tmp}/out", "--calibration", "{tmp}/none.txt"], "none.txt does not exist"),
+        (["compress", "{switch}", "{tmp}/out", "--calibration", "{tmp}/empty.txt"], "empty or too short"),
+        (["eval", "{tmp}", "--text", "{tmp}/empty.txt"], "no config.json"),
+        (["eval", "{switch}", "--text", "{tmp}/empty.txt"], "empty or too short"),
+        (["demo", "--out", "{tmp}"], "exists already"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(run, tmp_path, switch, arguments, message):
+    (tmp_path / "empty.txt").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    code, printed, noted = run(*(a.format(tmp=tmp_path, switch=switch) for a in arguments))
+    assert code == 1
+    assert printed == ""
+    lines = noted.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("qmoe: ")
+    assert message in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [["compres"], ["compress"], ["compress", "a", "b", "--codeword-bits", "20"]])
+def test_wrong_usage_is_exit_code_2(run, arguments):
+    code, _, noted = run(*arguments)
+    assert code == 2
+    assert noted
+
+
+def test_debug_shows_where_an_error_came_from(run, tmp_path):
+    from qmoe_lite.errors import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        run("compress", tmp_path, tmp_path / "out", "--recipe", "nearest", "--debug")
+
+
+def test_an_interrupted_run_says_that_it_can_go_on(run, tmp_path, switch, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qmoe_lite.compression._Run.run", interrupt)
+    code, _, noted = run("compress", switch, tmp_path / "out", "--recipe", "nearest")
+    assert code == 130
+    assert "the same command goes on" in noted
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["compress"], ["eval"]])
+def test_every_command_has_help_and_an_example(run, command):
+    code, printed, _ = run(*command, "--help")
+    assert code == 0
+    assert "Usage" in printed
+    if command:
+        assert f"Example: qmoe {command[0]}" in " ".join(printed.split())
+
+
+def test_version(run):
+    from qmoe_lite import __version__
+
+    assert run("--version")[1].strip() == f"qmoe-lite {__version__}"
+
+
+def test_the_demo_does_the_whole_job(run, tmp_path, monkeypatch, switch, text_file):
+    """On a random model of a few thousand weights; the real one is run by the README's first command."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("calibration.txt", "evaluation.txt"):
+        (text / name).write_bytes(text_file.read_bytes())
+    monkeypatch.setattr(demo, "data_file", {"text": text, "tiny_switch": switch}.__getitem__)
+    monkeypatch.setattr(demo, "SAMPLES", 12)
+    monkeypatch.setattr(demo, "SEQUENCE", 32)
+    monkeypatch.setattr(demo, "SAMPLE", "expert <extra_id_0> router")
+    code, printed, noted = run("demo", "--out", tmp_path / "kept", "--json")
+    assert code == 0, noted
+    result = json.loads(printed)
+    assert set(result) >= {"dense", "rtn", "qmoe", "recovered", "sample", "seconds"}
+    assert result["dense"]["bits_per_weight"] == 32  # this one is float32
+    assert result["qmoe"]["tokens"] == result["dense"]["tokens"]
+    assert set(result["sample"]) == {"text", "dense", "qmoe"}
+    code, printed, _ = run("eval", tmp_path / "kept", "--text", text_file, "--sequence-length", 32)
+    assert code == 0
+    code, printed, _ = run("demo")
+    assert code == 0
+    assert "QMoE recovers" in printed
+    assert max(map(len, printed.splitlines())) <= 80

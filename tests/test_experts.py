@@ -1,0 +1,208 @@
+"""PackedExperts and load: the same logits as the dense model they stand for, and no way for a bad file to get through."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_compression import dense_model
+
+import qmoe_lite as qm
+from qmoe_lite.errors import CheckpointError, FormatError, SettingError
+
+
+def logits_of(model):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 15, (2, 11), generator=generator)
+    decoder_ids = torch.randint(3, 15, (2, 7), generator=generator)
+    with torch.no_grad():
+        return model(input_ids=ids, decoder_input_ids=decoder_ids).logits
+
+
+def layers_of(model) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, qm.PackedExperts)]
+
+
+def test_logits_are_those_of_the_dense_model_with_decoded_experts(compressed, switch):
+    packed = qm.load(compressed[0], dtype=torch.float32)
+    assert len(layers_of(packed)) == 2
+    dense = dense_model(switch, packed, layers_of(packed))
+    ours, reference = logits_of(packed), logits_of(dense)
+    largest = reference.abs().max()
+    assert (ours - reference).abs().max() <= 1e-4 * largest
+    # on a model where it would show: any two experts swapped change the logits by more than a tenth
+    for name in layers_of(packed):
+        experts = dense.get_submodule(name)
+        experts["expert_0"], experts["expert_1"] = experts["expert_1"], experts["expert_0"]
+        assert (logits_of(dense) - reference).abs().max() > 0.1 * largest
+        experts["expert_0"], experts["expert_1"] = experts["expert_1"], experts["expert_0"]
+
+
+def test_tokens_over_capacity_get_nothing_as_in_the_dense_model(compressed, switch):
+    packed = qm.load(compressed[0], dtype=torch.float32)
+    dense = dense_model(switch, packed, layers_of(packed))
+    unlimited = logits_of(dense)
+    for model in (packed, dense):
+        for module in model.modules():
+            if hasattr(module, "expert_capacity"):
+                module.expert_capacity = 1
+    ours, reference = logits_of(packed), logits_of(dense)
+    assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()
+    assert (reference - unlimited).abs().max() > 1e-2
+
+
+def test_generation_gives_the_same_tokens(compressed, switch):
+    packed = qm.load(compressed[0], dtype=torch.float32)
+    dense = dense_model(switch, packed, layers_of(packed))
+    ids = torch.randint(3, 15, (2, 9))
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 1, "eos_token_id": None}
+    assert torch.equal(packed.generate(ids, **options), dense.generate(ids, **options))
+
+
+def test_bfloat16_models_run(compressed):
+    packed = qm.load(compressed[0], dtype=torch.bfloat16)
+    logits = logits_of(packed)
+    assert logits.dtype == torch.bfloat16
+    exact = logits_of(qm.load(compressed[0], dtype=torch.float32))
+    assert (logits.float() - exact).abs().mean() < 0.05 * exact.abs().max()
+
+
+def test_a_moved_model_still_runs(compressed):
+    packed = qm.load(compressed[0], dtype=torch.float32)
+    before = logits_of(packed)
+    packed = packed.to(torch.float64).to(torch.float32)
+    assert torch.equal(logits_of(packed), before)
+
+
+def test_loading_maps_codes_instead_of_copying(compressed):
+    packed = qm.load(compressed[0])
+    module = packed.get_submodule(layers_of(packed)[0])
+    assert module.wi_codes.dtype == torch.uint8
+    assert module.wi_levels.dtype == torch.bfloat16
+    assert not list(module.parameters())
+    assert not any("expert_0.wi" in name for name, _ in packed.named_parameters())
+
+
+def test_there_is_no_expert_beyond_the_last(compressed):
+    module = qm.load(compressed[0]).get_submodule("encoder.block.1.layer.1.mlp.experts")
+    with pytest.raises(SettingError, match="experts 0 to 3"):
+        module.dense(4, "wi")
+    with pytest.raises(SettingError, match="there are wi, wo"):
+        module.dense(0, "gate_proj")
+
+
+def edited(compressed, tmp_path, edit):
+    """A copy of the compressed model with one layer's tensors edited."""
+    target = tmp_path / "edited"
+    shutil.copytree(compressed[0], target)
+    file = target / "model-00001-of-00003.safetensors"
+    tensors = load_file(file)
+    edit(tensors, "encoder.block.1.layer.1.mlp.experts.wi_")
+    save_file(tensors, file, {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("part", ["codes", "row_codewords", "levels"])
+def test_a_flipped_bit_is_found_when_its_expert_is_used(compressed, tmp_path, part):
+    def flip(tensors, prefix):
+        tensors[prefix + part].view(torch.uint8).view(-1)[4] ^= 1
+
+    model = qm.load(edited(compressed, tmp_path, flip))
+    module = model.get_submodule("encoder.block.1.layer.1.mlp.experts")
+    with pytest.raises(FormatError, match=r"expert 0 of encoder.block.1.*wi"):
+        module.dense(0, "wi")
+    module.dense(3, "wi")
+
+
+def test_codes_forged_with_a_matching_checksum_are_found(compressed, tmp_path):
+    from qmoe_lite.experts import checksum
+
+    def forge(tensors, prefix):
+        book = qm.load(compressed[0]).get_submodule(prefix.rpartition(".")[0]).codebooks["wi"]
+        lengths = tensors[prefix + "row_codewords"].view(torch.int16)
+        lengths[0, 0] += 1
+        lengths[0, 1] -= 1
+        used = -(-int(lengths[0].sum()) * book.bits // 8) + 8
+        forged = qm.PackedMatrix(
+            codes=tensors[prefix + "codes"][:used],
+            row_codewords=tensors[prefix + "row_codewords"][0],
+            levels=tensors[prefix + "levels"][0],
+            codebook=book,
+            columns=24,
+        )
+        tensors[prefix + "checksums"][0] = checksum(forged)
+
+    model = qm.load(edited(compressed, tmp_path, forge))
+    with pytest.raises(FormatError, match="expert 0"):
+        model.get_submodule("encoder.block.1.layer.1.mlp.experts").dense(0, "wi")
+
+
+@pytest.mark.parametrize("start", [-16, 8, 1 << 40])
+def test_offsets_out_of_bounds_are_found(compressed, tmp_path, start):
+    def move(tensors, prefix):
+        tensors[prefix + "expert_offsets"][1] = start
+
+    model = qm.load(edited(compressed, tmp_path, move))
+    with pytest.raises(FormatError, match="does not lie inside its codes"):
+        model.get_submodule("encoder.block.1.layer.1.mlp.experts").dense(1, "wi")
+
+
+@pytest.mark.parametrize("part", ["codes", "expert_offsets", "row_codewords", "levels", "checksums"])
+def test_tensors_of_another_shape_are_refused_at_load(compressed, tmp_path, part):
+    def shrink(tensors, prefix):
+        value = tensors[prefix + part]
+        tensors[prefix + part] = value[None] if part == "codes" else value[:-1].clone()
+
+    with pytest.raises(FormatError, match=f"wi_{part}"):
+        qm.load(edited(compressed, tmp_path, shrink))
+
+
+def test_a_missing_tensor_is_named(compressed, tmp_path):
+    target = edited(compressed, tmp_path, lambda tensors, prefix: tensors.pop(prefix + "codes"))
+    with pytest.raises(CheckpointError, match="wi_codes"):
+        qm.load(target)
+
+
+def test_a_damaged_dense_tensor_is_found_at_load(compressed, tmp_path):
+    target = tmp_path / "edited"
+    shutil.copytree(compressed[0], target)
+    file = target / "model-00003-of-00003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match="is damaged"):
+        qm.load(target)
+
+
+def test_configurations_of_other_makers_and_versions_are_refused(compressed, switch, tmp_path):
+    with pytest.raises(CheckpointError, match="not compressed by qmoe"):
+        qm.load(switch)
+    target = tmp_path / "edited"
+    shutil.copytree(compressed[0], target)
+    config = json.loads((target / "config.json").read_text())
+
+    def rewrite(**changes):
+        changed = {**config, "quantization_config": {**config["quantization_config"], **changes}}
+        (target / "config.json").write_text(json.dumps(changed))
+
+    rewrite(format=2)
+    with pytest.raises(FormatError, match="format 2; this qmoe-lite reads 1"):
+        qm.load(target)
+    rewrite(layers={})
+    with pytest.raises(FormatError, match="other compressed layers"):
+        qm.load(target)
+    forged = [{**book, "counts": [1, 2, 3]} for book in config["quantization_config"]["codebooks"]]
+    rewrite(codebooks=forged)
+    with pytest.raises(FormatError):
+        qm.load(target)
+    rewrite(codebooks=[])
+    with pytest.raises(FormatError, match="damaged quantization_config"):
+        qm.load(target)
+
+
+def test_other_devices_are_refused(compressed):
+    with pytest.raises(SettingError, match="device='cpu'"):
+        qm.load(compressed[0], device="cuda")

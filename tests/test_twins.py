@@ -1,0 +1,64 @@
+"""A CPU function and its CUDA twin have one face."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TWINS = [
+    ("solver", "solve_block"),
+    ("codec", "encode"),
+    ("codec", "decode"),
+    ("codec", "decode_dense"),
+    ("matmul", "decode_matmul"),
+]
+CPU_KERNELS = {"_count_codewords_kernel": "codebook"}  # a CUDA kernel's twin lies in the file of the same name, or here
+
+
+def stems():
+    return sorted(path.stem for path in (ROOT / "cuda").glob("*.py") if path.stem not in ("__init__", "launch"))
+
+
+def functions(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(("stem", "name"), TWINS)
+def test_signatures_are_equal(stem, name):
+    cpu = getattr(importlib.import_module(f"qmoe_lite.{stem}"), name)
+    twin = getattr(importlib.import_module(f"qmoe_lite.cuda.{stem}"), name)
+    spelled = [str(inspect.signature(function)).replace("torch.", "") for function in (cpu, twin)]
+    assert spelled[0] == spelled[1]
+    assert twin.__doc__.startswith(f"CUDA twin of :func:`qmoe_lite.{stem}.{name}`")
+
+
+def test_every_public_twin_is_listed():
+    import qmoe_lite.cuda
+
+    assert {name for _, name in TWINS} | {"available", "reason"} == set(qmoe_lite.cuda.__all__)
+    assert qmoe_lite.cuda.__all__ == sorted(qmoe_lite.cuda.__all__)
+    assert {stem for stem, _ in TWINS} == set(stems())
+    for name in qmoe_lite.cuda.__all__:
+        assert callable(getattr(qmoe_lite.cuda, name))
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_every_kernel_has_its_name_on_the_cpu(stem):
+    kernels = [name for name in functions(ROOT / "cuda" / f"{stem}.py") if name.endswith("_kernel")]
+    assert kernels
+    for name in kernels:
+        assert name in functions(ROOT / "qmoe_lite" / f"{CPU_KERNELS.get(name, stem)}.py")
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_the_twin_of_a_file_does_not_import_it(stem):
+    tree = ast.parse((ROOT / "cuda" / f"{stem}.py").read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {f"qmoe_lite.{other}" for other in stems()}
+    assert not any(module and module.startswith("numba.cuda") for module in imported)
