@@ -29,7 +29,7 @@ PEAK_RATE, EMBEDDING_RATE, WARMUP = 2e-3, 1e-2, 100
 BALANCE = 0.05  # weight of the load-balancing loss (arXiv:2101.03961, equation 4)
 SEED = 0
 # T5 span corruption throughout; a small text yields too few predicted tokens at 15%, so training begins with more.
-# (share of the steps, masked share, mean span): one long span teaches the decoder the language, then the encoder is used
+# (until this share of the steps, masked share, mean span): one long span teaches the decoder the language first
 PHASES = ((0.2, 0.9, 1000.0), (0.55, 0.5, 5.0), (1.0, 0.15, 3.0))
 
 
@@ -104,7 +104,7 @@ def held_out_loss(model: torch.nn.Module, tokenizer: Any) -> float:
         losses = [
             model(
                 input_ids=torch.from_numpy(samples.input_ids[i : i + 32]),
-                labels=torch.from_numpy(samples.labels[i : i + 32]),
+                labels=torch.from_numpy(np.asarray(samples.labels)[i : i + 32]),
             ).loss.item()
             for i in range(0, len(samples), 32)
         ]

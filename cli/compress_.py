@@ -58,8 +58,12 @@ def compress(
         "activations": activations,
         "seed": seed,
     }
-    with _output.progress_shown("compressing", show=not json) as progress:
-        report = run(model, out, calibration=calibration, resume=not restart, progress=progress, **settings)
+    try:
+        with _output.progress_shown("compressing", show=not json) as progress:
+            report = run(model, out, calibration=calibration, resume=not restart, progress=progress, **settings)
+    except KeyboardInterrupt:
+        _output.note("qmoe: interrupted. Finished layers are kept: the same command goes on from there.")
+        raise typer.Exit(130) from None
     if json:
         _output.print_json(report.to_json())
         return

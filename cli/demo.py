@@ -79,7 +79,9 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
             "zeros": report.zeros if report else 0.0,
             "bits_per_weight": report.bits_per_weight if report else 8 * experts / weights,
             "expert_megabytes": (report.sizes["expert_bytes"] if report else experts) / 1e6,
-            "model_megabytes": (sum(report.sizes[k] for k in ("expert_bytes", "other_bytes")) if report else experts + others)
+            "model_megabytes": (
+                sum(report.sizes[k] for k in ("expert_bytes", "other_bytes")) if report else experts + others
+            )
             / 1e6,
             "compression_seconds": report.seconds if report else 0.0,
             "evaluation_seconds": time.perf_counter() - begun,
@@ -88,6 +90,7 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
             spans[name] = fill(model, tokenizer)
     lost = result["rtn"]["loss"] - result["dense"]["loss"]
     result["recovered"] = (result["rtn"]["loss"] - result["qmoe"]["loss"]) / lost
+    result["expert_weights"] = weights
     result["sample"] = {"text": SAMPLE, **spans}
     result["seconds"] = time.perf_counter() - started
     return result
@@ -117,7 +120,7 @@ def _print(result: dict[str, Any]) -> None:
 
     from qmoe_lite.cli import _output
 
-    table = Table(title="Switch Transformer, 8 experts a layer, Python's documentation")
+    table = Table(title=f"Switch Transformer, {result['expert_weights']:,} weights in experts")
     table.add_column("")
     for heading in ("dense", "round to nearest", "QMoE"):
         table.add_column(heading, justify="right")

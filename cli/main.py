@@ -52,9 +52,6 @@ def main() -> None:
             raise
         sys.stderr.write(f"qmoe: {' '.join(str(error).split())}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("qmoe: interrupted. Finished layers are kept: the same command goes on from there.\n")
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

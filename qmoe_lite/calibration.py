@@ -132,7 +132,9 @@ def read_tokens(documents: Iterable[str], tokenizer: Any, wanted: int | None = N
     Parameters
     ----------
     documents : iterable of str
+        What `read_text` yields.
     tokenizer : transformers tokenizer
+        The model's own.
     wanted : int, optional
         Stop reading when there are this many tokens; by default everything is read.
 
@@ -159,7 +161,7 @@ def sentinel_ids(tokenizer: Any) -> np.ndarray:
     int64 array, shape (sentinels,)
     """
     vocabulary = tokenizer.get_vocab()
-    ids = []
+    ids: list[int] = []
     while (token := f"<extra_id_{len(ids)}>") in vocabulary:
         ids.append(vocabulary[token])
     return np.asarray(ids, dtype=np.int64)
@@ -197,6 +199,7 @@ def noise_mask(
     length : int
         Tokens of the window, at least 2.
     rng : numpy Generator
+        Modified by this function.
     density, mean_span : float
         Share of masked tokens, and mean tokens of a masked span.
 
@@ -228,11 +231,13 @@ def corrupt_spans(
     Parameters
     ----------
     tokens : int64 array, shape (length,)
+        One window of text.
     sentinels : int64 array
         Ids of <extra_id_0>, <extra_id_1>, ..
     eos : int
         Id of </s>, which ends input and target.
     rng : numpy Generator
+        Modified by this function.
     density, mean_span : float
         Share of masked tokens, and mean tokens of a masked span.
 
@@ -279,7 +284,9 @@ def make_samples(
     Parameters
     ----------
     tokens : int64 array, shape (tokens,)
+        What `read_tokens` gives.
     tokenizer : transformers tokenizer
+        For its sentinels and its </s>.
     seq2seq : bool
         Span corruption (True) or plain causal windows (False).
     count : int or None
@@ -289,6 +296,7 @@ def make_samples(
     sequence_length : int
         Tokens of a sample (encoder side), at least 16.
     seed : int
+        Decides order and masked spans.
     passes : int
         With `count=None`: how often each window is corrupted anew.
 

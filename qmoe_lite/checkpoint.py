@@ -137,7 +137,9 @@ class Checkpoint:
         try:
             return file.get_tensor(name) if self._kind == "safetensors" else file[name]
         except (SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{self.directory / self._file_of[name]} lacks {name}, which the index names.") from error
+            raise CheckpointError(
+                f"{self.directory / self._file_of[name]} lacks {name}, which the index names."
+            ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape of one tensor without reading it."""
@@ -145,7 +147,9 @@ class Checkpoint:
         try:
             return tuple(file.get_slice(name).get_shape() if self._kind == "safetensors" else file[name].shape)
         except (SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{self.directory / self._file_of[name]} lacks {name}, which the index names.") from error
+            raise CheckpointError(
+                f"{self.directory / self._file_of[name]} lacks {name}, which the index names."
+            ) from error
 
     def check(self, name: str) -> None:
         """Compare a tensor with the CRC-32 that `compress` put into the index.
@@ -184,7 +188,9 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
     prefix : str
         Name of the module in the checkpoint, "" for the whole model.
     checkpoint : Checkpoint
+        Where the values come from.
     dtype : torch dtype
+        Of all floating-point tensors.
 
     Raises
     ------
@@ -207,7 +213,7 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
 
 def crc32(tensor: Tensor) -> int:
     """CRC-32 of a CPU tensor's bytes."""
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
+    return zlib.crc32(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())) if tensor.numel() else 0
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -52,6 +52,7 @@ def evaluate(
     model : transformers model
         Dense, or loaded by `qmoe_lite.load`. It is put in evaluation mode; its experts drop no token.
     tokenizer : transformers tokenizer
+        The model's own.
     text : path or str
         As `compress` takes its calibration text: a file, a directory, or a data set name.
     samples : int, optional
@@ -61,6 +62,7 @@ def evaluate(
     passes : int
         An encoder-decoder model predicts 15% of the tokens in a pass; each pass masks other spans.
     batch_size : int
+        Samples at a time.
     seed : int
         Decides which spans are masked and which samples are drawn: the same for every model.
 

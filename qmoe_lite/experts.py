@@ -133,8 +133,13 @@ class PackedExperts(nn.Module):
             return known
         if projection not in self.layer.shapes or not 0 <= expert < self.layer.count:
             names = ", ".join(self.layer.projections)
-            raise SettingError(f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}.")
-        get = lambda part: getattr(self, f"{projection}_{part}")  # noqa: E731
+            raise SettingError(
+                f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}."
+            )
+
+        def get(part: str) -> Tensor:
+            return self.get_buffer(f"{projection}_{part}")
+
         name = f"expert {expert} of {self.layer.experts}.{projection}"
         start, stop = get("expert_offsets")[expert : expert + 2].tolist()
         row_codewords = get("row_codewords")[expert]
@@ -165,9 +170,11 @@ class PackedExperts(nn.Module):
         Parameters
         ----------
         expert : int
+            From 0.
         projection : str
             Its Hugging Face name: wi, wo.
         dtype : torch dtype
+            Of the result.
 
         Returns
         -------
@@ -187,6 +194,7 @@ class PackedExperts(nn.Module):
         Parameters
         ----------
         hidden_states : float tensor, shape (T, C)
+            Tokens.
         *routing : tensors
             As the family's experts module is called by its MoE block.
 
@@ -195,7 +203,7 @@ class PackedExperts(nn.Module):
         tensor like `hidden_states`; zero for a token without an expert.
         """
         index, weights = self.family.routing(routing)
-        assigned = Assignment.of(index, weights, self.layer.count)
+        assigned = Assignment.group(index, weights, self.layer.count)
         out = torch.zeros_like(hidden_states)
         for expert in range(self.layer.count):
             rows, gates = assigned.of_expert(expert)
@@ -206,14 +214,14 @@ class PackedExperts(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         # `.to(dtype)` casts float buffers, but levels are data: they travel as integers of the same size
-        kinds = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer.is_floating_point()}
-        for name, kind in kinds.items():
-            self._buffers[name] = self._buffers[name].view(torch.int16 if kind.itemsize == 2 else torch.int32)
+        floats = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        for name, buffer in floats.items():
+            self._buffers[name] = buffer.view(torch.int16 if buffer.itemsize == 2 else torch.int32)
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            for name, kind in kinds.items():
-                self._buffers[name] = self._buffers[name].view(kind)
+            for name, buffer in floats.items():
+                self._buffers[name] = self.get_buffer(name).view(buffer.dtype)
             self._checked.clear()  # its views are of buffers that fn may have replaced
         return self
 

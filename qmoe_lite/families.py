@@ -176,7 +176,7 @@ class SwitchTransformers:
                 materialise(model.get_submodule(name), name, checkpoint, dtype)
         self.tie(model, checkpoint)
 
-    def tie(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def tie(self, model: Any, checkpoint: Checkpoint) -> None:
         # transformers ties the embeddings only together with lm_head, but checkpoints hold `shared` alone either way
         shared = model.shared.weight
         for name in ("encoder.embed_tokens", "decoder.embed_tokens"):
@@ -278,7 +278,7 @@ def skeleton(family: Family, config: Any, replacement: type[nn.Module], dtype: t
 @contextmanager
 def capacity_lifted(model: nn.Module) -> Iterator[None]:
     """Let routers drop no token: calibration and evaluation must see each token's expert (notes of QMoE, section 3)."""
-    limited = [m for m in model.modules() if hasattr(m, "expert_capacity")]
+    limited: list[Any] = [m for m in model.modules() if hasattr(m, "expert_capacity")]
     before = [m.expert_capacity for m in limited]
     for module in limited:
         module.expert_capacity = UNLIMITED

@@ -48,6 +48,11 @@ class ListBuffer:
         return len(self._samples)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Samples, tokens of each, values of a token."""
+        return tuple(self._samples.shape)
+
+    @property
     def nbytes(self) -> int:
         return self.rows.numel() * self.rows.element_size()
 
@@ -74,7 +79,7 @@ class ListBuffer:
         flat = self.rows.view(torch.uint8).view(-1)
         with file.open("wb") as raw, zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(raw) as out:
             for start in range(0, len(flat), _CHUNK):
-                out.write(flat[start : start + _CHUNK].numpy())
+                out.write(memoryview(flat[start : start + _CHUNK].numpy()))
 
     def load(self, file: Path) -> None:
         """Read what `save` wrote.
@@ -120,7 +125,7 @@ class Assignment:
     bounds: list[int]
 
     @classmethod
-    def of(cls, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Assignment:
+    def group(cls, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Assignment:
         """Group tokens by expert.
 
         Parameters
@@ -128,7 +133,9 @@ class Assignment:
         top_k_index : integer tensor, shape (T, K)
             Experts of each token; -1 where a token was dropped.
         top_k_weights : float tensor, shape (T, K)
+            What each expert's output is multiplied by.
         experts : int
+            Number of experts.
         """
         flat = top_k_index.reshape(-1).long()
         order = torch.argsort(flat, stable=True)

@@ -16,9 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
-
 import tiny  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,9 @@ def test_equal_tensors_give_equal_files(tmp_path):
 
 
 def test_names_on_the_hub_that_cannot_be_fetched_are_one_line():
-    with pytest.raises(CheckpointError, match="some-owner/some-model is no directory here, and the .* hub answers") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"some-owner/some-model is no directory here, and the .* hub answers"
+    ) as caught:
         files.find_model("some-owner/some-model")
     assert "\n" not in str(caught.value)
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import qmoe_lite as qm
-from qmoe_lite import compression
-from qmoe_lite.calibration import hessian_masks, make_samples, read_text, read_tokens
+from qmoe_lite.calibration import hessian_masks, make_samples, read_text, read_tokens, window_length
 from qmoe_lite.errors import (
     CheckpointError,
     NotFiniteError,
@@ -24,6 +23,7 @@ from qmoe_lite.errors import (
     TextError,
     UnsupportedFamilyError,
 )
+from qmoe_lite.layer_compression import draw
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
 
@@ -67,7 +67,7 @@ def test_digits_are_those_of_gptq_on_the_whole_models_activations(tmp_path, toke
     # a cap that nothing reaches and no borrowed tokens: what is left is exactly the paper's procedure
     qm.compress(source, tmp_path / "out", calibration=text_file, token_cap=1e9, blend_tokens=0, **SMALL)
     packed = qm.load(tmp_path / "out", dtype=torch.float32)
-    window = compression.window_length(32)
+    window = window_length(32)
     tokens = read_tokens(read_text(text_file), tokenizer, 26 * window)
     samples = make_samples(
         tokens[: len(tokens) - 2 * window], tokenizer, seq2seq=True, count=24, sequence_length=32, seed=0
@@ -171,7 +171,10 @@ def test_shards_and_bin_files_are_read_alike(tmp_path, compressed, switch, text_
             weight_map |= dict.fromkeys(part, f"model-0000{i + 1}-of-00003.safetensors")
         (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     qm.compress(other, tmp_path / "out", calibration=text_file, **SMALL)
-    ours, reference = ({n: t for f in d.glob("*.safetensors") for n, t in load_file(f).items()} for d in (tmp_path / "out", compressed[0]))
+    ours, reference = (
+        {n: t for f in d.glob("*.safetensors") for n, t in load_file(f).items()}
+        for d in (tmp_path / "out", compressed[0])
+    )
     assert ours.keys() == reference.keys()
     assert all(torch.equal(ours[n].view(torch.uint8), reference[n].view(torch.uint8)) for n in ours if ours[n].dim())
 
@@ -260,7 +263,7 @@ def test_what_is_no_model_is_refused(tmp_path, switch, text_file):
     for path, message in cases.items():
         with pytest.raises(CheckpointError, match=message):
             qm.compress(path, tmp_path / "out", calibration=text_file)
-    with pytest.raises(UnsupportedFamilyError, match="model type bert is not supported; supported: .*switch"):
+    with pytest.raises(UnsupportedFamilyError, match=r"model type bert is not supported; supported: .*switch"):
         qm.compress(changed_copy(switch, tmp_path / "bert", model_type="bert"), tmp_path / "out", recipe="nearest")
     assert not list(tmp_path.glob("out*"))
 
@@ -296,7 +299,7 @@ def test_damaged_checkpoints_are_refused_before_anything_is_written(tmp_path, sw
     with pytest.raises(CheckpointError, match="lacks the shard model-00001-of-00002"):
         qm.compress(no_weights, tmp_path / "out", recipe="nearest")
     assert not list(tmp_path.glob("out*"))
-    with pytest.raises(NotFiniteError, match="expert_2.wo.weight .* holds NaN"):
+    with pytest.raises(NotFiniteError, match=r"expert_2.wo.weight .* holds NaN"):
         qm.compress(edited("nan", lambda t: t[key][0].fill_(float("nan"))), tmp_path / "out", recipe="nearest")
     assert not (tmp_path / "out").exists()
 
@@ -334,23 +337,20 @@ def test_experts_without_tokens_borrow_or_are_reported(tmp_path, switch, text_fi
     assert f"{starved} matrices had no usable Hessian and were rounded to nearest" in alone.degraded
 
 
-def test_the_token_cap_draws_at_random(switch):
-    run = compression._Run(switch, switch.parent / "unused", qm.MinMaxTernary(), compression.Settings(), None)
+def test_the_token_cap_draws_at_random():
     rows = torch.arange(1000)
-    drawn = run._draw(rows, 100, 0, 3)
+    drawn = draw(rows, 100, 0, 3)
     assert len(drawn) == 100
     assert torch.equal(drawn, drawn.sort().values)
     assert drawn.max() > 800  # not the first ones
-    assert torch.equal(drawn, run._draw(rows, 100, 0, 3))
-    assert not torch.equal(drawn, run._draw(rows, 100, 0, 4))
-    assert torch.equal(run._draw(rows, 1000, 0, 3), rows)
+    assert torch.equal(drawn, draw(rows, 100, 0, 3))
+    assert not torch.equal(drawn, draw(rows, 100, 0, 4))
+    assert torch.equal(draw(rows, 1000, 0, 3), rows)
 
 
 def test_groups_shrink_to_the_memory_and_change_nothing(tmp_path, compressed, switch, text_file):
     places = []
-    qm.compress(
-        switch, tmp_path / "out", calibration=text_file, group_bytes=1, progress=places.append, **SMALL
-    )
+    qm.compress(switch, tmp_path / "out", calibration=text_file, group_bytes=1, progress=places.append, **SMALL)
     assert len(places) == 8
     assert bytes_of(tmp_path / "out") == bytes_of(compressed[0])
 

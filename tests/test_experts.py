@@ -1,4 +1,4 @@
-"""PackedExperts and load: the same logits as the dense model they stand for, and no way for a bad file to get through."""
+"""PackedExperts and load: the logits of the dense model they stand for, and no way for a bad file to get through."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"qmoe_lite": "qmoe_lite", "cuda": "qmoe_lite.cuda", "cli": "qmoe_lite.cli", "bench": "qmoe_lite.bench"}
 # each line may import from the lines above it, and from its own
 ORDER = (
-    ("errors",),
+    ("errors", "settings"),
     ("_words", "_stream", "codewords"),
     ("codebook",),
     ("grid", "hessian", "packed", "digits"),
@@ -18,6 +18,7 @@ ORDER = (
     ("validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "experts"),
     ("report",),
+    ("layer_compression",),
     ("compression", "evaluation"),
     ("__init__", "__main__", "cli", "bench"),
 )

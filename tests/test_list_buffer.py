@@ -69,7 +69,7 @@ def test_damaged_activations_are_refused(tmp_path, damage):
 def test_tokens_are_grouped_by_expert_in_order_without_dropped_ones():
     index = torch.tensor([[2, 0], [0, -1], [2, 1], [-1, -1], [0, 2]])
     weights = torch.arange(10.0).view(5, 2)
-    assigned = Assignment.of(index, weights, 4)
+    assigned = Assignment.group(index, weights, 4)
     for expert in range(4):
         pairs = [(t, weights[t, k].item()) for t in range(5) for k in range(2) if index[t, k] == expert]
         rows, gates = assigned.of_expert(expert)

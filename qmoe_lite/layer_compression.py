@@ -1,0 +1,300 @@
+"""One sparse layer: its experts are read, quantised, run and encoded, a group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmoe_lite.checkpoint import Checkpoint
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.codec import encode
+from qmoe_lite.digits import count, squeeze, unsqueeze
+from qmoe_lite.errors import NotFiniteError
+from qmoe_lite.experts import pack_experts
+from qmoe_lite.families import Family, MoELayer
+from qmoe_lite.grid import Grid, Quantized
+from qmoe_lite.hessian import accumulate, blend, mean, new
+from qmoe_lite.list_buffer import Assignment, ListBuffer
+from qmoe_lite.packed import PackedMatrix
+from qmoe_lite.report import ProjectionReport
+from qmoe_lite.settings import Settings
+from qmoe_lite.solver import gptq
+
+_TOKENS = 1 << 14  # tokens that go through an expert at a time
+
+
+def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
+    """Draw at most `most` rows at random, in ascending order."""
+    if len(rows) <= most:
+        return rows
+    chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
+    return rows[torch.from_numpy(np.sort(chosen))]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the experts of one sparse layer get to see, and where their outputs go.
+
+    Attributes
+    ----------
+    inputs : ListBuffer
+        The experts' inputs, one row a token.
+    assigned : Assignment
+        Which expert gets which rows.
+    eligible : bool tensor, a value a row
+        May enter a Hessian.
+    validation : bool tensor, a value a row
+        Rides along to measure the error.
+    sample : float32 tensor, shape (tokens, C)
+        Random eligible tokens, for experts that saw few of their own.
+    hidden : ListBuffer
+        The block's output so far; the quantised experts' outputs are added to it.
+    """
+
+    inputs: ListBuffer
+    assigned: Assignment
+    eligible: Tensor
+    validation: Tensor
+    sample: Tensor
+    hidden: ListBuffer
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A compressed layer: tensors to write, codebooks by projection, what to report."""
+
+    tensors: dict[str, Tensor]
+    codebooks: dict[str, dict[str, Any]]
+    reports: list[ProjectionReport]
+    held_out_error: float | None
+
+
+class _Solved(NamedTuple):
+    """One projection of a group of experts."""
+
+    quantized: Quantized
+    tokens: list[int]
+    classes: list[str]
+
+
+class LayerCompressor:
+    """Compresses sparse layers of one model.
+
+    Parameters
+    ----------
+    family : Family
+        Of the model.
+    config : transformers configuration
+        Of the model.
+    checkpoint : Checkpoint
+        Where the experts' weights are read.
+    grid : Grid
+        Levels that a row may take.
+    settings : Settings
+        How to compress.
+    """
+
+    def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
+        self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
+        self._activation = family.activation(config)
+
+    def groups(self, layer: MoELayer) -> list[range]:
+        """Split a layer's experts into groups that fit the memory."""
+        need = max(12 * columns * columns + 16 * rows * columns for rows, columns in layer.shapes.values())
+        size = max(1, min(self._settings.group_size, self._settings.group_bytes // need))
+        return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
+
+    def compress(
+        self, layer: MoELayer, number: int, seen: LayerInputs | None, group_done: Callable[[int, int], None]
+    ) -> LayerResult:
+        """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
+
+        Parameters
+        ----------
+        layer : MoELayer
+            Which one.
+        number : int
+            Its place among the sparse layers; with the seed, it decides which tokens are drawn.
+        seen : LayerInputs or None
+            None rounds to nearest.
+        group_done : callable
+            Called with the number of finished groups and of all.
+
+        Returns
+        -------
+        LayerResult
+        """
+        groups = self.groups(layer)
+        tallies = {name: _Tally(layer, name, self._grid.alphabet) for name in layer.projections}
+        wrong = right = 0.0
+        for i, group in enumerate(groups):
+            solved = self._nearest(layer, group) if seen is None else self._solve(layer, group, number, seen)
+            for name, result in solved.items():
+                tallies[name].add(result)
+            if seen is not None:
+                weights = [solved[name].quantized.weight for name in layer.projections]
+                for place, expert in enumerate(group):
+                    pair = [weight[place] for weight in weights]
+                    more_wrong, more_right = self._run(layer, expert, pair, seen)
+                    wrong, right = wrong + more_wrong, right + more_right
+            group_done(i + 1, len(groups))
+        tensors: dict[str, Tensor] = {}
+        codebooks: dict[str, dict[str, Any]] = {}
+        for name, tally in tallies.items():
+            book = Codebook.fit(tally.counts.tolist(), bits=self._settings.codeword_bits)
+            packed = [
+                encode(d, levels.to(self._grid.level_dtype or torch.float32), book) for d, levels in tally.matrices()
+            ]
+            stored = pack_experts(packed)
+            tensors |= {f"{layer.experts}.{name}_{part}": tensor for part, tensor in stored.items()}
+            codebooks[name] = book.to_config()
+            tally.stored(stored, packed)
+        reports = [tally.report() for tally in tallies.values()]
+        return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
+
+    def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
+        """Read one matrix, float32 (R, C)."""
+        name = self._family.weight_name(layer, expert, projection)
+        weight = self._checkpoint.tensor(name).float()
+        if not torch.isfinite(weight).all():
+            raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
+        return weight
+
+    def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
+        return torch.stack([self._weights(layer, expert, projection) for expert in group])
+
+    def _nearest(self, layer: MoELayer, group: range) -> dict[str, _Solved]:
+        def one(name: str) -> _Solved:
+            quantized = gptq(self._group_weights(layer, group, name), None, self._grid)
+            return _Solved(quantized, [0] * len(group), ["nearest"] * len(group))
+
+        return {name: one(name) for name in layer.projections}
+
+    def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs) -> dict[str, _Solved]:
+        """Quantise a group's projections, the last one for what the quantised first one puts out."""
+        options = self._settings
+        cap = int(options.token_cap * seen.eligible.sum().item() / layer.count) + 1
+        inputs = []
+        for expert in group:
+            rows, _ = seen.assigned.of_expert(expert)
+            inputs.append(seen.inputs.gather(draw(rows[seen.eligible[rows]], cap, options.seed, number, expert)))
+        samples = [seen.sample] * len(group)
+        solved: dict[str, _Solved] = {}
+        for name in layer.projections:
+            starved = [options.blend_tokens > 0 and len(own) < own.shape[1] for own in inputs]
+            hessians = [_mean_hessian(own) for own in inputs]
+            of_layer: dict[int, Tensor] = {}  # before the first projection, all experts share one sample
+            for i in (i for i, few in enumerate(starved) if few):
+                sample = samples[i]
+                if id(sample) not in of_layer:
+                    of_layer[id(sample)] = _mean_hessian(sample)
+                hessians[i] = blend(hessians[i], of_layer[id(sample)], len(inputs[i]), options.blend_tokens)
+            quantized = gptq(
+                self._group_weights(layer, group, name),
+                torch.stack(hessians),
+                self._grid,
+                dampening=options.dampening,
+                block_size=options.block_size,
+            )
+            pairs = zip(quantized.hessian_class, starved, strict=True)
+            classes = ["blended" if known == "own" and few else known for known, few in pairs]
+            solved[name] = _Solved(quantized, [len(own) for own in inputs], classes)
+            if name != layer.projections[-1]:
+                weight = quantized.weight
+                inputs = [self._activation(x @ weight[i].T) for i, x in enumerate(inputs)]
+                samples = [
+                    self._activation(x @ weight[i].T) if few else x
+                    for i, (x, few) in enumerate(zip(samples, self._needs_sample(layer, inputs), strict=True))
+                ]
+        return solved
+
+    def _needs_sample(self, layer: MoELayer, inputs: list[Tensor]) -> Iterator[bool]:
+        """Tell which experts saw fewer tokens than their last projection has columns."""
+        columns = layer.shapes[layer.projections[-1]][1]
+        for own in inputs:
+            yield self._settings.blend_tokens > 0 and len(own) < columns
+
+    def _run(self, layer: MoELayer, expert: int, pair: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
+        """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
+        rows, gates = seen.assigned.of_expert(expert)
+        truth: list[Tensor] = []
+        wrong = right = 0.0
+        for start in range(0, len(rows), _TOKENS):
+            part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
+            x = seen.inputs.gather(part)
+            y = self._expert(x, pair) * weights
+            seen.hidden.add(part, y)
+            rides = seen.validation[part]
+            if rides.any():
+                truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
+                dense = self._expert(x[rides], truth) * weights[rides]
+                wrong += (y[rides] - dense).double().square().sum().item()
+                right += dense.double().square().sum().item()
+        return wrong, right
+
+    def _expert(self, x: Tensor, pair: list[Tensor]) -> Tensor:
+        return self._activation(x @ pair[0].T) @ pair[1].T
+
+
+class _Tally:
+    """Keeps one projection's digits, five to a byte, and its figures, until all groups are done."""
+
+    def __init__(self, layer: MoELayer, projection: str, alphabet: int) -> None:
+        self._layer, self._projection, self._alphabet = layer, projection, alphabet
+        self.counts = np.zeros(alphabet, dtype=np.int64)
+        self._kept: list[tuple[np.ndarray, Tensor]] = []
+        self._errors: list[float] = []
+        self._tokens: list[int] = []
+        self._classes: dict[str, int] = {}
+        self._bytes = self._code_bits = 0
+
+    def add(self, solved: _Solved) -> None:
+        """Take over a group of experts."""
+        for digits, levels in zip(solved.quantized.digits.numpy(), solved.quantized.levels, strict=True):
+            self.counts += count(digits, self._alphabet)
+            self._kept.append((squeeze(digits, self._alphabet), levels.clone()))
+        self._errors += solved.quantized.error.tolist()
+        self._tokens += solved.tokens
+        for name in solved.classes:
+            self._classes[name] = self._classes.get(name, 0) + 1
+
+    def matrices(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Give back each expert's digits (R, C) and levels (R, L), and forget them."""
+        while self._kept:
+            small, levels = self._kept.pop(0)
+            yield unsqueeze(small, self._layer.shapes[self._projection], self._alphabet), levels
+
+    def stored(self, tensors: dict[str, Tensor], packed: list[PackedMatrix]) -> None:
+        """Note what the projection takes on disk."""
+        self._bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._code_bits = sum(int(p.row_codewords.to(torch.int64).sum()) * p.codebook.bits for p in packed)
+
+    def report(self) -> ProjectionReport:
+        rows, columns = self._layer.shapes[self._projection]
+        weights = self._layer.count * rows * columns
+        zero = 1 if self._alphabet == 3 else 0
+        return ProjectionReport(
+            layer=self._layer.experts,
+            projection=self._projection,
+            experts=self._layer.count,
+            rows=rows,
+            columns=columns,
+            bits_per_weight=8 * self._bytes / weights,
+            code_bits_per_weight=self._code_bits / weights,
+            zeros=int(self.counts[zero]) / weights,
+            error=float(np.mean(self._errors)),
+            hessian_classes=self._classes,
+            tokens=self._tokens,
+        )
+
+
+def _mean_hessian(inputs: Tensor) -> Tensor:
+    """Mean over tokens of x x^T; zeros without tokens."""
+    hessian = new(inputs.shape[1])
+    accumulate(hessian, inputs)
+    return mean(hessian, len(inputs))

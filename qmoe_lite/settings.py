@@ -1,0 +1,90 @@
+"""How to compress, and how far a compression is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qmoe_lite.errors import SettingError
+
+RECIPES = ("default", "nearest")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress; each default is the one that `qmoe compress --help` shows.
+
+    Attributes
+    ----------
+    recipe : str
+        "default", or "nearest": round each weight to its nearest level, with no calibration.
+    samples : int or None
+        Calibration samples; None takes 80 for each expert, the paper's ratio.
+    sequence_length : int
+        Tokens of a sample.
+    codeword_bits : int
+        8 to 12.
+    dampening : float
+        Added to the Hessian's diagonal, as a fraction of its mean ("percdamp" in GPTQ). QMoE, section 3.2: 0.1.
+    block_size : int
+        Columns that GPTQ rounds between two updates of the rest.
+    group_size : int
+        Experts quantised together. QMoE, table 1: 16.
+    group_bytes : int
+        Memory for a group; fewer experts are taken together when 16 would need more.
+    token_cap : float
+        An expert's Hessian takes at most this many times the mean number of tokens, drawn at random. QMoE: 4.
+    blend_tokens : int
+        An expert with n tokens, fewer than its matrix has columns, gets n/(n+n0) of its own Hessian and n0/(n+n0)
+        of one from random tokens of the layer; this is n0, and 0 switches it off.
+    validation_samples : int
+        Samples that ride along for `Report.held_out_error` and enter no Hessian.
+    batch_size : int
+        Samples that go through a block at a time.
+    activations : str
+        "float32", or "bfloat16" at half the memory.
+    seed : int
+    """
+
+    recipe: str = "default"
+    samples: int | None = None
+    sequence_length: int = 512
+    codeword_bits: int = 10
+    dampening: float = 0.1
+    block_size: int = 128
+    group_size: int = 16
+    group_bytes: int = 4 << 30
+    token_cap: float = 4.0
+    blend_tokens: int = 64
+    validation_samples: int = 8
+    batch_size: int = 16
+    activations: str = "float32"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise SettingError for a value outside its range."""
+        ranges: tuple[tuple[str, bool, str], ...] = (
+            ("recipe", self.recipe in RECIPES, "one of " + ", ".join(RECIPES)),
+            ("samples", self.samples is None or self.samples >= 1, "at least 1"),
+            ("sequence_length", self.sequence_length >= 16, "at least 16"),
+            ("codeword_bits", 8 <= self.codeword_bits <= 12, "8 to 12"),
+            ("dampening", 0 < self.dampening <= 1, "above 0, at most 1"),
+            ("block_size", self.block_size >= 1, "at least 1"),
+            ("group_size", self.group_size >= 1, "at least 1"),
+            ("token_cap", self.token_cap > 0, "above 0"),
+            ("blend_tokens", self.blend_tokens >= 0, "at least 0"),
+            ("validation_samples", self.validation_samples >= 0, "at least 0"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("activations", self.activations in ("float32", "bfloat16"), "float32 or bfloat16"),
+        )
+        for name, good, expected in ranges:
+            if not good:
+                raise SettingError(f"{name} is {getattr(self, name)}; expected {expected}.")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a compression is: `done` of `total` expert groups, and the place in words."""
+
+    done: int
+    total: int
+    place: str
