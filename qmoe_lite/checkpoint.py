@@ -213,7 +213,7 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
 
 def crc32(tensor: Tensor) -> int:
     """CRC-32 of a CPU tensor's bytes."""
-    return zlib.crc32(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())) if tensor.numel() else 0
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

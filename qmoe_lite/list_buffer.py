@@ -79,7 +79,7 @@ class ListBuffer:
         flat = self.rows.view(torch.uint8).view(-1)
         with file.open("wb") as raw, zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(raw) as out:
             for start in range(0, len(flat), _CHUNK):
-                out.write(memoryview(flat[start : start + _CHUNK].numpy()))
+                out.write(flat[start : start + _CHUNK].numpy().data)
 
     def load(self, file: Path) -> None:
         """Read what `save` wrote.

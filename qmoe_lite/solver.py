@@ -147,7 +147,14 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
 
 
 @njit(cache=True, parallel=True)
-def _block_kernel(block, digits, factor, values, thresholds, symbols):
+def _block_kernel(
+    block: NDArray[np.float32],
+    digits: NDArray[np.int8],
+    factor: NDArray[np.float32],
+    values: NDArray[np.float32],
+    thresholds: NDArray[np.float32],
+    symbols: NDArray[np.int8],
+) -> None:
     """Turn block (E, R, B) into scaled errors and write digits (E, R, B); factor (E, B, B), the rest (E, R, K)."""
     experts, rows, columns = block.shape
     for unit in prange(experts * rows):

@@ -5,7 +5,7 @@ import itertools
 import pickle
 import time
 
-import naive_codec
+import naive
 import numpy as np
 import pytest
 from checks import draw_digits
@@ -36,13 +36,13 @@ def ternary_counts(zeros):
 
 
 def strings_of(codebook):
-    return naive_codec.strings_of(codebook.table.tolist(), codebook.digits)
+    return naive.strings_of(codebook.table.tolist(), codebook.digits)
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_table_equals_the_fraction_built_one(counts):
     codebook = Codebook.fit(counts, bits=8)
-    expected = [naive_codec.entry(string, len(counts)) for string in naive_codec.tunstall(counts, 8)]
+    expected = [naive.entry(string, len(counts)) for string in naive.tunstall(counts, 8)]
     assert codebook.table[: len(expected)].tolist() == expected
     assert (codebook.table[len(expected) :] & np.uint64(255) == 0).all()
     assert codebook.table.dtype == np.uint64
@@ -52,7 +52,7 @@ def test_table_equals_the_fraction_built_one(counts):
 @given(st.lists(st.integers(0, 10**6), min_size=3, max_size=4).filter(any))
 @settings(max_examples=15, deadline=None)
 def test_any_counts_give_the_fraction_built_strings(counts):
-    strings = naive_codec.tunstall(counts, 8)
+    strings = naive.tunstall(counts, 8)
     assert strings_of(Codebook.fit(counts, bits=8))[: len(strings)] == strings
 
 

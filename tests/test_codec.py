@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import naive_codec
+import naive
 import numba
 import numpy as np
 import pytest
@@ -79,12 +79,12 @@ def test_decode_gives_back_what_was_encoded(shares, fitted, bits, rows, columns,
 def test_bytes_equal_the_naive_encoders(counts, columns):
     digits = draw_digits(np.random.default_rng(columns), counts, (5, columns))
     digits[1], digits[2], digits[3] = 0, 1, (-1 if len(counts) == 3 else 3)
-    strings = naive_codec.tunstall(counts, 8)
-    ref_codes, ref_row_codewords = naive_codec.encode(digits, strings, 8)
+    strings = naive.tunstall(counts, 8)
+    ref_codes, ref_row_codewords = naive.encode(digits, strings, 8)
     packed = encode(digits, np.ones((5, len(counts) - 1), dtype=np.float32), Codebook.fit(counts, bits=8))
     assert packed.codes.numpy().tobytes() == ref_codes
     assert packed.row_codewords.tolist() == ref_row_codewords
-    assert naive_codec.decode(ref_codes, ref_row_codewords, strings, 8, columns) == digits.tolist()
+    assert naive.decode(ref_codes, ref_row_codewords, strings, 8, columns) == digits.tolist()
     assert decode(packed)[0].tolist() == digits.tolist()
 
 
@@ -92,8 +92,8 @@ def test_bytes_equal_the_naive_encoders(counts, columns):
 def test_bit_stream_of_odd_widths_equals_the_naive_one(bits):
     digits = draw_digits(np.random.default_rng(bits), [1, 6, 1], (3, 63))
     codebook = Codebook.fit([1, 6, 1], bits)
-    strings = [string for string in naive_codec.strings_of(codebook.table.tolist(), 3) if string]
-    ref_codes, ref_row_codewords = naive_codec.encode(digits, strings, bits)
+    strings = [string for string in naive.strings_of(codebook.table.tolist(), 3) if string]
+    ref_codes, ref_row_codewords = naive.encode(digits, strings, bits)
     packed = encode(digits, np.ones((3, 1), dtype=np.float32), codebook)
     assert packed.codes.numpy().tobytes() == ref_codes
     assert packed.row_codewords.tolist() == ref_row_codewords
@@ -139,7 +139,7 @@ def test_dense_is_each_level_cast(codebook, width, dtype):
     dense = packed.dense(dtype)
     assert dense.dtype == dtype
     assert packed.levels.dtype == torch.bfloat16
-    expected = torch.from_numpy(naive_codec.dequantize(digits, levels.tolist())).to(dtype)
+    expected = torch.from_numpy(naive.dequantize(digits, levels.tolist())).to(dtype)
     assert torch.equal(dense, expected)
 
 

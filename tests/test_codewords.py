@@ -8,7 +8,7 @@ import hashlib
 import pickle
 import time
 
-import naive_codec
+import naive
 import numpy as np
 import pytest
 from checks import draw_digits
@@ -26,13 +26,13 @@ PUBLISHED = "c09862c453fe122634070a475357ff81a679aff65829d84a56f806c02a54ed45"
 
 
 def test_the_table_has_the_published_bytes():
-    strings = naive_codec.strings_of(PAPER.table.tolist(), 3)
-    assert hashlib.sha256(naive_codec.published_table(strings)).hexdigest() == PUBLISHED
-    assert strings == naive_codec.paper_dictionary()
+    strings = naive.strings_of(PAPER.table.tolist(), 3)
+    assert hashlib.sha256(naive.published_table(strings)).hexdigest() == PUBLISHED
+    assert strings == naive.paper_dictionary()
 
 
 def test_the_table_has_one_layout_with_tunstall_codes():
-    assert PAPER.table.tolist() == [naive_codec.entry(string, 3) for string in naive_codec.paper_dictionary()]
+    assert PAPER.table.tolist() == [naive.entry(string, 3) for string in naive.paper_dictionary()]
     assert PAPER.table.shape == (65536,)
     assert PAPER.table.dtype == np.uint64
     assert not PAPER.table.flags.writeable
@@ -44,7 +44,7 @@ def test_the_table_has_one_layout_with_tunstall_codes():
 @pytest.mark.parametrize("columns", [1, 27, 28, 29, 63, 1000])
 def test_codes_are_the_naive_longest_matches(shares, columns):
     digits = draw_digits(np.random.default_rng(columns), shares, (9, columns))
-    codes, row_codewords = naive_codec.encode_pairs(digits)
+    codes, row_codewords = naive.encode_pairs(digits)
     packed = encode(digits, np.ones((9, 2), dtype=np.float32), PAPER)
     assert packed.codes.numpy().tobytes() == codes
     assert packed.row_codewords.tolist() == row_codewords
@@ -64,7 +64,7 @@ def test_codes_are_the_naive_longest_matches(shares, columns):
 def test_any_width_comes_back_from_the_naive_codes(shares, rows, columns, seed):
     digits = draw_digits(np.random.default_rng(seed), shares, (rows, columns))
     packed = encode(digits, np.ones((rows, 1), dtype=np.float32), PAPER)
-    assert packed.codes.numpy().tobytes() == naive_codec.encode_pairs(digits)[0]
+    assert packed.codes.numpy().tobytes() == naive.encode_pairs(digits)[0]
     read = dataclasses.replace(packed, _validated=False)
     assert (decode(read)[0].numpy() == digits).all()
     assert PAPER.rate(digits) == 16 * sum(packed.row_codewords.tolist()) / digits.size
@@ -72,14 +72,14 @@ def test_any_width_comes_back_from_the_naive_codes(shares, rows, columns, seed):
 
 def test_each_string_alone_in_a_row_is_its_own_code():
     for code in (0, 1, 13, 14, 999, 8190, 65535):
-        string = naive_codec.paper_dictionary()[code]
+        string = naive.paper_dictionary()[code]
         packed = encode(np.int8([string]), np.ones((1, 1), dtype=np.float32), PAPER)
         assert packed.codes[:2].numpy().view("<u2").tolist() == [code]
         assert packed.row_codewords.tolist() == [1]
 
 
 def test_another_reading_than_the_greedy_one_decodes_too():
-    two_zeros = naive_codec.paper_codes()[(0, 0)]
+    two_zeros = naive.paper_codes()[(0, 0)]
     packed = encode(np.zeros((1, 56), dtype=np.int8), np.ones((1, 1), dtype=np.float32), PAPER)
     codes = np.array([two_zeros] * 28 + [0] * 4, dtype="<u2").view(np.uint8)
     counts = np.uint16([28])

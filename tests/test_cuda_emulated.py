@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import naive_codec
-import naive_solver
+import naive
 import numpy as np
 import pytest
 import torch
@@ -43,7 +42,7 @@ def emulated(request, monkeypatch):
 
 @functools.cache
 def strings(codebook):
-    return naive_codec.tunstall(codebook.counts, codebook.bits)
+    return naive.tunstall(codebook.counts, codebook.bits)
 
 
 def draw(codebook, shape, seed=0):
@@ -66,7 +65,7 @@ def draw_levels(codebook, rows, width=None):
 def test_encode_gives_the_reference_s_bytes(emulated, codebook, shape):
     digits = draw(codebook, shape)
     packed = codec.encode(torch.from_numpy(digits), draw_levels(codebook, shape[0]), codebook)
-    codes, row_codewords = naive_codec.encode(digits, strings(codebook), codebook.bits)
+    codes, row_codewords = naive.encode(digits, strings(codebook), codebook.bits)
     assert packed.codes.numpy().tobytes() == codes
     assert packed.row_codewords.tolist() == row_codewords
 
@@ -76,7 +75,7 @@ def test_encode_gives_the_reference_s_bytes(emulated, codebook, shape):
 def test_decode_gives_the_digits_that_the_reference_reads(emulated, codebook, shape):
     packed = cpu_codec.encode(draw(codebook, shape), draw_levels(codebook, shape[0]), codebook)
     stream = packed.codes.numpy().tobytes(), packed.row_codewords.tolist()
-    reference = naive_codec.decode(*stream, strings(codebook), codebook.bits, shape[1])
+    reference = naive.decode(*stream, strings(codebook), codebook.bits, shape[1])
     digits, levels = codec.decode(packed)
     assert digits.tolist() == reference
     assert torch.equal(levels, packed.levels)
@@ -88,7 +87,7 @@ def test_every_weight_is_its_digit_s_level(emulated, codebook, width, dtype):
     digits, levels = draw(codebook, (7, 63)), draw_levels(codebook, 7, width)
     dense = codec.decode_dense(cpu_codec.encode(digits, levels, codebook), dtype)
     assert dense.dtype == dtype
-    reference = naive_codec.dequantize(digits, levels.to(dtype).double().tolist())
+    reference = naive.dequantize(digits, levels.to(dtype).double().tolist())
     assert torch.equal(dense.double(), torch.from_numpy(reference))
 
 
@@ -104,7 +103,7 @@ def test_wider_codewords_give_the_cpu_s_bytes_and_digits(emulated, codebook, col
     assert torch.equal(ours.row_codewords, cpu.row_codewords)
     assert np.array_equal(codec.decode(ours)[0].numpy(), digits)
     x = torch.randn(columns)
-    sizes = np.abs(naive_codec.dequantize(digits, levels.tolist()))
+    sizes = np.abs(naive.dequantize(digits, levels.tolist()))
     difference = matmul.decode_matmul(ours, x) - codec.decode_dense(ours, torch.float64) @ x.double()
     assert (np.abs(difference.numpy()) <= 1e-5 * (sizes @ np.abs(x.numpy()))).all()
 
@@ -118,8 +117,8 @@ def test_product_equals_the_naive_one(emulated, codebook, width, shape, tokens):
     x = torch.randn(shape[1]) if tokens is None else torch.randn(tokens, shape[1])
     y = matmul.decode_matmul(packed, x)
     whole = x.numpy().reshape(-1, shape[1])
-    reference = naive_codec.matmul(digits, levels.tolist(), whole)
-    sizes = np.abs(naive_codec.dequantize(digits, levels.tolist()))
+    reference = naive.matmul(digits, levels.tolist(), whole)
+    sizes = np.abs(naive.dequantize(digits, levels.tolist()))
     assert y.shape == (*x.shape[:-1], shape[0])
     assert (np.abs(y.numpy().reshape(-1, shape[0]) - reference) <= 1e-5 * (np.abs(whole) @ sizes.T)).all()
 
@@ -155,7 +154,7 @@ def test_every_digit_is_the_slow_reference_s(emulated, monkeypatch, name, rows, 
     weight, hessian = problem(2, rows, columns)
     monkeypatch.setattr(solver, "solve_block", cuda_solver.solve_block)
     result = solver.gptq(weight, hessian, GRIDS[name], dampening=0.05, block_size=block)
-    digits, values = naive_solver.gptq(weight.numpy(), hessian.numpy(), name, 0.05)
+    digits, values = naive.gptq(weight.numpy(), hessian.numpy(), name, 0.05)
     same = result.digits.numpy() == digits
     assert same.mean() >= 0.999
     np.testing.assert_allclose(result.weight.numpy()[same], values[same], rtol=1e-5, atol=1e-6)

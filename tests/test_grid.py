@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-import naive_solver as naive
+import naive
 import numpy as np
 import pytest
 import torch

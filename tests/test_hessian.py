@@ -1,6 +1,6 @@
 """Hessians: sums, means, blends, dampening and the factor of the inverse."""
 
-import naive_solver as naive
+import naive
 import numpy as np
 import pytest
 import torch

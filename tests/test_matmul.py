@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import naive_codec
+import naive
 import numba
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def draw(codebook, width, rows, columns, seed=0, shares=None):
 
 def assert_close(got, ref, digits, levels, x):
     """Error against the sum of the products' sizes, which bounds what rounding in float32 can do."""
-    scale = naive_codec.matmul(np.abs(digits) if levels.shape[1] < 3 else digits, np.abs(levels), np.abs(x))
+    scale = naive.matmul(np.abs(digits) if levels.shape[1] < 3 else digits, np.abs(levels), np.abs(x))
     assert (np.abs(got - ref) <= 1e-5 * scale).all()
 
 
@@ -45,7 +45,7 @@ def test_product_equals_the_naive_one(codebook, width, columns, tokens):
     digits[1], digits[2], digits[3] = 1, codebook.lowest_digit, codebook.lowest_digit + codebook.digits - 1
     packed = encode(digits, levels, codebook)
     x = np.random.default_rng(tokens).standard_normal((tokens, columns)).astype(np.float32)
-    assert_close(decode_matmul(packed, x), naive_codec.matmul(digits, levels, x), digits, levels, x)
+    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
 
 
 CODEBOOKS = [
@@ -79,7 +79,7 @@ def test_codewords_of_seven_nonzeros_add_up():
     digits, levels, packed = draw(codebook, 1, 13, 100)
     x = np.random.default_rng(6).standard_normal((1, 100)).astype(np.float32)
     assert codebook.max_nonzeros == 7
-    assert_close(decode_matmul(packed, x), naive_codec.matmul(digits, levels, x), digits, levels, x)
+    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -87,7 +87,7 @@ def test_more_rows_than_a_tile_and_a_last_partial_tile_come_out(tokens, monkeypa
     monkeypatch.setattr(matmul, "TILE_VALUES", 5 * 63)
     digits, levels, packed = draw(TERNARY, 2, 23, 63)
     x = np.random.default_rng(1).standard_normal((tokens, 63)).astype(np.float32)
-    assert_close(decode_matmul(packed, x), naive_codec.matmul(digits, levels, x), digits, levels, x)
+    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
 
 
 @pytest.mark.parametrize("columns", [1, 84, 65535])

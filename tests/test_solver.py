@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import naive_solver as naive
+import naive
 import numba
 import numpy as np
 import pytest
