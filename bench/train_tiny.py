@@ -1,7 +1,7 @@
 """Train the small Switch Transformer behind `qmoe demo`, on the committed text, from nothing.
 
 d_model 320, 2+2 blocks, each sparse with 4 experts of 320 x 768 (the layout of switch-c-2048), T5 span corruption,
-9.4 M parameters. Seeded; about 25 minutes on one core.
+9.4 M parameters. Seeded; 26 minutes on one core.
 
     python bench/train_tiny.py qmoe_lite/data/tiny_switch
 """
@@ -9,9 +9,12 @@ d_model 320, 2+2 blocks, each sparse with 4 experts of 320 x 768 (the layout of 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,35 @@ from qmoe_lite.calibration import corrupt_spans, make_samples, read_text, read_t
 TEXT = Path(__file__).parents[1] / "qmoe_lite" / "data" / "text"
 VOCABULARY, SENTINELS = 1024, 64
 SEQUENCE, BATCH = 128, 16
-PEAK_RATE, EMBEDDING_RATE, WARMUP = 2e-3, 1e-2, 100
+WARMUP = 100  # steps
 BALANCE = 0.05  # weight of the load-balancing loss (arXiv:2101.03961, equation 4)
 SEED = 0
-# T5 span corruption throughout; a small text yields too few predicted tokens at 15%, so training begins with more.
-# (until this share of the steps, masked share, mean span): one long span teaches the decoder the language first
-PHASES = ((0.2, 0.9, 1000.0), (0.55, 0.5, 5.0), (1.0, 0.15, 3.0))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the learning rate from its peak to zero.
+
+    `phases` holds (until this share of the steps, masked share, mean span); the rates and `decay` are AdamW's;
+    `shrink` pulls each weight matrix's entries towards 0 by that many learning rates a step (an L1 penalty).
+    """
+
+    steps: int
+    phases: tuple[tuple[float, float, float], ...]
+    rate: float
+    embedding_rate: float
+    decay: float
+    dropout: float
+    shrink: float
+
+
+STAGES = (
+    # T5 span corruption throughout; a small text yields too few predicted tokens at 15%, so training begins with more:
+    # one long span teaches the decoder the language first
+    Stage(2400, ((0.2, 0.9, 1000.0), (0.55, 0.5, 5.0), (1.0, 0.15, 3.0)), 2e-3, 1e-2, 0.05, 0.0, 0.0),
+    # wears off what is left of the random start, which a large model trained for long does not have either
+    Stage(500, ((1.0, 0.15, 3.0),), 1e-3, 3e-3, 2.0, 0.1, 0.25),
+)
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
@@ -112,17 +138,7 @@ def held_out_loss(model: torch.nn.Module, tokenizer: Any) -> float:
     return float(np.mean(losses))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.manual_seed(SEED)
-    torch.set_num_threads(options.threads)
-    text = "".join(read_text(TEXT / "train.txt"))
-    tokenizer = train_tokenizer(text)
-    tokens = read_tokens([text], tokenizer)
+def new_model() -> Any:
     config = SwitchTransformersConfig(
         vocab_size=VOCABULARY,
         d_model=320,
@@ -138,28 +154,41 @@ def main() -> None:
         router_jitter_noise=0.0,
         dropout_rate=0.0,
         decoder_start_token_id=0,
-        max_position_embeddings=SEQUENCE,
     )
     model = SwitchTransformersForConditionalGeneration(config)
     start_well(model)
+    return model
+
+
+def train(model: Any, tokenizer: Any, tokens: np.ndarray, stage: Stage, seed: int) -> Iterator[dict[str, float]]:
+    """Train through one stage; yield a row of the log now and then."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = stage.dropout
     collected = balance_losses(model)
-    embedding = [model.shared.weight]
     others = [p for p in model.parameters() if p is not model.shared.weight]
+    matrices = [
+        p for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("shared") and "bias" not in n
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": others, "lr": PEAK_RATE, "weight_decay": 0.05}, {"params": embedding, "lr": EMBEDDING_RATE}],
+        [
+            {"params": others, "lr": stage.rate, "weight_decay": stage.decay},
+            {"params": [model.shared.weight], "lr": stage.embedding_rate, "weight_decay": 0.01},
+        ],
         betas=(0.9, 0.98),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * min(step / options.steps, 1.0))) + 1e-3,
+        lambda step: min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * min(step / stage.steps, 1.0))) + 1e-3,
     )
     sentinels, length = sentinel_ids(tokenizer), window_length(SEQUENCE)
-    rng = np.random.default_rng(SEED)
-    log, running, start = [], [], time.perf_counter()
-    for step in range(1, options.steps + 1):
+    running, start = [], time.perf_counter()
+    for step in range(1, stage.steps + 1):
         windows = [tokens[i : i + length] for i in rng.integers(0, len(tokens) - length, BATCH)]
-        density, span = next(phase[1:] for phase in PHASES if step <= phase[0] * options.steps)
+        density, span = next(phase[1:] for phase in stage.phases if step <= phase[0] * stage.steps)
         pairs = [corrupt_spans(w, sentinels, tokenizer.eos_token_id, rng, density, span) for w in windows]
         collected.clear()
         loss = model(
@@ -169,32 +198,57 @@ def main() -> None:
         (loss + BALANCE * torch.stack(collected).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if stage.shrink:
+            by = stage.shrink * optimizer.param_groups[0]["lr"]
+            for matrix in matrices:
+                matrix.data = torch.nn.functional.softshrink(matrix.data, by)
         optimizer.zero_grad()
         schedule.step()
         running.append(loss.item())
-        if step % 200 == 0 or step == options.steps:
-            row = {
+        if step % 200 == 0 or step == stage.steps:
+            yield {
                 "step": step,
                 "train_loss": round(float(np.mean(running)), 4),
                 "held_out_loss": round(held_out_loss(model, tokenizer), 4),
                 "seconds": round(time.perf_counter() - start),
             }
             running.clear()
-            log.append(row)
-            print(json.dumps(row), flush=True)
-            save(model, tokenizer, log, options, options.out if step == options.steps else options.out / "latest")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("stages"), help="where each stage's model is kept")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    text = "".join(read_text(TEXT / "train.txt"))
+    tokenizer = train_tokenizer(text)
+    tokens = read_tokens([text], tokenizer)
+    torch.manual_seed(SEED)
+    model, log = new_model(), []
+    for number, stage in enumerate(STAGES, 1):
+        kept = options.work / f"stage{number}"
+        if (kept / "training_log.json").exists():
+            log = json.loads((kept / "training_log.json").read_text())["log"]
+        else:
+            for row in train(model, tokenizer, tokens, stage, SEED + number - 1):
+                log.append({"stage": number, **row})
+                print(json.dumps(log[-1]), flush=True)
+            save(model, tokenizer, log, options, kept)
+        # from the saved weights, so that a stage run by itself and one run after the other are the same
+        model = SwitchTransformersForConditionalGeneration.from_pretrained(kept, dtype=torch.float32)
+    save(model, tokenizer, log, options, options.out)
 
 
 def save(model: Any, tokenizer: Any, log: list[dict[str, float]], options: argparse.Namespace, out: Path) -> None:
     """Write the model in bfloat16, its tokenizer, and the log beside it."""
-    import copy
-
     copied = copy.deepcopy(model).to(torch.bfloat16)
     copied.config.dtype = torch.bfloat16
     copied.save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {
-        "command": f"python bench/train_tiny.py OUT --steps {options.steps} --threads {options.threads}",
+        "command": f"python bench/train_tiny.py OUT --threads {options.threads}",
         "seed": SEED,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

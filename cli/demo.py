@@ -13,7 +13,7 @@ import typer
 from qmoe_lite.cli._options import JsonOption
 
 SAMPLES, SEQUENCE, PASSES = 1536, 128, 2
-SAMPLE = 'Comparisons yield boolean values: "<extra_id_0>" or "False".'
+SHOWN = (42, 6)  # which window of the evaluation text is filled in, and which of its gaps is shown
 
 
 def demo(
@@ -87,11 +87,12 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
             "evaluation_seconds": time.perf_counter() - begun,
         }
         if name != "rtn":
-            spans[name] = fill(model, tokenizer)
+            spans[name] = fill(model, tokenizer, text / "evaluation.txt")
     lost = result["rtn"]["loss"] - result["dense"]["loss"]
     result["recovered"] = (result["rtn"]["loss"] - result["qmoe"]["loss"]) / lost
     result["expert_weights"] = weights
-    result["sample"] = {"text": SAMPLE, **spans}
+    shown, truth, dense = spans["dense"]
+    result["sample"] = {"text": shown, "truth": truth, "dense": dense, "qmoe": spans["qmoe"][2]}
     result["seconds"] = time.perf_counter() - started
     return result
 
@@ -103,16 +104,30 @@ def data_file(name: str) -> Path:
     return Path(str(files("qmoe_lite") / "data" / name))
 
 
-def fill(model: Any, tokenizer: Any) -> str:
-    """Let a model put in, greedily, what stood at SAMPLE's <extra_id_0>."""
+def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
+    """Let a model fill the gaps of one window, greedily; give the text before and after one gap, what stood there, and
+    what the model puts there."""
     import torch
 
-    ids = tokenizer(SAMPLE).input_ids
-    tokens = torch.tensor([[*ids, tokenizer.eos_token_id]])
-    with torch.inference_mode():
-        out = model.generate(input_ids=tokens, max_new_tokens=12, do_sample=False, num_beams=1)
-    after = tokenizer.decode(out[0]).split("<extra_id_0>", 1)[-1]
-    return after.split("<extra_id_1>")[0].split(tokenizer.eos_token)[0]
+    from qmoe_lite.calibration import make_samples, read_text, read_tokens
+    from qmoe_lite.families import capacity_lifted
+
+    tokens = read_tokens(read_text(text), tokenizer)
+    samples = make_samples(tokens, tokenizer, seq2seq=True, count=None, sequence_length=SEQUENCE, seed=1)
+    window, gap = SHOWN[0] % len(samples), SHOWN[1]
+    with torch.inference_mode(), capacity_lifted(model):
+        ids = torch.from_numpy(samples.input_ids[window : window + 1])
+        out = model.generate(input_ids=ids, max_new_tokens=48, do_sample=False, num_beams=1)
+    assert samples.labels is not None
+
+    def between(ids: Any) -> str:
+        after = tokenizer.decode(ids).partition(f"<extra_id_{gap}>")[2]
+        return after.partition("<extra_id_")[0].removesuffix(tokenizer.eos_token)
+
+    before, _, after = tokenizer.decode(samples.input_ids[window]).partition(f"<extra_id_{gap}>")
+    clip = (before.rpartition("<extra_id_")[2].partition(">")[2][-60:], after.partition("<extra_id_")[0][:60])
+    shown = " ".join(f"{clip[0]}[..]{clip[1]}".split()).removesuffix(tokenizer.eos_token)
+    return shown, between(samples.labels[window]), between(out[0])
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -144,6 +159,6 @@ def _print(result: dict[str, Any]) -> None:
     )
     sample = result["sample"]
     _output.print_text(f"\nThe gap in:  {sample['text']}")
-    for name in ("dense", "qmoe"):
-        _output.print_text(f"  {name:>5} puts: {sample[name]!r}")
+    for name, title in (("truth", "the text"), ("dense", "dense"), ("qmoe", "QMoE")):
+        _output.print_text(f"  {title:>8}: {sample[name]!r}")
     _output.print_text(f"\n{result['seconds']:.0f} seconds in all.")

@@ -128,14 +128,15 @@ def test_the_demo_does_the_whole_job(run, tmp_path, monkeypatch, switch, text_fi
     monkeypatch.setattr(demo, "data_file", {"text": text, "tiny_switch": switch}.__getitem__)
     monkeypatch.setattr(demo, "SAMPLES", 12)
     monkeypatch.setattr(demo, "SEQUENCE", 32)
-    monkeypatch.setattr(demo, "SAMPLE", "expert <extra_id_0> router")
+    monkeypatch.setattr(demo, "SHOWN", (3, 1))
     code, printed, noted = run("demo", "--out", tmp_path / "kept", "--json")
     assert code == 0, noted
     result = json.loads(printed)
     assert set(result) >= {"dense", "rtn", "qmoe", "recovered", "sample", "seconds"}
     assert result["dense"]["bits_per_weight"] == 32  # this one is float32
     assert result["qmoe"]["tokens"] == result["dense"]["tokens"]
-    assert set(result["sample"]) == {"text", "dense", "qmoe"}
+    assert set(result["sample"]) == {"text", "truth", "dense", "qmoe"}
+    assert result["sample"]["truth"]
     code, printed, _ = run("eval", tmp_path / "kept", "--text", text_file, "--sequence-length", 32)
     assert code == 0
     code, printed, _ = run("demo")
