@@ -228,6 +228,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         with temporary.open("rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors leaves its files to their owner alone
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
@@ -237,6 +238,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise OutputError(
             f"{path} cannot be written: {reason}. What is finished is kept: make room and run the same command again."
         ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync_directory(directory: Path) -> None:

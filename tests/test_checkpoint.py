@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -36,6 +38,15 @@ def test_tensors_are_checked_against_the_index(tmp_path):
     found.check("c")
     with pytest.raises(FormatError, match=r"b in .*part.safetensors is damaged"):
         found.check("b")
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_equal_tensors_give_equal_files(tmp_path):

@@ -355,6 +355,18 @@ def test_groups_shrink_to_the_memory_and_change_nothing(tmp_path, compressed, sw
     assert bytes_of(tmp_path / "out") == bytes_of(compressed[0])
 
 
+def test_two_bit_models_are_stored_and_run_too(tmp_path, compressed, switch, text_file, tokenizer):
+    grid = qm.MinMaxTwoBit(level_dtype=torch.bfloat16)
+    report = qm.compress(switch, tmp_path / "out", calibration=text_file, grid=grid, **SMALL)
+    packed = qm.load(tmp_path / "out", dtype=torch.float32)
+    names = [name for name, module in packed.named_modules() if isinstance(module, qm.PackedExperts)]
+    dense = dense_model(switch, packed, names)
+    settings = {"sequence_length": 32, "samples": 5}
+    found, expected = (qm.evaluate(model, tokenizer, text_file, **settings).loss for model in (packed, dense))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert all(report.held_out_error[name] < compressed[1].held_out_error[name] for name in names)
+
+
 def test_bfloat16_activations_come_close(tmp_path, compressed, switch, text_file):
     report = qm.compress(switch, tmp_path / "out", calibration=text_file, activations="bfloat16", **SMALL)
     for name, error in compressed[1].held_out_error.items():
