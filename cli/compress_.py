@@ -33,7 +33,7 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="How activations are kept: float32, or bfloat16 at half the memory.")
     ] = "float32",
-    seed: Annotated[int, typer.Option(help="Decides samples, masked spans and drawn tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides samples, masked spans and drawn tokens.", min=0)] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Throw unfinished work in OUT.partial away.")] = False,
     json: JsonOption = False,
 ) -> None:

@@ -89,7 +89,7 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
         if name != "rtn":
             spans[name] = fill(model, tokenizer, text / "evaluation.txt")
     lost = result["rtn"]["loss"] - result["dense"]["loss"]
-    result["recovered"] = (result["rtn"]["loss"] - result["qmoe"]["loss"]) / lost
+    result["recovered"] = (result["rtn"]["loss"] - result["qmoe"]["loss"]) / lost if lost else 0.0
     result["expert_weights"] = weights
     shown, truth, dense = spans["dense"]
     result["sample"] = {"text": shown, "truth": truth, "dense": dense, "qmoe": spans["qmoe"][2]}

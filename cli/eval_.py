@@ -16,7 +16,7 @@ def evaluate(
     sequence_length: SequenceLengthOption = 512,
     passes: Annotated[int, typer.Option(help="Times that each window is masked anew (seq2seq).", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.", min=1)] = 16,
-    seed: Annotated[int, typer.Option(help="Decides samples and masked spans.")] = 1,
+    seed: Annotated[int, typer.Option(help="Decides samples and masked spans.", min=0)] = 1,
     json: JsonOption = False,
 ) -> None:
     """Measure loss and perplexity on a text; the same seed gives every model the same questions.
@@ -39,21 +39,23 @@ def evaluate(
 def open_model(name: str) -> tuple[Any, Any]:
     """Load a compressed or dense model in float32, with its tokenizer."""
     import torch
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForSeq2SeqLM
 
+    from qmoe_lite.calibration import open_tokenizer
     from qmoe_lite.checkpoint import Checkpoint, find_model
     from qmoe_lite.errors import CheckpointError
     from qmoe_lite.experts import load
     from qmoe_lite.families import family_of
 
     path = find_model(name)
-    config = Checkpoint(path).config
-    family_of(config.get("model_type"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers, sentencepiece and json each raise their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} has no usable tokenizer: {reason}") from error
-    if (config.get("quantization_config") or {}).get("quant_method") == "qmoe":
+    checkpoint = Checkpoint(path)
+    family = family_of(checkpoint.config.get("model_type"))
+    tokenizer = open_tokenizer(path)
+    if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "qmoe":
         return load(path, dtype=torch.float32), tokenizer
-    return AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32).eval(), tokenizer
+    model, info = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    # transformers fills what a checkpoint lacks with random numbers and goes on
+    if lost := sorted(set(info["missing_keys"]) - family.tied):
+        raise CheckpointError(f"{path} lacks {lost[0]} and {len(lost) - 1} more tensors. Is it the whole model?")
+    family.tie(model, checkpoint)
+    return model.eval(), tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_lite.errors import SettingError, TextError
+from qmoe_lite.errors import CheckpointError, SettingError, TextError
 
 NOISE_DENSITY = 0.15  # T5: share of the tokens that are masked
 MEAN_SPAN = 3.0  # T5: mean tokens of a masked span
@@ -66,6 +66,8 @@ def read_text(source: str | Path) -> Iterator[str]:
     TextError
         The source is missing, not UTF-8, or a .jsonl line has no "text".
     """
+    if not str(source).strip():
+        raise TextError("the name of the text is empty. Give a UTF-8 .txt or .jsonl file, or a directory of them.")
     path = Path(source)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (".txt", ".md", ".jsonl"))
@@ -92,12 +94,15 @@ def _read_file(path: Path) -> Iterator[str]:
                 if not line.strip():
                     continue
                 try:
-                    yield str(json.loads(line)["text"]) + "\n"
+                    text = json.loads(line)["text"]
+                    if not isinstance(text, str):
+                        raise TypeError
+                    yield text + "\n"
                 except (ValueError, KeyError, TypeError) as error:
                     problem = f'{path} line {number} is no JSON object with a "text" field.'
                     raise TextError(f"{problem} Mend the line, or give a plain .txt file.") from error
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text (byte {error.start}). Convert it, e.g. with iconv.") from error
+        raise TextError(f"{path} is not UTF-8 text. Convert it, e.g. with iconv.") from error
     except OSError as error:
         raise TextError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -124,6 +129,34 @@ def _read_hub(name: str) -> Iterator[str]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """Open a model's tokenizer.
+
+    Raises
+    ------
+    CheckpointError
+        There is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    # without any of these transformers makes up an empty tokenizer and says nothing
+    names = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((directory / name).is_file() for name in names):
+        raise CheckpointError(f"{directory} has no tokenizer ({', '.join(names[:3])}, ..). Copy the model's own there.")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # tokenizers, sentencepiece and json each raise their own
+        raise CheckpointError(f"{directory} has no usable tokenizer: {_first_line(error)}. Fetch it again.") from error
+
+
+def check_ids(samples: Samples, vocabulary: int) -> None:
+    """Raise SettingError where the tokenizer gives ids that the model does not know."""
+    largest = max(int(ids.max()) for ids in (samples.input_ids, samples.labels) if ids is not None)
+    if largest >= vocabulary:
+        text = f"the tokenizer gives id {largest}, the model knows {vocabulary}. Use this model's own tokenizer."
+        raise SettingError(text)
 
 
 def read_tokens(documents: Iterable[str], tokenizer: Any, wanted: int | None = None) -> np.ndarray:

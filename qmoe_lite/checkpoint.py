@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmoe_lite.errors import CheckpointError, FormatError, OutputError
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
@@ -79,6 +80,8 @@ class Checkpoint:
             raise CheckpointError(f"{directory} is no model: config.json cannot be read.") from error
         except ValueError as error:
             raise CheckpointError(f"{directory / 'config.json'} is no JSON ({error}). Fetch the file again.") from error
+        if not isinstance(self.config, dict):
+            raise CheckpointError(f"{directory / 'config.json'} is no JSON object. Fetch the file again.")
         for file_name, self._kind in _KINDS:
             index = directory / f"{file_name}.index.json"
             if index.is_file():
@@ -119,7 +122,7 @@ class Checkpoint:
                 if self._kind == "safetensors":
                     opened: Any = safe_open(path, framework="pt", device="cpu")
                 else:
-                    opened = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                    opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             except Exception as error:  # safetensors, pickle and zip each have their own
                 reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 raise CheckpointError(f"{path} is damaged: {reason}. Fetch the file again.") from error
@@ -196,6 +199,8 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
     ------
     CheckpointError
         A tensor is missing or has another shape.
+    NotFiniteError
+        A tensor holds NaN or infinity.
     """
     filled: dict[str, Tensor] = {}
     for name, target in module.state_dict().items():
@@ -206,6 +211,8 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
         if value.shape != target.shape:
             found, expected = tuple(value.shape), tuple(target.shape)
             raise CheckpointError(f"{full} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NotFiniteError(f"{full} in {checkpoint.directory} holds NaN or infinity. Fetch it again.")
         filled[name] = value.to(dtype) if value.is_floating_point() else value
     module.load_state_dict(filled, assign=True, strict=False)
     module.requires_grad_(False)

@@ -20,9 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite import checkpoint as files
-from qmoe_lite.calibration import Samples, hessian_masks, make_samples, read_text, read_tokens, window_length
+from qmoe_lite.calibration import (
+    Samples,
+    check_ids,
+    hessian_masks,
+    make_samples,
+    open_tokenizer,
+    read_text,
+    read_tokens,
+    window_length,
+)
 from qmoe_lite.checkpoint import EXPERTS, Checkpoint
-from qmoe_lite.errors import CheckpointError, OutputError, ResumeError, SettingError
+from qmoe_lite.errors import NotFiniteError, OutputError, ResumeError, SettingError
 from qmoe_lite.experts import FORMAT, Placeholder
 from qmoe_lite.families import (
     Family,
@@ -134,7 +143,7 @@ def compress(
     if target.exists() or target.is_symlink():
         raise OutputError(f"{target} exists already. Name another directory, or remove it.")
     if (options.recipe == "nearest") != (calibration is None):
-        text = "needs no calibration text" if calibration else "needs calibration text: name a file of it"
+        text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
     run = _Run(files.find_model(model), target, grid or MinMaxTernary(level_dtype=torch.bfloat16), options, progress)
     with torch.inference_mode():
@@ -172,21 +181,13 @@ class _Run:
                 self._finish_layer(number, None)
                 self._save_state({"fingerprint": fingerprint})
         else:
-            tokenizer = self._tokenizer()
+            tokenizer = open_tokenizer(self.checkpoint.directory)
             samples, for_hessians = self._samples(calibration, tokenizer)
+            check_ids(samples, self.config.vocab_size)
             fingerprint = self._fingerprint(samples)
             state = self._open_partial(fingerprint, resume)
             self._calibrated(samples, for_hessians, hessian_masks(samples, tokenizer), fingerprint, state)
         return self._write_rest()
-
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.checkpoint.directory)
-        except Exception as error:  # tokenizers, sentencepiece and json each raise their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-            raise CheckpointError(f"{self.checkpoint.directory} has no usable tokenizer: {reason}.") from error
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int]:
         """Give all samples, the validation ones last, and how many of them are for calibration."""
@@ -252,10 +253,13 @@ class _Run:
             return state
         try:
             if self.partial.exists():
+                if not state_file.is_file() and any(self.partial.iterdir()):
+                    raise OutputError(f"{self.partial} exists and is not ours. Move it, or name another OUT.")
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{self.partial} cannot be made: {error.strerror}. Name another directory.") from error
+        self._save_state({"fingerprint": fingerprint})  # claims the directory
         return {}
 
     def _save_state(self, state: dict[str, Any]) -> None:
@@ -327,6 +331,7 @@ class _Run:
                     if caught is not None:
                         self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
                         state = self._keep({"stack": number, "block": i}, hidden, memory, fingerprint, state)
+                    del caught  # its buffer is as large as `hidden`, and the next block makes another
                 for part in self._batches(len(hidden)):
                     hidden.write(part, self.family.leave(model, stack, hidden.read(part)))
                 memory = hidden
@@ -391,6 +396,8 @@ class _Run:
             size = part.stop - part.start
             recalled = None if memory is None else memory.read(part)
             out, following[size] = self.family.through(module, hidden.read(part), recalled, calls[size])
+            if not torch.isfinite(out).all():
+                raise NotFiniteError(f"{block} puts out NaN or infinity in float32. Is the checkpoint sound?")
             hidden.write(part, out)
             if catcher is not None and inputs is not None:
                 given, index, weights = catcher.take()
@@ -469,13 +476,14 @@ class _Run:
         files.write_json(self.partial / "model.safetensors.index.json", index)
         report = self._report()
         files.write_json(self.partial / FILE_NAME, report.to_json())
-        for left in [*self.partial.glob("*.zst"), self.partial / "state.json"]:
-            left.unlink(missing_ok=True)
         try:
             self.partial.rename(self.out)
             files.sync_directory(self.out.parent.resolve())
         except OSError as error:
-            raise OutputError(f"{self.partial} is finished but cannot become {self.out}: {error.strerror}.") from error
+            text = f"{self.partial} is finished but cannot become {self.out}: {error.strerror}. "
+            raise OutputError(text + "Make way, and run the same command again.") from error
+        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here they let a run go on
+            left.unlink(missing_ok=True)
         return report
 
     def _write_config(self) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qmoe_lite.calibration import make_samples, read_text, read_tokens
+from qmoe_lite.calibration import check_ids, make_samples, read_text, read_tokens
+from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.families import capacity_lifted
 
 
@@ -74,6 +75,8 @@ def evaluate(
     ------
     TextError
         The text is missing or empty.
+    NotFiniteError
+        The loss is NaN or infinite.
     """
     seq2seq = bool(model.config.is_encoder_decoder)
     tokens = read_tokens(read_text(text), tokenizer)
@@ -86,6 +89,7 @@ def evaluate(
         seed=seed,
         passes=passes,
     )
+    check_ids(drawn, model.config.vocab_size)
     model.eval()
     total = 0.0
     with torch.inference_mode(), capacity_lifted(model):
@@ -104,4 +108,6 @@ def evaluate(
                 logits.flatten(0, 1), labels.flatten().to(logits.device), reduction="sum"
             )
             total += float(loss)
+    if not math.isfinite(total):
+        raise NotFiniteError("the loss is NaN or infinite: weights or activations of the model are. Fetch it again.")
     return Evaluation(total / drawn.predicted_tokens, drawn.predicted_tokens)

@@ -316,6 +316,8 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
     if {layer.experts for layer in layers} != set(packing.codebooks):
         raise FormatError(f"{path}/config.json names other compressed layers than the model has. Fetch it again.")
     for layer in layers:
+        if set(packing.codebooks[layer.experts]) != set(layer.projections):
+            raise FormatError(f"{path}/config.json names other projections than {layer.experts} has. Fetch it again.")
         experts = PackedExperts(family, layer, packing.codebooks[layer.experts], config)
         for projection in layer.projections:
             names = {part: f"{layer.experts}.{projection}_{part}" for part in PARTS}

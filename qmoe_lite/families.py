@@ -77,6 +77,7 @@ class Family(Protocol):
     model_type: str
     seq2seq: bool
     experts_class: str
+    tied: frozenset[str]  # tensors that a checkpoint may lack, because they are another one's
 
     def layers(self, config: Any) -> list[MoELayer]:
         """All sparse layers that the configuration promises, in the order in which they run."""
@@ -136,6 +137,7 @@ class SwitchTransformers:
 
     model_type = "switch_transformers"
     seq2seq = True
+    tied = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"})
     experts_class = "SwitchTransformersExperts"
 
     def layers(self, config: Any) -> list[MoELayer]:
@@ -184,7 +186,9 @@ class SwitchTransformers:
                 model.get_submodule(name).weight = shared
         if model.config.tie_word_embeddings:
             for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
-                model.get_submodule(name).weight = shared
+                module = model.get_submodule(name)  # one that differs is kept, as transformers keeps it
+                if f"{name}.weight" not in checkpoint or torch.equal(module.weight, shared):
+                    module.weight = shared
         elif "lm_head.weight" not in checkpoint:
             raise CheckpointError(
                 f"{checkpoint.directory} lacks lm_head.weight, and config.json says that it is not tied to the "

@@ -101,7 +101,7 @@ class ListBuffer:
                 else:
                     if filled == len(flat):
                         return
-        except zstandard.ZstdError as error:
+        except (OSError, zstandard.ZstdError) as error:
             raise FormatError(f"{file} is damaged ({error}). Begin anew with --restart.") from error
         raise FormatError(f"{file} holds other activations than this run needs. Begin anew with --restart.")
 
