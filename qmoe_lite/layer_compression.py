@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -179,21 +179,24 @@ class LayerCompressor:
         """Quantise a group's projections, the last one for what the quantised first one puts out."""
         options = self._settings
         cap = int(options.token_cap * seen.eligible.sum().item() / layer.count) + 1
-        inputs = []
+        rows_of = []
         for expert in group:
             rows, _ = seen.assigned.of_expert(expert)
-            inputs.append(seen.inputs.gather(draw(rows[seen.eligible[rows]], cap, options.seed, number, expert)))
-        samples = [seen.sample] * len(group)
+            rows_of.append(draw(rows[seen.eligible[rows]], cap, options.seed, number, expert))
         solved: dict[str, _Solved] = {}
-        for name in layer.projections:
-            starved = [options.blend_tokens > 0 and len(own) < own.shape[1] for own in inputs]
-            hessians = [_mean_hessian(own) for own in inputs]
-            of_layer: dict[int, Tensor] = {}  # before the first projection, all experts share one sample
-            for i in (i for i, few in enumerate(starved) if few):
-                sample = samples[i]
-                if id(sample) not in of_layer:
-                    of_layer[id(sample)] = _mean_hessian(sample)
-                hessians[i] = blend(hessians[i], of_layer[id(sample)], len(inputs[i]), options.blend_tokens)
+        before: list[list[Tensor]] = [[] for _ in group]  # each expert's quantised matrices in front of this one
+        for name, (_, columns) in layer.shapes.items():
+            starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
+            hessians = []
+            of_layer: Tensor | None = None
+            for rows, matrices, few in zip(rows_of, before, starved, strict=True):
+                parts = (seen.inputs.gather(rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
+                hessian = self._mean_hessian(parts, matrices, len(rows), columns)
+                if few:
+                    if of_layer is None or matrices:  # in front of the first projection it is the same for all
+                        of_layer = self._mean_hessian([seen.sample], matrices, len(seen.sample), columns)
+                    hessian = blend(hessian, of_layer, len(rows), options.blend_tokens)
+                hessians.append(hessian)
             quantized = gptq(
                 self._group_weights(layer, group, name),
                 torch.stack(hessians),
@@ -203,21 +206,19 @@ class LayerCompressor:
             )
             pairs = zip(quantized.hessian_class, starved, strict=True)
             classes = ["blended" if known == "own" and few else known for known, few in pairs]
-            solved[name] = _Solved(quantized, [len(own) for own in inputs], classes)
-            if name != layer.projections[-1]:
-                weight = quantized.weight
-                inputs = [self._activation(x @ weight[i].T) for i, x in enumerate(inputs)]
-                samples = [
-                    self._activation(x @ weight[i].T) if few else x
-                    for i, (x, few) in enumerate(zip(samples, self._needs_sample(layer, inputs), strict=True))
-                ]
+            solved[name] = _Solved(quantized, [len(rows) for rows in rows_of], classes)
+            for matrices, weight in zip(before, quantized.weight, strict=True):
+                matrices.append(weight)
         return solved
 
-    def _needs_sample(self, layer: MoELayer, inputs: list[Tensor]) -> Iterator[bool]:
-        """Tell which experts saw fewer tokens than their last projection has columns."""
-        columns = layer.shapes[layer.projections[-1]][1]
-        for own in inputs:
-            yield self._settings.blend_tokens > 0 and len(own) < columns
+    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Tensor], tokens: int, columns: int) -> Tensor:
+        """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
+        hessian = new(columns)
+        for x in parts:
+            for matrix in before:
+                x = self._activation(x @ matrix.T)
+            accumulate(hessian, x)
+        return mean(hessian, tokens)
 
     def _run(self, layer: MoELayer, expert: int, pair: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
         """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
@@ -291,10 +292,3 @@ class _Tally:
             hessian_classes=self._classes,
             tokens=self._tokens,
         )
-
-
-def _mean_hessian(inputs: Tensor) -> Tensor:
-    """Mean over tokens of x x^T; zeros without tokens."""
-    hessian = new(inputs.shape[1])
-    accumulate(hessian, inputs)
-    return mean(hessian, len(inputs))

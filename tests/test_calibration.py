@@ -160,6 +160,7 @@ def test_texts_are_read_from_files_folders_and_jsonl(tmp_path):
         ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8"),
         ("bad.jsonl", b'{"text": "fine"}\n{"words": 1}\n', "line 2"),
         ("worse.jsonl", b"no json\n", "line 1"),
+        ("null.jsonl", b'{"text": null}\n', "line 1"),
     ],
 )
 def test_unreadable_text_is_named(tmp_path, name, content, message):
@@ -169,6 +170,11 @@ def test_unreadable_text_is_named(tmp_path, name, content, message):
     with pytest.raises(TextError, match=message) as caught:
         list(cal.read_text(path))
     assert name in str(caught.value)
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(TextError, match="empty"):
+        list(cal.read_text(""))
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

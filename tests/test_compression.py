@@ -230,6 +230,29 @@ def test_unfinished_work_of_other_settings_is_refused_and_kept(tmp_path, switch,
     assert (tmp_path / "out").is_dir()
 
 
+def test_a_directory_of_somebody_else_is_left_alone(tmp_path, switch):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
+    for resume in (True, False):
+        with pytest.raises(OutputError, match="is not ours"):
+            qm.compress(switch, tmp_path / "out", recipe="nearest", resume=resume)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_finished_run_that_cannot_take_its_name_is_kept(tmp_path, switch, text_file, monkeypatch):
+    def fail(self, target):
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", fail)
+        with pytest.raises(OutputError, match="run the same command again"):
+            qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
+    places = []
+    qm.compress(switch, tmp_path / "out", calibration=text_file, progress=places.append, **SMALL)
+    assert not places  # nothing is computed again
+    assert not list((tmp_path / "out").glob("*.zst"))
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, switch, text_file, monkeypatch):
     unfinished(tmp_path, switch, text_file)
     kept = bytes_of(tmp_path / "out.partial")
@@ -302,6 +325,27 @@ def test_damaged_checkpoints_are_refused_before_anything_is_written(tmp_path, sw
     with pytest.raises(NotFiniteError, match=r"expert_2.wo.weight .* holds NaN"):
         qm.compress(edited("nan", lambda t: t[key][0].fill_(float("nan"))), tmp_path / "out", recipe="nearest")
     assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_the_dense_part_is_named(tmp_path, switch, text_file):
+    path = changed_copy(switch, tmp_path / "nan")
+    tensors = load_file(path / "model.safetensors")
+    key = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    tensors[key][3, 4] = float("nan")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotFiniteError, match=key):
+        qm.compress(path, tmp_path / "out", calibration=text_file, **SMALL)
+
+
+def test_a_missing_or_foreign_tokenizer_is_named(tmp_path, switch, text_file):
+    path = changed_copy(switch, tmp_path / "none")
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        qm.compress(path, tmp_path / "out", calibration=text_file, **SMALL)
+    small = changed_copy(switch, tmp_path / "small", vocab_size=20)
+    with pytest.raises(SettingError, match="the model knows 20"):
+        qm.compress(small, tmp_path / "out", calibration=text_file, **SMALL)
 
 
 def test_outputs_that_exist_and_impossible_options_are_refused(tmp_path, switch, text_file, compressed):

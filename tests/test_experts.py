@@ -203,6 +203,18 @@ def test_configurations_of_other_makers_and_versions_are_refused(compressed, swi
         qm.load(target)
 
 
+def test_an_output_head_of_its_own_is_kept(switch, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(switch, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["shared.weight"] * 0.5
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    qm.compress(source, tmp_path / "out", recipe="nearest")
+    packed = qm.load(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(packed.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(packed.encoder.embed_tokens.weight, tensors["shared.weight"])
+
+
 def test_other_devices_are_refused(compressed):
     with pytest.raises(SettingError, match="device='cpu'"):
         qm.load(compressed[0], device="cuda")
