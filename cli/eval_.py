@@ -56,6 +56,7 @@ def open_model(name: str) -> tuple[Any, Any]:
     model, info = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     # transformers fills what a checkpoint lacks with random numbers and goes on
     if lost := sorted(set(info["missing_keys"]) - family.tied):
-        raise CheckpointError(f"{path} lacks {lost[0]} and {len(lost) - 1} more tensors. Is it the whole model?")
+        more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
+        raise CheckpointError(f"{path} lacks {lost[0]}{more}. Is it the whole model?")
     family.tie(model, checkpoint)
     return model.eval(), tokenizer

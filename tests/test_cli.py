@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qmoe_lite.cli import demo
 from qmoe_lite.cli.main import main
@@ -78,6 +80,16 @@ def test_bad_input_is_one_line_and_exit_code_1(run, tmp_path, switch, arguments,
     assert lines[0].startswith("qmoe: ")
     assert message in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dense_model_that_lacks_a_tensor_is_not_filled_with_random_numbers(run, tmp_path, switch, text_file):
+    shutil.copytree(switch, tmp_path / "lacking")
+    tensors = load_file(tmp_path / "lacking" / "model.safetensors")
+    del tensors["encoder.final_layer_norm.weight"]
+    save_file(tensors, tmp_path / "lacking" / "model.safetensors", {"format": "pt"})
+    code, _, noted = run("eval", tmp_path / "lacking", "--text", text_file)
+    assert code == 1
+    assert "lacks encoder.final_layer_norm.weight. Is it the whole model?" in noted
 
 
 @pytest.mark.parametrize("arguments", [["compres"], ["compress"], ["compress", "a", "b", "--codeword-bits", "20"]])
