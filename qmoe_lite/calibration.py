@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_lite.errors import CheckpointError, SettingError, TextError
+from qmoe_lite.errors import CheckpointError, SettingError, TextError, first_line
 
 NOISE_DENSITY = 0.15  # T5: share of the tokens that are masked
 MEAN_SPAN = 3.0  # T5: mean tokens of a masked span
@@ -124,11 +124,7 @@ def _read_hub(name: str) -> Iterator[str]:
     except TextError:
         raise
     except Exception as error:  # datasets raises its own, requests' and the file system's exceptions
-        raise TextError(f"{name} is no file and no readable data set: {_first_line(error)}. Check the name.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise TextError(f"{name} is no file and no readable data set: {first_line(error)}. Check the name.") from error
 
 
 def open_tokenizer(directory: Path) -> Any:
@@ -148,7 +144,7 @@ def open_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # tokenizers, sentencepiece and json each raise their own
-        raise CheckpointError(f"{directory} has no usable tokenizer: {_first_line(error)}. Fetch it again.") from error
+        raise CheckpointError(f"{directory} has no usable tokenizer: {first_line(error)}. Fetch it again.") from error
 
 
 def check_ids(samples: Samples, vocabulary: int) -> None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError, first_line
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
@@ -51,8 +51,9 @@ def find_model(name: str | Path) -> Path:
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.bin", "*.model", "*.txt"]))
     except Exception as error:  # huggingface_hub raises its own, httpx's and the file system's exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        raise CheckpointError(f"{name} is no directory here, and the Hugging Face hub answers: {reason}.") from error
+        raise CheckpointError(
+            f"{name} is no directory here, and the Hugging Face hub answers: {first_line(error)}."
+        ) from error
     return found
 
 
@@ -124,8 +125,7 @@ class Checkpoint:
                 else:
                     opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             except Exception as error:  # safetensors, pickle and zip each have their own
-                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-                raise CheckpointError(f"{path} is damaged: {reason}. Fetch the file again.") from error
+                raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
             self._open_files[file_name] = opened
         return self._open_files[file_name]
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,7 @@ class _Run:
 
     # -- the rest of the directory
 
+    @cached_property
     def _dense_shards(self) -> list[list[str]]:
         shards: list[list[str]] = [[]]
         size = 0
@@ -450,7 +452,7 @@ class _Run:
 
     @property
     def _shards(self) -> int:
-        return len(self.layers) + len(self._dense_shards())
+        return len(self.layers) + len(self._dense_shards)
 
     def _write_rest(self) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""
@@ -463,7 +465,7 @@ class _Run:
         for number in range(len(self.layers)):
             file_name = self._file_name(number)
             weight_map |= dict.fromkeys(files.names_in(self.partial / file_name), file_name)
-        for number, shard in enumerate(self._dense_shards(), len(self.layers)):
+        for number, shard in enumerate(self._dense_shards, len(self.layers)):
             file_name = self._file_name(number)
             # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
             tensors = {name: self.checkpoint.tensor(name).clone() for name in shard}

@@ -75,3 +75,8 @@ class DeviceError(QMoEError, RuntimeError):
 
 class ResumeError(QMoEError):
     """Unfinished work belongs to other settings than those asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    """Give what another library's exception says in one line, to stand inside one of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint import EXPERTS, Checkpoint, materialise
-from qmoe_lite.errors import CheckpointError, UnsupportedFamilyError
+from qmoe_lite.errors import CheckpointError, UnsupportedFamilyError, first_line
 
 UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
 
@@ -306,5 +306,4 @@ def read_config(directory: str) -> Any:
     try:
         return AutoConfig.from_pretrained(directory)
     except Exception as error:  # transformers raises ValueError, OSError and its validators' own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        raise CheckpointError(f"{directory}/config.json is refused by transformers: {reason}.") from error
+        raise CheckpointError(f"{directory}/config.json is refused by transformers: {first_line(error)}.") from error
