@@ -45,7 +45,7 @@ def demo(
 
 def _run(scratch: Path, show: bool) -> dict[str, Any]:
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli.eval_ import open_model
+    from qmoe_lite.cli._models import open_model
     from qmoe_lite.compression import compress
     from qmoe_lite.evaluation import evaluate
     from qmoe_lite.report import stored_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -52,3 +53,21 @@ def compressed(tmp_path_factory, switch, text_file):
     out = tmp_path_factory.mktemp("compressed") / "out"
     report = compress(switch, out, calibration=text_file, samples=24, sequence_length=32, validation_samples=2)
     return out, report
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `qmoe ARGS`; give (exit code, stdout, stderr)."""
+
+    from qmoe_lite.cli.main import main
+
+    def call(*args: object):
+        monkeypatch.setattr(sys, "argv", ["qmoe", *map(str, args)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call

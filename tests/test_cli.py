@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from qmoe_lite.cli import demo
-from qmoe_lite.cli.main import main
 
 SMALL = ["--samples", "12", "--sequence-length", "32", "--validation-samples", "2"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `qmoe ARGS`; give (exit code, stdout, stderr)."""
-
-    def call(*args: object):
-        monkeypatch.setattr(sys, "argv", ["qmoe", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_compress_then_eval(run, tmp_path, switch, text_file):
