@@ -8,23 +8,21 @@ from typing import Any
 def open_model(name: str) -> tuple[Any, Any]:
     """Load a compressed or dense model in float32, with its tokenizer."""
     import torch
-    from transformers import AutoModelForSeq2SeqLM
 
     from qmoe_lite.calibration import open_tokenizer
-    from qmoe_lite.checkpoint import Checkpoint, find_model
+    from qmoe_lite.checkpoint import find_model
     from qmoe_lite.errors import CheckpointError
-    from qmoe_lite.experts import load
-    from qmoe_lite.families import family_of
+    from qmoe_lite.families import auto_class, open_checkpoint
+    from qmoe_lite.hf import load
 
     path = find_model(name)
-    checkpoint = Checkpoint(path)
-    family = family_of(checkpoint.config.get("model_type"))
+    family, checkpoint = open_checkpoint(path)
     tokenizer = open_tokenizer(path)
     if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "qmoe":
         return load(path, dtype=torch.float32), tokenizer
-    model, info = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, info = auto_class(family).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     # transformers fills what a checkpoint lacks with random numbers and goes on
-    if lost := sorted(set(info["missing_keys"]) - family.tied):
+    if lost := sorted(set(info["missing_keys"]) - family.tied(model.config)):
         more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
         raise CheckpointError(f"{path} lacks {lost[0]}{more}. Is it the whole model?")
     family.tie(model, checkpoint)

@@ -6,6 +6,8 @@ import importlib
 import os as _os
 from typing import TYPE_CHECKING, Any
 
+from qmoe_lite._hook import register_with_transformers as _register_with_transformers
+
 if TYPE_CHECKING:
     from qmoe_lite.codebook import Codebook as Codebook
     from qmoe_lite.codec import decode as decode
@@ -14,10 +16,10 @@ if TYPE_CHECKING:
     from qmoe_lite.errors import QMoEError as QMoEError
     from qmoe_lite.evaluation import evaluate as evaluate
     from qmoe_lite.experts import PackedExperts as PackedExperts
-    from qmoe_lite.experts import load as load
     from qmoe_lite.grid import MinMaxTernary as MinMaxTernary
     from qmoe_lite.grid import MinMaxTwoBit as MinMaxTwoBit
     from qmoe_lite.grid import Quantized as Quantized
+    from qmoe_lite.hf import load as load
     from qmoe_lite.matmul import decode_matmul as decode_matmul
     from qmoe_lite.packed import PackedMatrix as PackedMatrix
     from qmoe_lite.report import Report as Report
@@ -40,7 +42,7 @@ _HOMES = {
     "encode": "codec",
     "evaluate": "evaluation",
     "gptq": "solver",
-    "load": "experts",
+    "load": "hf",
 }
 
 __all__ = [  # sorted; a test compares it with _HOMES
@@ -77,3 +79,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+_register_with_transformers()

@@ -74,7 +74,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
-        self.checksums: dict[str, int] = {}
+        self._checksums: dict[str, int] = {}
         try:
             self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         except OSError as error:
@@ -89,7 +89,7 @@ class Checkpoint:
                 try:
                     content = json.loads(index.read_text(encoding="utf-8"))
                     self._file_of: dict[str, str] = content["weight_map"]
-                    self.checksums = content.get("metadata", {}).get("crc32", {})
+                    self._checksums = content.get("metadata", {}).get("crc32", {})
                 except (ValueError, KeyError, AttributeError, TypeError) as error:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
@@ -102,11 +102,36 @@ class Checkpoint:
         if missing:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
+        self._stored = {name: name for name in self._file_of}
+
+    def know_as(self, canonical: Callable[[str], str]) -> None:
+        """Know the tensors by other names from now on.
+
+        Parameters
+        ----------
+        canonical : callable
+            Gives the model's name of a tensor for the name in the files.
+
+        Raises
+        ------
+        CheckpointError
+            Two tensors would have one name.
+        """
+        self._stored = {}
+        for stored in self._file_of:
+            name = canonical(stored)
+            if name in self._stored:
+                raise CheckpointError(f"{self.directory} holds {name} twice, also as {stored}. Fetch it again.")
+            self._stored[name] = stored
 
     @property
     def names(self) -> Iterable[str]:
-        """Names of all tensors."""
-        return self._file_of.keys()
+        """Names of all tensors, as the model knows them."""
+        return self._stored.keys()
+
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in the files."""
+        return self._stored[name]
 
     @property
     def files(self) -> list[str]:
@@ -114,7 +139,7 @@ class Checkpoint:
         return sorted(set(self._file_of.values()))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:
@@ -129,30 +154,28 @@ class Checkpoint:
             self._open_files[file_name] = opened
         return self._open_files[file_name]
 
-    def _lookup(self, name: str) -> Any:
-        if name not in self._file_of:
+    def _look_up(self, name: str, read: Callable[[Any, str], Any]) -> Any:
+        """Give what `read(opened file, stored name)` gives."""
+        if name not in self._stored:
             raise CheckpointError(f"{self.directory} lacks the tensor {name}. Is it the whole model?")
-        return self._open(self._file_of[name])
+        stored = self._stored[name]
+        file_name = self._file_of[stored]
+        try:
+            return read(self._open(file_name), stored)
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{self.directory / file_name} lacks {stored}, which the index names.") from error
 
     def tensor(self, name: str) -> Tensor:
         """Map one tensor into memory; no byte is read before it is touched."""
-        file = self._lookup(name)
-        try:
-            return file.get_tensor(name) if self._kind == "safetensors" else file[name]
-        except (SafetensorError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.directory / self._file_of[name]} lacks {name}, which the index names."
-            ) from error
+        if self._kind == "safetensors":
+            return self._look_up(name, lambda file, stored: file.get_tensor(stored))
+        return self._look_up(name, lambda file, stored: file[stored])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape of one tensor without reading it."""
-        file = self._lookup(name)
-        try:
-            return tuple(file.get_slice(name).get_shape() if self._kind == "safetensors" else file[name].shape)
-        except (SafetensorError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.directory / self._file_of[name]} lacks {name}, which the index names."
-            ) from error
+        if self._kind == "safetensors":
+            return tuple(self._look_up(name, lambda file, stored: file.get_slice(stored).get_shape()))
+        return tuple(self.tensor(name).shape)
 
     def check(self, name: str) -> None:
         """Compare a tensor with the CRC-32 that `compress` put into the index.
@@ -160,10 +183,17 @@ class Checkpoint:
         Raises
         ------
         FormatError
-            They differ, or there is none.
+            They differ, or other tensors have one and this has none.
+
+        Notes
+        -----
+        A model that transformers saved again has no such sums, and nothing is compared.
         """
-        if self.checksums.get(name) != crc32(self.tensor(name)):
-            path = self.directory / self._file_of[name]
+        if not self._checksums:
+            return
+        stored = self._stored[name]
+        if self._checksums.get(stored) != crc32(self.tensor(name)):
+            path = self.directory / self._file_of[stored]
             raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
 
     def fingerprint(self) -> str:

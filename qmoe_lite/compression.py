@@ -31,15 +31,16 @@ from qmoe_lite.calibration import (
     read_tokens,
     window_length,
 )
-from qmoe_lite.checkpoint import EXPERTS, Checkpoint
+from qmoe_lite.checkpoint import EXPERTS
 from qmoe_lite.errors import NotFiniteError, OutputError, ResumeError, SettingError
 from qmoe_lite.experts import FORMAT, Placeholder
 from qmoe_lite.families import (
     Family,
     Stack,
     capacity_lifted,
+    check_dense,
     check_promise,
-    family_of,
+    open_checkpoint,
     read_config,
     skeleton,
 )
@@ -49,7 +50,7 @@ from qmoe_lite.list_buffer import Assignment, ListBuffer
 from qmoe_lite.report import FILE_NAME, ProjectionReport, Report, stored_bytes
 from qmoe_lite.settings import Progress, Settings
 
-SAMPLES_PER_EXPERT = 80  # the paper's ratio: 10K samples for 128 experts, 160K for 2048
+SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 _DENSE_SHARD = 2 << 30  # bytes of dense tensors in one file
 
@@ -160,12 +161,13 @@ class _Run:
         self.started = time.perf_counter()
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self.settings, self.grid = settings, grid
-        self.checkpoint = Checkpoint(model)
-        self.family = family_of(self.checkpoint.config.get("model_type"))
+        self.family, self.checkpoint = open_checkpoint(model)
         if "quantization_config" in self.checkpoint.config:
             raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
         self.layers = check_promise(self.family, self.config, self.checkpoint)
+        self.model = skeleton(self.family, self.config, Placeholder, torch.float32)
+        check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         self.dense_names = [name for name in self.checkpoint.names if EXPERTS not in name]
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
@@ -193,7 +195,7 @@ class _Run:
     def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int]:
         """Give all samples, the validation ones last, and how many of them are for calibration."""
         options = self.settings
-        wanted = options.samples or SAMPLES_PER_EXPERT * max(layer.count for layer in self.layers)
+        wanted = options.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
         window = window_length(options.sequence_length) if self.family.seq2seq else options.sequence_length
         tokens = read_tokens(read_text(calibration), tokenizer, (wanted + options.validation_samples) * window)
         # validation text is the end of the text, at most an eighth of it, so that no Hessian sees a word of it
@@ -302,7 +304,7 @@ class _Run:
         fingerprint: str,
         state: dict[str, Any],
     ) -> None:
-        model = skeleton(self.family, self.config, Placeholder, torch.float32)
+        model = self.model
         self.family.load_outside_blocks(model, self.checkpoint, torch.float32)
         ids = [samples.input_ids]
         if samples.labels is not None:
@@ -328,7 +330,7 @@ class _Run:
                 rides[for_hessians:] = True
                 flags = (torch.from_numpy(eligible.reshape(-1)), torch.from_numpy(rides.reshape(-1)))
                 for i in range(first, len(stack.blocks)):
-                    caught = self._run_block(model, stack.blocks[i], hidden, memory, calls)
+                    caught = self._run_block(model, stack, i, hidden, memory, calls)
                     if caught is not None:
                         self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
                         state = self._keep({"stack": number, "block": i}, hidden, memory, fingerprint, state)
@@ -354,23 +356,22 @@ class _Run:
     def _enter(
         self, model: Any, stack: Stack, tokens: np.ndarray, memory: ListBuffer | None, hidden: ListBuffer, first: int
     ) -> dict[int, Any]:
-        """Fill `hidden` with the embeddings; give the call of block `first` for each size of batch."""
+        """Fill `hidden` with the embeddings; give the call of the blocks from `first` on for each size of batch."""
         calls: dict[int, Any] = {}
         for part in self._batches(len(hidden)):
             size = part.stop - part.start
             if first and size in calls:
                 continue
             recalled = None if memory is None else memory.read(part)
-            (embedded, *rest), kwargs = self.family.enter(model, stack, torch.from_numpy(tokens[part]), recalled)
+            embedded, calls[size] = self.family.enter(model, stack, torch.from_numpy(tokens[part]), recalled)
             hidden.write(part, embedded)
-            calls[size] = ((None, *rest), kwargs)
         if first:  # a resumed run needs what the first block hands on to the others, such as its position bias
             block = model.get_submodule(stack.blocks[0])
             files.materialise(block, stack.blocks[0], self.checkpoint, torch.float32)
             self._catch(model, stack.blocks[0])
             for size, call in calls.items():
                 recalled = None if memory is None else memory.read(slice(0, size))
-                _, calls[size] = self.family.through(block, hidden.read(slice(0, size)), recalled, call)
+                _, calls[size] = self.family.through(block, 0, hidden.read(slice(0, size)), recalled, call)
             block.to("meta")
         return calls
 
@@ -384,9 +385,10 @@ class _Run:
         return catcher
 
     def _run_block(
-        self, model: Any, block: str, hidden: ListBuffer, memory: ListBuffer | None, calls: dict[int, Any]
+        self, model: Any, stack: Stack, number: int, hidden: ListBuffer, memory: ListBuffer | None, calls: dict[int, Any]
     ) -> tuple[ListBuffer, Assignment] | None:
         """Send all samples through a block's dense part; give its experts' inputs and their tokens."""
+        block = stack.blocks[number]
         module = model.get_submodule(block)
         files.materialise(module, block, self.checkpoint, torch.float32)
         catcher = self._catch(model, block)
@@ -396,7 +398,7 @@ class _Run:
         for part in self._batches(len(hidden)):
             size = part.stop - part.start
             recalled = None if memory is None else memory.read(part)
-            out, following[size] = self.family.through(module, hidden.read(part), recalled, calls[size])
+            out, following[size] = self.family.through(module, number, hidden.read(part), recalled, calls[size])
             if not torch.isfinite(out).all():
                 raise NotFiniteError(f"{block} puts out NaN or infinity in float32. Is the checkpoint sound?")
             hidden.write(part, out)
@@ -427,7 +429,8 @@ class _Run:
             self._progress(Progress(sum(sizes[:number]) + done, sum(sizes), place))
 
         result = self.compressor.compress(layer, number, seen, group_done)
-        self.done.checksums |= files.write_tensors(self.partial / self._file_name(number), result.tensors)
+        tensors = {self.family.stored(name): tensor for name, tensor in result.tensors.items()}
+        self.done.checksums |= files.write_tensors(self.partial / self._file_name(number), tensors)
         self.done.projections += result.reports
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
@@ -468,9 +471,9 @@ class _Run:
         for number, shard in enumerate(self._dense_shards, len(self.layers)):
             file_name = self._file_name(number)
             # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
-            tensors = {name: self.checkpoint.tensor(name).clone() for name in shard}
+            tensors = {self.checkpoint.stored_name(name): self.checkpoint.tensor(name).clone() for name in shard}
             checksums |= files.write_tensors(self.partial / file_name, tensors)
-            weight_map |= dict.fromkeys(shard, file_name)
+            weight_map |= dict.fromkeys(tensors, file_name)
         self._write_config()
         files.copy_companions(self.checkpoint.directory, self.partial)
         total = sum((self.partial / f).stat().st_size for f in set(weight_map.values()))
@@ -498,6 +501,9 @@ class _Run:
                     books.append(book)
                 used[layer][name] = books.index(book)
         config = dict(self.checkpoint.config)
+        if not {"dtype", "torch_dtype"} & set(config):  # else transformers would take the first tensor's: the levels'
+            largest = max(map(self.checkpoint.tensor, self.dense_names), key=lambda tensor: tensor.nbytes)
+            config["dtype"] = str(largest.dtype).removeprefix("torch.")
         config["quantization_config"] = {
             "quant_method": "qmoe",
             "format": FORMAT,

@@ -1,4 +1,4 @@
-"""PackedExperts, the module that stands where Hugging Face's experts stood, and `load`, which puts it there.
+"""PackedExperts, the module that stands where Hugging Face's experts stood.
 
 The codes of all experts of a layer and projection are one tensor; an expert is a slice of it. A slice is checked once,
 when its expert is first needed, and multiplied as it is.
@@ -6,7 +6,6 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe_lite.checkpoint import EXPERTS, Checkpoint, crc32, find_model, materialise
+from qmoe_lite.checkpoint import crc32
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.errors import CheckpointError, FormatError, SettingError
-from qmoe_lite.families import Family, MoELayer, family_of, read_config, skeleton
+from qmoe_lite.families import Family, MoELayer, inner
 from qmoe_lite.list_buffer import Assignment
 from qmoe_lite.matmul import decode_matmul
 from qmoe_lite.packed import PackedMatrix
@@ -172,7 +171,7 @@ class PackedExperts(nn.Module):
         expert : int
             From 0.
         projection : str
-            Its Hugging Face name: wi, wo.
+            Its Hugging Face name: wi, wo; gate_proj, up_proj, down_proj.
         dtype : torch dtype
             Of the result.
 
@@ -184,9 +183,9 @@ class PackedExperts(nn.Module):
 
     def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
         """Send tokens, shape (T, C), through one expert."""
-        first, last = self.layer.projections
-        inner = self.activation(decode_matmul(self.packed(expert, first), hidden_states))
-        return decode_matmul(self.packed(expert, last), inner)
+        first, (last,) = self.layer.stages
+        outputs = [decode_matmul(self.packed(expert, name), hidden_states) for name in first]
+        return decode_matmul(self.packed(expert, last), inner(self.activation, outputs))
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """Send each token through its experts.
@@ -277,68 +276,3 @@ class Placeholder(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-
-
-def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None) -> Any:
-    """Load a compressed model.
-
-    Parameters
-    ----------
-    directory : path or str
-        What `compress` wrote.
-    device : str or torch device
-        "auto" and "cpu" both mean the CPU in this version.
-    dtype : torch dtype, optional
-        Of everything but the experts; by default as stored.
-
-    Returns
-    -------
-    transformers.PreTrainedModel
-        In evaluation mode; its experts modules are `PackedExperts` whose codes are mapped from the files.
-
-    Raises
-    ------
-    CheckpointError
-        No compressed model, or a tensor is missing.
-    FormatError
-        A damaged file, or one of a newer format.
-    """
-    if torch.device("cpu" if device == "auto" else device).type != "cpu":
-        raise SettingError(f"device {device} is not supported yet; use device='cpu'.")
-    path = find_model(directory)
-    checkpoint = Checkpoint(path)
-    family = family_of(checkpoint.config.get("model_type"))
-    packing = Packing.of(path, checkpoint.config)
-    config = read_config(str(path))
-    dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    model = skeleton(family, config, Placeholder, dtype)
-    layers = family.layers(config)
-    if {layer.experts for layer in layers} != set(packing.codebooks):
-        raise FormatError(f"{path}/config.json names other compressed layers than the model has. Fetch it again.")
-    for layer in layers:
-        if set(packing.codebooks[layer.experts]) != set(layer.projections):
-            raise FormatError(f"{path}/config.json names other projections than {layer.experts} has. Fetch it again.")
-        experts = PackedExperts(family, layer, packing.codebooks[layer.experts], config)
-        for projection in layer.projections:
-            names = {part: f"{layer.experts}.{projection}_{part}" for part in PARTS}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # the maps are read-only on purpose
-                experts.fill(projection, {part: checkpoint.tensor(name) for part, name in names.items()})
-        parent, _, child = layer.experts.rpartition(".")
-        setattr(model.get_submodule(parent), child, experts)
-    _load_dense(model, family, checkpoint, config, dtype)
-    return model.eval()
-
-
-def _load_dense(model: Any, family: Family, checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> None:
-    for name in checkpoint.names:
-        if EXPERTS not in name:
-            checkpoint.check(name)
-    family.load_outside_blocks(model, checkpoint, dtype)
-    for stack in family.stacks(config):
-        for block in stack.blocks:
-            materialise(model.get_submodule(block), block, checkpoint, dtype)
-    from transformers import GenerationConfig
-
-    if (checkpoint.directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)

@@ -7,9 +7,11 @@ experts module's routing arguments mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,17 +36,25 @@ class MoELayer:
     count : int
         Number of experts.
     shapes : dict, projection name to (rows, columns)
-        In the order in which they are compressed; the last one takes what the others put out.
+        The last one takes what the others, which all take the expert's input, put out: see `inner`.
+    top_k : int
+        Experts of a token.
     """
 
     experts: str
     block: str
     count: int
     shapes: dict[str, tuple[int, int]]
+    top_k: int = 1
 
     @property
     def projections(self) -> tuple[str, ...]:
         return tuple(self.shapes)
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Projections of one input each: (gate_proj, up_proj) or (wi,); then the last."""
+        return self.projections[:-1], self.projections[-1:]
 
     @property
     def matrices(self) -> int:
@@ -53,6 +63,15 @@ class MoELayer:
     @property
     def weights(self) -> int:
         return self.count * sum(rows * columns for rows, columns in self.shapes.values())
+
+
+def inner(activation: Callable[[Tensor], Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    """Give the last projection's input: activation(wi x), or activation(gate_proj x) * up_proj x."""
+    first, *others = outputs
+    result = activation(first)
+    for other in others:
+        result = result * other
+    return result
 
 
 @dataclass(frozen=True)
@@ -77,13 +96,21 @@ class Family(Protocol):
     model_type: str
     seq2seq: bool
     experts_class: str
-    tied: frozenset[str]  # tensors that a checkpoint may lack, because they are another one's
+
+    def tied(self, config: Any) -> frozenset[str]:
+        """Tensors that a checkpoint may lack, because they are another one's."""
+
+    def canonical(self, name: str) -> str:
+        """Give the model's name of a tensor for its name in the checkpoint's files."""
+
+    def stored(self, name: str) -> str:
+        """Give the name in the files for the model's own."""
 
     def layers(self, config: Any) -> list[MoELayer]:
         """All sparse layers that the configuration promises, in the order in which they run."""
 
     def weight_name(self, layer: MoELayer, expert: int, projection: str) -> str:
-        """Name of one expert's matrix in the checkpoint."""
+        """Canonical name of one expert's matrix in the dense checkpoint."""
 
     def stacks(self, config: Any) -> list[Stack]:
         """The chains of blocks, in the order in which they run."""
@@ -97,39 +124,56 @@ class Family(Protocol):
     def load_outside_blocks(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         """Fill everything outside the blocks: embeddings, final norms, output head."""
 
-    def tie(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        """Share the tensors that the family shares but its checkpoints may not repeat."""
+    def tie(self, model: nn.Module, held: Container[str]) -> None:
+        """Share the tensors that the family shares and that are not among those held by the checkpoint."""
 
     def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, memory: Tensor | None) -> Any:
-        """Run the model's own code up to the stack's first block; give the block's (args, kwargs)."""
+        """Run the model's own code up to the stack's first block; give its hidden states and the blocks' call."""
 
-    def through(self, block: nn.Module, hidden: Tensor, memory: Tensor | None, call: Any) -> tuple[Tensor, Any]:
-        """Run one block; give the hidden states and the call that the next block needs."""
+    def through(
+        self, block: nn.Module, number: int, hidden: Tensor, memory: Tensor | None, call: Any
+    ) -> tuple[Tensor, Any]:
+        """Run a stack's block by number; give the hidden states and the call for the blocks after it."""
 
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         """Run what follows a stack's last block."""
 
 
-class _Entered(Exception):
-    """Raised by a hook to stop a forward pass once the first block's arguments are known."""
+class _Recorder(nn.Module):
+    """Stands for a block while the model's own code runs around it: notes how it is called, passes its input on."""
+
+    def __init__(self, block: nn.Module, handed_on: int) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # no child: its weights are not there yet
+        self._handed_on = handed_on
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)  # such as attention_type, which the model's code asks for
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.call = (hidden_states, *args), kwargs
+        return (hidden_states, *(None,) * self._handed_on) if self._handed_on else hidden_states
 
 
-def call_of_first_block(block: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run `run` until it calls `block`; give the arguments of that call."""
-    caught: list[Any] = []
+def recorded_calls(
+    owner: Any, attribute: str, run: Callable[[], Any], handed_on: int = 0
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Run `run` with recorders in place of `owner`'s blocks; give (args, kwargs) of each block's call.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, kwargs))
-        raise _Entered
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    Masks may differ from block to block (sliding windows), so each block's own call is kept.
+    """
+    blocks = getattr(owner, attribute)
+    recorders = [_Recorder(block, handed_on) for block in blocks]
+    setattr(owner, attribute, nn.ModuleList(recorders))
     try:
         run()
-    except _Entered:
-        pass
     finally:
-        handle.remove()
-    return caught[0]  # type: ignore[no-any-return]
+        setattr(owner, attribute, blocks)
+    return [recorder.call for recorder in recorders]
 
 
 class SwitchTransformers:
@@ -137,8 +181,17 @@ class SwitchTransformers:
 
     model_type = "switch_transformers"
     seq2seq = True
-    tied = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"})
     experts_class = "SwitchTransformersExperts"
+
+    def tied(self, config: Any) -> frozenset[str]:
+        embeddings = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
+        return embeddings | _tied_head(config)
+
+    def canonical(self, name: str) -> str:
+        return name
+
+    def stored(self, name: str) -> str:
+        return name
 
     def layers(self, config: Any) -> list[MoELayer]:
         found = []
@@ -178,39 +231,142 @@ class SwitchTransformers:
                 materialise(model.get_submodule(name), name, checkpoint, dtype)
         self.tie(model, checkpoint)
 
-    def tie(self, model: Any, checkpoint: Checkpoint) -> None:
+    def tie(self, model: Any, held: Container[str]) -> None:
         # transformers ties the embeddings only together with lm_head, but checkpoints hold `shared` alone either way
         shared = model.shared.weight
         for name in ("encoder.embed_tokens", "decoder.embed_tokens"):
-            if f"{name}.weight" not in checkpoint:
+            if f"{name}.weight" not in held:
                 model.get_submodule(name).weight = shared
         if model.config.tie_word_embeddings:
             for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
                 module = model.get_submodule(name)  # one that differs is kept, as transformers keeps it
-                if f"{name}.weight" not in checkpoint or torch.equal(module.weight, shared):
+                if f"{name}.weight" not in held or torch.equal(module.weight, shared):
                     module.weight = shared
-        elif "lm_head.weight" not in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint.directory} lacks lm_head.weight, and config.json says that it is not tied to the "
-                f"embeddings. Is it the whole model?"
-            )
 
     def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, memory: Tensor | None) -> Any:
         owner = model.get_submodule(stack.name)
         arguments = {} if memory is None else {"encoder_hidden_states": memory, "use_cache": False}
-        first = model.get_submodule(stack.blocks[0])
-        return call_of_first_block(first, lambda: owner(input_ids=tokens, **arguments))
+        calls = recorded_calls(owner, "block", lambda: owner(input_ids=tokens, **arguments), handed_on=2)
+        (hidden, mask, bias, _, memory_mask, cross_bias), kwargs = calls[0]
+        return hidden, ((mask, bias, memory_mask, cross_bias), kwargs)
 
-    def through(self, block: nn.Module, hidden: Tensor, memory: Tensor | None, call: Any) -> tuple[Tensor, Any]:
-        (_, mask, bias, _, memory_mask, cross_bias), kwargs = call
+    def through(
+        self, block: nn.Module, number: int, hidden: Tensor, memory: Tensor | None, call: Any
+    ) -> tuple[Tensor, Any]:
+        # the first block makes the position biases, the others take them over
+        (mask, bias, memory_mask, cross_bias), kwargs = call
         hidden, bias, cross_bias = block(hidden, mask, bias, memory, memory_mask, cross_bias, **kwargs)
-        return hidden, ((None, mask, bias, None, memory_mask, cross_bias), kwargs)
+        return hidden, ((mask, bias, memory_mask, cross_bias), kwargs)
 
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         return model.get_submodule(f"{stack.name}.final_layer_norm")(hidden)  # type: ignore[no-any-return]
 
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchTransformers(),)}
+@dataclass(frozen=True)
+class Causal:
+    """A causal language model whose experts are SwiGLU, fused by transformers, and one by one in the checkpoint.
+
+    Attributes
+    ----------
+    model_type, experts_class : str
+        In transformers.
+    count, width : str
+        What config.json calls the number of experts and an expert's inner width.
+    on_disk : tuple of str
+        What the checkpoint calls gate_proj, up_proj and down_proj.
+    moe : str
+        What the checkpoint calls the MoE block, which is `mlp` in the model.
+    is_sparse : callable
+        Tells whether the layer with this number has experts.
+    """
+
+    model_type: str
+    experts_class: str
+    count: str = "num_experts"
+    width: str = "moe_intermediate_size"
+    on_disk: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    moe: str = "mlp"
+    is_sparse: Callable[[Any, int], bool] = lambda config, layer: True
+    seq2seq = False
+
+    def tied(self, config: Any) -> frozenset[str]:
+        return _tied_head(config)
+
+    def canonical(self, name: str) -> str:
+        return name.replace(f".{self.moe}.", ".mlp.")
+
+    def stored(self, name: str) -> str:
+        return name.replace(".mlp.", f".{self.moe}.")
+
+    def layers(self, config: Any) -> list[MoELayer]:
+        count, inside, outside = getattr(config, self.count), getattr(config, self.width), config.hidden_size
+        shapes = {"gate_proj": (inside, outside), "up_proj": (inside, outside), "down_proj": (outside, inside)}
+        return [
+            MoELayer(f"{block}.mlp.experts", block, count, shapes, config.num_experts_per_tok)
+            for number, block in enumerate(self.stacks(config)[0].blocks)
+            if self.is_sparse(config, number)
+        ]
+
+    def weight_name(self, layer: MoELayer, expert: int, projection: str) -> str:
+        name = self.on_disk[layer.projections.index(projection)]
+        return f"{layer.experts}.{expert}.{name}.weight"
+
+    def stacks(self, config: Any) -> list[Stack]:
+        return [Stack("model", tuple(f"model.layers.{i}" for i in range(config.num_hidden_layers)))]
+
+    def activation(self, config: Any) -> Callable[[Tensor], Tensor]:
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[config.hidden_act]  # type: ignore[no-any-return]
+
+    def routing(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        index, weights = arguments
+        return index, weights
+
+    def load_outside_blocks(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        for name in ("model.embed_tokens", "model.norm"):  # calibration does not get as far as lm_head
+            materialise(model.get_submodule(name), name, checkpoint, dtype)
+        for module in model.modules():
+            # rotary frequencies and the like are in no file
+            if lost := [n for n in module._non_persistent_buffers_set if module.get_buffer(n).is_meta]:
+                for name in lost:
+                    module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
+                model._init_weights(module)
+
+    def tie(self, model: nn.Module, held: Container[str]) -> None:
+        pass  # transformers does it
+
+    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, memory: Tensor | None) -> Any:
+        owner = model.get_submodule(stack.name)
+        calls = recorded_calls(owner, "layers", lambda: owner(input_ids=tokens, use_cache=False))
+        return calls[0][0][0], [(args[1:], kwargs) for args, kwargs in calls]
+
+    def through(
+        self, block: nn.Module, number: int, hidden: Tensor, memory: Tensor | None, call: Any
+    ) -> tuple[Tensor, Any]:
+        args, kwargs = call[number]
+        return block(hidden, *args, **kwargs), call
+
+    def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
+        return model.get_submodule(f"{stack.name}.norm")(hidden)  # type: ignore[no-any-return]
+
+
+def _tied_head(config: Any) -> frozenset[str]:
+    return frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
+
+
+def _every_step(config: Any, layer: int) -> bool:
+    """Tell whether a layer of a Qwen is sparse, as transformers decides it."""
+    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+
+
+_MIXTRAL: dict[str, Any] = {"moe": "block_sparse_moe", "on_disk": ("w1", "w3", "w2")}
+_FAMILIES: tuple[Family, ...] = (
+    SwitchTransformers(),
+    Causal("mixtral", "MixtralExperts", "num_local_experts", "intermediate_size", **_MIXTRAL),
+    Causal("qwen3_moe", "Qwen3MoeExperts", is_sparse=_every_step),
+)
+FAMILIES = {family.model_type: family for family in _FAMILIES}
 
 
 def family_of(model_type: str | None) -> Family:
@@ -225,6 +381,20 @@ def family_of(model_type: str | None) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedFamilyError(f"model type {model_type} is not supported; supported: {known}.")
     return FAMILIES[model_type]
+
+
+def open_checkpoint(directory: Path) -> tuple[Family, Checkpoint]:
+    """Open a model directory; its tensors are known by the model's own names.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedFamilyError
+        No model, damaged, or of a family that is not supported.
+    """
+    checkpoint = Checkpoint(directory)
+    family = family_of(checkpoint.config.get("model_type"))
+    checkpoint.know_as(family.canonical)
+    return family, checkpoint
 
 
 def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[MoELayer]:
@@ -257,26 +427,50 @@ def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[M
     return layers
 
 
+def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
+    """Compare the tensors outside the experts with what a model needs; nothing is read.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing, or has another shape.
+    """
+    tied = family.tied(model.config)
+    for name, target in model.state_dict().items():
+        if EXPERTS in name or (name in tied and name not in checkpoint):
+            continue
+        if (found := checkpoint.shape(name)) != (expected := tuple(target.shape)):
+            raise CheckpointError(f"{name} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
+
+
 @contextmanager
 def experts_replaced(family: Family, replacement: type[nn.Module]) -> Iterator[None]:
-    """Let transformers build `replacement(config)` where it would build the family's experts module."""
-    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+    """Let transformers build `replacement(config)` where it would build the family's experts module.
 
-    register_patch_mapping({family.experts_class: replacement})
+    Not by transformers' register_patch_mapping, which stays in force when an exception passes through from_pretrained.
+    """
+    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    original = getattr(module, family.experts_class)
+    setattr(module, family.experts_class, replacement)
     try:
         yield
     finally:
-        unregister_patch_mapping([family.experts_class])
+        setattr(module, family.experts_class, original)
+
+
+def auto_class(family: Family) -> Any:
+    """Give the transformers class that loads and builds models of a family."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if family.seq2seq else AutoModelForCausalLM
 
 
 def skeleton(family: Family, config: Any, replacement: type[nn.Module], dtype: torch.dtype) -> nn.Module:
     """Build the model without any weights (on the meta device), `replacement` in place of each experts module."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.initialization import no_init_weights
 
-    auto = AutoModelForSeq2SeqLM if family.seq2seq else AutoModelForCausalLM
     with experts_replaced(family, replacement), torch.device("meta"), no_init_weights():
-        return auto.from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+        return auto_class(family).from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
 
 
 @contextmanager

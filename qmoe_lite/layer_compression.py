@@ -16,14 +16,14 @@ from qmoe_lite.codec import encode
 from qmoe_lite.digits import count, squeeze, unsqueeze
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.experts import pack_experts
-from qmoe_lite.families import Family, MoELayer
+from qmoe_lite.families import Family, MoELayer, inner
 from qmoe_lite.grid import Grid, Quantized
 from qmoe_lite.hessian import accumulate, blend, mean, new
 from qmoe_lite.list_buffer import Assignment, ListBuffer
 from qmoe_lite.packed import PackedMatrix
 from qmoe_lite.report import ProjectionReport
 from qmoe_lite.settings import Settings
-from qmoe_lite.solver import gptq
+from qmoe_lite.solver import gptq, gptq_shared
 
 _TOKENS = 1 << 14  # tokens that go through an expert at a time
 
@@ -105,7 +105,10 @@ class LayerCompressor:
 
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
-        need = max(12 * columns * columns + 16 * rows * columns for rows, columns in layer.shapes.values())
+        need = 0
+        for stage in layer.stages:
+            rows, columns = sum(layer.shapes[name][0] for name in stage), layer.shapes[stage[0]][1]
+            need = max(need, 12 * columns * columns + 16 * rows * columns)
         size = max(1, min(self._settings.group_size, self._settings.group_bytes // need))
         return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
 
@@ -139,8 +142,8 @@ class LayerCompressor:
             if seen is not None:
                 weights = [solved[name].quantized.weight for name in layer.projections]
                 for place, expert in enumerate(group):
-                    pair = [weight[place] for weight in weights]
-                    more_wrong, more_right = self._run(layer, expert, pair, seen)
+                    matrices = [weight[place] for weight in weights]
+                    more_wrong, more_right = self._run(layer, expert, matrices, seen)
                     wrong, right = wrong + more_wrong, right + more_right
             group_done(i + 1, len(groups))
         tensors: dict[str, Tensor] = {}
@@ -176,16 +179,17 @@ class LayerCompressor:
         return {name: one(name) for name in layer.projections}
 
     def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs) -> dict[str, _Solved]:
-        """Quantise a group's projections, the last one for what the quantised first one puts out."""
+        """Quantise a group's projections, the last one for what the quantised first ones put out."""
         options = self._settings
-        cap = int(options.token_cap * seen.eligible.sum().item() / layer.count) + 1
+        cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
         rows_of = []
         for expert in group:
             rows, _ = seen.assigned.of_expert(expert)
             rows_of.append(draw(rows[seen.eligible[rows]], cap, options.seed, number, expert))
         solved: dict[str, _Solved] = {}
-        before: list[list[Tensor]] = [[] for _ in group]  # each expert's quantised matrices in front of this one
-        for name, (_, columns) in layer.shapes.items():
+        for stage in layer.stages:
+            columns = layer.shapes[stage[0]][1]
+            before = [[solved[name].quantized.weight[place] for name in solved] for place in range(len(group))]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
             hessians = []
             of_layer: Tensor | None = None
@@ -197,30 +201,27 @@ class LayerCompressor:
                         of_layer = self._mean_hessian([seen.sample], matrices, len(seen.sample), columns)
                     hessian = blend(hessian, of_layer, len(rows), options.blend_tokens)
                 hessians.append(hessian)
-            quantized = gptq(
-                self._group_weights(layer, group, name),
+            results = gptq_shared(
+                [self._group_weights(layer, group, name) for name in stage],
                 torch.stack(hessians),
                 self._grid,
                 dampening=options.dampening,
                 block_size=options.block_size,
             )
-            pairs = zip(quantized.hessian_class, starved, strict=True)
-            classes = ["blended" if known == "own" and few else known for known, few in pairs]
-            solved[name] = _Solved(quantized, [len(rows) for rows in rows_of], classes)
-            for matrices, weight in zip(before, quantized.weight, strict=True):
-                matrices.append(weight)
+            for name, quantized in zip(stage, results, strict=True):
+                pairs = zip(quantized.hessian_class, starved, strict=True)
+                classes = ["blended" if known == "own" and few else known for known, few in pairs]
+                solved[name] = _Solved(quantized, [len(rows) for rows in rows_of], classes)
         return solved
 
     def _mean_hessian(self, parts: Iterable[Tensor], before: list[Tensor], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
         hessian = new(columns)
         for x in parts:
-            for matrix in before:
-                x = self._activation(x @ matrix.T)
-            accumulate(hessian, x)
+            accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
 
-    def _run(self, layer: MoELayer, expert: int, pair: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
+    def _run(self, layer: MoELayer, expert: int, matrices: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
         """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
         rows, gates = seen.assigned.of_expert(expert)
         truth: list[Tensor] = []
@@ -228,7 +229,7 @@ class LayerCompressor:
         for start in range(0, len(rows), _TOKENS):
             part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
             x = seen.inputs.gather(part)
-            y = self._expert(x, pair) * weights
+            y = self._expert(x, matrices) * weights
             seen.hidden.add(part, y)
             rides = seen.validation[part]
             if rides.any():
@@ -238,8 +239,11 @@ class LayerCompressor:
                 right += dense.double().square().sum().item()
         return wrong, right
 
-    def _expert(self, x: Tensor, pair: list[Tensor]) -> Tensor:
-        return self._activation(x @ pair[0].T) @ pair[1].T
+    def _expert(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
+        return self._inner(x, matrices[:-1]) @ matrices[-1].T
+
+    def _inner(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
+        return inner(self._activation, [x @ matrix.T for matrix in matrices])
 
 
 class _Tally:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from qmoe_lite.checkpoint import EXPERTS, Checkpoint
+from qmoe_lite.errors import FormatError
 
 FILE_NAME = "qmoe_report.json"
 
@@ -106,6 +108,46 @@ class Report:
             "matrices": self.matrices,
         }
         return {"totals": totals, **asdict(self)}
+
+
+def read_report(directory: Path) -> Report | None:
+    """Read what `compress` wrote beside the model; None where there is nothing, as after save_pretrained.
+
+    Raises
+    ------
+    FormatError
+        It is no JSON, or not a report.
+    """
+    file = directory / FILE_NAME
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [ProjectionReport(**_known(ProjectionReport, row)) for row in content["projections"]]
+        report = Report(**{**_known(Report, content), "projections": rows})
+        _check_types(report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{file} is no report of qmoe compress. Remove it, or fetch it again.") from error
+    return report
+
+
+def _known(kind: type[Report] | type[ProjectionReport], values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a later version may have added."""
+    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
+
+
+def _check_types(report: Report) -> None:
+    """Raise TypeError where a value that is shown is of another kind than `compress` writes."""
+    numbers: list[Any] = [report.seconds, *report.held_out_error.values(), *report.sizes.values()]
+    texts: list[Any] = [report.model, *report.degraded, *report.versions.values()]
+    for row in report.projections:
+        numbers += [row.experts, row.rows, row.columns, row.bits_per_weight, row.code_bits_per_weight, row.zeros]
+        numbers += [row.error, *row.hessian_classes.values(), *row.tokens]
+        texts += [row.layer, row.projection]
+    if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
+        raise TypeError
+    if not isinstance(report.settings, dict) or {"dense_expert_bytes", "dense_other_bytes"} - set(report.sizes):
+        raise TypeError
 
 
 def stored_bytes(directory: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -88,28 +89,77 @@ def gptq(
     >>> gptq(torch.tensor([[0.9, 0.2, -1.0]]), torch.eye(3), MinMaxTernary()).digits.tolist()
     [[1, 0, -1]]
     """
+    return gptq_shared(
+        [weight], hessian, grid, dampening=dampening, block_size=block_size, layer_hessian=layer_hessian
+    )[0]
+
+
+def gptq_shared(
+    weights: Sequence[Array],
+    hessian: Array | None,
+    grid: Grid,
+    *,
+    dampening: float = 0.1,
+    block_size: int = 128,
+    layer_hessian: Array | None = None,
+) -> list[Quantized]:
+    """Quantise matrices that get the same inputs, such as gate_proj and up_proj, factorising the Hessian once.
+
+    Parameters
+    ----------
+    weights : sequence of float tensors or arrays, shapes (E, R_i, C), or all (R_i, C)
+        As `gptq` takes one.
+    hessian, grid, dampening, block_size, layer_hessian
+        As in `gptq`.
+
+    Returns
+    -------
+    list of Quantized
+        What `gptq` gives for each of the weights, bit for bit.
+
+    Raises
+    ------
+    As `gptq`.
+    """
     dampening, block_size = _check_settings(dampening, block_size)
+    checked = [_check_weight(weight) for weight in weights]
+    for full in checked[1:]:
+        if (*full.shape[:-2], full.shape[-1]) != (*checked[0].shape[:-2], checked[0].shape[-1]):
+            found = " and ".join(str(tuple(each.shape)) for each in (checked[0], full))
+            raise ShapeError(f"weights have shapes {found}; expected one E and one C. Quantise them apart.")
+    own = _check_hessian(hessian, checked[0], shared=True, name="hessian")
+    layer = _check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
+    known = None if own is None else _factorise_all(own, layer, dampening)
+    return [_quantise(weight, known, grid, block_size) for weight in checked]
+
+
+def _check_weight(weight: Array) -> Tensor:
+    """Return a weight as finite float32 of two or three axes, or raise."""
     full = _to_float32(weight, "weight")
     if full.ndim not in (2, 3) or full.numel() == 0:
         message = f"weight has shape {tuple(full.shape)}; expected (E, R, C) or (R, C), none of them 0. "
         raise ShapeError(message + "Pass at least one weight.")
     _check_finite(full)
+    return full
+
+
+def _quantise(full: Tensor, known: tuple[Tensor, list[str], Tensor] | None, grid: Grid, block_size: int) -> Quantized:
+    """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians: factors, classes, metric."""
     group = full if full.ndim == 3 else full[None]
-    own = _check_hessian(hessian, group, shared=True, name="hessian")
-    layer = _check_hessian(layer_hessian, group, shared=False, name="layer_hessian")
     levels = grid.fit(group)
     table = grid.rounding(levels)
-    if own is None:
-        digits, classes, metric = nearest_digits(group, table), ["nearest"] * len(group), None
+    metric: Tensor | None = None
+    if known is None:
+        digits, classes = nearest_digits(group, table), ["nearest"] * len(group)
     else:
-        factor, classes, metric = _factorise_all(own, layer, dampening)
-        if len(own) == 1:
+        factor, classes, metric = known
+        if len(classes) == 1:
             factor, classes = factor.expand(len(group), -1, -1), classes * len(group)
         digits, broken = _solve(group, factor, table, block_size)
         if broken:
             digits[broken] = nearest_digits(group, table)[broken]
             classes = ["nearest" if expert in broken else name for expert, name in enumerate(classes)]
-    fallback = torch.tensor([own is not None and name == "nearest" for name in classes], device=group.device)
+    fallback = torch.tensor([known is not None and name == "nearest" for name in classes], device=group.device)
     error = _relative_error(group, dequantize(digits, levels), metric)
     if full.ndim == 2:
         digits, levels = digits[0], levels[0]
@@ -297,15 +347,15 @@ def _check_finite(weight: Tensor) -> None:
     raise NotFiniteError(f"weight is {value} at {place}; expected float32's range. Repair the checkpoint.")
 
 
-def _check_hessian(hessian: Array | None, weight: Tensor, *, shared: bool, name: str) -> Tensor | None:
+def _check_hessian(hessian: Array | None, full: Tensor, *, shared: bool, name: str) -> Tensor | None:
     """Return a Hessian as float32 (E, C, C) or (1, C, C) on the weight's device, or raise ShapeError."""
     if hessian is None:
         return None
-    experts, _, columns = weight.shape
+    experts, columns = (full.shape[0] if full.ndim == 3 else 1), full.shape[-1]
     matrix = _to_float32(hessian, name)
     expected = [(columns, columns), *([(experts, columns, columns)] if shared else [])]
     if tuple(matrix.shape) not in expected:
-        message = f"{name} has shape {tuple(matrix.shape)} for a weight of shape {tuple(weight.shape)}; "
+        message = f"{name} has shape {tuple(matrix.shape)} for a weight of shape {tuple(full.shape)}; "
         raise ShapeError(message + f"expected {' or '.join(map(str, expected))}. Pass X^T X of this weight's inputs.")
-    matrix = matrix.to(weight.device)
+    matrix = matrix.to(full.device)
     return matrix if matrix.ndim == 3 else matrix[None]

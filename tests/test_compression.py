@@ -337,13 +337,13 @@ def test_nan_in_the_dense_part_is_named(tmp_path, switch, text_file):
         qm.compress(path, tmp_path / "out", calibration=text_file, **SMALL)
 
 
-def test_a_missing_or_foreign_tokenizer_is_named(tmp_path, switch, text_file):
+def test_a_missing_or_foreign_tokenizer_is_named(tmp_path, switch, tokenizer, text_file):
     path = changed_copy(switch, tmp_path / "none")
     for file in path.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         qm.compress(path, tmp_path / "out", calibration=text_file, **SMALL)
-    small = changed_copy(switch, tmp_path / "small", vocab_size=20)
+    small = tiny.make_switch(tmp_path / "small", tokenizer, vocab_size=20)
     with pytest.raises(SettingError, match="the model knows 20"):
         qm.compress(small, tmp_path / "out", calibration=text_file, **SMALL)
 

@@ -17,9 +17,11 @@ ORDER = (
     ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
     ("validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "experts"),
+    ("hf",),
+    ("_hook",),
     ("report",),
     ("layer_compression",),
-    ("compression", "evaluation"),
+    ("compression", "evaluation", "generation"),
     ("__init__", "__main__", "cli", "bench"),
 )
 # imports inside a function that point the other way: a method that only forwards

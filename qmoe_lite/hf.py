@@ -1,0 +1,158 @@
+"""The transformers quantizer behind from_pretrained, and `load`, which calls from_pretrained.
+
+transformers builds the model on the meta device and asks the quantizer to change it before weights are loaded: each
+experts module is replaced by a `PackedExperts` with empty buffers, and from_pretrained fills them with maps of the
+files. transformers fills what a checkpoint lacks with random numbers and only warns, so names and shapes are compared
+first.
+
+Imported by transformers' own import (see `_hook`), so numba and the kernels wait until a compressed model is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, QMoEError, SettingError, first_line
+
+if TYPE_CHECKING:
+    from qmoe_lite.checkpoint import Checkpoint
+    from qmoe_lite.families import Family
+
+
+@register_quantization_config("qmoe")
+class QMoEConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed model's config.json: every entry is an attribute."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.quant_method = "qmoe"  # type: ignore[assignment]
+        vars(self).update(settings)
+
+
+@register_quantizer("qmoe")
+class QMoEQuantizer(HfQuantizer):
+    """Puts PackedExperts into a model that from_pretrained loads."""
+
+    requires_calibration = True  # a dense model cannot be compressed by from_pretrained
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise DeviceError for a device_map with anything but the CPU.
+
+        "auto" names no device yet; where it finds a GPU, the experts say so at their first call.
+        """
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for place in places:
+            if place not in (None, "auto") and torch.device(place if place != "disk" else "meta").type != "cpu":
+                raise DeviceError(f"device_map asks for {place}; this version runs on the CPU. Use device_map='cpu'.")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        from qmoe_lite.checkpoint import EXPERTS
+        from qmoe_lite.families import check_dense, open_checkpoint
+
+        if not checkpoint_files:
+            raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
+        family, checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        self._replace_experts(model, family, checkpoint)
+        check_dense(family, model, checkpoint)
+        dense = frozenset(name for name in checkpoint.names if EXPERTS not in name)
+        for name in dense:
+            checkpoint.check(name)
+        self._held = dense
+
+    def _replace_experts(self, model: Any, family: Family, checkpoint: Checkpoint) -> None:
+        """Put PackedExperts with empty buffers in place of the experts modules."""
+        from qmoe_lite.experts import PARTS, PackedExperts, Packing
+
+        path = checkpoint.directory
+        packing = Packing.of(path, {"quantization_config": self.quantization_config.to_dict()})
+        layers = family.layers(model.config)
+        if {layer.experts for layer in layers} != set(packing.codebooks):
+            raise FormatError(f"{path}/config.json names other compressed layers than the model has. Fetch it again.")
+        for layer in layers:
+            books = packing.codebooks[layer.experts]
+            if set(books) != set(layer.projections):
+                raise FormatError(
+                    f"{path}/config.json names other projections than {layer.experts} has. Fetch it again."
+                )
+            experts = PackedExperts(family, layer, books, model.config)
+            for projection in layer.projections:
+                tensors = {
+                    part: checkpoint.tensor(f"{layer.experts}.{projection}_{part}").to("meta") for part in PARTS
+                }
+                experts.fill(projection, tensors)
+            parent, _, child = layer.experts.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, child, experts)
+            owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from qmoe_lite.experts import PackedExperts
+        from qmoe_lite.families import family_of
+
+        for name, module in model.named_modules():
+            if isinstance(module, PackedExperts):
+                for part, buffer in module.named_buffers():
+                    # from_pretrained leaves a buffer that it could not fill uninitialised, and says nothing
+                    if not getattr(buffer, "_is_hf_initialized", False):
+                        raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
+        family_of(model.config.model_type).tie(model, self._held)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Tell that save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Tell that codes cannot be trained."""
+        return False
+
+
+def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None) -> Any:
+    """Load a compressed model.
+
+    Parameters
+    ----------
+    directory : path or str
+        What `compress` wrote, or its name on the Hugging Face hub.
+    device : str or torch device
+        "auto" and "cpu" both mean the CPU in this version.
+    dtype : torch dtype, optional
+        Of everything but the experts; by default as config.json says.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In evaluation mode; its experts modules are `PackedExperts` whose codes are mapped from the files. The same as
+        `AutoModelForCausalLM.from_pretrained(directory)`, or AutoModelForSeq2SeqLM's.
+
+    Raises
+    ------
+    CheckpointError
+        No compressed model, or a tensor is missing.
+    FormatError
+        A damaged file, or one of a newer format.
+    """
+    from qmoe_lite.checkpoint import find_model
+    from qmoe_lite.experts import Packing, Placeholder
+    from qmoe_lite.families import auto_class, experts_replaced, open_checkpoint
+
+    if torch.device("cpu" if device == "auto" else device).type != "cpu":
+        raise SettingError(f"device {device} is not supported yet; use device='cpu'.")
+    path = find_model(directory)
+    family, checkpoint = open_checkpoint(path)
+    Packing.of(path, checkpoint.config)
+    try:
+        with experts_replaced(family, Placeholder):  # thousands of dense experts take seconds to build, even on meta
+            return auto_class(family).from_pretrained(path, dtype=dtype or "auto")
+    except QMoEError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is refused by transformers: {first_line(error)}.") from error
