@@ -124,6 +124,11 @@ class Checkpoint:
                 raise CheckpointError(f"{self.directory} holds {name} twice, also as {stored}. Fetch it again.")
             self._stored[name] = stored
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Leave some tensors out, as if the files did not hold them."""
+        for name in names:
+            del self._stored[name]
+
     @property
     def names(self) -> Iterable[str]:
         """Names of all tensors, as the model knows them."""
@@ -138,7 +143,7 @@ class Checkpoint:
         """Names of the weight files, sorted."""
         return sorted(set(self._file_of.values()))
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._stored
 
     def _open(self, file_name: str) -> Any:

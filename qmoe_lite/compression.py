@@ -43,6 +43,7 @@ from qmoe_lite.families import (
     open_checkpoint,
     read_config,
     skeleton,
+    unused,
 )
 from qmoe_lite.grid import Grid, MinMaxTernary
 from qmoe_lite.layer_compression import LayerCompressor, LayerInputs, draw
@@ -165,13 +166,17 @@ class _Run:
         if "quantization_config" in self.checkpoint.config:
             raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
-        self.layers = check_promise(self.family, self.config, self.checkpoint)
+        self.degraded = list[str]()
         self.model = skeleton(self.family, self.config, Placeholder, torch.float32)
+        if extra := unused(self.family, self.model, self.checkpoint):
+            self.checkpoint.forget(extra)
+            self.degraded.append(f"left out {len(extra)} tensors that transformers does not load, such as {extra[0]}")
+        self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         self.dense_names = [name for name in self.checkpoint.names if EXPERTS not in name]
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
-        self.done, self.degraded = _Done(), list[str]()
+        self.done = _Done()
         self._progress = progress or (lambda event: None)
 
     # -- the whole
@@ -385,7 +390,13 @@ class _Run:
         return catcher
 
     def _run_block(
-        self, model: Any, stack: Stack, number: int, hidden: ListBuffer, memory: ListBuffer | None, calls: dict[int, Any]
+        self,
+        model: Any,
+        stack: Stack,
+        number: int,
+        hidden: ListBuffer,
+        memory: ListBuffer | None,
+        calls: dict[int, Any],
     ) -> tuple[ListBuffer, Assignment] | None:
         """Send all samples through a block's dense part; give its experts' inputs and their tokens."""
         block = stack.blocks[number]

@@ -8,6 +8,7 @@ experts module's routing arguments mean.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,9 +94,17 @@ class Stack:
 class Family(Protocol):
     """What the library must know of a family; all methods are free of state."""
 
-    model_type: str
-    seq2seq: bool
-    experts_class: str
+    @property
+    def model_type(self) -> str:
+        """As in config.json; transformers' module has the same name."""
+
+    @property
+    def experts_class(self) -> str:
+        """What transformers calls the experts module."""
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the model has an encoder and a decoder."""
 
     def tied(self, config: Any) -> frozenset[str]:
         """Tensors that a checkpoint may lack, because they are another one's."""
@@ -360,11 +369,28 @@ def _every_step(config: Any, layer: int) -> bool:
     return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
 
 
-_MIXTRAL: dict[str, Any] = {"moe": "block_sparse_moe", "on_disk": ("w1", "w3", "w2")}
+def _after_first(config: Any, layer: int) -> bool:
+    """Tell whether a layer of a DeepSeek is sparse."""
+    return bool(layer >= config.first_k_dense_replace)
+
+
+_MIXTRAL: dict[str, Any] = {
+    "count": "num_local_experts",
+    "width": "intermediate_size",
+    "moe": "block_sparse_moe",
+    "on_disk": ("w1", "w3", "w2"),
+}
+_DEEPSEEK: dict[str, Any] = {"count": "n_routed_experts", "is_sparse": _after_first}
 _FAMILIES: tuple[Family, ...] = (
     SwitchTransformers(),
-    Causal("mixtral", "MixtralExperts", "num_local_experts", "intermediate_size", **_MIXTRAL),
+    Causal("mixtral", "MixtralExperts", **_MIXTRAL),
+    Causal("minimax_m2", "MiniMaxM2Experts", **_MIXTRAL),
+    Causal("qwen2_moe", "Qwen2MoeExperts", is_sparse=_every_step),
     Causal("qwen3_moe", "Qwen3MoeExperts", is_sparse=_every_step),
+    Causal("olmoe", "OlmoeExperts", width="intermediate_size"),
+    Causal("deepseek_v2", "DeepseekV2Experts", **_DEEPSEEK),
+    Causal("deepseek_v3", "DeepseekV3Experts", **_DEEPSEEK),
+    Causal("glm4_moe", "Glm4MoeExperts", **_DEEPSEEK),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 
@@ -425,6 +451,15 @@ def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[M
     if extra := set(held) - set(promised):
         raise CheckpointError(f"the checkpoint has {sorted(extra)[0]}, which config.json does not account for.")
     return layers
+
+
+def unused(family: Family, model: Any, checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors that transformers leaves out on purpose, such as DeepSeek's layer for several tokens."""
+    blocks = tuple(f"{block}." for stack in family.stacks(model.config) for block in stack.blocks)
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    # GLM's patterns name layer 46, which the smaller model leaves out and the larger one has
+    extra = [name for name in checkpoint.names if not name.startswith(blocks)]
+    return [name for name in extra if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:

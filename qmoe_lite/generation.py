@@ -104,6 +104,7 @@ def encode_prompt(
     Parameters
     ----------
     model : transformers model
+        Causal or encoder-decoder.
     tokenizer : transformers tokenizer
         The model's own.
     prompt : str
@@ -172,9 +173,11 @@ def generate(
     tokenizer : transformers tokenizer
         The model's own.
     prompt : str
+        As `encode_prompt` takes it.
     chat : bool
+        Apply the chat template.
     system : str, optional
-        As `encode_prompt` takes them.
+        A system message.
     sampling : Sampling, optional
         By default 128 tokens, greedily. Drawing sets torch's global seed.
     write : function, optional

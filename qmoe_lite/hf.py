@@ -31,7 +31,7 @@ class QMoEConfig(QuantizationConfigMixin):
 
     def __init__(self, **settings: Any) -> None:
         self.quant_method = "qmoe"  # type: ignore[assignment]
-        vars(self).update(settings)
+        self.__dict__.update(settings)
 
 
 @register_quantizer("qmoe")
@@ -47,7 +47,7 @@ class QMoEQuantizer(HfQuantizer):
         """
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         for place in places:
-            if place not in (None, "auto") and torch.device(place if place != "disk" else "meta").type != "cpu":
+            if place is not None and str(place) not in ("auto", "cpu"):
                 raise DeviceError(f"device_map asks for {place}; this version runs on the CPU. Use device_map='cpu'.")
 
     def _process_model_before_weight_loading(
@@ -83,9 +83,7 @@ class QMoEQuantizer(HfQuantizer):
                 )
             experts = PackedExperts(family, layer, books, model.config)
             for projection in layer.projections:
-                tensors = {
-                    part: checkpoint.tensor(f"{layer.experts}.{projection}_{part}").to("meta") for part in PARTS
-                }
+                tensors = {part: checkpoint.tensor(f"{layer.experts}.{projection}_{part}").to("meta") for part in PARTS}
                 experts.fill(projection, tensors)
             parent, _, child = layer.experts.rpartition(".")
             owner = model.get_submodule(parent)

@@ -18,7 +18,7 @@ from qmoe_lite.experts import PARTS, PackedExperts, Packing
 from qmoe_lite.families import MoELayer, open_checkpoint, read_config
 from qmoe_lite.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
 
-_REMEDY = "which the directory does not bear out. Remove the report, or fetch the whole directory again."
+_REMEDY = "Remove the report, or fetch the whole directory again."
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,10 @@ def inspect_model(directory: str | Path) -> Inspection:
             found.append(_stored(layer, projection, experts, of_report.pop((layer.experts, projection), None)))
             if report is not None:
                 _compare(path / FILE_NAME, found[-1])
-    if of_report:
-        raise FormatError(f"{path / FILE_NAME} reports on {next(iter(of_report))[0]}, {_REMEDY}")
+    unknown = [".".join(pair) for pair in of_report]
+    unknown += [layer for layer in (report.held_out_error if report else ()) if layer not in stored]
+    if unknown:
+        raise FormatError(f"{path / FILE_NAME} reports on {unknown[0]}, which the model lacks. {_REMEDY}")
     try:
         known = (
             str(packing.settings["grid"]["name"]),
@@ -178,9 +180,9 @@ def inspect_model(directory: str | Path) -> Inspection:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.") from error
-    experts_bytes, other_bytes = stored_bytes(path)
+    expert_bytes, other_bytes = stored_bytes(path)
     return Inspection(
-        str(path), family.model_type, *known, experts_bytes, other_bytes, _totals(found, experts_bytes), found, report
+        str(path), family.model_type, *known, expert_bytes, other_bytes, _totals(found, expert_bytes), found, report
     )
 
 
@@ -241,14 +243,14 @@ def _compare(file: Path, stored: StoredProjection) -> None:
     """Raise FormatError where the report does not fit what is stored."""
     name, said = f"{stored.layer}.{stored.projection}", stored.report
     if said is None:
-        raise FormatError(f"{file} says nothing of {name}. Remove the report, or fetch the whole directory again.")
+        raise FormatError(f"{file} says nothing of {name}. {_REMEDY}")
     pairs: list[tuple[str, float, float]] = [
         (what, getattr(said, what), getattr(stored, what)) for what in ("experts", "rows", "columns", "bits_per_weight")
     ]
-    pairs.append(("experts with tokens", len(said.tokens), stored.experts))
+    pairs.append(("experts with a count of tokens", len(said.tokens), stored.experts))
     pairs.append(("experts with a Hessian class", sum(said.hessian_classes.values()), stored.experts))
     if stored.zeros is not None:
         pairs.append(("zeros", said.zeros, stored.zeros))
     for what, found, expected in pairs:
         if not math.isclose(found, expected, rel_tol=1e-9):
-            raise FormatError(f"{file} says that {name} has {what} {found:g}, not {expected:g}: {_REMEDY}")
+            raise FormatError(f"{file} says that {name} has {what} {found}; the directory has {expected}. {_REMEDY}")

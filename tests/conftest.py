@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
@@ -43,6 +44,32 @@ def text_file(tmp_path_factory):
 def switch(tmp_path_factory, tokenizer):
     """A random Switch, every second block sparse, whose experts matter: see tiny.make_switch."""
     return tiny.make_switch(tmp_path_factory.mktemp("switch") / "model", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def causal(tmp_path_factory, tokenizer):
+    """Give a function that makes a tiny random model of a causal family, once each."""
+
+    @functools.cache
+    def make(model_type: str) -> Path:
+        return tiny.make_causal(tmp_path_factory.mktemp(model_type) / "model", tokenizer, model_type)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compressed_causal(tmp_path_factory, causal, text_file):
+    """Give a function that compresses such a model, once each."""
+
+    @functools.cache
+    def make(model_type: str) -> Path:
+        from qmoe_lite import compress
+
+        out = tmp_path_factory.mktemp(model_type) / "out"
+        compress(causal(model_type), out, calibration=text_file, samples=24, sequence_length=32, validation_samples=2)
+        return out
+
+    return make
 
 
 @pytest.fixture(scope="session")

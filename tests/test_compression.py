@@ -38,11 +38,7 @@ def dense_model(directory, packed=None, layers=()):
     for module in model.modules():
         if hasattr(module, "expert_capacity"):
             module.expert_capacity = 10**9
-    for name in layers:
-        source, target = packed.get_submodule(name), model.get_submodule(name)
-        for e in range(source.num_experts):
-            for projection in ("wi", "wo"):
-                getattr(target[f"expert_{e}"], projection).weight.data = source.dense(e, projection)
+    tiny.fill_dense(model, packed, list(layers))
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit, dequantize, nearest_digits
-from qmoe_lite.solver import gptq
+from qmoe_lite.solver import gptq, gptq_shared
 
 VECTORS = Path(__file__).parent / "vectors" / "gptq_paper_recipe.npz"
 GRIDS = {"ternary": MinMaxTernary(), "two_bit": MinMaxTwoBit()}
@@ -336,3 +336,20 @@ def test_bad_settings_and_dtypes_are_refused():
         gptq(weight.long(), None, MinMaxTernary())
     with pytest.raises(DtypeError, match="hessian is int64"):
         gptq(weight, np.eye(2, dtype=np.int64), MinMaxTernary())
+
+
+def test_matrices_of_one_input_share_the_factor_and_no_bit_changes():
+    torch.manual_seed(5)
+    weights = [torch.randn(3, rows, 40) for rows in (7, 30)]
+    x = torch.randn(3, 90, 40)
+    hessian = x.transpose(1, 2) @ x
+    hessian[1] = float("nan")
+    together = gptq_shared(weights, hessian, MinMaxTernary())
+    for weight, found in zip(weights, together, strict=True):
+        alone = gptq(weight, hessian, MinMaxTernary())
+        assert found.hessian_class == alone.hessian_class == ("own", "nearest", "own")
+        assert torch.equal(found.digits, alone.digits)
+        assert torch.equal(found.levels, alone.levels)
+        assert torch.equal(found.error, alone.error)
+    with pytest.raises(ShapeError, match="expected one E and one C"):
+        gptq_shared([weights[0], weights[0][:, :, :39]], hessian, MinMaxTernary())

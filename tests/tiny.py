@@ -6,8 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 WORDS = ["expert", "router", "token", "row", "level", "digit", "code", "book", "block", "layer", "gate", "weight"]
 SENTINELS = 20
@@ -56,4 +63,100 @@ def make_switch(directory: Path, tokenizer: PreTrainedTokenizerFast, **changes: 
                 parameter.mul_(3.0)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+_SHARED = {"intermediate_size": 48, "moe_intermediate_size": 20}
+_DEEPSEEK = {**_SHARED, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+CAUSAL = {  # what differs between the families' configurations
+    "mixtral": {"intermediate_size": 20, "num_local_experts": 4},
+    "minimax_m2": {"intermediate_size": 20, "num_local_experts": 4},
+    "qwen2_moe": {**_SHARED, "num_experts": 6, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**_SHARED, "num_experts": 6, "mlp_only_layers": [1]},
+    "olmoe": {"intermediate_size": 20, "num_experts": 6, "head_dim": 6},
+    "deepseek_v2": {**_DEEPSEEK, **_LATENT, "num_key_value_heads": 4},
+    "deepseek_v3": {**_DEEPSEEK, **_LATENT, "num_key_value_heads": 4},
+    "glm4_moe": _DEEPSEEK,
+}
+
+
+def make_causal(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, **changes: object) -> Path:
+    """Save a random causal model of a family, whose experts matter."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        **CAUSAL[model_type],
+        **changes,
+    }
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.mul_(20.0)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str]) -> None:
+    """Give a dense model's experts, in some layers, the dequantised weights of a compressed one's."""
+    for name in layers:
+        source, target = packed.get_submodule(name), model.get_submodule(name)
+        for e in range(source.num_experts):
+            if hasattr(target, "gate_up_proj"):
+                gate_up = torch.cat([source.dense(e, "gate_proj"), source.dense(e, "up_proj")])
+                target.gate_up_proj.data[e] = gate_up
+                target.down_proj.data[e] = source.dense(e, "down_proj")
+            else:
+                for projection in ("wi", "wo"):
+                    getattr(target[f"expert_{e}"], projection).weight.data = source.dense(e, projection)
+
+
+def make_large_mixtral(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Write a compressed Mixtral whose dense experts would take 12.9 GB; each of its experts is the same."""
+    from qmoe_lite import Codebook, encode
+    from qmoe_lite.checkpoint import write_json
+    from qmoe_lite.experts import FORMAT, pack_experts
+
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=len(tokenizer),
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_local_experts=8,
+        num_hidden_layers=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        dtype="bfloat16",
+    )
+    digits = np.random.default_rng(0).choice(np.array([-1, 0, 1], np.int8), (5504, 2048), p=[0.005, 0.99, 0.005])
+    book = Codebook.fit([1, 198, 1], bits=12)
+    tensors, layers = {}, {}
+    levels = torch.full((5504, 2), 0.02, dtype=torch.bfloat16)
+    shapes = {"gate_proj": digits, "up_proj": digits, "down_proj": np.ascontiguousarray(digits.T)}
+    packed = {name: pack_experts([encode(d, levels[: len(d)], book)] * 8) for name, d in shapes.items()}
+    for number in range(config.num_hidden_layers):
+        name = f"model.layers.{number}.mlp.experts"
+        layers[name] = dict.fromkeys(shapes, 0)
+        for projection, parts in packed.items():
+            tensors |= {f"{name}.{projection}_{part}": tensor.clone() for part, tensor in parts.items()}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dense = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in model.state_dict().items() if ".experts." not in n}
+    directory.mkdir()
+    save_file(tensors | dense, directory / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "qmoe", "format": FORMAT, "codebooks": [book.to_config()], "layers": layers}
+    write_json(directory / "config.json", {**config.to_dict(), "quantization_config": settings})
     return directory

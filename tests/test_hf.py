@@ -1,0 +1,340 @@
+"""from_pretrained, save_pretrained and load: one model, whichever way it came, and no silent garbage."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import qmoe_lite as qm
+from qmoe_lite.errors import CheckpointError, DeviceError, FormatError
+from qmoe_lite.experts import PARTS
+from qmoe_lite.hf import QMoEConfig
+
+FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
+
+
+@pytest.fixture
+def pair(request, switch, compressed):
+    """Give a function: model type -> (dense directory, compressed directory, transformers class)."""
+
+    def get(model_type: str):
+        if model_type == "switch_transformers":
+            return switch, compressed[0], AutoModelForSeq2SeqLM
+        make, pack = request.getfixturevalue("causal"), request.getfixturevalue("compressed_causal")
+        return make(model_type), pack(model_type), AutoModelForCausalLM
+
+    return get
+
+
+def logits_of(model) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 15, (2, 11), generator=generator)
+    decoder_ids = torch.randint(3, 15, (2, 7), generator=generator)
+    more = {"decoder_input_ids": decoder_ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+def layers_of(model) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, qm.PackedExperts)]
+
+
+def swap_two_experts(module) -> None:
+    if hasattr(module, "gate_up_proj"):
+        for parameter in (module.gate_up_proj.data, module.down_proj.data):
+            parameter[[0, 1]] = parameter[[1, 0]]
+    else:
+        module["expert_0"], module["expert_1"] = module["expert_1"], module["expert_0"]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_agree_whichever_way_the_model_came(pair, tmp_path, model_type):
+    dense_directory, directory, auto = pair(model_type)
+    ours = qm.load(directory, dtype=torch.float32)
+    assert layers_of(ours)
+    dense = auto.from_pretrained(dense_directory, dtype=torch.float32)
+    tiny.fill_dense(dense, ours, layers_of(ours))
+    reference = logits_of(dense)
+    largest = reference.abs().max()
+    ours.save_pretrained(tmp_path / "again")
+    models = {
+        "load": ours,
+        "from_pretrained": auto.from_pretrained(directory, dtype=torch.float32),
+        "saved, from_pretrained": auto.from_pretrained(tmp_path / "again", dtype=torch.float32),
+        "saved, load": qm.load(tmp_path / "again", dtype=torch.float32),
+    }
+    for name, model in models.items():
+        assert not model.training
+        assert (logits_of(model) - reference).abs().max() <= 1e-4 * largest, name
+    # on a model where it would show: two experts swapped change the logits a hundred times as much
+    swap_two_experts(dense.get_submodule(layers_of(ours)[0]))
+    assert (logits_of(dense) - reference).abs().max() > 1e-2 * largest
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral", "qwen3_moe"])
+def test_generation_gives_the_same_tokens(pair, tmp_path, model_type):
+    dense_directory, directory, auto = pair(model_type)
+    ours = qm.load(directory, dtype=torch.float32)
+    ours.save_pretrained(tmp_path / "again")
+    dense = auto.from_pretrained(dense_directory, dtype=torch.float32)
+    tiny.fill_dense(dense, ours, layers_of(ours))
+    ids = torch.randint(3, 15, (2, 9))
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1, "eos_token_id": None}
+    expected = dense.generate(ids, **options)
+    assert expected.unique().numel() > 2
+    for model in (ours, auto.from_pretrained(directory), auto.from_pretrained(tmp_path / "again")):
+        assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral", "qwen3_moe"])
+def test_a_missing_or_renamed_code_tensor_raises(pair, tmp_path, model_type, part):
+    """transformers would fill its buffer with whatever lies in memory, and say nothing."""
+    _, directory, auto = pair(model_type)
+    for change in ("missing", "renamed"):
+        path = tmp_path / change
+        shutil.copytree(directory, path)
+        index = json.loads((path / "model.safetensors.index.json").read_text())
+        name = next(n for n in index["weight_map"] if n.endswith(f"_{part}"))
+        file = path / index["weight_map"].pop(name)
+        tensors = load_file(file)
+        tensor = tensors.pop(name)
+        if change == "renamed":
+            tensors[name + "s"] = tensor
+            index["weight_map"][name + "s"] = file.name
+        save_file(tensors, file, {"format": "pt"})
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        for load in (qm.load, auto.from_pretrained):
+            with pytest.raises(CheckpointError, match=rf"lacks the tensor .*_{part}\."):
+                load(path)
+
+
+def test_a_code_tensor_that_transformers_renames_on_the_way_raises(compressed_causal):
+    with pytest.raises(FormatError, match="gate_proj_codes was not loaded"):
+        AutoModelForCausalLM.from_pretrained(compressed_causal("mixtral"), key_mapping={"gate_proj_codes": "other"})
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral"])
+def test_a_missing_dense_tensor_raises(pair, tmp_path, model_type):
+    """transformers would fill it with random numbers."""
+    _, directory, auto = pair(model_type)
+    path = tmp_path / "less"
+    shutil.copytree(directory, path)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    name = next(n for n in index["weight_map"] if n.endswith(("q.weight", "q_proj.weight")))
+    del index["weight_map"][name]
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for load in (qm.load, auto.from_pretrained):
+        with pytest.raises(CheckpointError, match=f"lacks the tensor {name}"):
+            load(path)
+
+
+def test_a_damaged_dense_tensor_raises(compressed, tmp_path):
+    path = tmp_path / "damaged"
+    shutil.copytree(compressed[0], path)
+    file = path / "model-00003-of-00003.safetensors"
+    tensors = load_file(file)
+    tensors["shared.weight"][4, 5] += 1
+    save_file(tensors, file, {"format": "pt"})
+    for load in (qm.load, AutoModelForSeq2SeqLM.from_pretrained):
+        with pytest.raises(FormatError, match=r"shared.weight in .* is damaged"):
+            load(path)
+
+
+def test_a_failed_load_leaves_transformers_as_it_was(compressed, switch, tmp_path):
+    path = tmp_path / "failing"
+    shutil.copytree(compressed[0], path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["layers"].popitem()
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="names other compressed layers"):
+        qm.load(path)
+    dense = AutoModelForSeq2SeqLM.from_pretrained(switch)
+    assert hasattr(dense.encoder.block[1].layer[1].mlp.experts["expert_0"], "wi")
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_save_pretrained_keeps_names_bits_and_configuration(pair, tmp_path, model_type):
+    """A name such as gate_up_proj.codes would be split over the experts by transformers' own renaming."""
+    _, directory, auto = pair(model_type)
+    auto.from_pretrained(directory).save_pretrained(tmp_path / "again", max_shard_size="20KB")
+
+    def contents(path):
+        index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+        return {name: safe_open(path / file, "pt").get_tensor(name) for name, file in index.items()}
+
+    before, after = contents(directory), contents(tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    repeated = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert before.keys() - repeated == after.keys() - repeated
+    for name in after.keys() & before.keys():
+        assert after[name].dtype == before[name].dtype, name
+        assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8)), name
+    configs = [json.loads((path / "config.json").read_text()) for path in (directory, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_levels_are_never_cast(tmp_path, causal):
+    """They are data: a model moved to bfloat16 would lose bits of float16 levels."""
+    out = tmp_path / "out"
+    qm.compress(causal("mixtral"), out, recipe="nearest", grid=qm.MinMaxTernary(level_dtype=torch.float16))
+    layer = "model.layers.0.mlp.experts"
+    levels = qm.load(out).get_submodule(layer).gate_proj_levels
+    assert levels.dtype == torch.float16
+    moved = qm.load(out).to(torch.bfloat16)
+    for model in (
+        moved,
+        qm.load(out, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16),
+    ):
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        found = model.get_submodule(layer).gate_proj_levels
+        assert found.dtype == torch.float16
+        assert torch.equal(found, levels)
+        assert logits_of(model).dtype == torch.bfloat16
+    x = torch.randn(3, 24, dtype=torch.bfloat16)
+    experts = [model.get_submodule(layer).run_expert(0, x) for model in (moved, qm.load(out, dtype=torch.bfloat16))]
+    assert torch.equal(*experts)
+
+
+def test_a_switch_router_that_became_float32_is_saved_and_loaded(tmp_path, compressed):
+    """Switch turns its router's weights to float32 at the first call, also in a bfloat16 model."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(compressed[0], dtype=torch.bfloat16)
+    before = logits_of(model)
+    routers = [name for name in model.state_dict() if "router" in name]
+    assert {model.state_dict()[name].dtype for name in routers} == {torch.float32}
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(logits_of(again), before)
+    assert torch.equal(logits_of(qm.load(tmp_path / "again")), before)
+
+
+def test_tied_embeddings_stay_tied(tmp_path, tokenizer):
+    source = tiny.make_causal(tmp_path / "m", tokenizer, "qwen3_moe", tie_word_embeddings=True)
+    qm.compress(source, tmp_path / "out", recipe="nearest")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(qm.load(tmp_path / "again")), logits_of(model))
+
+
+def test_a_switch_whose_files_hold_only_the_shared_embedding_is_not_filled_with_random_numbers(tmp_path, tokenizer):
+    """With an untied head transformers does not tie the other embeddings either, and initialises them."""
+    source = tiny.make_switch(tmp_path / "m", tokenizer, tie_word_embeddings=False)
+    tensors = load_file(source / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.endswith("embed_tokens.weight")}
+    kept["lm_head.weight"] = torch.randn(tensors["shared.weight"].shape)
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+    qm.compress(source, tmp_path / "out", recipe="nearest")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert torch.equal(model.lm_head.weight, kept["lm_head.weight"])
+    assert torch.equal(logits_of(model), logits_of(qm.load(tmp_path / "out")))
+
+
+def test_a_copy_of_a_model_runs(compressed):
+    model = AutoModelForSeq2SeqLM.from_pretrained(compressed[0])
+    before = logits_of(model)
+    assert torch.equal(logits_of(copy.deepcopy(model)), before)
+
+
+def test_from_pretrained_does_not_compress_a_dense_model(switch):
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForSeq2SeqLM.from_pretrained(switch, quantization_config=QMoEConfig())
+
+
+@pytest.mark.parametrize("place", ["cuda", {"": "disk"}, {"": 0}])
+def test_devices_of_a_later_version_are_refused(compressed, place):
+    from qmoe_lite.hf import QMoEQuantizer
+
+    quantizer = QMoEQuantizer(
+        QMoEConfig(**json.loads((compressed[0] / "config.json").read_text())["quantization_config"])
+    )
+    with pytest.raises(DeviceError, match="Use device_map='cpu'"):
+        quantizer.validate_environment(device_map=place, weights_only=True)
+    for good in (None, "auto", "cpu", {"": "cpu"}, torch.device("cpu")):
+        quantizer.validate_environment(device_map=good, weights_only=True)
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import qmoe_lite; import transformers",
+        "import transformers; import qmoe_lite",
+        "from transformers import AutoModelForCausalLM; import qmoe_lite",
+        "import transformers; transformers.AutoModelForCausalLM; import transformers.modeling_utils; import qmoe_lite",
+    ],
+)
+def test_importing_the_package_is_enough_in_any_order(compressed_causal, imports):
+    code = f"""
+import sys
+{imports}
+from transformers import AutoModelForCausalLM
+assert "numba" not in sys.modules, "registering loaded numba"
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model.model.layers[0].mlp.experts).__name__, [f for f in sys.meta_path if "qmoe" in type(f).__module__])
+"""
+    done = run_python(code, compressed_causal("mixtral"))
+    assert done.stdout.split() == ["PackedExperts", "[]"], done.stderr
+
+
+def test_transformers_stays_importable_when_the_quantizer_does_not_fit_it():
+    code = """
+import sys, warnings
+import qmoe_lite
+sys.modules["qmoe_lite.hf"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from transformers import PreTrainedModel
+print([str(w.message) for w in caught if "qmoe" in str(w.message)])
+"""
+    done = run_python(code)
+    assert "qmoe-lite cannot register with transformers" in done.stdout, done.stderr
+
+
+def test_no_dense_expert_is_ever_allocated(tmp_path, tokenizer):
+    """12.9 GB of dense experts: loading, by either way, adds less than 0.3 GB of anonymous memory."""
+    path = tiny.make_large_mixtral(tmp_path / "large", tokenizer)
+    code = """
+import sys, torch, qmoe_lite as qm
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+import qmoe_lite.hf, qmoe_lite.experts, transformers.models.mixtral.modeling_mixtral
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+start = anonymous()
+model = (qm.load if sys.argv[2] == "load" else AutoModelForCausalLM.from_pretrained)(sys.argv[1])
+experts = [m for m in model.modules() if isinstance(m, qm.PackedExperts)]
+weights = sum(m.layer.weights for m in experts)
+added = anonymous() - start
+dense = experts[0].dense(7, "down_proj", torch.bfloat16)
+print(2 * weights, added * 1024, dense.shape == (2048, 5504))
+"""
+    for way in ("load", "from_pretrained"):
+        done = run_python(code, path, way)
+        size, added, right = done.stdout.split()
+        assert int(size) > 12.9e9, done.stderr
+        assert int(added) < 0.3e9
+        assert right == "True"
