@@ -10,17 +10,17 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmoe_lite import checkpoint as files
+from qmoe_lite.block_runner import BlockRunner
 from qmoe_lite.calibration import (
     Samples,
     check_ids,
@@ -31,12 +31,9 @@ from qmoe_lite.calibration import (
     read_tokens,
     window_length,
 )
-from qmoe_lite.checkpoint import EXPERTS
-from qmoe_lite.errors import NotFiniteError, OutputError, ResumeError, SettingError
+from qmoe_lite.errors import OutputError, ResumeError, SettingError
 from qmoe_lite.experts import FORMAT, Placeholder
 from qmoe_lite.families import (
-    Family,
-    Stack,
     capacity_lifted,
     check_dense,
     check_promise,
@@ -48,30 +45,12 @@ from qmoe_lite.families import (
 from qmoe_lite.grid import Grid, MinMaxTernary
 from qmoe_lite.layer_compression import LayerCompressor, LayerInputs, draw
 from qmoe_lite.list_buffer import Assignment, ListBuffer
+from qmoe_lite.output import Writer
 from qmoe_lite.report import FILE_NAME, ProjectionReport, Report, stored_bytes
 from qmoe_lite.settings import Progress, Settings
 
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
-_DENSE_SHARD = 2 << 30  # bytes of dense tensors in one file
-
-
-class _Catcher(nn.Module):
-    """Stands for an experts module while the dense part runs: keeps what it is given, contributes nothing."""
-
-    def __init__(self, family: Family) -> None:
-        super().__init__()
-        self._family = family
-        self._caught: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-        index, weights = self._family.routing(routing)
-        self._caught.append((hidden_states, index.to(torch.int32), weights.float()))
-        return torch.zeros_like(hidden_states)
-
-    def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states, index and weights of the latest call, once."""
-        return self._caught.pop()
 
 
 @dataclass
@@ -174,7 +153,7 @@ class _Run:
         self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
-        self.dense_names = [name for name in self.checkpoint.names if EXPERTS not in name]
+        self.writer = Writer(self.partial, self.family, self.checkpoint, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
         self.done = _Done()
         self._progress = progress or (lambda event: None)
@@ -309,24 +288,24 @@ class _Run:
         fingerprint: str,
         state: dict[str, Any],
     ) -> None:
-        model = self.model
-        self.family.load_outside_blocks(model, self.checkpoint, torch.float32)
+        self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
+        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings)
         ids = [samples.input_ids]
         if samples.labels is not None:
             ids.append(self._decoder_input(samples.labels))
         memory: ListBuffer | None = None
         resumed = state.get("stack", 0)
-        with capacity_lifted(model):
+        with capacity_lifted(self.model):
             for number, (stack, tokens, mask) in enumerate(
                 zip(self.family.stacks(self.config), ids, masks, strict=False)
             ):
-                hidden = self._buffer(tokens.shape)
+                hidden = runner.buffer(tokens.shape)
                 if number < resumed:
                     memory = hidden  # a finished stack: its output was saved
                     memory.load(self.partial / state["memory"])
                     continue
                 first = state["block"] + 1 if "block" in state and number == resumed else 0
-                calls = self._enter(model, stack, tokens, memory, hidden, first)
+                calls = runner.enter(stack, tokens, memory, hidden, first)
                 if first:
                     hidden.load(self.partial / state["hidden"])
                 assert mask is not None
@@ -335,13 +314,12 @@ class _Run:
                 rides[for_hessians:] = True
                 flags = (torch.from_numpy(eligible.reshape(-1)), torch.from_numpy(rides.reshape(-1)))
                 for i in range(first, len(stack.blocks)):
-                    caught = self._run_block(model, stack, i, hidden, memory, calls)
+                    caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
                         self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
                         state = self._keep({"stack": number, "block": i}, hidden, memory, fingerprint, state)
                     del caught  # its buffer is as large as `hidden`, and the next block makes another
-                for part in self._batches(len(hidden)):
-                    hidden.write(part, self.family.leave(model, stack, hidden.read(part)))
+                runner.leave(stack, hidden)
                 memory = hidden
 
     def _decoder_input(self, labels: np.ndarray) -> np.ndarray:
@@ -349,80 +327,6 @@ class _Run:
         start = self.config.decoder_start_token_id
         start = self.config.pad_token_id if start is None else start
         return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-
-    def _buffer(self, shape: tuple[int, ...]) -> ListBuffer:
-        dtype = torch.float32 if self.settings.activations == "float32" else torch.bfloat16
-        return ListBuffer(shape[0], shape[1], self.config.hidden_size, dtype)
-
-    def _batches(self, samples: int) -> Iterator[slice]:
-        for start in range(0, samples, self.settings.batch_size):
-            yield slice(start, min(start + self.settings.batch_size, samples))
-
-    def _enter(
-        self, model: Any, stack: Stack, tokens: np.ndarray, memory: ListBuffer | None, hidden: ListBuffer, first: int
-    ) -> dict[int, Any]:
-        """Fill `hidden` with the embeddings; give the call of the blocks from `first` on for each size of batch."""
-        calls: dict[int, Any] = {}
-        for part in self._batches(len(hidden)):
-            size = part.stop - part.start
-            if first and size in calls:
-                continue
-            recalled = None if memory is None else memory.read(part)
-            embedded, calls[size] = self.family.enter(model, stack, torch.from_numpy(tokens[part]), recalled)
-            hidden.write(part, embedded)
-        if first:  # a resumed run needs what the first block hands on to the others, such as its position bias
-            block = model.get_submodule(stack.blocks[0])
-            files.materialise(block, stack.blocks[0], self.checkpoint, torch.float32)
-            self._catch(model, stack.blocks[0])
-            for size, call in calls.items():
-                recalled = None if memory is None else memory.read(slice(0, size))
-                _, calls[size] = self.family.through(block, 0, hidden.read(slice(0, size)), recalled, call)
-            block.to("meta")
-        return calls
-
-    def _catch(self, model: Any, block: str) -> _Catcher | None:
-        """Put a catcher in place of a sparse block's experts."""
-        if block not in self.number_of:
-            return None
-        parent, _, child = self.layers[self.number_of[block]].experts.rpartition(".")
-        catcher = _Catcher(self.family)
-        setattr(model.get_submodule(parent), child, catcher)
-        return catcher
-
-    def _run_block(
-        self,
-        model: Any,
-        stack: Stack,
-        number: int,
-        hidden: ListBuffer,
-        memory: ListBuffer | None,
-        calls: dict[int, Any],
-    ) -> tuple[ListBuffer, Assignment] | None:
-        """Send all samples through a block's dense part; give its experts' inputs and their tokens."""
-        block = stack.blocks[number]
-        module = model.get_submodule(block)
-        files.materialise(module, block, self.checkpoint, torch.float32)
-        catcher = self._catch(model, block)
-        inputs = None if catcher is None else self._buffer(hidden.shape)
-        routing: list[tuple[Tensor, Tensor]] = []
-        following: dict[int, Any] = {}
-        for part in self._batches(len(hidden)):
-            size = part.stop - part.start
-            recalled = None if memory is None else memory.read(part)
-            out, following[size] = self.family.through(module, number, hidden.read(part), recalled, calls[size])
-            if not torch.isfinite(out).all():
-                raise NotFiniteError(f"{block} puts out NaN or infinity in float32. Is the checkpoint sound?")
-            hidden.write(part, out)
-            if catcher is not None and inputs is not None:
-                given, index, weights = catcher.take()
-                inputs.write(part, given.view(size, -1, given.shape[-1]))
-                routing.append((index, weights))
-        calls.update(following)
-        module.to("meta")
-        if inputs is None:
-            return None
-        index, weights = (torch.cat(parts) for parts in zip(*routing, strict=True))
-        return inputs, Assignment.group(index, weights, self.layers[self.number_of[block]].count)
 
     def _seen(
         self, inputs: ListBuffer, assigned: Assignment, eligible: Tensor, validation: Tensor, hidden: ListBuffer
@@ -440,33 +344,12 @@ class _Run:
             self._progress(Progress(sum(sizes[:number]) + done, sum(sizes), place))
 
         result = self.compressor.compress(layer, number, seen, group_done)
-        tensors = {self.family.stored(name): tensor for name, tensor in result.tensors.items()}
-        self.done.checksums |= files.write_tensors(self.partial / self._file_name(number), tensors)
+        self.done.checksums |= self.writer.write_layer(number, result.tensors)
         self.done.projections += result.reports
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
 
     # -- the rest of the directory
-
-    @cached_property
-    def _dense_shards(self) -> list[list[str]]:
-        shards: list[list[str]] = [[]]
-        size = 0
-        for name in self.dense_names:
-            tensor = self.checkpoint.tensor(name)
-            if size and size + tensor.nbytes > _DENSE_SHARD:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += tensor.nbytes
-        return shards
-
-    def _file_name(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
-
-    @property
-    def _shards(self) -> int:
-        return len(self.layers) + len(self._dense_shards)
 
     def _write_rest(self) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""
@@ -474,22 +357,23 @@ class _Run:
         promised = sum(layer.matrices for layer in self.layers)
         if matrices != promised:
             raise OutputError(f"{matrices} matrices were compressed, {promised} promised; please report this as a bug.")
-        weight_map: dict[str, str] = {}
-        checksums = dict(self.done.checksums)
-        for number in range(len(self.layers)):
-            file_name = self._file_name(number)
-            weight_map |= dict.fromkeys(files.names_in(self.partial / file_name), file_name)
-        for number, shard in enumerate(self._dense_shards, len(self.layers)):
-            file_name = self._file_name(number)
-            # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
-            tensors = {self.checkpoint.stored_name(name): self.checkpoint.tensor(name).clone() for name in shard}
-            checksums |= files.write_tensors(self.partial / file_name, tensors)
-            weight_map |= dict.fromkeys(tensors, file_name)
-        self._write_config()
-        files.copy_companions(self.checkpoint.directory, self.partial)
-        total = sum((self.partial / f).stat().st_size for f in set(weight_map.values()))
-        index = {"metadata": {"total_size": total, "crc32": checksums}, "weight_map": weight_map}
-        files.write_json(self.partial / "model.safetensors.index.json", index)
+        books: list[dict[str, Any]] = []
+        used: dict[str, dict[str, int]] = {}
+        for layer, by_projection in self.done.codebooks.items():
+            used[layer] = {}
+            for name, book in by_projection.items():
+                if book not in books:
+                    books.append(book)
+                used[layer][name] = books.index(book)
+        settings = {
+            "recipe": self.settings.recipe,
+            "grid": self.grid.to_config(),
+            "level_dtype": str(self.grid.level_dtype or torch.float32).removeprefix("torch."),
+            "codebooks": books,
+            "layers": used,
+            "versions": _versions(),
+        }
+        self.writer.write_rest(self.done.checksums, settings)
         report = self._report()
         files.write_json(self.partial / FILE_NAME, report.to_json())
         try:
@@ -501,31 +385,6 @@ class _Run:
         for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here they let a run go on
             left.unlink(missing_ok=True)
         return report
-
-    def _write_config(self) -> None:
-        books: list[dict[str, Any]] = []
-        used: dict[str, dict[str, int]] = {}
-        for layer, by_projection in self.done.codebooks.items():
-            used[layer] = {}
-            for name, book in by_projection.items():
-                if book not in books:
-                    books.append(book)
-                used[layer][name] = books.index(book)
-        config = dict(self.checkpoint.config)
-        if not {"dtype", "torch_dtype"} & set(config):  # else transformers would take the first tensor's: the levels'
-            largest = max(map(self.checkpoint.tensor, self.dense_names), key=lambda tensor: tensor.nbytes)
-            config["dtype"] = str(largest.dtype).removeprefix("torch.")
-        config["quantization_config"] = {
-            "quant_method": "qmoe",
-            "format": FORMAT,
-            "recipe": self.settings.recipe,
-            "grid": self.grid.to_config(),
-            "level_dtype": str(self.grid.level_dtype or torch.float32).removeprefix("torch."),
-            "codebooks": books,
-            "layers": used,
-            "versions": _versions(),
-        }
-        files.write_json(self.partial / "config.json", config)
 
     def _report(self) -> Report:
         nearest = sum(p.hessian_classes.get("nearest", 0) for p in self.done.projections)

@@ -20,8 +20,8 @@ ORDER = (
     ("hf",),
     ("_hook",),
     ("report",),
-    ("layer_compression",),
-    ("compression", "evaluation", "generation"),
+    ("layer_compression", "block_runner", "output"),
+    ("compression", "evaluation", "inspection", "generation"),
     ("__init__", "__main__", "cli", "bench"),
 )
 # imports inside a function that point the other way: a method that only forwards
