@@ -12,8 +12,8 @@ def open_model(name: str) -> tuple[Any, Any]:
     from qmoe_lite.calibration import open_tokenizer
     from qmoe_lite.checkpoint import find_model
     from qmoe_lite.errors import CheckpointError
-    from qmoe_lite.families import auto_class, open_checkpoint
     from qmoe_lite.hf import load
+    from qmoe_lite.skeletons import auto_class, open_checkpoint
 
     path = find_model(name)
     family, checkpoint = open_checkpoint(path)

@@ -110,7 +110,7 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
     import torch
 
     from qmoe_lite.calibration import make_samples, read_text, read_tokens
-    from qmoe_lite.families import capacity_lifted
+    from qmoe_lite.skeletons import capacity_lifted
 
     tokens = read_tokens(read_text(text), tokenizer)
     samples = make_samples(tokens, tokenizer, seq2seq=True, count=None, sequence_length=SEQUENCE, seed=1)

@@ -33,7 +33,13 @@ from qmoe_lite.calibration import (
 )
 from qmoe_lite.errors import OutputError, ResumeError, SettingError
 from qmoe_lite.experts import FORMAT, Placeholder
-from qmoe_lite.families import (
+from qmoe_lite.grid import Grid, MinMaxTernary
+from qmoe_lite.layer_compression import LayerCompressor, LayerInputs, draw
+from qmoe_lite.list_buffer import Assignment, ListBuffer
+from qmoe_lite.output import Writer
+from qmoe_lite.report import FILE_NAME, ProjectionReport, Report, stored_bytes
+from qmoe_lite.settings import Progress, Settings
+from qmoe_lite.skeletons import (
     capacity_lifted,
     check_dense,
     check_promise,
@@ -42,12 +48,6 @@ from qmoe_lite.families import (
     skeleton,
     unused,
 )
-from qmoe_lite.grid import Grid, MinMaxTernary
-from qmoe_lite.layer_compression import LayerCompressor, LayerInputs, draw
-from qmoe_lite.list_buffer import Assignment, ListBuffer
-from qmoe_lite.output import Writer
-from qmoe_lite.report import FILE_NAME, ProjectionReport, Report, stored_bytes
-from qmoe_lite.settings import Progress, Settings
 
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own

@@ -11,7 +11,7 @@ import torch
 
 from qmoe_lite.calibration import check_ids, make_samples, read_text, read_tokens
 from qmoe_lite.errors import NotFiniteError
-from qmoe_lite.families import capacity_lifted
+from qmoe_lite.skeletons import capacity_lifted
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,15 @@ experts module's routing arguments mean.
 
 from __future__ import annotations
 
-import importlib
-import re
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qmoe_lite.checkpoint import EXPERTS, Checkpoint, materialise
-from qmoe_lite.errors import CheckpointError, UnsupportedFamilyError, first_line
-
-UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
+from qmoe_lite.checkpoint import Checkpoint, materialise
+from qmoe_lite.errors import UnsupportedFamilyError
 
 
 @dataclass(frozen=True)
@@ -407,132 +401,3 @@ def family_of(model_type: str | None) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedFamilyError(f"model type {model_type} is not supported; supported: {known}.")
     return FAMILIES[model_type]
-
-
-def open_checkpoint(directory: Path) -> tuple[Family, Checkpoint]:
-    """Open a model directory; its tensors are known by the model's own names.
-
-    Raises
-    ------
-    CheckpointError, UnsupportedFamilyError
-        No model, damaged, or of a family that is not supported.
-    """
-    checkpoint = Checkpoint(directory)
-    family = family_of(checkpoint.config.get("model_type"))
-    checkpoint.know_as(family.canonical)
-    return family, checkpoint
-
-
-def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[MoELayer]:
-    """Compare what config.json promises with what the checkpoint holds.
-
-    Returns
-    -------
-    list of MoELayer
-
-    Raises
-    ------
-    CheckpointError
-        No sparse layer; an expert's matrix is missing or has another shape; or there are more than promised.
-    """
-    layers = family.layers(config)
-    if not layers:
-        raise CheckpointError(f"{checkpoint.directory} has no sparse layer: there are no experts to compress.")
-    promised = {
-        family.weight_name(layer, expert, projection): shape
-        for layer in layers
-        for expert in range(layer.count)
-        for projection, shape in layer.shapes.items()
-    }
-    for name, shape in promised.items():
-        if (found := checkpoint.shape(name)) != shape:
-            raise CheckpointError(f"{name} has shape {found}; config.json says {shape}.")
-    held = [name for name in checkpoint.names if EXPERTS in name]
-    if extra := set(held) - set(promised):
-        raise CheckpointError(f"the checkpoint has {sorted(extra)[0]}, which config.json does not account for.")
-    return layers
-
-
-def unused(family: Family, model: Any, checkpoint: Checkpoint) -> list[str]:
-    """Names of the tensors that transformers leaves out on purpose, such as DeepSeek's layer for several tokens."""
-    blocks = tuple(f"{block}." for stack in family.stacks(model.config) for block in stack.blocks)
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
-    # GLM's patterns name layer 46, which the smaller model leaves out and the larger one has
-    extra = [name for name in checkpoint.names if not name.startswith(blocks)]
-    return [name for name in extra if any(re.search(pattern, name) for pattern in patterns)]
-
-
-def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
-    """Compare the tensors outside the experts with what a model needs; nothing is read.
-
-    Raises
-    ------
-    CheckpointError
-        A tensor is missing, or has another shape.
-    """
-    tied = family.tied(model.config)
-    for name, target in model.state_dict().items():
-        if EXPERTS in name or (name in tied and name not in checkpoint):
-            continue
-        if (found := checkpoint.shape(name)) != (expected := tuple(target.shape)):
-            raise CheckpointError(f"{name} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
-
-
-@contextmanager
-def experts_replaced(family: Family, replacement: type[nn.Module]) -> Iterator[None]:
-    """Let transformers build `replacement(config)` where it would build the family's experts module.
-
-    Not by transformers' register_patch_mapping, which stays in force when an exception passes through from_pretrained.
-    """
-    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-    original = getattr(module, family.experts_class)
-    setattr(module, family.experts_class, replacement)
-    try:
-        yield
-    finally:
-        setattr(module, family.experts_class, original)
-
-
-def auto_class(family: Family) -> Any:
-    """Give the transformers class that loads and builds models of a family."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if family.seq2seq else AutoModelForCausalLM
-
-
-def skeleton(family: Family, config: Any, replacement: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-    """Build the model without any weights (on the meta device), `replacement` in place of each experts module."""
-    from transformers.initialization import no_init_weights
-
-    with experts_replaced(family, replacement), torch.device("meta"), no_init_weights():
-        return auto_class(family).from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def capacity_lifted(model: nn.Module) -> Iterator[None]:
-    """Let routers drop no token: calibration and evaluation must see each token's expert (notes of QMoE, section 3)."""
-    limited: list[Any] = [m for m in model.modules() if hasattr(m, "expert_capacity")]
-    before = [m.expert_capacity for m in limited]
-    for module in limited:
-        module.expert_capacity = UNLIMITED
-    try:
-        yield
-    finally:
-        for module, capacity in zip(limited, before, strict=True):
-            module.expert_capacity = capacity
-
-
-def read_config(directory: str) -> Any:
-    """Read config.json through transformers.
-
-    Raises
-    ------
-    CheckpointError
-        transformers refuses it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(directory)
-    except Exception as error:  # transformers raises ValueError, OSError and its validators' own
-        raise CheckpointError(f"{directory}/config.json is refused by transformers: {first_line(error)}.") from error

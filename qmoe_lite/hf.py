@@ -54,7 +54,7 @@ class QMoEQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from qmoe_lite.checkpoint import EXPERTS
-        from qmoe_lite.families import check_dense, open_checkpoint
+        from qmoe_lite.skeletons import check_dense, open_checkpoint
 
         if not checkpoint_files:
             raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
@@ -140,7 +140,7 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
     """
     from qmoe_lite.checkpoint import find_model
     from qmoe_lite.experts import Packing, Placeholder
-    from qmoe_lite.families import auto_class, experts_replaced, open_checkpoint
+    from qmoe_lite.skeletons import auto_class, experts_replaced, open_checkpoint
 
     if torch.device("cpu" if device == "auto" else device).type != "cpu":
         raise SettingError(f"device {device} is not supported yet; use device='cpu'.")

@@ -16,7 +16,8 @@ import qmoe_lite as qm
 from qmoe_lite.calibration import make_samples, read_text, read_tokens
 from qmoe_lite.errors import CheckpointError
 from qmoe_lite.experts import Placeholder
-from qmoe_lite.families import FAMILIES, family_of, inner, open_checkpoint, recorded_calls, skeleton, unused
+from qmoe_lite.families import FAMILIES, family_of, inner, recorded_calls
+from qmoe_lite.skeletons import open_checkpoint, skeleton, unused
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
 

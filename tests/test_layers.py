@@ -16,7 +16,7 @@ ORDER = (
     ("cuda.launch",),
     ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
     ("validation", "codec", "solver", "matmul"),
-    ("checkpoint", "list_buffer", "calibration", "families", "experts"),
+    ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
     ("hf",),
     ("_hook",),
     ("report",),
