@@ -18,10 +18,13 @@ def compress(
         typer.Option(help="UTF-8 text, .jsonl with a text field, a directory of them, or a data set's name."),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="default, or nearest: round to nearest, without calibration text.")
+        str,
+        typer.Option(help="default; paper: its dictionary and settings; nearest: round, without calibration text."),
     ] = "default",
+    grid: Annotated[str, typer.Option(help="minmax: row minimum, 0, row maximum; or two-bit: 4 levels.")] = "minmax",
     samples: Annotated[
-        int | None, typer.Option(help="Calibration samples. [default: 80 for each expert of a layer]", min=1)
+        int | None,
+        typer.Option(help="Calibration samples. [default: 80 for each expert, over the experts of a token]", min=1),
     ] = None,
     sequence_length: SequenceLengthOption = 512,
     codeword_bits: Annotated[int, typer.Option(help="Bits of a codeword.", min=8, max=12)] = 10,
@@ -43,11 +46,19 @@ def compress(
 
     Example: qmoe compress google/switch-base-8 switch-qmoe --calibration text.txt
     """
+    import torch
+
     from qmoe_lite.cli import _output
     from qmoe_lite.compression import compress as run
+    from qmoe_lite.errors import SettingError
+    from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit
 
+    grids = {"minmax": MinMaxTernary, "two-bit": MinMaxTwoBit}
+    if grid not in grids:
+        raise SettingError(f"grid is {grid}; expected one of {', '.join(grids)}.")
     _output.quiet_transformers()
     settings: dict[str, Any] = {
+        "grid": grids[grid](level_dtype=torch.bfloat16),
         "recipe": recipe,
         "samples": samples,
         "sequence_length": sequence_length,

@@ -121,13 +121,17 @@ def compress(
             f"{str(error).split('__init__() ')[-1]}; see help(qmoe_lite.compression.Settings)."
         ) from error
     options.check()
+    options = options.resolved()
     target = Path(out)
     if target.exists() or target.is_symlink():
         raise OutputError(f"{target} exists already. Name another directory, or remove it.")
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
-    run = _Run(files.find_model(model), target, grid or MinMaxTernary(level_dtype=torch.bfloat16), options, progress)
+    grid = grid or MinMaxTernary(level_dtype=torch.bfloat16)
+    if options.recipe == "paper" and grid.alphabet != 3:
+        raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for a two-bit grid.")
+    run = _Run(files.find_model(model), target, grid, options, progress)
     with torch.inference_mode():
         return run.run(calibration, resume)
 

@@ -149,7 +149,10 @@ class LayerCompressor:
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():
-            book = Codebook.fit(tally.counts.tolist(), bits=self._settings.codeword_bits)
+            if self._settings.recipe == "paper":
+                book = Codebook.paper()
+            else:
+                book = Codebook.fit(tally.counts.tolist(), bits=self._settings.codeword_bits)
             packed = [
                 encode(d, levels.to(self._grid.level_dtype or torch.float32), book) for d, levels in tally.matrices()
             ]

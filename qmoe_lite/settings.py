@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmoe_lite.errors import SettingError
 
-RECIPES = ("default", "nearest")
+RECIPES = ("default", "paper", "nearest")
+PAPER_BITS = 16  # of a codeword in the paper's dictionary
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,10 @@ class Settings:
     Attributes
     ----------
     recipe : str
-        "default", or "nearest": round each weight to its nearest level, with no calibration.
+        "default"; "paper": its dictionary of 16-bit codewords, and no Hessian borrowed from the layer, whatever
+        `codeword_bits` and `blend_tokens` say; or "nearest": round each weight to its nearest level, without text.
     samples : int or None
-        Calibration samples; None takes 80 for each expert, the paper's ratio.
+        Calibration samples; None takes the paper's ratio, 80 for each expert over the experts of a token.
     sequence_length : int
         Tokens of a sample.
     codeword_bits : int
@@ -59,6 +61,10 @@ class Settings:
     batch_size: int = 16
     activations: str = "float32"
     seed: int = 0
+
+    def resolved(self) -> Settings:
+        """Give the settings that hold, with those that the recipe decides."""
+        return replace(self, codeword_bits=PAPER_BITS, blend_tokens=0) if self.recipe == "paper" else self
 
     def check(self) -> None:
         """Raise SettingError for a value outside its range."""

@@ -411,3 +411,23 @@ def test_bfloat16_activations_come_close(tmp_path, compressed, switch, text_file
     report = qm.compress(switch, tmp_path / "out", calibration=text_file, activations="bfloat16", **SMALL)
     for name, error in compressed[1].held_out_error.items():
         assert report.held_out_error[name] == pytest.approx(error, rel=0.2)
+
+
+def test_the_papers_recipe_stores_its_dictionary_and_its_digits(tmp_path, switch, text_file):
+    """Digits are those of the default recipe without borrowed tokens; only the code differs."""
+    settings = {"calibration": text_file, **SMALL}
+    report = qm.compress(switch, tmp_path / "paper", recipe="paper", **settings)
+    assert report.settings["codeword_bits"] == 16
+    assert report.settings["blend_tokens"] == 0
+    qm.compress(switch, tmp_path / "ours", blend_tokens=0, **settings)
+    paper, ours = qm.load(tmp_path / "paper"), qm.load(tmp_path / "ours")
+    for name, module in paper.named_modules():
+        if isinstance(module, qm.PackedExperts):
+            assert module.codebooks["wi"].kind == "paper"
+            for e in range(module.num_experts):
+                for projection in ("wi", "wo"):
+                    other = ours.get_submodule(name).packed(e, projection)
+                    for found, expected in zip(qm.decode(module.packed(e, projection)), qm.decode(other), strict=True):
+                        assert torch.equal(found, expected)
+    with pytest.raises(SettingError, match="codes ternary weights only"):
+        qm.compress(switch, tmp_path / "two", recipe="paper", grid=qm.MinMaxTwoBit(), **settings)
