@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import tiny
 from safetensors.torch import load_file, save_file
 
 from qmoe_lite.cli import demo
@@ -28,6 +29,31 @@ def test_compress_then_eval(run, tmp_path, switch, text_file):
     assert code == 0
     assert f"{packed['tokens']:,} tokens" in printed
     assert packed["loss"] > 0
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_a_causal_model_from_its_directory_to_its_text(run, tmp_path, model_type):
+    """compress, eval, generate and inspect, on a model with a trained tokenizer."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.make_text(3, 2000), encoding="utf-8")
+    model = tiny.make_causal(tmp_path / "model", tiny.train_tokenizer(text.read_text()), model_type)
+    out = tmp_path / "out"
+    code, printed, noted = run("compress", model, out, "--calibration", text, *SMALL)
+    assert code == 0, noted
+    assert "gate_proj" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    losses = []
+    for directory in (model, out):
+        code, printed, noted = run("eval", directory, "--text", text, "--sequence-length", 32, "--json")
+        assert code == 0, noted
+        losses.append(json.loads(printed)["loss"])
+    assert 0 < abs(losses[1] - losses[0]) < 0.5
+    code, printed, noted = run("generate", out, "--prompt", "expert router token", "--max-new-tokens", 5, "--json")
+    assert code == 0, noted
+    assert json.loads(printed)["tokens"] == 5
+    code, printed, noted = run("inspect", out)
+    assert code == 0, noted
+    assert "down_proj" in printed
 
 
 def test_compress_prints_one_json_document(run, tmp_path, switch):
