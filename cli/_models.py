@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def open_model(name: str) -> tuple[Any, Any]:
-    """Load a compressed or dense model in float32, with its tokenizer."""
+def open_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """Load a compressed or dense model, with its tokenizer; `dtype` is that of all but compressed experts."""
     import torch
 
     from qmoe_lite.calibration import open_tokenizer
@@ -19,8 +19,8 @@ def open_model(name: str) -> tuple[Any, Any]:
     family, checkpoint = open_checkpoint(path)
     tokenizer = open_tokenizer(path)
     if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "qmoe":
-        return load(path, dtype=torch.float32), tokenizer
-    model, info = auto_class(family).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        return load(path, dtype=getattr(torch, dtype)), tokenizer
+    model, info = auto_class(family).from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
     # transformers fills what a checkpoint lacks with random numbers and goes on
     if lost := sorted(set(info["missing_keys"]) - family.tied(model.config)):
         more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""

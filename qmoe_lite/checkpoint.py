@@ -25,6 +25,14 @@ from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, Outpu
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
+_DTYPES = {  # what safetensors calls them
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 _COPIED = re.compile(r".*(token|vocab|merges|spiece|special|generation_config|chat_template|\.model$|\.jinja$).*")
 
 
@@ -181,6 +189,14 @@ class Checkpoint:
         if self._kind == "safetensors":
             return tuple(self._look_up(name, lambda file, stored: file.get_slice(stored).get_shape()))
         return tuple(self.tensor(name).shape)
+
+    def meta(self, name: str) -> Tensor:
+        """Give an empty tensor of one tensor's shape and dtype, on the meta device; only the file's header is read."""
+        if self._kind == "safetensors":
+            part = self._look_up(name, lambda file, stored: file.get_slice(stored))
+            if dtype := _DTYPES.get(part.get_dtype()):
+                return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        return self.tensor(name).to("meta")
 
     def check(self, name: str) -> None:
         """Compare a tensor with the CRC-32 that `compress` put into the index.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qmoe_lite.checkpoint import crc32
+from qmoe_lite.checkpoint import Checkpoint, crc32
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.errors import CheckpointError, FormatError, SettingError
 from qmoe_lite.families import Family, MoELayer, inner
@@ -269,6 +269,33 @@ class Packing:
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise FormatError(f"{directory}/config.json has a damaged quantization_config. Fetch it again.") from error
         return cls(layers, settings)
+
+
+def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[PackedExperts]:
+    """Make the experts modules of a compressed model, their buffers on the meta device with shapes from the files.
+
+    Raises
+    ------
+    CheckpointError
+        The model is not compressed, or a code tensor is missing.
+    FormatError
+        The configuration, the model and the files do not go together.
+    """
+    packing = Packing.of(checkpoint.directory, checkpoint.config)
+    layers = family.layers(config)
+    promised = {layer.experts: set(layer.projections) for layer in layers}
+    if promised != {name: set(books) for name, books in packing.codebooks.items()}:
+        raise FormatError(
+            f"{checkpoint.directory}/config.json names other compressed layers or projections than the model has. "
+            f"Fetch it again."
+        )
+    made = []
+    for layer in layers:
+        made.append(PackedExperts(family, layer, packing.codebooks[layer.experts], config))
+        for projection in layer.projections:
+            parts = {part: checkpoint.meta(f"{layer.experts}.{projection}_{part}") for part in PARTS}
+            made[-1].fill(projection, parts)
+    return made
 
 
 class Placeholder(nn.Module):

@@ -11,7 +11,7 @@ Imported by transformers' own import (see `_hook`), so numba and the kernels wai
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -19,10 +19,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, QMoEError, SettingError, first_line
-
-if TYPE_CHECKING:
-    from qmoe_lite.checkpoint import Checkpoint
-    from qmoe_lite.families import Family
 
 
 @register_quantization_config("qmoe")
@@ -54,41 +50,22 @@ class QMoEQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from qmoe_lite.checkpoint import EXPERTS
+        from qmoe_lite.experts import empty_experts
         from qmoe_lite.skeletons import check_dense, open_checkpoint
 
         if not checkpoint_files:
             raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
         family, checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
-        self._replace_experts(model, family, checkpoint)
+        for experts in empty_experts(family, checkpoint, model.config):
+            parent, _, child = experts.layer.experts.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, child, experts)
+            owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
         check_dense(family, model, checkpoint)
         dense = frozenset(name for name in checkpoint.names if EXPERTS not in name)
         for name in dense:
             checkpoint.check(name)
         self._held = dense
-
-    def _replace_experts(self, model: Any, family: Family, checkpoint: Checkpoint) -> None:
-        """Put PackedExperts with empty buffers in place of the experts modules."""
-        from qmoe_lite.experts import PARTS, PackedExperts, Packing
-
-        path = checkpoint.directory
-        packing = Packing.of(path, {"quantization_config": self.quantization_config.to_dict()})
-        layers = family.layers(model.config)
-        if {layer.experts for layer in layers} != set(packing.codebooks):
-            raise FormatError(f"{path}/config.json names other compressed layers than the model has. Fetch it again.")
-        for layer in layers:
-            books = packing.codebooks[layer.experts]
-            if set(books) != set(layer.projections):
-                raise FormatError(
-                    f"{path}/config.json names other projections than {layer.experts} has. Fetch it again."
-                )
-            experts = PackedExperts(family, layer, books, model.config)
-            for projection in layer.projections:
-                tensors = {part: checkpoint.tensor(f"{layer.experts}.{projection}_{part}").to("meta") for part in PARTS}
-                experts.fill(projection, tensors)
-            parent, _, child = layer.experts.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, child, experts)
-            owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from qmoe_lite.experts import PackedExperts

@@ -14,10 +14,12 @@ from typing import Any
 from qmoe_lite.checkpoint import find_model
 from qmoe_lite.codewords import ZERO_SYMBOL
 from qmoe_lite.errors import FormatError, SettingError
-from qmoe_lite.experts import PARTS, PackedExperts, Packing
-from qmoe_lite.families import MoELayer, open_checkpoint, read_config
+from qmoe_lite.experts import PARTS, PackedExperts, empty_experts
+from qmoe_lite.families import MoELayer
 from qmoe_lite.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
+from qmoe_lite.skeletons import open_checkpoint, read_config
 
+UNKNOWN = "unknown"  # what config.json does not say
 _REMEDY = "Remove the report, or fetch the whole directory again."
 
 
@@ -38,7 +40,7 @@ class StoredProjection:
         "bfloat16", ..
     codeword_bits : int
     zeros : float or None
-        Share of zero digits, exact; None where the codebook is the paper's, which no digits were counted for.
+        Share of zero digits, exact; None where the codebook was fitted to other digits, as the paper's was.
     report : ProjectionReport or None
         What `compress` said of it.
     """
@@ -151,38 +153,36 @@ def inspect_model(directory: str | Path) -> Inspection:
     """
     path = find_model(directory)
     family, checkpoint = open_checkpoint(path)
-    packing = Packing.of(path, checkpoint.config)
-    config = read_config(str(path))
-    promised = family.layers(config)
-    stored = {name: set(books) for name, books in packing.codebooks.items()}
-    if stored != {layer.experts: set(layer.projections) for layer in promised}:
-        raise FormatError(f"{path}/config.json names other compressed layers than the model has. Fetch it again.")
+    made = empty_experts(family, checkpoint, read_config(str(path)))
+    settings = checkpoint.config["quantization_config"]
     report = read_report(path)
     of_report = {(row.layer, row.projection): row for row in report.projections} if report else {}
     found: list[StoredProjection] = []
-    for layer in promised:
-        experts = PackedExperts(family, layer, packing.codebooks[layer.experts], config)
+    for experts in made:
+        layer = experts.layer
         for projection in layer.projections:
-            parts = {part: checkpoint.tensor(f"{layer.experts}.{projection}_{part}").to("meta") for part in PARTS}
-            experts.fill(projection, parts)  # checks shapes and dtypes
             found.append(_stored(layer, projection, experts, of_report.pop((layer.experts, projection), None)))
             if report is not None:
                 _compare(path / FILE_NAME, found[-1])
     unknown = [".".join(pair) for pair in of_report]
-    unknown += [layer for layer in (report.held_out_error if report else ()) if layer not in stored]
+    unknown += [
+        layer for layer in (report.held_out_error if report else ()) if layer not in {row.layer for row in found}
+    ]
     if unknown:
         raise FormatError(f"{path / FILE_NAME} reports on {unknown[0]}, which the model lacks. {_REMEDY}")
-    try:
-        known = (
-            str(packing.settings["grid"]["name"]),
-            str(packing.settings["recipe"]),
-            dict(packing.settings["versions"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.") from error
     expert_bytes, other_bytes = stored_bytes(path)
+    grid, versions = (settings.get(name) for name in ("grid", "versions"))
     return Inspection(
-        str(path), family.model_type, *known, expert_bytes, other_bytes, _totals(found, expert_bytes), found, report
+        directory=str(path),
+        model_type=family.model_type,
+        grid=str(grid.get("name", UNKNOWN)) if isinstance(grid, dict) else UNKNOWN,
+        recipe=str(settings.get("recipe", UNKNOWN)),
+        versions=versions if isinstance(versions, dict) else {},
+        expert_bytes=expert_bytes,
+        other_bytes=other_bytes,
+        totals=_totals(found, expert_bytes),
+        projections=found,
+        report=report,
     )
 
 
@@ -215,14 +215,7 @@ def _stored(
     rows, columns = layer.shapes[projection]
     weights = layer.count * rows * columns
     codebook = experts.codebooks[projection]
-    zeros = None
-    if codebook.kind != "paper":
-        if sum(codebook.counts) != weights:
-            raise FormatError(
-                f"config.json counts {sum(codebook.counts):,} digits of {layer.experts}.{projection}, which has "
-                f"{weights:,} weights. Fetch it again."
-            )
-        zeros = codebook.counts[ZERO_SYMBOL[codebook.digits]] / weights
+    counted = sum(codebook.counts) == weights  # not where a code was fitted to other digits
     parts = {part: experts.get_buffer(f"{projection}_{part}") for part in PARTS}
     return StoredProjection(
         layer=layer.experts,
@@ -234,7 +227,7 @@ def _stored(
         part_bytes={part: tensor.nbytes for part, tensor in parts.items()},
         level_dtype=str(parts["levels"].dtype).removeprefix("torch."),
         codeword_bits=codebook.bits,
-        zeros=zeros,
+        zeros=codebook.counts[ZERO_SYMBOL[codebook.digits]] / weights if counted else None,
         report=report,
     )
 

@@ -161,7 +161,7 @@ def stored_bytes(directory: Path) -> tuple[int, int]:
     checkpoint = Checkpoint(directory)
     experts = others = 0
     for name in checkpoint.names:
-        tensor = checkpoint.tensor(name)
+        tensor = checkpoint.meta(name)
         if EXPERTS in name:
             experts += tensor.nbytes
         else:

@@ -1,0 +1,206 @@
+"""`qmoe inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qmoe_lite.cli._options import JsonOption
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qmoe_lite.inspection import Inspection, StoredProjection
+
+CLASSES = {  # of an expert's Hessian: heading, meaning
+    "own": ("own", "its own Hessian"),
+    "dampened": ("damp", "more dampening"),
+    "blended": ("blend", "mixed with the layer's"),
+    "nearest": ("near", "none: to nearest"),
+}
+
+
+def inspect(
+    directory: Annotated[str, typer.Argument(help="Compressed directory.")],
+    layers: Annotated[str, typer.Option(help="Only these layers, as files are named: 'encoder.*', 'layers.1?'.")] = "*",
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures over the layers into this .png file.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what a compressed model holds, layer by layer, and what its report says. Reads no codes.
+
+    Example: qmoe inspect switch-qmoe --plot layers.png
+    """
+    from qmoe_lite.cli import _output
+    from qmoe_lite.cli._plot import check_picture, draw
+    from qmoe_lite.inspection import inspect_model
+
+    _output.quiet_transformers()
+    if plot is not None:
+        check_picture(plot)
+    whole = inspect_model(directory)
+    found = whole.only(layers)
+    if plot is not None:
+        draw(found, plot)
+    if json:
+        _output.print_json(found.to_json())
+        return
+    _output.print_table(_head(whole))
+    _output.print_text()
+    _output.print_table(_projections(found))
+    _output.print_text()
+    if found.report is None:
+        _output.print_text("There is no qmoe_report.json: errors, Hessians and tokens are not known.")
+        return
+    if found.calibrated:
+        _output.print_table(_layers(found))
+        _output.print_text()
+    else:
+        _output.print_text("Rounded without calibration text: there are no tokens and no held-out error.")
+    _output.print_text(_largest(found))
+    for line in found.report.degraded:
+        _output.print_text(f"note: {line}")
+
+
+def _head(found: Inspection) -> Table:
+    """Say in a few lines what the whole model is."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from qmoe_lite.cli._output import duration
+    from qmoe_lite.inspection import UNKNOWN
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
+    rows, totals, versions = found.projections, found.totals, dict(found.versions)
+    table.add_row("directory", escape(found.directory))
+    layers = len({row.layer for row in rows})
+    counts = f"{layers} sparse layers, {totals['matrices']:,} matrices, {totals['expert_weights']:,} weights in experts"
+    table.add_row("model", f"{found.model_type}, {counts}")
+    for projection, text in _shapes(rows):
+        table.add_row(f"  {projection}", text)
+    if found.report:
+        table.add_row("made from", f"{escape(found.report.model)}, in {duration(found.report.seconds)}")
+    table.add_row("made by", f"qmoe-lite {versions.pop('qmoe-lite', UNKNOWN)}, recipe {found.recipe}")
+    table.add_row("with", ", ".join(f"{name} {version}" for name, version in versions.items()) or UNKNOWN)
+    levels, bits = (sorted({getattr(row, name) for row in rows}) for name in ("level_dtype", "codeword_bits"))
+    table.add_row("grid", f"{found.grid}, levels {', '.join(levels)}, codewords of {', '.join(map(str, bits))} bits")
+    before = found.report.sizes if found.report else {}
+    total: tuple[int, int] = (0, 0)
+    for name, size in (("expert", found.expert_bytes), ("other", found.other_bytes)):
+        dense = before.get(f"dense_{name}_bytes", 0)
+        total = total[0] + dense, total[1] + size
+        table.add_row(f"{name}s", _shrunk(dense, size) + (_rates(totals) if name == "expert" else ""))
+    table.add_row("all", _shrunk(*total))
+    return table
+
+
+def _shapes(rows: list[StoredProjection]) -> Iterator[tuple[str, str]]:
+    """Say how large a projection is; name the layers where it is not the same in all."""
+    sizes: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        text = f"{row.experts} experts of {row.rows:,} x {row.columns:,}"
+        sizes.setdefault(row.projection, {}).setdefault(text, []).append(row.short)
+    for projection, layers_of in sizes.items():
+        for text, layers in layers_of.items():
+            yield projection, text if len(layers_of) == 1 else f"{text}: {', '.join(layers)}"
+
+
+def _shrunk(dense: int, size: int) -> str:
+    from qmoe_lite.cli._output import megabytes
+
+    return f"{megabytes(dense)} -> {megabytes(size)} MB" if dense else f"{megabytes(size)} MB"
+
+
+def _rates(totals: dict[str, float | None]) -> str:
+    zeros = "" if totals["zeros"] is None else f", {totals['zeros']:.1%} zeros"
+    return f", {totals['bits_per_weight']:.3f} bits a weight{zeros}"
+
+
+def _table(**options: Any) -> Table:
+    """Make a table without lines between columns: ten of them must fit."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), **options)
+
+
+def _projections(found: Inspection) -> Table:
+    """Make a row for each projection of each layer, then one for each projection, then one for all."""
+    rows = found.projections
+    reports = [row.report for row in rows if row.report]
+    classes = [name for name in CLASSES if any(name in report.hessian_classes for report in reports)]
+    legend = "Experts rounded with: " + ", ".join("{} = {}".format(*CLASSES[name]) for name in classes) + "."
+    caption = legend if classes else None
+    table = _table(caption=caption, caption_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("projection", overflow="fold")
+    headings = ["bits", "codes", "zeros", *(["error"] if reports else []), *(CLASSES[name][0] for name in classes)]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row.short, row.projection, *_figures([row], classes))
+    table.add_section()
+    for projection in dict.fromkeys(row.projection for row in rows):
+        table.add_row("all", projection, *_figures([row for row in rows if row.projection == projection], classes))
+    table.add_row("all", "all", *_figures(rows, classes))
+    return table
+
+
+def _figures(rows: list[StoredProjection], classes: list[str]) -> list[str]:
+    """Cells for one or several projections: means over weights, the error's over matrices."""
+    from qmoe_lite.inspection import share_of_zeros
+
+    weights = sum(row.weights for row in rows)
+    zeros = share_of_zeros(rows)
+    cells = [
+        f"{sum(row.bits_per_weight * row.weights for row in rows) / weights:.3f}",
+        f"{sum(row.stored_code_bits_per_weight * row.weights for row in rows) / weights:.3f}",
+        "-" if zeros is None else f"{zeros:.3f}",
+    ]
+    if reports := [row.report for row in rows if row.report]:
+        cells.append(f"{sum(r.error * r.experts for r in reports) / sum(r.experts for r in reports):.4f}")
+        cells += [str(sum(r.hessian_classes.get(name, 0) for r in reports)) for name in classes]
+    return cells
+
+
+def _layers(found: Inspection) -> Table:
+    """Make a row for each layer: what the calibration text and the held-out text say of it."""
+    from statistics import median
+
+    table = _table(title="Calibration tokens per expert", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for heading in ("min", "median", "max", "held-out error"):
+        table.add_column(heading, justify="right")
+    table.add_column("experts without a token", overflow="fold")
+    # the projections of a layer see the same tokens: a layer has one row
+    seen = dict.fromkeys((row.short, row.layer, tuple(row.report.tokens)) for row in found.projections if row.report)
+    for short, layer, tokens in seen:
+        figures = [f"{figure:,.0f}" for figure in (min(tokens), median(tokens), max(tokens))]
+        held_out = found.held_out_error.get(layer)
+        error = "-" if held_out is None else f"{held_out:.4f}"
+        table.add_row(short, *figures, error, _ranges([e for e, count in enumerate(tokens) if count == 0]))
+    return table
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write ascending numbers shortly: 3, 7-9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _largest(found: Inspection) -> str:
+    """Name the places to look at first."""
+    rows = [(row.report.error, f"{row.short} {row.projection}") for row in found.projections if row.report]
+    short = {row.layer: row.short for row in found.projections}
+    held_out = [(error, short[layer]) for layer, error in found.held_out_error.items()]
+    kinds = (("error", rows), ("held-out", held_out))
+    return "Largest " + "; ".join(f"{kind}: {max(of)[0]:.4f} ({max(of)[1]})" for kind, of in kinds if of)
