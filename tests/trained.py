@@ -28,7 +28,7 @@ def train_qwen3_moe(directory: Path, seed: int = 0) -> Path:
     Parameters
     ----------
     directory : Path
-        Gets the model, and beside it calibration.txt and held_out.txt, which training has not seen.
+        Gets the model, and beside it calibration.txt and held_out.txt, texts which training has not seen.
     seed : int
         Decides the random start and the order of the text.
 
@@ -43,7 +43,7 @@ def train_qwen3_moe(directory: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(_config(tokenizer))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two are no faster on such small matrices, much slower on a busy machine, other bits
+    torch.set_num_threads(1)  # two threads would give other bits, and wait for each other on a busy machine
     try:
         _train(model, tokens, np.random.default_rng(seed))
     finally:
@@ -72,7 +72,7 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
         norm_topk_prob=True,
         moe_intermediate_size=128,
         max_position_embeddings=512,
-        # a larger start than the usual 0.02: so short a training must find features in the experts, not make them
+        # six times the usual start, from which so few steps make experts that ternary weights hardly hurt
         initializer_range=0.12,
         router_aux_loss_coef=0.0,  # transformers sums the layers' loads, so one layer may starve what another feeds
         pad_token_id=tokenizer.pad_token_id,
