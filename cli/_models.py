@@ -11,14 +11,17 @@ def open_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
 
     from qmoe_lite.calibration import open_tokenizer
     from qmoe_lite.checkpoint import find_model
-    from qmoe_lite.errors import CheckpointError
+    from qmoe_lite.errors import CheckpointError, SettingError
     from qmoe_lite.hf import load
     from qmoe_lite.skeletons import auto_class, open_checkpoint
 
     path = find_model(name)
     family, checkpoint = open_checkpoint(path)
     tokenizer = open_tokenizer(path)
-    if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "qmoe":
+    if quantized := checkpoint.config.get("quantization_config"):
+        if quantized.get("quant_method") != "qmoe":
+            method = quantized.get("quant_method")
+            raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
         return load(path, dtype=getattr(torch, dtype)), tokenizer
     model, info = auto_class(family).from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
     # transformers fills what a checkpoint lacks with random numbers and goes on

@@ -44,6 +44,7 @@ def demo(
 
 
 def _run(scratch: Path, show: bool) -> dict[str, Any]:
+    from qmoe_lite.checkpoint import Checkpoint
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._models import open_model
     from qmoe_lite.compression import compress
@@ -62,7 +63,7 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
             )
     result: dict[str, Any] = {}
     spans = {}
-    experts, others = stored_bytes(source)
+    experts, others = stored_bytes(Checkpoint(source))
     weights = reports["qmoe"].expert_weights
     for name, directory in (("dense", source), ("rtn", scratch / "rtn"), ("qmoe", scratch / "qmoe")):
         if show:

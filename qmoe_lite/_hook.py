@@ -27,21 +27,28 @@ def register_with_transformers() -> None:
 
 
 class _Awaiting(importlib.abc.MetaPathFinder):
-    """Sees the registry being imported, once, and registers after it."""
+    """Sees the registry being imported, and registers after it."""
+
+    _looking = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _REGISTRY or self not in sys.meta_path:
+        if name != _REGISTRY or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)  # by the ordinary finders
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(name)  # by the ordinary finders
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _register()
+                execute(module)  # where it fails, the next import of transformers comes here again
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

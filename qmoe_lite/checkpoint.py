@@ -92,17 +92,19 @@ class Checkpoint:
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{directory / 'config.json'} is no JSON object. Fetch the file again.")
         for file_name, self._kind in _KINDS:
+            if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
+                self._file_of: dict[str, str] = dict.fromkeys(self._open(file_name).keys(), file_name)
+                break
             index = directory / f"{file_name}.index.json"
             if index.is_file():
                 try:
                     content = json.loads(index.read_text(encoding="utf-8"))
-                    self._file_of: dict[str, str] = content["weight_map"]
+                    self._file_of = content["weight_map"]
                     self._checksums = content.get("metadata", {}).get("crc32", {})
+                    if any("/" in name or not name for name in self._file_of.values()):
+                        raise ValueError
                 except (ValueError, KeyError, AttributeError, TypeError) as error:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
-                break
-            if (directory / file_name).is_file():
-                self._file_of = dict.fromkeys(self._open(file_name).keys(), file_name)
                 break
         else:
             raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")

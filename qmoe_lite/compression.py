@@ -31,8 +31,9 @@ from qmoe_lite.calibration import (
     read_tokens,
     window_length,
 )
+from qmoe_lite.checkpoint import Checkpoint
 from qmoe_lite.errors import OutputError, ResumeError, SettingError
-from qmoe_lite.experts import FORMAT, Placeholder
+from qmoe_lite.experts import FORMAT
 from qmoe_lite.grid import Grid, MinMaxTernary
 from qmoe_lite.layer_compression import LayerCompressor, LayerInputs, draw
 from qmoe_lite.list_buffer import Assignment, ListBuffer
@@ -146,11 +147,11 @@ class _Run:
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self.settings, self.grid = settings, grid
         self.family, self.checkpoint = open_checkpoint(model)
-        if "quantization_config" in self.checkpoint.config:
+        if self.checkpoint.config.get("quantization_config"):
             raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
         self.degraded = list[str]()
-        self.model = skeleton(self.family, self.config, Placeholder, torch.float32)
+        self.model = skeleton(self.family, self.config, torch.float32)
         if extra := unused(self.family, self.model, self.checkpoint):
             self.checkpoint.forget(extra)
             self.degraded.append(f"left out {len(extra)} tensors that transformers does not load, such as {extra[0]}")
@@ -394,8 +395,8 @@ class _Run:
         nearest = sum(p.hessian_classes.get("nearest", 0) for p in self.done.projections)
         if nearest and self.settings.recipe != "nearest":
             self.degraded.append(f"{nearest} matrices had no usable Hessian and were rounded to nearest")
-        experts, others = stored_bytes(self.partial)
-        dense_experts, dense_others = stored_bytes(self.checkpoint.directory)
+        experts, others = stored_bytes(Checkpoint(self.partial))
+        dense_experts, dense_others = stored_bytes(self.checkpoint)
         return Report(
             model=str(self.checkpoint.directory),
             settings={**asdict(self.settings), "grid": self.grid.to_config()},

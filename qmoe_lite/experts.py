@@ -63,6 +63,26 @@ def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
     }
 
 
+class _Product(torch.autograd.Function):
+    """y = W x with a gradient for x: what trains around the experts, such as LoRA, sees through them."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: PackedMatrix, x: Tensor) -> Tensor:
+        ctx.packed = packed
+        return decode_matmul(packed, x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = gradients
+        return None, (gradient.float() @ ctx.packed.dense()).to(gradient.dtype)
+
+
+def _product(packed: PackedMatrix, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Product.apply(packed, x)  # type: ignore[no-any-return,no-untyped-call]
+    return decode_matmul(packed, x)  # type: ignore[no-any-return]
+
+
 class PackedExperts(nn.Module):
     """The experts of one sparse layer, multiplied straight from their codewords.
 
@@ -184,8 +204,8 @@ class PackedExperts(nn.Module):
     def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
         """Send tokens, shape (T, C), through one expert."""
         first, (last,) = self.layer.stages
-        outputs = [decode_matmul(self.packed(expert, name), hidden_states) for name in first]
-        return decode_matmul(self.packed(expert, last), inner(self.activation, outputs))
+        outputs = [_product(self.packed(expert, name), hidden_states) for name in first]
+        return _product(self.packed(expert, last), inner(self.activation, outputs))
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """Send each token through its experts.
@@ -223,6 +243,10 @@ class PackedExperts(nn.Module):
                 self._buffers[name] = self.get_buffer(name).view(buffer.dtype)
             self._checked.clear()  # its views are of buffers that fn may have replaced
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._checked.clear()  # other codes must be checked anew
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.layer.shapes.items())
@@ -296,10 +320,3 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
             parts = {part: checkpoint.meta(f"{layer.experts}.{projection}_{part}") for part in PARTS}
             made[-1].fill(projection, parts)
     return made
-
-
-class Placeholder(nn.Module):
-    """Stands for an experts module while a skeleton is built; holds nothing."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()

@@ -93,8 +93,8 @@ class Family(Protocol):
         """As in config.json; transformers' module has the same name."""
 
     @property
-    def experts_class(self) -> str:
-        """What transformers calls the experts module."""
+    def experts_class(self) -> str | None:
+        """Transformers' class of an experts module that is slow to build, even without weights."""
 
     @property
     def seq2seq(self) -> bool:
@@ -265,13 +265,32 @@ class SwitchTransformers:
         return model.get_submodule(f"{stack.name}.final_layer_norm")(hidden)  # type: ignore[no-any-return]
 
 
+def _tied_head(config: Any) -> frozenset[str]:
+    return frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
+
+
+def _all_layers(config: Any, layer: int) -> bool:
+    """Tell that a layer is sparse, whichever it is."""
+    return True
+
+
+def _every_step(config: Any, layer: int) -> bool:
+    """Tell whether a layer of a Qwen is sparse, as transformers decides it."""
+    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+
+
+def _after_first(config: Any, layer: int) -> bool:
+    """Tell whether a layer of a DeepSeek is sparse."""
+    return bool(layer >= config.first_k_dense_replace)
+
+
 @dataclass(frozen=True)
 class Causal:
     """A causal language model whose experts are SwiGLU, fused by transformers, and one by one in the checkpoint.
 
     Attributes
     ----------
-    model_type, experts_class : str
+    model_type : str
         In transformers.
     count, width : str
         What config.json calls the number of experts and an expert's inner width.
@@ -284,13 +303,13 @@ class Causal:
     """
 
     model_type: str
-    experts_class: str
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
     on_disk: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     moe: str = "mlp"
-    is_sparse: Callable[[Any, int], bool] = lambda config, layer: True
+    is_sparse: Callable[[Any, int], bool] = _all_layers
     seq2seq = False
+    experts_class = None  # its experts are two tensors a layer
 
     def tied(self, config: Any) -> frozenset[str]:
         return _tied_head(config)
@@ -354,20 +373,6 @@ class Causal:
         return model.get_submodule(f"{stack.name}.norm")(hidden)  # type: ignore[no-any-return]
 
 
-def _tied_head(config: Any) -> frozenset[str]:
-    return frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
-
-
-def _every_step(config: Any, layer: int) -> bool:
-    """Tell whether a layer of a Qwen is sparse, as transformers decides it."""
-    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
-
-
-def _after_first(config: Any, layer: int) -> bool:
-    """Tell whether a layer of a DeepSeek is sparse."""
-    return bool(layer >= config.first_k_dense_replace)
-
-
 _MIXTRAL: dict[str, Any] = {
     "count": "num_local_experts",
     "width": "intermediate_size",
@@ -377,14 +382,14 @@ _MIXTRAL: dict[str, Any] = {
 _DEEPSEEK: dict[str, Any] = {"count": "n_routed_experts", "is_sparse": _after_first}
 _FAMILIES: tuple[Family, ...] = (
     SwitchTransformers(),
-    Causal("mixtral", "MixtralExperts", **_MIXTRAL),
-    Causal("minimax_m2", "MiniMaxM2Experts", **_MIXTRAL),
-    Causal("qwen2_moe", "Qwen2MoeExperts", is_sparse=_every_step),
-    Causal("qwen3_moe", "Qwen3MoeExperts", is_sparse=_every_step),
-    Causal("olmoe", "OlmoeExperts", width="intermediate_size"),
-    Causal("deepseek_v2", "DeepseekV2Experts", **_DEEPSEEK),
-    Causal("deepseek_v3", "DeepseekV3Experts", **_DEEPSEEK),
-    Causal("glm4_moe", "Glm4MoeExperts", **_DEEPSEEK),
+    Causal("mixtral", **_MIXTRAL),
+    Causal("minimax_m2", **_MIXTRAL),
+    Causal("qwen2_moe", is_sparse=_every_step),
+    Causal("qwen3_moe", is_sparse=_every_step),
+    Causal("olmoe", width="intermediate_size"),
+    Causal("deepseek_v2", **_DEEPSEEK),
+    Causal("deepseek_v3", **_DEEPSEEK),
+    Causal("glm4_moe", **_DEEPSEEK),
 )
 FAMILIES = {family.model_type: family for family in _FAMILIES}
 

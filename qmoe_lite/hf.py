@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, QMoEError, SettingError, first_line
+
+# imported anew in a process (reload, a fresh sys.modules), the classes take the place of the earlier ones
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop("qmoe", None)
+AUTO_QUANTIZER_MAPPING.pop("qmoe", None)
 
 
 @register_quantization_config("qmoe")
@@ -51,11 +60,18 @@ class QMoEQuantizer(HfQuantizer):
     ) -> None:
         from qmoe_lite.checkpoint import EXPERTS
         from qmoe_lite.experts import empty_experts
-        from qmoe_lite.skeletons import check_dense, open_checkpoint
+        from qmoe_lite.skeletons import auto_class, check_dense, open_checkpoint
 
         if not checkpoint_files:
             raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
         family, checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        if {Path(file).name for file in checkpoint_files} != set(checkpoint.files):
+            raise CheckpointError(f"{checkpoint.directory} holds other weight files besides; load the main ones.")
+        wanted = auto_class(family)
+        if not isinstance(model, wanted._model_mapping[type(model.config)]):
+            raise CheckpointError(
+                f"a compressed model is loaded by {wanted.__name__} or qmoe_lite.load, not as {type(model).__name__}."
+            )
         for experts in empty_experts(family, checkpoint, model.config):
             parent, _, child = experts.layer.experts.rpartition(".")
             owner = model.get_submodule(parent)
@@ -78,7 +94,7 @@ class QMoEQuantizer(HfQuantizer):
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
         family_of(model.config.model_type).tie(model, self._held)
-        return model
+        return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:
         """Tell that save_pretrained works."""
@@ -116,16 +132,16 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
         A damaged file, or one of a newer format.
     """
     from qmoe_lite.checkpoint import find_model
-    from qmoe_lite.experts import Packing, Placeholder
+    from qmoe_lite.experts import Packing
     from qmoe_lite.skeletons import auto_class, experts_replaced, open_checkpoint
 
-    if torch.device("cpu" if device == "auto" else device).type != "cpu":
+    if str(device) not in ("auto", "cpu"):
         raise SettingError(f"device {device} is not supported yet; use device='cpu'.")
     path = find_model(directory)
     family, checkpoint = open_checkpoint(path)
     Packing.of(path, checkpoint.config)
     try:
-        with experts_replaced(family, Placeholder):  # thousands of dense experts take seconds to build, even on meta
+        with experts_replaced(family):  # thousands of dense experts take seconds to build, even on meta
             return auto_class(family).from_pretrained(path, dtype=dtype or "auto")
     except QMoEError:
         raise

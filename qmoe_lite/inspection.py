@@ -170,7 +170,7 @@ def inspect_model(directory: str | Path) -> Inspection:
     ]
     if unknown:
         raise FormatError(f"{path / FILE_NAME} reports on {unknown[0]}, which the model lacks. {_REMEDY}")
-    expert_bytes, other_bytes = stored_bytes(path)
+    expert_bytes, other_bytes = stored_bytes(checkpoint)
     grid, versions = (settings.get(name) for name in ("grid", "versions"))
     return Inspection(
         directory=str(path),

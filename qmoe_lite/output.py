@@ -65,7 +65,10 @@ class Writer:
 
     def _config(self, settings: dict[str, Any]) -> dict[str, Any]:
         config = dict(self._checkpoint.config)
-        if not {"dtype", "torch_dtype"} & set(config):  # else transformers would take the first tensor's: the levels'
+        config.pop("auto_map", None)  # names code that is not copied; transformers has its own for these families
+        if not (
+            config.get("dtype") or config.get("torch_dtype")
+        ):  # else transformers would take the first tensor's: the levels'
             dense = [self._checkpoint.tensor(name) for name in self._dense_names]
             largest = max(dense, key=lambda tensor: tensor.nbytes)
             config["dtype"] = str(largest.dtype).removeprefix("torch.")

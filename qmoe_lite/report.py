@@ -150,15 +150,14 @@ def _check_types(report: Report) -> None:
         raise TypeError
 
 
-def stored_bytes(directory: Path) -> tuple[int, int]:
-    """Add up the tensors in a model's files.
+def stored_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Add up the tensors of a model, without those that the checkpoint was told to forget.
 
     Returns
     -------
     experts, others : int
         Bytes of the expert tensors and of all others.
     """
-    checkpoint = Checkpoint(directory)
     experts = others = 0
     for name in checkpoint.names:
         tensor = checkpoint.meta(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,19 +89,37 @@ def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{name} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
 
 
+class Placeholder(nn.Module):
+    """Stands for an experts module while a model is built; holds nothing."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+
+_replacing = threading.RLock()
+
+
 @contextmanager
-def experts_replaced(family: Family, replacement: type[nn.Module]) -> Iterator[None]:
-    """Let transformers build `replacement(config)` where it would build the family's experts module.
+def experts_replaced(family: Family) -> Iterator[None]:
+    """Let transformers build placeholders, in this thread, where experts modules would be slow to build.
 
     Not by transformers' register_patch_mapping, which stays in force when an exception passes through from_pretrained.
     """
-    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-    original = getattr(module, family.experts_class)
-    setattr(module, family.experts_class, replacement)
-    try:
+    if family.experts_class is None:
         yield
-    finally:
-        setattr(module, family.experts_class, original)
+        return
+    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
+    with _replacing:
+        original, owner = getattr(module, family.experts_class), threading.get_ident()
+
+        def build(config: Any) -> nn.Module:
+            return Placeholder(config) if threading.get_ident() == owner else original(config)
+
+        setattr(module, family.experts_class, build)
+        try:
+            yield
+        finally:
+            setattr(module, family.experts_class, original)
 
 
 def auto_class(family: Family) -> Any:
@@ -110,12 +129,22 @@ def auto_class(family: Family) -> Any:
     return AutoModelForSeq2SeqLM if family.seq2seq else AutoModelForCausalLM
 
 
-def skeleton(family: Family, config: Any, replacement: type[nn.Module], dtype: torch.dtype) -> nn.Module:
-    """Build the model without any weights (on the meta device), `replacement` in place of each experts module."""
+def skeleton(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Build the model without any weights, on the meta device.
+
+    Raises
+    ------
+    CheckpointError
+        transformers cannot build it from this configuration.
+    """
     from transformers.initialization import no_init_weights
 
-    with experts_replaced(family, replacement), torch.device("meta"), no_init_weights():
-        return auto_class(family).from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+    try:
+        with experts_replaced(family), torch.device("meta"), no_init_weights():
+            return auto_class(family).from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+    except Exception as error:  # a configuration that is out of order fails anywhere in the model's own code
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"config.json makes no {family.model_type} model ({text}). Fetch it again.") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -71,3 +72,13 @@ def test_a_fingerprint_changes_with_the_weights(tmp_path):
     assert files.Checkpoint(tmp_path).fingerprint() == first
     files.write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(4)})
     assert files.Checkpoint(tmp_path).fingerprint() != first
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    files.write_tensors(tmp_path / "outside.safetensors", {"a": torch.ones(2)})
+    index = {"weight_map": {"a": "../outside.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is no shard index"):
+        files.Checkpoint(tmp_path / "model")

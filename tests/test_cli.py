@@ -164,3 +164,15 @@ def test_the_demo_does_the_whole_job(run, tmp_path, monkeypatch, switch, text_fi
     assert "QMoE recovers" in printed
     table = printed.split("\nThe gap in")[0]
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_model_of_another_quantization_is_refused_by_name(run, tmp_path, switch, text_file):
+    path = tmp_path / "fp8"
+    shutil.copytree(switch, path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (path / "config.json").write_text(json.dumps(config))
+    for arguments in (["eval", path, "--text", text_file], ["generate", path, "--prompt", "router"]):
+        code, _, noted = run(*arguments)
+        assert code == 1
+        assert "is quantised by fp8" in noted

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import qmoe_lite as qm
 from qmoe_lite.calibration import make_samples, read_text, read_tokens
 from qmoe_lite.errors import CheckpointError
-from qmoe_lite.experts import Placeholder
 from qmoe_lite.families import FAMILIES, family_of, inner, recorded_calls
 from qmoe_lite.skeletons import open_checkpoint, skeleton, unused
 
@@ -88,9 +87,17 @@ def test_nothing_but_experts_is_touched(causal, compressed_causal, model_type):
     )
 
 
-@pytest.mark.parametrize("model_type", sorted(tiny.CAUSAL))
-def test_tensors_are_known_by_the_models_names(causal, model_type):
-    directory = causal(model_type)
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *((model_type, {}) for model_type in sorted(tiny.CAUSAL)),
+        ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
+        ("deepseek_v3", {"first_k_dense_replace": 0}),
+        ("glm4_moe", {"first_k_dense_replace": 2}),
+    ],
+)
+def test_tensors_are_known_by_the_models_names(tmp_path, tokenizer, model_type, changes):
+    directory = tiny.make_causal(tmp_path / "m", tokenizer, model_type, **changes)
     family, checkpoint = open_checkpoint(directory)
     assert {family.stored(name) for name in checkpoint.names} == set(names_in(directory))
     model = AutoModelForCausalLM.from_pretrained(directory)
@@ -154,13 +161,15 @@ def test_layers_that_transformers_leaves_out_are_left_out_and_named(tmp_path, ca
     }
     save_file({**tensors, **more}, path / "model.safetensors", {"format": "pt"})
     report = qm.compress(path, tmp_path / "out", calibration=text_file, **SMALL)
+    sizes = qm.compress(causal("glm4_moe"), tmp_path / "without", recipe="nearest").sizes
+    assert report.sizes["dense_expert_bytes"] == sizes["dense_expert_bytes"]
     assert any(line.startswith("left out 2 tensors") and "layers.46" in line for line in report.degraded)
     assert not any(".46." in name for name in names_in(tmp_path / "out"))
     qm.load(tmp_path / "out")
     # the larger GLM has a layer 46 of its own
     family, checkpoint = open_checkpoint(path)
     config = AutoConfig.from_pretrained(path, num_hidden_layers=47)
-    assert unused(family, skeleton(family, config, Placeholder, torch.float32), checkpoint) == []
+    assert unused(family, skeleton(family, config, torch.float32), checkpoint) == []
 
 
 def test_experts_that_config_does_not_account_for_are_refused(tmp_path, causal):
@@ -185,15 +194,45 @@ def test_a_missing_dense_tensor_is_named_before_any_work(tmp_path, causal, text_
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_the_dtype_is_written_when_the_source_does_not_say_it(tmp_path, causal):
+@pytest.mark.parametrize("value", ["absent", None])
+def test_the_dtype_is_written_when_the_source_does_not_say_it(tmp_path, causal, value):
     """transformers would take the first tensor's, which may be that of the levels."""
-    path = tmp_path / "untold"
-    shutil.copytree(causal("qwen3_moe"), path)
-    config = json.loads((path / "config.json").read_text())
-    assert config.pop("dtype") == "float32"
-    (path / "config.json").write_text(json.dumps(config))
+    path = changed(causal("qwen3_moe"), tmp_path / "untold", dtype=value)
     qm.compress(path, tmp_path / "out", recipe="nearest")
     assert qm.load(tmp_path / "out").dtype == torch.float32
+
+
+def changed(source, target, **settings):
+    """A copy of a model whose config.json says something else."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    for name, value in settings.items():
+        config[name] = value
+        if value == "absent":
+            del config[name]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_a_configuration_that_names_no_quantization_is_a_dense_models(tmp_path, causal):
+    path = changed(causal("olmoe"), tmp_path / "null", quantization_config=None)
+    qm.compress(path, tmp_path / "out", recipe="nearest")
+    assert qm.load(tmp_path / "out").config.quantization_config.quant_method == "qmoe"
+
+
+def test_code_that_a_model_came_with_is_not_asked_for(tmp_path, causal):
+    """DeepSeek's configurations name modeling files, which are not copied; trust_remote_code would look for them."""
+    path = changed(causal("deepseek_v2"), tmp_path / "remote", auto_map={"AutoModelForCausalLM": "modeling_x.Model"})
+    qm.compress(path, tmp_path / "out", recipe="nearest")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("settings", [{"hidden_act": "gleu"}, {"decoder_sparse_step": 0}])
+def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, causal, settings):
+    path = changed(causal("qwen3_moe"), tmp_path / "odd", **settings)
+    with pytest.raises(CheckpointError, match="makes no qwen3_moe model") as caught:
+        qm.compress(path, tmp_path / "out", recipe="nearest")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_inner_activations_are_gated():

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    SwitchTransformersEncoderModel,
+)
 
 import qmoe_lite as qm
-from qmoe_lite.errors import CheckpointError, DeviceError, FormatError
+from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, SettingError
 from qmoe_lite.experts import PARTS
 from qmoe_lite.hf import QMoEConfig
 
@@ -166,6 +174,14 @@ def test_a_failed_load_leaves_transformers_as_it_was(compressed, switch, tmp_pat
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+def test_whole_models_can_be_saved_by_torch(pair, model_type):
+    model, file = qm.load(pair(model_type)[1]), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(logits_of(torch.load(file, weights_only=False)), logits_of(model))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_save_pretrained_keeps_names_bits_and_configuration(pair, tmp_path, model_type):
     """A name such as gate_up_proj.codes would be split over the experts by transformers' own renaming."""
     _, directory, auto = pair(model_type)
@@ -269,6 +285,107 @@ def test_devices_of_a_later_version_are_refused(compressed, place):
         quantizer.validate_environment(device_map=good, weights_only=True)
 
 
+def test_a_model_saved_into_its_own_directory_is_whole(compressed, tmp_path):
+    """save_pretrained removes the old shards and leaves their index, which transformers then does not look at."""
+    path = tmp_path / "own"
+    shutil.copytree(compressed[0], path)
+    before = logits_of(qm.load(path))
+    AutoModelForSeq2SeqLM.from_pretrained(path).save_pretrained(path)
+    assert (path / "model.safetensors").is_file()
+    assert (path / "model.safetensors.index.json").is_file()
+    assert torch.equal(logits_of(qm.load(path)), before)
+    assert torch.equal(logits_of(AutoModelForSeq2SeqLM.from_pretrained(path)), before)
+
+
+def test_what_is_checked_is_what_transformers_loads(compressed_causal, tmp_path):
+    """Beside whole shards, transformers prefers a single file, whatever it lacks."""
+    path = tmp_path / "both"
+    shutil.copytree(compressed_causal("mixtral"), path)
+    tensors = {n: t for file in path.glob("*.safetensors") for n, t in load_file(file).items()}
+    del tensors["lm_head.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    for load in (qm.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
+            load(path)
+    save_file(tensors, path / "model.fp16.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="other weight files"):
+        AutoModelForCausalLM.from_pretrained(path, variant="fp16")
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral"])
+def test_gradients_pass_through_the_experts(pair, model_type):
+    """What trains around frozen experts, such as LoRA, must not train on garbage."""
+    dense_directory, directory, auto = pair(model_type)
+    ours = qm.load(directory, dtype=torch.float32)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    dense = auto.from_pretrained(dense_directory, dtype=torch.float32)
+    tiny.fill_dense(dense, ours, layers_of(ours))
+    ids = torch.randint(3, 15, (2, 11))
+    more = {"decoder_input_ids": ids} if ours.config.is_encoder_decoder else {}
+    found = []
+    for model in (ours, dense):
+        embedding = model.get_input_embeddings().weight.requires_grad_(True)
+        torch.nn.functional.cross_entropy(model(input_ids=ids, **more).logits.flatten(0, 1), ids.flatten()).backward()
+        found.append(embedding.grad)
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * found[1].abs().max()
+    with torch.no_grad():
+        model = qm.load(directory, dtype=torch.float32)
+        assert not model(input_ids=ids, **more).logits.requires_grad
+
+
+def test_classes_without_the_models_own_head_are_refused(compressed, compressed_causal):
+    mixtral, switch = compressed_causal("mixtral"), compressed[0]
+    for auto, path, named in (
+        (AutoModel, mixtral, "AutoModelForCausalLM or qmoe_lite.load, not as MixtralModel"),
+        (AutoModelForSequenceClassification, mixtral, "not as MixtralForSequenceClassification"),
+        (AutoModel, switch, "AutoModelForSeq2SeqLM or qmoe_lite.load, not as SwitchTransformersModel"),
+        (SwitchTransformersEncoderModel, switch, "not as SwitchTransformersEncoderModel"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            auto.from_pretrained(path)
+
+
+def test_models_load_in_several_threads_at_once(compressed, switch):
+    """A class of transformers is replaced while Switch is built: for the building thread, and until it is done."""
+    dense, failed = [], []
+
+    def repeat(load, keep):
+        try:
+            for _ in range(4):
+                keep.append(load())
+        except Exception as error:
+            failed.append(error)
+
+    works = [(lambda: qm.load(compressed[0]), [])] * 2
+    works.append((lambda: AutoModelForSeq2SeqLM.from_pretrained(switch), dense))
+    threads = [threading.Thread(target=repeat, args=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    dense.append(AutoModelForSeq2SeqLM.from_pretrained(switch))
+    for model in dense:
+        assert hasattr(model.encoder.block[1].layer[1].mlp.experts["expert_0"], "wi")
+
+
+def test_other_codes_are_checked_anew(compressed, tmp_path):
+    """A module that has run, and is given another model's state, must not go on with what it knew."""
+    model = qm.load(compressed[0])
+    logits_of(model)
+    name = layers_of(model)[0]
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    state[f"{name}.wi_codes"][4] ^= 1
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(FormatError, match="is damaged"):
+        model.get_submodule(name).dense(0, "wi")
+
+
+def test_an_unknown_device_is_refused(compressed):
+    with pytest.raises(SettingError, match="device banana is not supported"):
+        qm.load(compressed[0], device="banana")
+
+
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -338,3 +455,37 @@ print(2 * weights, added * 1024, dense.shape == (2048, 5504))
         assert int(size) > 12.9e9, done.stderr
         assert int(added) < 0.3e9
         assert right == "True"
+
+
+def test_a_first_import_of_transformers_that_fails_is_not_the_last(compressed_causal):
+    code = """
+import sys
+import qmoe_lite
+sys.modules["safetensors"] = None
+try:
+    from transformers import AutoModelForCausalLM
+    AutoModelForCausalLM.from_pretrained("x")
+except Exception as error:
+    print("first", type(error).__name__)
+del sys.modules["safetensors"]
+for name in [n for n in sys.modules if n.startswith("transformers")]:
+    del sys.modules[name]
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.experts).__name__)
+"""
+    done = run_python(code, compressed_causal("mixtral"))
+    assert done.stdout.splitlines()[0].startswith("first"), done.stderr
+    assert done.stdout.splitlines()[-1] == "PackedExperts", done.stderr
+
+
+def test_the_package_can_be_imported_anew(compressed_causal):
+    code = """
+import sys
+import qmoe_lite, transformers.modeling_utils
+for name in [n for n in sys.modules if n.startswith("qmoe_lite")]:
+    del sys.modules[name]
+import qmoe_lite
+print(type(qmoe_lite.load(sys.argv[1]).model.layers[0].mlp.experts) is qmoe_lite.PackedExperts)
+"""
+    done = run_python(code, compressed_causal("mixtral"))
+    assert done.stdout.strip() == "True", done.stderr
