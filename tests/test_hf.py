@@ -461,21 +461,18 @@ def test_a_first_import_of_transformers_that_fails_is_not_the_last(compressed_ca
     code = """
 import sys
 import qmoe_lite
-sys.modules["safetensors"] = None
+sys.modules["transformers.quantizers.quantizer_awq"] = None  # one of those that the registry imports
 try:
-    from transformers import AutoModelForCausalLM
-    AutoModelForCausalLM.from_pretrained("x")
-except Exception as error:
-    print("first", type(error).__name__)
-del sys.modules["safetensors"]
+    import transformers.modeling_utils
+except ImportError:
+    print("first")
 for name in [n for n in sys.modules if n.startswith("transformers")]:
     del sys.modules[name]
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.experts).__name__)
 """
     done = run_python(code, compressed_causal("mixtral"))
-    assert done.stdout.splitlines()[0].startswith("first"), done.stderr
-    assert done.stdout.splitlines()[-1] == "PackedExperts", done.stderr
+    assert done.stdout.split() == ["first", "PackedExperts"], done.stderr
 
 
 def test_the_package_can_be_imported_anew(compressed_causal):
