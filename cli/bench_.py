@@ -9,6 +9,7 @@ import typer
 from qmoe_lite.cli._options import JsonOption
 
 if TYPE_CHECKING:
+    from qmoe_lite.bench.matmul import MatmulReport
     from qmoe_lite.bench.rates import RatesReport
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -75,4 +76,57 @@ def _print_rates(report: RatesReport) -> None:
             for w in r.widths
         ],
     )
+    _output.print_text(report.machine)
+
+
+@app.command("matmul")
+def matmul(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="switch-base, mixtral, ..; may be repeated. [default: all]")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a product; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
+    ] = None,
+    threads: Annotated[int, typer.Option(help="For torch and Numba.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Decides digits and activations.", min=0)] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Time the product from codewords beside torch's dense products, weights from memory.
+
+    Example: qmoe bench matmul --shape qwen3-30b-a3b --threads 2
+    """
+    from qmoe_lite.bench.matmul import SHAPES, TOKENS, measure
+    from qmoe_lite.cli import _output
+
+    report = measure(tuple(shape or SHAPES), tuple(tokens or TOKENS), threads, seed)
+    if json:
+        _output.print_json(report.to_json())
+        return
+    _print_matmul(report)
+
+
+def _print_matmul(report: MatmulReport) -> None:
+    from rich.table import Table
+
+    from qmoe_lite.bench.matmul import SHAPES
+    from qmoe_lite.cli import _output
+
+    threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
+    table = Table(title=f"10^9 multiply-adds a second, {threads}, {report.bits_per_weight:.2f} bits a weight")
+    table.add_column("rows x columns")
+    headings = ("tokens", "1 level", "2 levels", "float32", "bf16", "to float32", "to bf16")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    shown = None
+    for row in report.speeds:
+        if row.shape != shown and shown is not None:
+            table.add_section()
+        name = "{} x {}".format(*SHAPES[row.shape]) if row.shape != shown else ""
+        shown = row.shape
+        speeds = (row.one_level, row.two_levels, row.float32, row.bfloat16)
+        ratios = (f"{row.two_levels / peer:.2f}x" for peer in (row.float32, row.bfloat16))
+        table.add_row(name, str(row.tokens), *(f"{speed:.1f}" for speed in speeds), *ratios)
+    _output.print_table(table)
+    _output.print_text("Ratios: 2 levels a row, as qmoe compress stores them, to torch's dense product.")
+    _output.print_text(f"Copying float32 in memory: {report.copy_gigabytes:.1f} GB/s read and written.")
     _output.print_text(report.machine)

@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from qmoe_lite._vectors import load_64_bits
+
 PADDING_BYTES = 8  # zeros behind the stream, so that `load_word` stays inside it
 
 
@@ -26,8 +28,4 @@ def stream_bytes(codewords: int, bits: int) -> int:
 @njit(inline="always")
 def load_word(codes: NDArray[np.uint8], bit: np.uint64) -> np.uint64:
     """Return the stream from `bit` on: at least 57 bits of it, 64 where `bit` starts a byte."""
-    byte = bit >> np.uint64(3)
-    word = np.uint64(codes[byte])
-    for i in range(1, 8):  # unrolled and merged into one load
-        word |= np.uint64(codes[byte + np.uint64(i)]) << np.uint64(8 * i)
-    return word >> (bit & np.uint64(7))
+    return load_64_bits(codes, bit >> np.uint64(3)) >> (bit & np.uint64(7))

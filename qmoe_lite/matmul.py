@@ -1,7 +1,8 @@
 """y = W x straight from the codewords: W is never written out as a whole.
 
 One or a few tokens: a codeword costs one table look-up and one indexed load and add a nonzero, without a branch or a
-multiplication. More tokens: a tile of rows is decoded into a small float32 buffer and multiplied by BLAS.
+multiplication. More tokens: a row's codewords are walked once for a block of up to 64 tokens, whose sums stay in vector
+registers; a nonzero costs one multiply-add a vector, a zero nothing.
 Floor for one token: the bytes of `packed.codes`, some 25 times fewer than bfloat16 weights.
 """
 
@@ -15,14 +16,16 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from qmoe_lite._stream import load_word, row_starts
-from qmoe_lite._words import entry_field, entry_length
+from qmoe_lite._vectors import add_multiple, store, zeros
+from qmoe_lite._words import entry_field, entry_length, field_position
 from qmoe_lite.codec import decode_rows, kernel_fields, slot_values
 from qmoe_lite.codewords import MAX_WEIGHTS
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 from qmoe_lite.packed import PackedMatrix
 from qmoe_lite.validation import prepare
 
-GATHERED_SUMS = 8  # up to this many sums a row (tokens x levels) the codewords are walked anew for each pair of them
+GATHERED_SUMS = 4  # up to this many sums a row (tokens x levels) the codewords are walked anew for each pair of them
+TOKEN_BLOCKS = (16, 32, 64)  # tokens whose sums stay in registers
 TILE_VALUES = 1 << 20  # float32 values decoded at a time for many tokens: 4 MiB, 256 rows of 4096
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -55,19 +58,21 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
 
     Notes
     -----
-    Same bytes for any number of Numba threads. Few tokens (T * L up to 8): a row's codewords are summed in four
+    Same bytes for any number of Numba threads. Few tokens (T * L up to 4): a row's codewords are summed in four
     interleaved chains (codeword k of the row into chain k % 4, those after the last whole four into chain 0), each
-    level's sum is scaled at the end. More tokens, or activations that are not finite: decoded tiles of rows and
-    torch.matmul, so NaN spreads as in a dense product.
+    level's sum is scaled at the end. More tokens: level times activation is added nonzero by nonzero, in the row's
+    order. Activations that are not finite: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense one.
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
     prepare(packed)
     tokens = _tokens(x, packed)
     terms = len(tokens) * packed.levels.shape[1]
-    if 0 < terms <= GATHERED_SUMS and bool(torch.isfinite(tokens).all()):
+    if not len(tokens) or not bool(torch.isfinite(tokens).all()):
+        y = _tile_product(packed, tokens)
+    elif terms <= GATHERED_SUMS:
         y = _gather_product(packed, tokens.numpy())
     else:
-        y = _tile_product(packed, tokens)
+        y = _block_product(packed, tokens)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
     return y.to(x.dtype) if isinstance(x, torch.Tensor) else y.to(getattr(torch, x.dtype.name)).numpy()
 
@@ -110,6 +115,24 @@ def _tile_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def _block_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
+    """Product by blocks of tokens: tokens (T, C) -> (T, R)."""
+    rows, columns = packed.shape
+    codebook, starts = packed.codebook, row_starts(packed.row_codewords.numpy())
+    values = slot_values(packed, torch.float32).numpy()
+    y = torch.empty(len(tokens), rows)
+    for first in range(0, len(tokens), TOKEN_BLOCKS[-1]):
+        part = tokens[first : first + TOKEN_BLOCKS[-1]]
+        lanes = next(block for block in TOKEN_BLOCKS if block >= len(part))
+        x_columns = torch.zeros(columns + MAX_WEIGHTS[codebook.digits], lanes)
+        x_columns[:columns, : len(part)] = part.T
+        sums = np.empty(rows * lanes, dtype=np.float32)
+        arguments = codebook.table, codebook.bits, codebook.digits, kernel_fields(codebook), values
+        _block_kernel(packed.codes.numpy(), starts, *arguments, x_columns.view(-1).numpy(), (0,) * lanes, sums)
+        y[first : first + len(part)] = torch.from_numpy(sums).view(rows, lanes)[:, : len(part)].T
+    return y
+
+
 def _gather_product(packed: PackedMatrix, tokens: NDArray[np.float32]) -> torch.Tensor:
     """Product by adding slots of x, two sums a walk: tokens (T, C) -> (T, R)."""
     codebook, width = packed.codebook, packed.levels.shape[1]
@@ -122,8 +145,8 @@ def _gather_product(packed: PackedMatrix, tokens: NDArray[np.float32]) -> torch.
         if pair:
             x_slots.real, x_slots.imag = lanes[i], lanes[i + 1]
         row_sums = np.empty(packed.shape[0], dtype=x_slots.dtype)
-        arguments = codebook.table, codebook.bits, codebook.digits, kernel_fields(codebook), x_slots.ravel()
-        _gather_kernel(packed.codes.numpy(), starts, *arguments, row_sums)
+        constants = codebook.bits, (0,) * codebook.digits, kernel_fields(codebook)
+        _gather_kernel(packed.codes.numpy(), starts, codebook.table, *constants, x_slots.ravel(), row_sums)
         sums[i] = row_sums.real
         if pair:
             sums[i + 1] = row_sums.imag
@@ -149,13 +172,80 @@ def _slot_lanes(tokens: NDArray[np.float32], digits: int, width: int) -> NDArray
     return lanes.reshape(n_tokens * width, -1, digits)
 
 
-@njit(inline="always")
-def _gather(x_slots: NDArray[Any], start: np.uint64, entry: np.uint64, fields: tuple[int, ...]) -> Any:
-    """Sum of a codeword's nonzeros; an absent one adds the zero slot."""
-    total = x_slots[start + np.uint64(entry_field(entry, 0))]
-    for i in range(1, len(fields)):
+@njit(forceinline=True)
+def _add_nonzeros(
+    total: Any, x_slots: NDArray[Any], start: np.uint64, entry: np.uint64, fields: tuple[int, ...]
+) -> Any:
+    """Add a codeword's nonzeros; an absent one adds the zero slot."""
+    for i in range(len(fields)):
         total += x_slots[start + np.uint64(entry_field(entry, i))]
     return total
+
+
+@njit(forceinline=True)
+def _add_four(
+    codes: NDArray[np.uint8],
+    bit: np.uint64,
+    table: NDArray[np.uint64],
+    bits: int,
+    digits: tuple[int, ...],
+    fields: tuple[int, ...],
+    x_slots: NDArray[Any],
+    start: np.uint64,
+    sum0: Any,
+    sum1: Any,
+    sum2: Any,
+    sum3: Any,
+) -> tuple[np.uint64, Any, Any, Any, Any]:
+    """Add four codewords, one to each sum; give the slot behind them, and the sums."""
+    n_bits, stride = np.uint64(bits), np.uint64(len(digits))
+    mask = (np.uint64(1) << n_bits) - np.uint64(1)
+    word = load_word(codes, bit)  # at most 7 + 48 of its bits, or 64 where a codeword has 16
+    entry = table[word & mask]
+    sum0 = _add_nonzeros(sum0, x_slots, start, entry, fields)
+    start += stride * np.uint64(entry_length(entry))
+    entry = table[(word >> n_bits) & mask]
+    sum1 = _add_nonzeros(sum1, x_slots, start, entry, fields)
+    start += stride * np.uint64(entry_length(entry))
+    entry = table[(word >> np.uint64(2) * n_bits) & mask]
+    sum2 = _add_nonzeros(sum2, x_slots, start, entry, fields)
+    start += stride * np.uint64(entry_length(entry))
+    entry = table[(word >> np.uint64(3) * n_bits) & mask]
+    sum3 = _add_nonzeros(sum3, x_slots, start, entry, fields)
+    start += stride * np.uint64(entry_length(entry))
+    return start, sum0, sum1, sum2, sum3
+
+
+@njit(forceinline=True)
+def _add_rest(
+    codes: NDArray[np.uint8],
+    bit: np.uint64,
+    end: np.uint64,
+    table: NDArray[np.uint64],
+    bits: int,
+    digits: tuple[int, ...],
+    fields: tuple[int, ...],
+    x_slots: NDArray[Any],
+    start: np.uint64,
+    sum0: Any,
+    sum1: Any,
+    sum2: Any,
+    sum3: Any,
+) -> Any:
+    """Add a row's codewords from `bit` to `end`; give the sum of all."""
+    n_bits, stride = np.uint64(bits), np.uint64(len(digits))
+    mask = (np.uint64(1) << n_bits) - np.uint64(1)
+    while bit + np.uint64(3) * n_bits < end:
+        start, sum0, sum1, sum2, sum3 = _add_four(
+            codes, bit, table, bits, digits, fields, x_slots, start, sum0, sum1, sum2, sum3
+        )
+        bit += np.uint64(4) * n_bits
+    while bit < end:
+        entry = table[load_word(codes, bit) & mask]
+        sum0 = _add_nonzeros(sum0, x_slots, start, entry, fields)
+        start += stride * np.uint64(entry_length(entry))
+        bit += n_bits
+    return (sum0 + sum1) + (sum2 + sum3)
 
 
 @njit(parallel=True, cache=True, fastmath=False)
@@ -164,38 +254,72 @@ def _gather_kernel(
     starts: NDArray[np.int64],
     table: NDArray[np.uint64],
     bits: int,
-    digits: int,
+    digits: tuple[int, ...],
     fields: tuple[int, ...],
     x_slots: NDArray[Any],
     sums: NDArray[Any],
 ) -> None:
-    """Fill sums (R,) from x_slots ((C + padding) * digits,), float32 or complex64 = two sums at once."""
-    mask = np.uint64((1 << bits) - 1)
+    """Fill sums (R,) from x_slots ((C + padding) * digits,), float32 or complex64 = two sums at once.
+
+    Of the tuples only the length counts, which the compiler knows. Two rows at a time: the processor adds the one
+    while it waits for the other's table entries.
+    """
     n_bits = np.uint64(bits)
-    stride = np.uint64(digits)
-    for row in prange(len(sums)):
+    rows = len(sums)
+    four = np.uint64(4) * n_bits
+    for pair in prange((rows + 1) // 2):
+        row = 2 * pair
+        bit0 = np.uint64(starts[row]) * n_bits
+        end0 = np.uint64(starts[row + 1]) * n_bits
+        bit1 = end0
+        end1 = np.uint64(starts[min(row + 2, rows)]) * n_bits
+        start0 = start1 = np.uint64(0)
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = x_slots[-1]  # the last slot is a zero slot
+        while bit0 + four - n_bits < end0 and bit1 + four - n_bits < end1:
+            start0, a0, a1, a2, a3 = _add_four(
+                codes, bit0, table, bits, digits, fields, x_slots, start0, a0, a1, a2, a3
+            )
+            start1, b0, b1, b2, b3 = _add_four(
+                codes, bit1, table, bits, digits, fields, x_slots, start1, b0, b1, b2, b3
+            )
+            bit0 += four
+            bit1 += four
+        sums[row] = _add_rest(codes, bit0, end0, table, bits, digits, fields, x_slots, start0, a0, a1, a2, a3)
+        if row + 1 < rows:
+            sums[row + 1] = _add_rest(codes, bit1, end1, table, bits, digits, fields, x_slots, start1, b0, b1, b2, b3)
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _block_kernel(
+    codes: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    table: NDArray[np.uint64],
+    bits: int,
+    digits: int,
+    fields: tuple[int, ...],
+    values: NDArray[np.float32],
+    x_columns: NDArray[np.float32],
+    lanes: tuple[int, ...],
+    sums: NDArray[np.float32],
+) -> None:
+    """Fill sums (R * lanes,) from values (R, digits) of the slots and x_columns ((C + padding) * lanes,)."""
+    n_bits = np.uint64(bits)
+    mask = (np.uint64(1) << n_bits) - np.uint64(1)
+    width = np.uint64(len(lanes))
+    for row in prange(len(values)):
+        of_field = np.empty(256, dtype=np.float32)  # a field's weight without a division
+        for field in range(256):
+            of_field[field] = values[row, field % digits]
         bit = np.uint64(starts[row]) * n_bits
         end = np.uint64(starts[row + 1]) * n_bits
-        start = np.uint64(0)
-        sum0 = sum1 = sum2 = sum3 = x_slots[-1]  # the last slot is a zero slot
-        while bit + np.uint64(3) * n_bits < end:
-            word = load_word(codes, bit)  # 4 codewords: at most 7 + 48 of its bits, or 64 where bits is 16
-            entry0 = table[word & mask]
-            entry1 = table[(word >> n_bits) & mask]
-            entry2 = table[(word >> np.uint64(2) * n_bits) & mask]
-            entry3 = table[(word >> np.uint64(3) * n_bits) & mask]
-            start1 = start + stride * entry_length(entry0)
-            start2 = start1 + stride * entry_length(entry1)
-            start3 = start2 + stride * entry_length(entry2)
-            sum0 += _gather(x_slots, start, entry0, fields)
-            sum1 += _gather(x_slots, start1, entry1, fields)
-            sum2 += _gather(x_slots, start2, entry2, fields)
-            sum3 += _gather(x_slots, start3, entry3, fields)
-            start = start3 + stride * entry_length(entry3)
-            bit += np.uint64(4) * n_bits
+        base = np.uint64(0)
+        total = zeros(lanes)
         while bit < end:
             entry = table[load_word(codes, bit) & mask]
-            sum0 += _gather(x_slots, start, entry, fields)
-            start += stride * entry_length(entry)
+            for i in range(len(fields)):
+                field = entry_field(entry, i)
+                column = base + np.uint64(field_position(field, digits))
+                total = add_multiple(total, of_field[np.uint64(field)], x_columns, column * width)
+            base += np.uint64(entry_length(entry))
             bit += n_bits
-        sums[row] = (sum0 + sum1) + (sum2 + sum3)
+        store(sums, np.uint64(row) * width, total)

@@ -7,9 +7,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from qmoe_lite.bench import matmul
 from qmoe_lite.bench.rates import UNIT, measure
 from qmoe_lite.cli import bench_
-from qmoe_lite.errors import SettingError
+from qmoe_lite.errors import QMoEError, SettingError
+from qmoe_lite.matmul import decode_matmul
 
 
 def test_rates_stand_between_entropy_and_two_bits_and_print_within_80_columns():
@@ -38,3 +40,31 @@ def test_no_weights_and_impossible_shares_are_refused():
     for arguments in ({"weights": 0}, {"zeros": (1.0,)}, {"zeros": (0.5, -0.1)}):
         with pytest.raises(SettingError):
             measure(**arguments)
+
+
+def test_products_are_timed_beside_torchs(monkeypatch):
+    monkeypatch.setattr(matmul, "_SECONDS", 1e-4)
+    monkeypatch.setattr(matmul, "COLD_BYTES", 1 << 20)
+    monkeypatch.setitem(matmul.SHAPES, "small", (64, 100))
+    options = ["matmul", "--shape", "small", "--tokens", "1", "--tokens", "20"]
+    plain = CliRunner().invoke(bench_.app, options)
+    assert plain.exit_code == 0, plain.output
+    assert max(map(len, plain.stdout.splitlines()[:-1])) <= 80
+    assert "64 x 100" in plain.stdout
+    report = json.loads(CliRunner().invoke(bench_.app, [*options, "--json"]).stdout)
+    assert [row["tokens"] for row in report["speeds"]] == [1, 20]
+    assert all(row[kind] > 0 for row in report["speeds"] for kind in ("one_level", "two_levels", "float32", "bfloat16"))
+    assert 0.6 < report["bits_per_weight"] < 2
+
+
+def test_nothing_is_timed_when_the_products_differ(monkeypatch):
+    monkeypatch.setitem(matmul.SHAPES, "small", (64, 100))
+    monkeypatch.setattr(matmul, "decode_matmul", lambda packed, x: 2 * decode_matmul(packed, x))
+    with pytest.raises(QMoEError, match="differ"):
+        matmul.measure(("small",), (1,))
+
+
+def test_unknown_shapes_and_too_many_threads_are_refused():
+    for arguments in ((("huge",), (1,)), (("mixtral",), (0,)), (("mixtral",), (1,), 10**4)):
+        with pytest.raises(SettingError):
+            matmul.measure(*arguments)

@@ -10,7 +10,7 @@ FOLDERS = {"qmoe_lite": "qmoe_lite", "cuda": "qmoe_lite.cuda", "cli": "qmoe_lite
 # each line may import from the lines above it, and from its own
 ORDER = (
     ("errors", "settings"),
-    ("_words", "_stream", "codewords"),
+    ("_words", "_vectors", "_stream", "codewords"),
     ("codebook",),
     ("grid", "hessian", "packed", "digits"),
     ("cuda.launch",),

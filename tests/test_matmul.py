@@ -36,9 +36,9 @@ def assert_close(got, ref, digits, levels, x):
     assert (np.abs(got - ref) <= 1e-5 * scale).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9, 16, 17, 33, 65, 130])
 @pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
-@pytest.mark.parametrize("columns", [1, 27, 28, 29, 63])
+@pytest.mark.parametrize("columns", [1, 28, 63])
 def test_product_equals_the_naive_one(codebook, width, columns, tokens):
     digits, levels, packed = draw(codebook, width, 13, columns, seed=columns)
     digits[:4] = [[0]] * 4
@@ -62,7 +62,7 @@ CODEBOOKS = [
     shares=st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(lambda shares: any(shares[:3])),
     rows=st.integers(1, 30),
     columns=st.integers(1, 1000),
-    tokens=st.integers(1, 10),
+    tokens=st.one_of(st.integers(1, 5), st.integers(6, 130)),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
@@ -82,12 +82,15 @@ def test_codewords_of_seven_nonzeros_add_up():
     assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_more_rows_than_a_tile_and_a_last_partial_tile_come_out(tokens, monkeypatch):
+def test_more_rows_than_a_tile_and_a_last_partial_tile_come_out(monkeypatch):
     monkeypatch.setattr(matmul, "TILE_VALUES", 5 * 63)
     digits, levels, packed = draw(TERNARY, 2, 23, 63)
-    x = np.random.default_rng(1).standard_normal((tokens, 63)).astype(np.float32)
-    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
+    x = np.random.default_rng(1).standard_normal((20, 63)).astype(np.float32)
+    x[3, 5] = np.nan  # or no tile is decoded
+    sound = np.arange(20) != 3
+    y = decode_matmul(packed, x)
+    assert np.isnan(y[3]).all()
+    assert_close(y[sound], naive.matmul(digits, levels, x[sound]), digits, levels, x[sound])
 
 
 @pytest.mark.parametrize("columns", [1, 84, 65535])
@@ -147,10 +150,11 @@ def test_nan_and_infinity_spread_as_in_a_dense_product(value, tokens):
     assert not decode_matmul(packed, x)[0].isfinite().any()
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 40])
 @pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
-def test_one_and_two_threads_give_the_same_bytes(codebook, width):
+def test_one_and_two_threads_give_the_same_bytes(codebook, width, tokens):
     _, _, packed = draw(codebook, width, 203, 300)
-    x = np.random.default_rng(4).standard_normal((2, 300)).astype(np.float32)
+    x = np.random.default_rng(4).standard_normal((tokens, 300)).astype(np.float32)
     before = numba.get_num_threads()
     results = []
     for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
