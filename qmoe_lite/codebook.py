@@ -147,6 +147,16 @@ class Codebook:
         return table
 
     @cached_property
+    def split_table(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """The table with positions for fields, and another with their slots, both in the fields' bytes."""
+        positions, slots = self.table & np.uint64(255), np.zeros_like(self.table)
+        for shift in range(8, 64, 8):
+            fields = self.table >> np.uint64(shift) & np.uint64(255)
+            positions |= fields // np.uint64(self.digits) << np.uint64(shift)
+            slots |= fields % np.uint64(self.digits) << np.uint64(shift)
+        return positions, slots
+
+    @cached_property
     def max_nonzeros(self) -> int:
         """Most nonzeros of a codeword: how many fields of an entry a kernel must look at."""
         zero = ZERO_SYMBOL[self.digits]

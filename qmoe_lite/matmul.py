@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from qmoe_lite._stream import load_word, row_starts
 from qmoe_lite._vectors import add_multiple, store, zeros
-from qmoe_lite._words import entry_field, entry_length, field_position
+from qmoe_lite._words import entry_field, entry_length
 from qmoe_lite.codec import decode_rows, kernel_fields, slot_values
 from qmoe_lite.codewords import MAX_WEIGHTS
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 from qmoe_lite.packed import PackedMatrix
 from qmoe_lite.validation import prepare
 
-GATHERED_SUMS = 4  # up to this many sums a row (tokens x levels) the codewords are walked anew for each pair of them
-TOKEN_BLOCKS = (16, 32, 64)  # tokens whose sums stay in registers
+GATHERED_SUMS = 2  # up to this many sums a row (tokens x levels), one walk adds them, two as a complex number
+TOKEN_BLOCKS = (8, 16, 32, 64)  # tokens whose sums stay in registers
 TILE_VALUES = 1 << 20  # float32 values decoded at a time for many tokens: 4 MiB, 256 rows of 4096
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -58,7 +58,7 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
 
     Notes
     -----
-    Same bytes for any number of Numba threads. Few tokens (T * L up to 4): a row's codewords are summed in four
+    Same bytes for any number of Numba threads. Few tokens (T * L up to 2): a row's codewords are summed in four
     interleaved chains (codeword k of the row into chain k % 4, those after the last whole four into chain 0), each
     level's sum is scaled at the end. More tokens: level times activation is added nonzero by nonzero, in the row's
     order. Activations that are not finite: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense one.
@@ -127,35 +127,26 @@ def _block_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
         x_columns = torch.zeros(columns + MAX_WEIGHTS[codebook.digits], lanes)
         x_columns[:columns, : len(part)] = part.T
         sums = np.empty(rows * lanes, dtype=np.float32)
-        arguments = codebook.table, codebook.bits, codebook.digits, kernel_fields(codebook), values
+        arguments = *codebook.split_table, codebook.bits, kernel_fields(codebook), values
         _block_kernel(packed.codes.numpy(), starts, *arguments, x_columns.view(-1).numpy(), (0,) * lanes, sums)
         y[first : first + len(part)] = torch.from_numpy(sums).view(rows, lanes)[:, : len(part)].T
     return y
 
 
 def _gather_product(packed: PackedMatrix, tokens: NDArray[np.float32]) -> torch.Tensor:
-    """Product by adding slots of x, two sums a walk: tokens (T, C) -> (T, R)."""
+    """Product by adding slots of x, in one walk: tokens (T, C) -> (T, R), one or two sums a row."""
     codebook, width = packed.codebook, packed.levels.shape[1]
     lanes = _slot_lanes(tokens, codebook.digits, width)
+    x_slots = lanes[0] if len(lanes) == 1 else np.empty(lanes.shape[1:], dtype=np.complex64)
+    if len(lanes) == 2:
+        x_slots.real, x_slots.imag = lanes
+    row_sums = np.empty(packed.shape[0], dtype=x_slots.dtype)
+    constants = codebook.bits, (0,) * codebook.digits, kernel_fields(codebook)
     starts = row_starts(packed.row_codewords.numpy())
-    sums = np.empty((len(lanes), packed.shape[0]), dtype=np.float32)
-    for i in range(0, len(lanes), 2):
-        pair = len(lanes) - i > 1
-        x_slots = np.empty(lanes.shape[1:], dtype=np.complex64) if pair else lanes[i]
-        if pair:
-            x_slots.real, x_slots.imag = lanes[i], lanes[i + 1]
-        row_sums = np.empty(packed.shape[0], dtype=x_slots.dtype)
-        constants = codebook.bits, (0,) * codebook.digits, kernel_fields(codebook)
-        _gather_kernel(packed.codes.numpy(), starts, codebook.table, *constants, x_slots.ravel(), row_sums)
-        sums[i] = row_sums.real
-        if pair:
-            sums[i + 1] = row_sums.imag
-    terms = torch.from_numpy(sums).reshape(len(tokens), width, -1)
-    levels = packed.levels.to(torch.float32).T.contiguous()
-    y = levels[0] * terms[:, 0]
-    for i in range(1, width):
-        y += levels[i] * terms[:, i]
-    return y
+    _gather_kernel(packed.codes.numpy(), starts, codebook.table, *constants, x_slots.ravel(), row_sums)
+    sums = torch.from_numpy(np.stack((row_sums.real, row_sums.imag)[: len(lanes)])).reshape(len(tokens), width, -1)
+    levels = packed.levels.to(torch.float32).T
+    return (levels * sums).sum(1)
 
 
 def _slot_lanes(tokens: NDArray[np.float32], digits: int, width: int) -> NDArray[np.float32]:
@@ -293,9 +284,9 @@ def _gather_kernel(
 def _block_kernel(
     codes: NDArray[np.uint8],
     starts: NDArray[np.int64],
-    table: NDArray[np.uint64],
+    positions: NDArray[np.uint64],
+    slots: NDArray[np.uint64],
     bits: int,
-    digits: int,
     fields: tuple[int, ...],
     values: NDArray[np.float32],
     x_columns: NDArray[np.float32],
@@ -307,19 +298,18 @@ def _block_kernel(
     mask = (np.uint64(1) << n_bits) - np.uint64(1)
     width = np.uint64(len(lanes))
     for row in prange(len(values)):
-        of_field = np.empty(256, dtype=np.float32)  # a field's weight without a division
-        for field in range(256):
-            of_field[field] = values[row, field % digits]
+        index = np.uint64(row)
         bit = np.uint64(starts[row]) * n_bits
         end = np.uint64(starts[row + 1]) * n_bits
         base = np.uint64(0)
         total = zeros(lanes)
         while bit < end:
-            entry = table[load_word(codes, bit) & mask]
+            code = load_word(codes, bit) & mask
+            entry, of_entry = positions[code], slots[code]
             for i in range(len(fields)):
-                field = entry_field(entry, i)
-                column = base + np.uint64(field_position(field, digits))
-                total = add_multiple(total, of_field[np.uint64(field)], x_columns, column * width)
+                column = base + np.uint64(entry_field(entry, i))
+                value = values[index, np.uint64(entry_field(of_entry, i))]
+                total = add_multiple(total, value, x_columns, column * width)
             base += np.uint64(entry_length(entry))
             bit += n_bits
-        store(sums, np.uint64(row) * width, total)
+        store(sums, index * width, total)

@@ -198,3 +198,15 @@ def test_rate_refuses_what_encode_refuses():
     with pytest.raises(DigitError, match="2 at row 1, column 4"):
         codebook.rate(digits)
     assert Codebook.fit([8, 1, 1, 1], bits=8).rate(digits) > 0
+
+
+@pytest.mark.parametrize(
+    "codebook", [Codebook.fit([115, 1770, 115]), Codebook.fit([885, 50, 40, 25]), Codebook.paper()]
+)
+def test_positions_and_slots_are_the_tables_fields(codebook):
+    positions, slots = codebook.split_table
+    assert ((positions & np.uint64(255)) == (codebook.table & np.uint64(255))).all()
+    for shift in range(8, 64, 8):
+        position, slot, field = (t >> np.uint64(shift) & np.uint64(255) for t in (positions, slots, codebook.table))
+        assert (np.uint64(codebook.digits) * position + slot == field).all()
+        assert (slot < codebook.digits).all()

@@ -164,10 +164,14 @@ def test_one_and_two_threads_give_the_same_bytes(codebook, width, tokens):
     assert results[0] == results[1]
 
 
-def test_a_token_alone_equals_the_same_token_in_a_pair():
+def test_a_token_equals_itself_in_a_larger_batch():
+    """Also in another block of lanes; up to two sums a row are added in another order."""
     _, _, packed = draw(TERNARY, 2, 50, 300)
-    x = np.random.default_rng(5).standard_normal((2, 300)).astype(np.float32)
-    assert (decode_matmul(packed, x)[1] == decode_matmul(packed, x[1])).all()
+    x = np.random.default_rng(5).standard_normal((100, 300)).astype(np.float32)
+    whole = decode_matmul(packed, x)
+    for tokens in (2, 9, 20, 64, 65):
+        assert (decode_matmul(packed, x[:tokens]) == whole[:tokens]).all()
+    assert np.allclose(decode_matmul(packed, x[0]), whole[0], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_not_asked_for():
