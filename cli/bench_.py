@@ -113,8 +113,8 @@ def _print_matmul(report: MatmulReport) -> None:
 
     threads = f"{report.threads} thread{'s' if report.threads > 1 else ''}"
     table = Table(title=f"10^9 multiply-adds a second, {threads}, {report.bits_per_weight:.2f} bits a weight")
-    table.add_column("rows x columns")
-    headings = ("tokens", "1 level", "2 levels", "float32", "bf16", "to float32", "to bf16")
+    table.add_column("rows x columns", no_wrap=True)
+    headings = ("tokens", "1 level", "2 levels", "fp32", "bf16", "/ fp32", "/ bf16")
     for heading in headings:
         table.add_column(heading, justify="right")
     shown = None
