@@ -144,8 +144,8 @@ def _copies(matrix: Any, nbytes: int) -> list[Any]:
 
 
 def _clone(packed: PackedMatrix) -> PackedMatrix:
-    parts = (part.clone() for part in (packed.codes, packed.row_codewords, packed.levels))
-    return PackedMatrix(*parts, packed.codebook, packed.columns, packed._validated)
+    codes, row_codewords, levels = (part.clone() for part in (packed.codes, packed.row_codewords, packed.levels))
+    return PackedMatrix(codes, row_codewords, levels, packed.codebook, packed.columns, packed._validated)
 
 
 def _rate(matrices: list[Any], product: Callable[[Any, Tensor], Tensor], x: Tensor) -> float:

@@ -42,7 +42,8 @@ def load_64_bits(typing: Any, codes: Any, byte: Any) -> Any:
     """Return 8 bytes of a contiguous uint8 array as a uint64, the first one lowest; `byte` is a uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _pointer(context, builder, signature.args[0], *arguments, ir.IntType(64))
+        array, place = arguments
+        address = _pointer(context, builder, signature.args[0], array, place, ir.IntType(64))
         return builder.load(address, align=1)
 
     return types.uint64(codes, types.uint64), generate

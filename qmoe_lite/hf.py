@@ -102,8 +102,8 @@ class QMoEQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Tell that codes cannot be trained."""
-        return False
+        """Tell that adapters can: gradients pass through the experts, which stay as they are."""
+        return True
 
 
 def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None) -> Any:
