@@ -164,13 +164,20 @@ def _slot_lanes(tokens: NDArray[np.float32], digits: int, width: int) -> NDArray
 
 
 @njit(forceinline=True)
-def _add_nonzeros(
-    total: Any, x_slots: NDArray[Any], start: np.uint64, entry: np.uint64, fields: tuple[int, ...]
-) -> Any:
-    """Add a codeword's nonzeros; an absent one adds the zero slot."""
+def _add_codeword(
+    code: np.uint64,
+    table: NDArray[np.uint64],
+    digits: tuple[int, ...],
+    fields: tuple[int, ...],
+    x_slots: NDArray[Any],
+    start: np.uint64,
+    total: Any,
+) -> tuple[np.uint64, Any]:
+    """Add a codeword's nonzeros, an absent one as the zero slot; give the slot behind the codeword, and the sum."""
+    entry = table[code]
     for i in range(len(fields)):
         total += x_slots[start + np.uint64(entry_field(entry, i))]
-    return total
+    return start + np.uint64(len(digits)) * np.uint64(entry_length(entry)), total
 
 
 @njit(forceinline=True)
@@ -189,21 +196,13 @@ def _add_four(
     sum3: Any,
 ) -> tuple[np.uint64, Any, Any, Any, Any]:
     """Add four codewords, one to each sum; give the slot behind them, and the sums."""
-    n_bits, stride = np.uint64(bits), np.uint64(len(digits))
+    n_bits = np.uint64(bits)
     mask = (np.uint64(1) << n_bits) - np.uint64(1)
     word = load_word(codes, bit)  # at most 7 + 48 of its bits, or 64 where a codeword has 16
-    entry = table[word & mask]
-    sum0 = _add_nonzeros(sum0, x_slots, start, entry, fields)
-    start += stride * np.uint64(entry_length(entry))
-    entry = table[(word >> n_bits) & mask]
-    sum1 = _add_nonzeros(sum1, x_slots, start, entry, fields)
-    start += stride * np.uint64(entry_length(entry))
-    entry = table[(word >> np.uint64(2) * n_bits) & mask]
-    sum2 = _add_nonzeros(sum2, x_slots, start, entry, fields)
-    start += stride * np.uint64(entry_length(entry))
-    entry = table[(word >> np.uint64(3) * n_bits) & mask]
-    sum3 = _add_nonzeros(sum3, x_slots, start, entry, fields)
-    start += stride * np.uint64(entry_length(entry))
+    start, sum0 = _add_codeword(word & mask, table, digits, fields, x_slots, start, sum0)
+    start, sum1 = _add_codeword((word >> n_bits) & mask, table, digits, fields, x_slots, start, sum1)
+    start, sum2 = _add_codeword((word >> np.uint64(2) * n_bits) & mask, table, digits, fields, x_slots, start, sum2)
+    start, sum3 = _add_codeword((word >> np.uint64(3) * n_bits) & mask, table, digits, fields, x_slots, start, sum3)
     return start, sum0, sum1, sum2, sum3
 
 
@@ -224,7 +223,7 @@ def _add_rest(
     sum3: Any,
 ) -> Any:
     """Add a row's codewords from `bit` to `end`; give the sum of all."""
-    n_bits, stride = np.uint64(bits), np.uint64(len(digits))
+    n_bits = np.uint64(bits)
     mask = (np.uint64(1) << n_bits) - np.uint64(1)
     while bit + np.uint64(3) * n_bits < end:
         start, sum0, sum1, sum2, sum3 = _add_four(
@@ -232,9 +231,7 @@ def _add_rest(
         )
         bit += np.uint64(4) * n_bits
     while bit < end:
-        entry = table[load_word(codes, bit) & mask]
-        sum0 = _add_nonzeros(sum0, x_slots, start, entry, fields)
-        start += stride * np.uint64(entry_length(entry))
+        start, sum0 = _add_codeword(load_word(codes, bit) & mask, table, digits, fields, x_slots, start, sum0)
         bit += n_bits
     return (sum0 + sum1) + (sum2 + sum3)
 
