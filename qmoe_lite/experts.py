@@ -6,8 +6,6 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -253,46 +251,36 @@ class PackedExperts(nn.Module):
         return f"{self.layer.count} experts, {shapes}"
 
 
-@dataclass(frozen=True)
-class Packing:
-    """The `quantization_config` of a compressed model's config.json.
+def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give the `quantization_config` of a compressed model's config.json.
 
-    Attributes
-    ----------
-    codebooks : dict, experts module name to (dict, projection name to Codebook)
-    settings : dict
-        All of quantization_config, as read.
+    Raises
+    ------
+    CheckpointError
+        The model is not compressed by qmoe.
+    FormatError
+        It is of a newer format.
     """
+    directory, settings = checkpoint.directory, checkpoint.config.get("quantization_config") or {}
+    if settings.get("quant_method") != "qmoe":
+        raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
+    if (found := settings.get("format")) != FORMAT:
+        raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {FORMAT}. Upgrade qmoe-lite.")
+    return settings  # type: ignore[no-any-return]
 
-    codebooks: dict[str, dict[str, Codebook]]
-    settings: dict[str, Any]
 
-    @classmethod
-    def of(cls, directory: Path, config: dict[str, Any]) -> Packing:
-        """Read quantization_config.
-
-        Raises
-        ------
-        CheckpointError
-            The model is not compressed by qmoe.
-        FormatError
-            It is of a newer format, or a codebook does not match its hash.
-        """
-        settings = config.get("quantization_config") or {}
-        if settings.get("quant_method") != "qmoe":
-            raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
-        if settings.get("format") != FORMAT:
-            found = settings.get("format")
-            raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {FORMAT}. Upgrade qmoe-lite.")
-        try:
-            books = [Codebook.from_config(entry) for entry in settings["codebooks"]]
-            layers = {
-                name: {projection: books[number] for projection, number in used.items()}
-                for name, used in settings["layers"].items()
-            }
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise FormatError(f"{directory}/config.json has a damaged quantization_config. Fetch it again.") from error
-        return cls(layers, settings)
+def _codebooks(checkpoint: Checkpoint) -> dict[str, dict[str, Codebook]]:
+    """Give the codebook of each experts module's projections; raise FormatError where one does not match its hash."""
+    settings = quantization_of(checkpoint)
+    try:
+        books = [Codebook.from_config(entry) for entry in settings["codebooks"]]
+        return {
+            name: {projection: books[number] for projection, number in used.items()}
+            for name, used in settings["layers"].items()
+        }
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        path = checkpoint.directory
+        raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.") from error
 
 
 def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[PackedExperts]:
@@ -305,17 +293,17 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
     FormatError
         The configuration, the model and the files do not go together.
     """
-    packing = Packing.of(checkpoint.directory, checkpoint.config)
+    codebooks = _codebooks(checkpoint)
     layers = family.layers(config)
     promised = {layer.experts: set(layer.projections) for layer in layers}
-    if promised != {name: set(books) for name, books in packing.codebooks.items()}:
+    if promised != {name: set(books) for name, books in codebooks.items()}:
         raise FormatError(
             f"{checkpoint.directory}/config.json names other compressed layers or projections than the model has. "
             f"Fetch it again."
         )
     made = []
     for layer in layers:
-        made.append(PackedExperts(family, layer, packing.codebooks[layer.experts], config))
+        made.append(PackedExperts(family, layer, codebooks[layer.experts], config))
         for projection in layer.projections:
             parts = {part: checkpoint.meta(f"{layer.experts}.{projection}_{part}") for part in PARTS}
             made[-1].fill(projection, parts)

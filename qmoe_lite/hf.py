@@ -132,14 +132,14 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
         A damaged file, or one of a newer format.
     """
     from qmoe_lite.checkpoint import find_model
-    from qmoe_lite.experts import Packing
+    from qmoe_lite.experts import quantization_of
     from qmoe_lite.skeletons import auto_class, experts_replaced, open_checkpoint
 
     if str(device) not in ("auto", "cpu"):
         raise SettingError(f"device {device} is not supported yet; use device='cpu'.")
     path = find_model(directory)
     family, checkpoint = open_checkpoint(path)
-    Packing.of(path, checkpoint.config)
+    quantization_of(checkpoint)
     try:
         with experts_replaced(family):  # thousands of dense experts take seconds to build, even on meta
             return auto_class(family).from_pretrained(path, dtype=dtype or "auto")

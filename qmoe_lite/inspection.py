@@ -14,7 +14,7 @@ from typing import Any
 from qmoe_lite.checkpoint import find_model
 from qmoe_lite.codewords import ZERO_SYMBOL
 from qmoe_lite.errors import FormatError, SettingError
-from qmoe_lite.experts import PARTS, PackedExperts, empty_experts
+from qmoe_lite.experts import PARTS, PackedExperts, empty_experts, quantization_of
 from qmoe_lite.families import MoELayer
 from qmoe_lite.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
 from qmoe_lite.skeletons import open_checkpoint, read_config
@@ -154,7 +154,7 @@ def inspect_model(directory: str | Path) -> Inspection:
     path = find_model(directory)
     family, checkpoint = open_checkpoint(path)
     made = empty_experts(family, checkpoint, read_config(str(path)))
-    settings = checkpoint.config["quantization_config"]
+    settings = quantization_of(checkpoint)
     report = read_report(path)
     of_report = {(row.layer, row.projection): row for row in report.projections} if report else {}
     found: list[StoredProjection] = []
