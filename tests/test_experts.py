@@ -9,21 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_compression import dense_model
+from test_hf import layers_of, logits_of
 
 import qmoe_lite as qm
 from qmoe_lite.errors import CheckpointError, FormatError, SettingError
-
-
-def logits_of(model):
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 15, (2, 11), generator=generator)
-    decoder_ids = torch.randint(3, 15, (2, 7), generator=generator)
-    with torch.no_grad():
-        return model(input_ids=ids, decoder_input_ids=decoder_ids).logits
-
-
-def layers_of(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, qm.PackedExperts)]
 
 
 def test_logits_are_those_of_the_dense_model_with_decoded_experts(compressed, switch):

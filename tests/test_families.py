@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_compression import Killed, bytes_of
+from test_compression import Killed, bytes_of, changed_copy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qmoe_lite as qm
@@ -197,39 +197,33 @@ def test_a_missing_dense_tensor_is_named_before_any_work(tmp_path, causal, text_
 @pytest.mark.parametrize("value", ["absent", None])
 def test_the_dtype_is_written_when_the_source_does_not_say_it(tmp_path, causal, value):
     """transformers would take the first tensor's, which may be that of the levels."""
-    path = changed(causal("qwen3_moe"), tmp_path / "untold", dtype=value)
+    path = changed_copy(causal("qwen3_moe"), tmp_path / "untold", dtype=None)
+    if value == "absent":
+        config = json.loads((path / "config.json").read_text())
+        del config["dtype"]
+        (path / "config.json").write_text(json.dumps(config))
     qm.compress(path, tmp_path / "out", recipe="nearest")
     assert qm.load(tmp_path / "out").dtype == torch.float32
 
 
-def changed(source, target, **settings):
-    """A copy of a model whose config.json says something else."""
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    for name, value in settings.items():
-        config[name] = value
-        if value == "absent":
-            del config[name]
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 def test_a_configuration_that_names_no_quantization_is_a_dense_models(tmp_path, causal):
-    path = changed(causal("olmoe"), tmp_path / "null", quantization_config=None)
+    path = changed_copy(causal("olmoe"), tmp_path / "null", quantization_config=None)
     qm.compress(path, tmp_path / "out", recipe="nearest")
     assert qm.load(tmp_path / "out").config.quantization_config.quant_method == "qmoe"
 
 
 def test_code_that_a_model_came_with_is_not_asked_for(tmp_path, causal):
     """DeepSeek's configurations name modeling files, which are not copied; trust_remote_code would look for them."""
-    path = changed(causal("deepseek_v2"), tmp_path / "remote", auto_map={"AutoModelForCausalLM": "modeling_x.Model"})
+    path = changed_copy(
+        causal("deepseek_v2"), tmp_path / "remote", auto_map={"AutoModelForCausalLM": "modeling_x.Model"}
+    )
     qm.compress(path, tmp_path / "out", recipe="nearest")
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
 
 @pytest.mark.parametrize("settings", [{"hidden_act": "gleu"}, {"decoder_sparse_step": 0}])
 def test_a_configuration_that_makes_no_model_is_one_line(tmp_path, causal, settings):
-    path = changed(causal("qwen3_moe"), tmp_path / "odd", **settings)
+    path = changed_copy(causal("qwen3_moe"), tmp_path / "odd", **settings)
     with pytest.raises(CheckpointError, match="makes no qwen3_moe model") as caught:
         qm.compress(path, tmp_path / "out", recipe="nearest")
     assert "\n" not in str(caught.value)

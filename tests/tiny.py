@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SwitchTransformersConfig,
     SwitchTransformersForConditionalGeneration,
@@ -54,6 +55,18 @@ def make_text(seed: int, words: int) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, words)) + "\n"
 
 
+def _save_with_loud_experts(
+    model: PreTrainedModel, factor: float, directory: Path, tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.mul_(factor)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def make_switch(directory: Path, tokenizer: PreTrainedTokenizerFast, **changes: object) -> Path:
     """Save a random Switch whose experts' outputs are large enough that swapping two of them shows in the logits."""
     settings = {
@@ -71,14 +84,8 @@ def make_switch(directory: Path, tokenizer: PreTrainedTokenizerFast, **changes: 
         **changes,
     }
     torch.manual_seed(1)
-    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**settings)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
-                parameter.mul_(3.0)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**settings))
+    return _save_with_loud_experts(model, 3.0, directory, tokenizer)
 
 
 _SHARED = {"intermediate_size": 48, "moe_intermediate_size": 20}
@@ -114,14 +121,8 @@ def make_causal(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type:
         **changes,
     }
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".experts." in name:
-                parameter.mul_(20.0)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    return _save_with_loud_experts(model, 20.0, directory, tokenizer)
 
 
 def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str]) -> None:
