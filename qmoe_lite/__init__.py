@@ -6,6 +6,7 @@ import importlib
 import os as _os
 from typing import TYPE_CHECKING, Any
 
+from qmoe_lite._cache import provide_cache_directory as _provide_cache_directory
 from qmoe_lite._hook import register_with_transformers as _register_with_transformers
 
 if TYPE_CHECKING:
@@ -81,4 +82,5 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
+_provide_cache_directory()
 _register_with_transformers()

@@ -1,0 +1,40 @@
+"""Where compiled kernels are kept; each case is a process of its own with some directories closed to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, sys, warnings
+closed = sys.argv[1:]
+whole = os.access
+os.access = lambda path, mode: not any(str(path).startswith(c) for c in closed) and whole(path, mode)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import qmoe_lite
+directory = os.environ.get("NUMBA_CACHE_DIR", "")
+print(directory, len(seen), oct(os.stat(directory).st_mode & 0o777) if directory else "")
+"""
+PACKAGE = str(Path(__file__).parents[1] / "qmoe_lite")
+
+
+def run(tmp_path, *closed):
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT, *closed]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize("closed", [[], [PACKAGE]], ids=["nothing is closed", "the package is"])
+def test_numba_is_left_alone_where_it_finds_a_place(tmp_path, closed):
+    assert run(tmp_path, *closed) == ["0"]
+
+
+def test_without_a_place_a_process_gets_one_of_its_own_that_goes_with_it(tmp_path):
+    directory, warned, mode = run(tmp_path, PACKAGE, str(tmp_path))
+    assert (warned, mode) == ("1", "0o700")
+    assert Path(directory).parent == tmp_path
+    assert not Path(directory).exists()
