@@ -27,7 +27,10 @@ def compress(
         typer.Option(help="Calibration samples. [default: 80 for each expert, over the experts of a token]", min=1),
     ] = None,
     sequence_length: SequenceLengthOption = 512,
-    codeword_bits: Annotated[int, typer.Option(help="Bits of a codeword.", min=8, max=12)] = 10,
+    codeword_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of a codeword. [default: what serves each layer and projection best]", min=8, max=12),
+    ] = None,
     dampening: Annotated[float, typer.Option(help="Added to a Hessian's diagonal, as a share of its mean.")] = 0.1,
     validation_samples: Annotated[
         int, typer.Option(help="Samples from the text's end that measure the error and enter no Hessian.", min=0)

@@ -10,7 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qmoe_lite._stream import PADDING_BYTES, stream_bytes
+from qmoe_lite._stream import PADDING_BYTES, shorten_counts, stream_bytes
 from qmoe_lite._words import entry_field, entry_length, field_position, field_slot
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.cuda import launch
@@ -46,8 +46,8 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     codes = torch.zeros(groups * codebook.bits + PADDING_BYTES, dtype=torch.uint8, device=digits.device)
     _pack_kernel.launch(-(-groups // THREADS), THREADS, indices, codes, codebook.bits, groups)
     codes = codes[: stream_bytes(total, codebook.bits)]
-    row_codewords = counts.to(torch.int16).view(torch.uint16)
-    return PackedMatrix(codes, row_codewords, levels, codebook, columns, _validated=True)
+    row_codewords, fewest = shorten_counts(counts)
+    return PackedMatrix(codes, row_codewords, levels, codebook, columns, fewest_codewords=fewest, _validated=True)
 
 
 def decode(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def slot_values(packed: PackedMatrix, dtype: torch.dtype) -> Tensor:
 
 def row_starts(packed: PackedMatrix) -> Tensor:
     """Return the number of each row's first codeword, then their total: int64, shape (R + 1,)."""
-    return _scan(packed.row_codewords.view(torch.int16).to(torch.int64) & 0xFFFF)
+    return _scan(packed.count_codewords())
 
 
 def decode_rows(packed: PackedMatrix, values: Tensor, starts: Tensor, first: int, out: Tensor) -> None:

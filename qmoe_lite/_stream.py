@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -13,11 +12,23 @@ from qmoe_lite._vectors import load_64_bits
 PADDING_BYTES = 8  # zeros behind the stream, so that `load_word` stays inside it
 
 
-def row_starts(row_codewords: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the number of each row's first codeword, then their total: int64, shape (R + 1,)."""
-    starts = np.zeros(len(row_codewords) + 1, dtype=np.int64)
-    np.cumsum(row_codewords, out=starts[1:])
+def row_starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number of each row's first codeword, then their total: int64, shape (R + 1,).
+
+    `counts` is `PackedMatrix.count_codewords()` or `Codebook.count_codewords(digits)`.
+    """
+    starts = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=starts[1:])
     return starts
+
+
+def shorten_counts(counts: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return what is stored of the rows' codeword counts: how many above the least, uint8 or uint16; the least."""
+    fewest, most = (int(count) for count in counts.aminmax())
+    above = counts - fewest
+    if most - fewest < 256:
+        return above.to(torch.uint8), fewest
+    return above.to(torch.int16).view(torch.uint16), fewest
 
 
 def stream_bytes(codewords: int, bits: int) -> int:

@@ -1,7 +1,7 @@
 """Digits to codewords and back: encode, decode, decode_dense.
 
-A row's codewords are found by one walk of the codebook's automaton (C steps); decoding costs one table look-up a
-codeword and one store a nonzero. Floor: C bytes of digits in or out, about C/12 bytes of codes.
+A row's codewords are found by one walk of the codebook's automaton, from nonzero to nonzero; decoding costs one table
+look-up a codeword and one store a nonzero. Floor: C bytes of digits in or out, about C/12 bytes of codes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from qmoe_lite._stream import PADDING_BYTES, load_word, row_starts, stream_bytes
+from qmoe_lite._stream import load_word, row_starts, shorten_counts, stream_bytes
+from qmoe_lite._walk import LANES, walk_rows
 from qmoe_lite._words import entry_field, entry_length, field_position, field_slot
-from qmoe_lite.codebook import Codebook
+from qmoe_lite.codebook import Codebook, check_counted, digit_bytes
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
 from qmoe_lite.validation import prepare
 
-_FIELD_COUNTS = (2, 3, 4, 7)  # nonzeros a codeword that kernels are compiled for: each costs seconds once
+_BLOCK = 4 * LANES  # rows whose codes a thread keeps together
 _PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: a store copies a bit pattern
 
 
@@ -58,8 +59,8 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     Notes
     -----
     O(R C), the same bytes for any thread count. QMoE (arXiv:2310.16795), section 4.2; departs from it in the codebook
-    (see `Codebook.fit`; `Codebook.paper` gives the paper's codes), and in storing row lengths (16 bits) for row
-    offsets (32 bits).
+    (see `Codebook.fit`; `Codebook.paper` gives the paper's codes), and in storing row lengths (8 bits, 16 where
+    they differ by 256 codewords or more) for row offsets (32 bits).
 
     Examples
     --------
@@ -69,7 +70,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     """
     digits_array = _digits_array(digits)
     levels_tensor = _levels_tensor(levels)
-    row_counts = codebook.count_codewords(digits_array)
+    digits_bytes = digit_bytes(digits_array)
     rows, columns = digits_array.shape
     if columns > MAX_COLUMNS:
         raise ShapeError(f"digits has {columns} columns; expected at most {MAX_COLUMNS}. Split the matrix by columns.")
@@ -82,14 +83,27 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     if not torch.isfinite(levels_tensor).all():
         row = int((~torch.isfinite(levels_tensor)).any(1).nonzero()[0])
         raise NotFiniteError(f"levels holds NaN or infinity at row {row}; expected finite values. Check the weights.")
+    row_counts = np.empty(rows, dtype=np.int64)
+    room = -(-columns // codebook.min_weights) * _BLOCK
+    indices = np.empty((-(-rows // _BLOCK), room), dtype=np.uint16)
+    alphabet = codebook.lowest_digit, codebook.digits
+    _encode_kernel(digits_bytes, columns, *alphabet, *codebook.steps, row_counts, indices)
+    check_counted(row_counts, digits_array, codebook)
     starts = row_starts(row_counts)
-    indices = np.zeros((int(starts[-1]) + 7) // 8 * 8, dtype=np.uint16)
-    _encode_kernel(np.ascontiguousarray(digits_array), *codebook.automaton, -codebook.lowest_digit, starts, indices)
-    codes = np.zeros(len(indices) // 8 * codebook.bits + PADDING_BYTES, dtype=np.uint8)
-    _pack_kernel(indices, codebook.bits, codes)
-    codes = codes[: stream_bytes(int(starts[-1]), codebook.bits)]
-    row_codewords = torch.from_numpy(row_counts.astype(np.uint16))
-    return PackedMatrix(torch.from_numpy(codes), row_codewords, levels_tensor, codebook, columns, _validated=True)
+    total = int(starts[-1])
+    words = np.zeros(-(-total // 64) * codebook.bits + 1, dtype=np.uint64)
+    _pack_kernel(indices, np.append(starts[:-1:_BLOCK], total), codebook.bits, words)
+    codes = words.view(np.uint8)[: stream_bytes(total, codebook.bits)]
+    row_codewords, fewest = shorten_counts(torch.from_numpy(row_counts))
+    return PackedMatrix(
+        torch.from_numpy(codes),
+        row_codewords,
+        levels_tensor,
+        codebook,
+        columns,
+        fewest_codewords=fewest,
+        _validated=True,
+    )
 
 
 def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +126,7 @@ def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = packed.shape
     slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
     digits = torch.empty(rows, columns, dtype=torch.int8)
-    starts = row_starts(packed.row_codewords.numpy())
+    starts = row_starts(packed.count_codewords().numpy())
     decode_rows(packed, torch.tensor([slots] * rows, dtype=torch.int8), starts, 0, digits)
     return digits, packed.levels
 
@@ -143,21 +157,22 @@ def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> to
         raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
     prepare(packed)
     dense = torch.empty(packed.shape, dtype=dtype)
-    decode_rows(packed, slot_values(packed, dtype), row_starts(packed.row_codewords.numpy()), 0, dense)
+    decode_rows(
+        packed,
+        slot_values(packed.levels, packed.codebook.digits, dtype),
+        row_starts(packed.count_codewords().numpy()),
+        0,
+        dense,
+    )
     return dense
 
 
-def slot_values(packed: PackedMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """Weight value of each slot: tensor of `dtype`, shape (R, digits); the last is the zero slot."""
-    levels = packed.levels.to(dtype)
-    if packed.codebook.digits == 3:
-        levels = torch.cat([levels, -levels], 1) if levels.shape[1] == 1 else levels.flip(1)
-    return torch.cat([levels, levels.new_zeros(len(levels), 1)], 1)
-
-
-def kernel_fields(codebook: Codebook) -> tuple[int, ...]:
-    """Return a tuple whose length tells the compiler how many fields of an entry to read; its values are unused."""
-    return (0,) * next(count for count in _FIELD_COUNTS if count >= codebook.max_nonzeros)
+def slot_values(levels: torch.Tensor, digits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Weight value of each slot: levels (..., L) to a tensor of `dtype` (..., digits); the last is the zero slot."""
+    levels = levels.to(dtype)
+    if digits == 3:
+        levels = torch.cat([levels, -levels], -1) if levels.shape[-1] == 1 else levels.flip(-1)
+    return torch.cat([levels, levels.new_zeros(*levels.shape[:-1], 1)], -1)
 
 
 def decode_rows(
@@ -185,7 +200,7 @@ def decode_rows(
         codebook.table,
         codebook.bits,
         codebook.digits,
-        kernel_fields(codebook),
+        codebook.fields,
         values[first : first + len(out)].view(pattern).numpy(),
         out.view(pattern).numpy(),
     )
@@ -215,45 +230,57 @@ def _levels_tensor(levels: Any) -> torch.Tensor:
     return levels.detach().clone(memory_format=torch.contiguous_format)
 
 
+@njit(forceinline=True)
+def _copy(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
+    for i in range(len(source)):
+        target[i] = source[i]
+
+
 @njit(parallel=True, cache=True, fastmath=False)
 def _encode_kernel(
-    digits: NDArray[np.int8],
-    next_state: NDArray[np.int32],
-    emitted: NDArray[np.int32],
-    tail_code: NDArray[np.int32],
-    offset: int,
-    starts: NDArray[np.int64],
+    digits: NDArray[np.uint8],
+    columns: int,
+    lowest: int,
+    n_digits: int,
+    entries: NDArray[np.uint64],
+    tails: NDArray[np.uint16],
+    counts: NDArray[np.int64],
     indices: NDArray[np.uint16],
 ) -> None:
-    """Write the codes of digits (R, C) to indices, each row from its own start on."""
-    for row in prange(digits.shape[0]):
-        k = starts[row]
-        state = np.uint32(0)
-        for column in range(digits.shape[1]):
-            step = state + np.uint32(digits[row, column] + offset)
-            if emitted[step] >= 0:
-                indices[k] = emitted[step]
-                k += 1
-            state = np.uint32(next_state[step])
-        if tail_code[state] >= 0:
-            indices[k] = tail_code[state]
+    """Write the codes of digits (R * C,) to indices, a row of it for each _BLOCK rows, and how many to counts (R,)."""
+    for block in prange(indices.shape[0]):
+        codes = np.empty(LANES * columns, dtype=np.uint16)
+        k = 0
+        last = min(block * _BLOCK + _BLOCK, len(counts))
+        for first in range(block * _BLOCK, last, LANES):
+            walk_rows(digits, columns, lowest, n_digits, entries, tails, first, codes, counts)
+            for lane in range(min(LANES, last - first)):
+                n = max(counts[first + lane], 0)
+                _copy(codes[lane * columns : lane * columns + n], indices[block, k : k + n])
+                k += n
 
 
 @njit(parallel=True, cache=True, fastmath=False)
-def _pack_kernel(indices: NDArray[np.uint16], bits: int, codes: NDArray[np.uint8]) -> None:
-    """Write indices (a multiple of 8) as a bit stream; 8 codewords are `bits` whole bytes, so no byte is shared."""
-    for group in prange(len(indices) // 8):
-        pending = np.uint32(0)
-        held = 0
-        byte = group * bits
-        for k in range(8 * group, 8 * group + 8):
-            pending |= np.uint32(indices[k]) << np.uint32(held)
-            held += bits
-            while held >= 8:
-                codes[byte] = pending & np.uint32(255)
-                pending >>= np.uint32(8)
-                held -= 8
-                byte += 1
+def _pack_kernel(indices: NDArray[np.uint16], starts: NDArray[np.int64], bits: int, words: NDArray[np.uint64]) -> None:
+    """Write indices, starts[i + 1] - starts[i] of row i, as a bit stream.
+
+    64 codewords are `bits` whole words, so no word is shared.
+    """
+    joined = np.zeros(len(words) // bits * 64, dtype=np.uint16)
+    for block in prange(len(starts) - 1):
+        _copy(indices[block, : starts[block + 1] - starts[block]], joined[starts[block] : starts[block + 1]])
+    n_bits = np.uint64(bits)
+    for group in prange(len(joined) // 64):
+        pending = held = np.uint64(0)
+        word = group * bits
+        for code in joined[64 * group : 64 * group + 64]:
+            pending |= np.uint64(code) << held
+            held += n_bits
+            if held >= np.uint64(64):
+                held -= np.uint64(64)
+                words[word] = pending
+                pending = np.uint64(code) >> (n_bits - held)
+                word += 1
 
 
 @njit(parallel=True, cache=True, fastmath=False)

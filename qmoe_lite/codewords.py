@@ -26,7 +26,8 @@ class Automaton(NamedTuple):
     Attributes
     ----------
     next_state : int32 array, shape (states * digits,)
-        State after `state + symbol`; states are multiples of `digits`, the start is 0.
+        State after `state + symbol`; states are multiples of `digits`, the start is 0. A zero that completes no
+        codeword leads to the state that comes next in number.
     emitted : int32 array, shape (states * digits,)
         Code that this step completes, or -1.
     tail_code : int32 array, shape (states * digits,)
@@ -36,6 +37,23 @@ class Automaton(NamedTuple):
     next_state: NDArray[np.int32]
     emitted: NDArray[np.int32]
     tail_code: NDArray[np.int32]
+
+
+class Steps(NamedTuple):
+    """The automaton as the CPU walks it: zeros that complete no codeword are passed all at once.
+
+    Attributes
+    ----------
+    entries : uint64 array, shape (states * 4,)
+        Of `state + (digit & 3)`, states being multiples of 4: bits 0 to 15 are the code that is completed, bits 16 to
+        23 eight times the zeros (7 at most) that complete none in the next state, bit 24 is 1 if a code is completed,
+        bits 32 up are the next state.
+    tails : uint16 array, shape (states,)
+        As `Automaton.tail_code`; 0 at the start, where nothing is pending.
+    """
+
+    entries: NDArray[np.uint64]
+    tails: NDArray[np.uint16]
 
 
 def tunstall_strings(counts: tuple[int, ...], bits: int) -> tuple[bytes, ...]:
@@ -135,17 +153,21 @@ def build_automaton(strings: tuple[bytes, ...], digits: int) -> Automaton:
     on, the pair of that digit and zero, the likeliest, does too.
     """
     codes = {string: code for code, string in enumerate(strings)}
-    states: dict[bytes, int] = {b"": 0}
-    tails = [-1]
+    tails = {b"": -1}
     for code, string in enumerate(strings):
         for end in range(len(string) - 1, 0, -1):
             prefix = string[:end]
-            if prefix in states:
+            if prefix in tails:
                 break
-            states[prefix] = digits * len(states)
-            tails.append(codes.get(prefix, code))
+            tails[prefix] = codes.get(prefix, code)
+    zero = bytes([ZERO_SYMBOL[digits]])
+    states: dict[bytes, int] = {}
+    for string in (string for string in tails if string[-1:] != zero):
+        while string in tails:
+            states[string] = digits * len(states)
+            string += zero
     next_state, emitted, tail_code = (np.full(digits * len(states), -1, dtype=np.int32) for _ in range(3))
-    tail_code[::digits] = tails
+    tail_code[::digits] = [tails[string] for string in states]
     for pending, state in states.items():
         for symbol in range(digits):
             string = pending + bytes([symbol])
@@ -157,3 +179,18 @@ def build_automaton(strings: tuple[bytes, ...], digits: int) -> Automaton:
                 end = next(end for end in range(len(pending), 0, -1) if pending[:end] in codes)
                 emitted[state + symbol], next_state[state + symbol] = codes[pending[:end]], states[string[end:]]
     return Automaton(next_state, emitted, tail_code)
+
+
+def walk_steps(automaton: Automaton, digits: int) -> Steps:
+    """Put what a step of the CPU's walk needs into one word each; see `Steps`."""
+    zero = ZERO_SYMBOL[digits]
+    emitted = automaton.emitted.reshape(-1, digits).astype(np.int64)
+    following = automaton.next_state.reshape(-1, digits).astype(np.int64) // digits
+    ends = np.flatnonzero(emitted[:, zero] >= 0)
+    states = np.arange(len(emitted))
+    zeros = np.minimum(ends[np.searchsorted(ends, states)] - states, 7)
+    entries = np.zeros((len(emitted), 4), dtype=np.uint64)
+    entries[:, np.arange(-zero, digits - zero)] = (  # -1 is the last column, as -1 & 3 is 3
+        emitted.clip(0) | zeros[following] << 19 | (emitted >= 0).astype(np.int64) << 24 | following << 34
+    )
+    return Steps(entries.ravel(), automaton.tail_code[::digits].clip(0).astype(np.uint16))

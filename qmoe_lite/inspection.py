@@ -35,7 +35,7 @@ class StoredProjection:
         The layer's name in tables: "encoder.1", "layers.12".
     experts, rows, columns : int
     part_bytes : dict, part to int
-        Bytes of codes, expert_offsets, row_codewords, levels and checksums.
+        Bytes of codes, expert_offsets, row_codewords, fewest_codewords, levels and checksums.
     level_dtype : str
         "bfloat16", ..
     codeword_bits : int
@@ -238,7 +238,8 @@ def _compare(file: Path, stored: StoredProjection) -> None:
     if said is None:
         raise FormatError(f"{file} says nothing of {name}. {_REMEDY}")
     pairs: list[tuple[str, float, float]] = [
-        (what, getattr(said, what), getattr(stored, what)) for what in ("experts", "rows", "columns", "bits_per_weight")
+        (what, getattr(said, what), getattr(stored, what))
+        for what in ("experts", "rows", "columns", "bits_per_weight", "codeword_bits")
     ]
     pairs.append(("experts with a count of tokens", len(said.tokens), stored.experts))
     pairs.append(("experts with a Hessian class", sum(said.hessian_classes.values()), stored.experts))

@@ -26,6 +26,7 @@ from qmoe_lite.settings import Settings
 from qmoe_lite.solver import gptq, gptq_shared
 
 _TOKENS = 1 << 14  # tokens that go through an expert at a time
+_SAMPLE = 1 << 22  # digits, over all experts of a projection, that choose its codebook; at least a row of each
 
 
 def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
@@ -149,10 +150,7 @@ class LayerCompressor:
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():
-            if self._settings.recipe == "paper":
-                book = Codebook.paper()
-            else:
-                book = Codebook.fit(tally.counts.tolist(), bits=self._settings.codeword_bits)
+            book = self._codebook(tally)
             packed = [
                 encode(d, levels.to(self._grid.level_dtype or torch.float32), book) for d, levels in tally.matrices()
             ]
@@ -162,6 +160,13 @@ class LayerCompressor:
             tally.stored(stored, packed)
         reports = [tally.report() for tally in tallies.values()]
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
+
+    def _codebook(self, tally: _Tally) -> Codebook:
+        """The recipe's codebook, for the digits of one projection."""
+        counts, bits = tally.counts.tolist(), self._settings.codeword_bits
+        if self._settings.recipe == "paper":
+            return Codebook.paper()
+        return Codebook.choose(counts, tally.sample()) if bits is None else Codebook.fit(counts, bits)
 
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C)."""
@@ -256,20 +261,28 @@ class _Tally:
         self._layer, self._projection, self._alphabet = layer, projection, alphabet
         self.counts = np.zeros(alphabet, dtype=np.int64)
         self._kept: list[tuple[np.ndarray, Tensor]] = []
+        self._sample: list[np.ndarray] = []
         self._errors: list[float] = []
         self._tokens: list[int] = []
         self._classes: dict[str, int] = {}
-        self._bytes = self._code_bits = 0
+        self._bytes = self._code_bits = self._codeword_bits = 0
 
     def add(self, solved: _Solved) -> None:
         """Take over a group of experts."""
+        rows, columns = self._layer.shapes[self._projection]
+        step = min(rows, max(1, self._layer.count * rows * columns // _SAMPLE))
         for digits, levels in zip(solved.quantized.digits.numpy(), solved.quantized.levels, strict=True):
             self.counts += count(digits, self._alphabet)
+            self._sample.append(digits[len(self._kept) % step :: step].copy())
             self._kept.append((squeeze(digits, self._alphabet), levels.clone()))
         self._errors += solved.quantized.error.tolist()
         self._tokens += solved.tokens
         for name in solved.classes:
             self._classes[name] = self._classes.get(name, 0) + 1
+
+    def sample(self) -> np.ndarray:
+        """Rows of digits from all experts, int8 (rows, C)."""
+        return np.concatenate(self._sample)
 
     def matrices(self) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Give back each expert's digits (R, C) and levels (R, L), and forget them."""
@@ -280,7 +293,8 @@ class _Tally:
     def stored(self, tensors: dict[str, Tensor], packed: list[PackedMatrix]) -> None:
         """Note what the projection takes on disk."""
         self._bytes = sum(tensor.nbytes for tensor in tensors.values())
-        self._code_bits = sum(int(p.row_codewords.to(torch.int64).sum()) * p.codebook.bits for p in packed)
+        self._codeword_bits = packed[0].codebook.bits
+        self._code_bits = sum(int(p.count_codewords().sum()) * p.codebook.bits for p in packed)
 
     def report(self) -> ProjectionReport:
         rows, columns = self._layer.shapes[self._projection]
@@ -294,6 +308,7 @@ class _Tally:
             columns=columns,
             bits_per_weight=8 * self._bytes / weights,
             code_bits_per_weight=self._code_bits / weights,
+            codeword_bits=self._codeword_bits,
             zeros=int(self.counts[zero]) / weights,
             error=float(np.mean(self._errors)),
             hessian_classes=self._classes,

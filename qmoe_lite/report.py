@@ -26,6 +26,8 @@ class ProjectionReport:
         Codes, row lengths, levels, offsets and checksums, as stored.
     code_bits_per_weight : float
         Codes alone.
+    codeword_bits : int
+        Of a codeword.
     zeros : float
         Share of zero digits.
     error : float
@@ -44,6 +46,7 @@ class ProjectionReport:
     columns: int
     bits_per_weight: float
     code_bits_per_weight: float
+    codeword_bits: int
     zeros: float
     error: float
     hessian_classes: dict[str, int]
@@ -142,7 +145,7 @@ def _check_types(report: Report) -> None:
     texts: list[Any] = [report.model, *report.degraded, *report.versions.values()]
     for row in report.projections:
         numbers += [row.experts, row.rows, row.columns, row.bits_per_weight, row.code_bits_per_weight, row.zeros]
-        numbers += [row.error, *row.hessian_classes.values(), *row.tokens]
+        numbers += [row.codeword_bits, row.error, *row.hessian_classes.values(), *row.tokens]
         texts += [row.layer, row.projection]
     if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
         raise TypeError

@@ -39,7 +39,7 @@ def validate(packed: PackedMatrix) -> None:
     ------
     FormatError
         A tensor of the wrong dtype or shape, a stream of the wrong size, nonzero padding, a code that stands for
-        nothing, a row whose codewords end before its width or go on after it, a level that is not finite.
+        nothing, a row whose codewords are too few or too many for its width, a level that is not finite.
     SettingError
         The matrix is on a GPU.
 
@@ -49,7 +49,7 @@ def validate(packed: PackedMatrix) -> None:
     """
     _check_structure(packed)
     codebook = packed.codebook
-    starts = row_starts(packed.row_codewords.numpy())
+    starts = row_starts(packed.count_codewords().numpy())
     total = int(starts[-1])
     codes = packed.codes.numpy()
     if len(codes) != stream_bytes(total, codebook.bits):
@@ -73,7 +73,7 @@ def _check_structure(packed: PackedMatrix) -> None:
     """Raise FormatError where a tensor has the wrong dtype, shape or values, before any byte of the stream is read."""
     _check_cpu(packed)
     tensors = {"codes": packed.codes, "row_codewords": packed.row_codewords, "levels": packed.levels}
-    dtypes = {"codes": (torch.uint8,), "row_codewords": (torch.uint16,), "levels": LEVEL_DTYPES}
+    dtypes = {"codes": (torch.uint8,), "row_codewords": (torch.uint8, torch.uint16), "levels": LEVEL_DTYPES}
     for name, tensor in tensors.items():
         if tensor.dtype not in dtypes[name]:
             expected = " or ".join(str(dtype) for dtype in dtypes[name])
@@ -90,6 +90,16 @@ def _check_structure(packed: PackedMatrix) -> None:
         )
     if not 1 <= packed.columns <= MAX_COLUMNS:
         raise FormatError(f"columns is {packed.columns}; expected 1 to {MAX_COLUMNS}. Get the data again.")
+    fewest = packed.fewest_codewords
+    if type(fewest) is not int or not 0 <= fewest <= MAX_COLUMNS:
+        raise FormatError(f"fewest_codewords is {fewest!r}; expected an int, 0 to {MAX_COLUMNS}. Get the data again.")
+    counts = packed.count_codewords()
+    if (wrong := (counts < 1) | (counts > packed.columns)).any():
+        row = int(wrong.nonzero()[0])
+        raise FormatError(
+            f"row {row} has {int(counts[row])} codewords; expected 1 to {packed.columns}, its width. "
+            "The data is damaged; get it again."
+        )
     if not torch.isfinite(packed.levels).all():
         raise FormatError("levels holds NaN or infinity; expected finite values. The data is damaged; get it again.")
 

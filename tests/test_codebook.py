@@ -8,11 +8,13 @@ import time
 import naive
 import numpy as np
 import pytest
+import torch
 from checks import draw_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_lite.codebook import Codebook
+from qmoe_lite.codec import encode
 from qmoe_lite.codewords import MAX_WEIGHTS
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, SettingError, ShapeError
 
@@ -90,6 +92,75 @@ def test_expected_bits_per_weight_equals_measured_ones_for_two_bit_digits():
 def test_expected_bits_per_weight_of_zeros_only_is_one_code_for_the_longest_string():
     codebook = Codebook.fit([0, 10**9, 0], bits=8)
     assert codebook.expected_bits_per_weight() == pytest.approx(8 / 84)
+
+
+def entropy(shares):
+    shares = np.array(shares) / sum(shares)
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def chosen_by_rule(rates):
+    """Bits that the rule takes, from rates by bits."""
+    for bits in (10, 9, 11, 8, 12):
+        if rates[bits] <= 1.02 * min(rates.values()):
+            return bits
+    raise AssertionError
+
+
+@pytest.mark.parametrize("zeros", [0.3, 0.5, 0.7, 0.8, 0.85, 0.885, 0.92, 0.93, 0.95, 0.97, 0.99])
+def test_the_code_nearest_to_10_bits_within_2_percent_of_the_smallest_rate_is_chosen(zeros):
+    counts = ternary_counts(zeros)
+    digits = draw_digits(np.random.default_rng(3), counts, (250, 4096))
+    codebooks = {bits: Codebook.fit(counts, bits) for bits in range(8, 13)}
+    expected = {bits: book.expected_bits_per_weight() for bits, book in codebooks.items()}
+    measured = {bits: book.rate(digits) for bits, book in codebooks.items()}
+    assert Codebook.choose(counts) == codebooks[chosen_by_rule(expected)]
+    assert Codebook.choose(iter(counts), digits) == codebooks[chosen_by_rule(measured)]
+
+
+def test_choices_range_over_all_sizes():
+    counts = [ternary_counts(zeros) for zeros in (0.97, 0.885, 0.92, 0.95)]
+    assert [Codebook.choose(each).bits for each in counts] == [8, 10, 11, 12]
+    assert Codebook.choose([10, 30, 50, 10]).digits == 4
+
+
+def test_measured_digits_decide_where_they_are_not_independent():
+    rng = np.random.default_rng(4)
+    digits = np.zeros((1024, 2048), dtype=np.int8)
+    digits[::4] = draw_digits(rng, ternary_counts(0.8), (256, 2048))  # three rows of four hold zeros only
+    counts = [int((digits == digit).sum()) for digit in (-1, 0, 1)]
+    expected, measured = Codebook.choose(counts), Codebook.choose(counts, digits)
+    assert expected.bits != measured.bits
+    assert measured.rate(digits) < 0.97 * expected.rate(digits)
+
+
+def test_choose_refuses_what_fit_and_rate_refuse():
+    with pytest.raises(CodebookError):
+        Codebook.choose([1, 2])
+    with pytest.raises(DigitError):
+        Codebook.choose([1, 8, 1], np.full((2, 2), 3, dtype=np.int8))
+
+
+# the code grows into strings of 84 weights at .95, where it may not grow on
+@pytest.mark.parametrize(
+    ("zeros", "most"), [*((z, 1.08) for z in (0.80, 0.82, 0.85, 0.87, 0.885, 0.9, 0.92, 0.93, 0.94)), (0.95, 1.095)]
+)
+def test_codes_of_independent_digits_are_close_to_their_entropy(zeros, most):
+    counts = ternary_counts(zeros)
+    digits = draw_digits(np.random.default_rng(5), counts, (1500, 2048))
+    assert Codebook.choose(counts, digits).rate(digits) < most * entropy(counts)
+
+
+# all that is stored of a matrix with two bfloat16 levels a row
+@pytest.mark.parametrize(
+    ("zeros", "columns", "most"), [(0.885, 768, 0.725), (0.885, 2080, 0.69), (0.885, 6144, 0.673), (0.95, 2048, 0.39)]
+)
+def test_stored_bits_of_independent_digits(zeros, columns, most):
+    counts = ternary_counts(zeros)
+    digits = draw_digits(np.random.default_rng(6), counts, (1024, columns))
+    packed = encode(digits, torch.ones(1024, 2, dtype=torch.bfloat16), Codebook.choose(counts, digits))
+    assert packed.bits_per_weight < most
+    assert packed.row_codewords.dtype == torch.uint8
 
 
 def test_twelve_bits_take_less_than_0_3_seconds():
@@ -201,12 +272,39 @@ def test_rate_refuses_what_encode_refuses():
 
 
 @pytest.mark.parametrize(
-    "codebook", [Codebook.fit([115, 1770, 115]), Codebook.fit([885, 50, 40, 25]), Codebook.paper()]
+    ("codebook", "fields", "width"),
+    [
+        (Codebook.fit([115, 1770, 115]), 2, 4),
+        (Codebook.fit([600, 150, 150, 100]), 4, 8),
+        (Codebook.fit([1, 1, 1]), 7, 8),
+        (Codebook.paper(), 3, 4),
+    ],
 )
-def test_positions_and_slots_are_the_tables_fields(codebook):
-    positions, slots = codebook.split_table
-    assert ((positions & np.uint64(255)) == (codebook.table & np.uint64(255))).all()
-    for shift in range(8, 64, 8):
-        position, slot, field = (t >> np.uint64(shift) & np.uint64(255) for t in (positions, slots, codebook.table))
+def test_the_kernels_tables_hold_the_tables_fields_and_nothing_behind(codebook, fields, width):
+    assert len(codebook.fields) == fields
+    positions, slots, scaled = *codebook.split_table, codebook.scaled_table
+    assert [table.itemsize for table in (positions, slots, scaled)] == [width] * 3
+    positions, slots, scaled = (table.astype(np.uint64) for table in (positions, slots, scaled))
+    lengths = codebook.table & np.uint64(255)
+    assert (positions & np.uint64(255) == lengths).all()
+    assert (scaled & np.uint64(255) == np.uint64(codebook.digits) * lengths).all()
+    assert lengths.max() == codebook.longest
+    for shift in range(8, 8 * fields + 8, 8):
+        position, slot, field, same = (
+            t >> np.uint64(shift) & np.uint64(255) for t in (positions, slots, codebook.table, scaled)
+        )
         assert (np.uint64(codebook.digits) * position + slot == field).all()
         assert (slot < codebook.digits).all()
+        assert (same == field).all()
+    if fields < 7:
+        assert not any((table >> np.uint64(8 * fields + 8)).any() for table in (positions, slots, scaled))
+
+
+@pytest.mark.parametrize(
+    "codebook", [Codebook.fit([115, 1770, 115]), Codebook.fit([885, 50, 40, 25]), Codebook.paper()]
+)
+def test_states_are_numbered_along_zeros(codebook):
+    next_state, emitted, _ = (part.reshape(-1, codebook.digits) for part in codebook.automaton)
+    going_on = np.flatnonzero(emitted[:, -codebook.lowest_digit] < 0)
+    assert len(going_on)
+    assert (next_state[going_on, -codebook.lowest_digit] == codebook.digits * (going_on + 1)).all()

@@ -12,6 +12,7 @@ from checks import draw_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmoe_lite._stream import shorten_counts
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.codec import decode, encode
 from qmoe_lite.errors import DigitError, DtypeError, FormatError, NotFiniteError, SettingError, ShapeError
@@ -70,7 +71,7 @@ def test_decode_gives_back_what_was_encoded(shares, fitted, bits, rows, columns,
     assert decoded.dtype == torch.int8
     assert (decoded.numpy() == digits).all()
     assert torch.equal(decoded_levels, levels)
-    assert codebook.rate(digits) == packed.row_codewords.numpy().astype(int).sum() * bits / digits.size
+    assert codebook.rate(digits) == int(packed.count_codewords().sum()) * bits / digits.size
     validate(unchecked(packed))
 
 
@@ -83,7 +84,7 @@ def test_bytes_equal_the_naive_encoders(counts, columns):
     ref_codes, ref_row_codewords = naive.encode(digits, strings, 8)
     packed = encode(digits, np.ones((5, len(counts) - 1), dtype=np.float32), Codebook.fit(counts, bits=8))
     assert packed.codes.numpy().tobytes() == ref_codes
-    assert packed.row_codewords.tolist() == ref_row_codewords
+    assert packed.count_codewords().tolist() == ref_row_codewords
     assert naive.decode(ref_codes, ref_row_codewords, strings, 8, columns) == digits.tolist()
     assert decode(packed)[0].tolist() == digits.tolist()
 
@@ -96,7 +97,41 @@ def test_bit_stream_of_odd_widths_equals_the_naive_one(bits):
     ref_codes, ref_row_codewords = naive.encode(digits, strings, bits)
     packed = encode(digits, np.ones((3, 1), dtype=np.float32), codebook)
     assert packed.codes.numpy().tobytes() == ref_codes
-    assert packed.row_codewords.tolist() == ref_row_codewords
+    assert packed.count_codewords().tolist() == ref_row_codewords
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 16, 17, 90])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 16, 17, 35])
+def test_rows_of_any_number_that_end_at_different_steps_equal_the_naive_ones(rows, columns):
+    digits = draw_digits(np.random.default_rng(rows), [1, 6, 1], (rows, columns))
+    digits[::3], digits[1::5] = 0, 1  # many steps beside few
+    ref_codes, ref_row_codewords = naive.encode(digits, naive.tunstall([1, 6, 1], 8), 8)
+    codebook = Codebook.fit([1, 6, 1], bits=8)
+    packed = encode(digits, np.ones((rows, 1), dtype=np.float32), codebook)
+    assert packed.codes.numpy().tobytes() == ref_codes
+    assert codebook.count_codewords(digits).tolist() == ref_row_codewords
+
+
+@pytest.mark.parametrize("bits", [8, 9, 10, 11, 12])
+@pytest.mark.parametrize("codewords", [63, 64, 65, 130])
+def test_streams_around_a_multiple_of_64_codewords_equal_the_naive_ones(codewords, bits):
+    digits = draw_digits(np.random.default_rng(bits), [1, 2, 1], (codewords, 1))  # a codeword a row
+    codebook = Codebook.fit([1, 2, 1], bits)
+    strings = [string for string in naive.strings_of(codebook.table.tolist(), 3) if string]
+    packed = encode(digits, np.ones((codewords, 1), dtype=np.float32), codebook)
+    assert packed.codes.numpy().tobytes() == naive.encode(digits, strings, bits)[0]
+
+
+@pytest.mark.parametrize("codebook", [TERNARY, TWO_BIT, PAPER], ids=["ternary", "two-bit", "paper"])
+@pytest.mark.parametrize("digit", [-128, -2, 4, 64, 127])
+@pytest.mark.parametrize("row", [0, 3, 4, 5])
+def test_a_digit_of_another_alphabet_is_refused_wherever_it_is(codebook, digit, row):
+    digits = draw_digits(np.random.default_rng(row), codebook.counts, (6, 29))
+    digits[row, 28] = digit
+    with pytest.raises(DigitError, match=f"{digit} at row {row}, column 28;"):
+        encode(digits, np.ones((6, codebook.digits - 1), dtype=np.float32), codebook)
+    with pytest.raises(DigitError, match=f"{digit} at row {row}, column 28;"):
+        codebook.rate(digits)
 
 
 @pytest.mark.parametrize("shares", [(0, 1, 0), (1, 0, 1), (1, 18, 1), (0, 1, 1, 1)], ids=str)
@@ -113,6 +148,28 @@ def test_a_codeword_per_weight_still_counts_in_16_bits():
     assert (decode(unchecked(packed))[0].numpy() == 1).all()
 
 
+@pytest.mark.parametrize(("difference", "dtype"), [(0, torch.uint8), (255, torch.uint8), (256, torch.uint16)])
+def test_row_lengths_take_8_bits_where_they_differ_by_less_than_256(difference, dtype):
+    digits = np.tril(np.ones((1200, 1200), dtype=np.int8))
+    counts = TERNARY.count_codewords(digits)
+    digits = digits[[0, int((counts == counts[0] + difference).argmax())]]
+    packed = encode(digits, np.ones((2, 1), dtype=np.float32), TERNARY)
+    assert packed.row_codewords.dtype == dtype
+    assert packed.row_codewords.tolist() == [0, difference]
+    assert packed.fewest_codewords == counts[0]
+    assert packed.count_codewords().tolist() == [counts[0], counts[0] + difference]
+    assert packed.nbytes == len(packed.codes) + 2 * dtype.itemsize + 4 + 2 * 4
+    assert (decode(unchecked(packed))[0].numpy() == digits).all()
+
+
+def test_the_longest_rows_count_beside_the_shortest():
+    digits = np.zeros((2, 65535), dtype=np.int8)
+    digits[0] = 1
+    packed = encode(digits, np.ones((2, 1), dtype=np.float32), Codebook.fit([1, 10**15, 1], bits=8))
+    assert packed.count_codewords()[0] > 32767, "more than a signed number of 16 bits holds"
+    assert (decode(unchecked(packed))[0].numpy() == digits).all()
+
+
 def test_one_and_two_threads_give_the_same_bytes():
     rng = np.random.default_rng(6)
     digits = draw_digits(rng, TERNARY.counts, (203, 500))
@@ -123,7 +180,7 @@ def test_one_and_two_threads_give_the_same_bytes():
         numba.set_num_threads(threads)
         packed = encode(digits, levels, Codebook.fit(TERNARY.counts, bits=11))
         results.append(
-            (packed.codes.numpy().tobytes(), packed.row_codewords.tolist(), packed.dense().numpy().tobytes())
+            (packed.codes.numpy().tobytes(), packed.count_codewords().tolist(), packed.dense().numpy().tobytes())
         )
     numba.set_num_threads(before)
     assert results[0] == results[1]
@@ -145,8 +202,8 @@ def test_dense_is_each_level_cast(codebook, width, dtype):
 
 def test_sizes_count_codes_row_lengths_and_levels():
     digits, packed = sample(rows=9, columns=100)
-    codewords = sum(packed.row_codewords.tolist())
-    assert packed.nbytes == codewords + 8 + 9 * 2 + 9 * 2 * 4
+    codewords = int(packed.count_codewords().sum())
+    assert packed.nbytes == codewords + 8 + 9 + 4 + 9 * 2 * 4
     assert packed.bits_per_weight == 8 * packed.nbytes / 900
     assert packed.shape == digits.shape
     assert packed.device == torch.device("cpu")
@@ -221,12 +278,18 @@ def test_a_matrix_elsewhere_is_refused_with_the_remedy():
             use(packed)
 
 
+def stored_counts(counts):
+    row_codewords, fewest = shorten_counts(torch.from_numpy(counts))
+    return {"row_codewords": row_codewords, "fewest_codewords": fewest}
+
+
 def forgeries(packed):
     """Changes that make a sound matrix unsound, by name."""
-    counts = packed.row_codewords.numpy()
-    rows = len(counts)
-    shifted, joined = counts.copy(), counts.copy()
-    shifted[:2] += np.uint16([1, -1 % 65536])
+    counts = packed.count_codewords().numpy()
+    rows, fewest = len(counts), packed.fewest_codewords
+    longer, shifted, joined = counts.copy(), counts.copy(), counts.copy()
+    longer[0] += 1
+    shifted[:2] += [1, -1]
     joined[:2] = [0, counts[0] + counts[1]]
     spare, levels = packed.codes.clone(), packed.levels.clone()
     spare[-1] = 1
@@ -236,10 +299,20 @@ def forgeries(packed):
         "codes too long": {"codes": torch.cat([packed.codes, torch.zeros(8, dtype=torch.uint8)])},
         "no codes": {"codes": packed.codes[:0]},
         "nonzero padding": {"codes": spare},
-        "one codeword too many": {"row_codewords": torch.from_numpy(counts + np.uint16(np.arange(rows) == 0))},
-        "rows shifted by a codeword": {"row_codewords": torch.from_numpy(shifted)},
-        "a row without codewords": {"row_codewords": torch.from_numpy(joined)},
+        "one codeword too many": stored_counts(longer),
+        "rows shifted by a codeword": stored_counts(shifted),
+        "a row without codewords": stored_counts(joined),
         "huge row lengths": {"row_codewords": torch.full((rows,), 65535, dtype=torch.uint16)},
+        "huge row lengths above a huge least one": {
+            "row_codewords": torch.full((rows,), 65535, dtype=torch.uint16),
+            "fewest_codewords": 65535,
+        },
+        "one more for each row": {"fewest_codewords": fewest + 1},
+        "one less for each row": {"fewest_codewords": fewest - 1},
+        "a least count below zero": {"fewest_codewords": -1},
+        "a least count beyond 16 bits": {"fewest_codewords": 65536},
+        "a least count beyond 64 bits": {"fewest_codewords": 1 << 70},
+        "a least count that is no integer": {"fewest_codewords": float(fewest)},
         "no rows": {"row_codewords": packed.row_codewords[:0], "levels": packed.levels[:0]},
         "fewer row lengths": {"row_codewords": packed.row_codewords[:-1]},
         "wider": {"columns": packed.columns + 84},
@@ -251,7 +324,8 @@ def forgeries(packed):
         "levels of one axis": {"levels": torch.ones(rows)},
         "levels of float64": {"levels": packed.levels.double()},
         "signed codes": {"codes": packed.codes.view(torch.int8)},
-        "signed row lengths": {"row_codewords": packed.row_codewords.view(torch.int16)},
+        "signed row lengths": {"row_codewords": packed.row_codewords.view(torch.int8)},
+        "row lengths of 64 bits": {"row_codewords": packed.row_codewords.to(torch.int64)},
         "strided codes": {"codes": packed.codes.repeat_interleave(2)[::2]},
     }
 
@@ -278,7 +352,7 @@ def test_a_code_that_stands_for_nothing_is_refused():
 def test_set_bits_behind_the_last_codeword_are_refused():
     rng = np.random.default_rng(3)
     packed = encode(draw_digits(rng, [1, 8, 1], (1, 63)), draw_levels(rng, 1, 2), Codebook.fit([1, 8, 1], bits=9))
-    assert int(packed.row_codewords[0]) % 8, "the stream must end inside a byte"
+    assert int(packed.count_codewords()[0]) % 8, "the stream must end inside a byte"
     codes = packed.codes.clone()
     codes[-9] |= 128
     with pytest.raises(FormatError, match="behind its last codeword"):
@@ -310,4 +384,4 @@ def test_flipped_bytes_are_refused_or_decode_within_bounds(codebook, flips, targ
     assert int(digits.max()) < codebook.lowest_digit + codebook.digits
     again = encode(digits, damaged.levels, codebook)
     if codebook is not PAPER:  # which has other readings than the greedy one
-        assert again.row_codewords.tolist() == damaged.row_codewords.tolist()
+        assert again.count_codewords().tolist() == damaged.count_codewords().tolist()

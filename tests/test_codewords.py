@@ -47,7 +47,7 @@ def test_codes_are_the_naive_longest_matches(shares, columns):
     codes, row_codewords = naive.encode_pairs(digits)
     packed = encode(digits, np.ones((9, 2), dtype=np.float32), PAPER)
     assert packed.codes.numpy().tobytes() == codes
-    assert packed.row_codewords.tolist() == row_codewords
+    assert packed.count_codewords().tolist() == row_codewords
     assert PAPER.count_codewords(digits).tolist() == row_codewords
 
 
@@ -67,7 +67,7 @@ def test_any_width_comes_back_from_the_naive_codes(shares, rows, columns, seed):
     assert packed.codes.numpy().tobytes() == naive.encode_pairs(digits)[0]
     read = dataclasses.replace(packed, _validated=False)
     assert (decode(read)[0].numpy() == digits).all()
-    assert PAPER.rate(digits) == 16 * sum(packed.row_codewords.tolist()) / digits.size
+    assert PAPER.rate(digits) == 16 * int(packed.count_codewords().sum()) / digits.size
 
 
 def test_each_string_alone_in_a_row_is_its_own_code():
@@ -75,18 +75,17 @@ def test_each_string_alone_in_a_row_is_its_own_code():
         string = naive.paper_dictionary()[code]
         packed = encode(np.int8([string]), np.ones((1, 1), dtype=np.float32), PAPER)
         assert packed.codes[:2].numpy().view("<u2").tolist() == [code]
-        assert packed.row_codewords.tolist() == [1]
+        assert packed.count_codewords().tolist() == [1]
 
 
 def test_another_reading_than_the_greedy_one_decodes_too():
     two_zeros = naive.paper_codes()[(0, 0)]
     packed = encode(np.zeros((1, 56), dtype=np.int8), np.ones((1, 1), dtype=np.float32), PAPER)
     codes = np.array([two_zeros] * 28 + [0] * 4, dtype="<u2").view(np.uint8)
-    counts = np.uint16([28])
     other = dataclasses.replace(
         packed,
         codes=packed.codes.new_tensor(codes),
-        row_codewords=packed.row_codewords.new_tensor(counts),
+        fewest_codewords=28,
         _validated=False,
     )
     validate(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import qmoe_lite as qm
+from qmoe_lite import layer_compression
 from qmoe_lite.calibration import hessian_masks, make_samples, read_text, read_tokens, window_length
 from qmoe_lite.errors import (
     CheckpointError,
@@ -23,6 +25,8 @@ from qmoe_lite.errors import (
     TextError,
     UnsupportedFamilyError,
 )
+from qmoe_lite.families import MoELayer
+from qmoe_lite.grid import Quantized
 from qmoe_lite.layer_compression import draw
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
@@ -411,6 +415,37 @@ def test_bfloat16_activations_come_close(tmp_path, compressed, switch, text_file
     report = qm.compress(switch, tmp_path / "out", calibration=text_file, activations="bfloat16", **SMALL)
     for name, error in compressed[1].held_out_error.items():
         assert report.held_out_error[name] == pytest.approx(error, rel=0.2)
+
+
+def test_each_projection_s_own_digits_choose_its_codeword_bits(tmp_path, switch, compressed):
+    """Digits of all experts, in rows: the tiny model has fewer than would be sampled."""
+    packed = qm.load(compressed[0])
+    for row in compressed[1].projections:
+        module = packed.get_submodule(row.layer)
+        digits = torch.cat([qm.decode(module.packed(e, row.projection))[0] for e in range(module.num_experts)]).numpy()
+        counts = [int((digits == digit).sum()) for digit in (-1, 0, 1)]
+        assert module.codebooks[row.projection] == qm.Codebook.choose(counts, digits)
+        assert row.codeword_bits == module.codebooks[row.projection].bits
+    report = qm.compress(switch, tmp_path / "out", recipe="nearest", codeword_bits=9)
+    assert report.settings["codeword_bits"] == 9
+    assert {row.codeword_bits for row in report.projections} == {9}
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1 << 22, 60), (600, 30), (200, 10), (1, 6)])
+def test_the_codebook_is_chosen_by_rows_of_every_expert(monkeypatch, most, rows):
+    monkeypatch.setattr(layer_compression, "_SAMPLE", most)
+    numbers = torch.arange(60).reshape(6, 10, 1)
+    digits = (numbers // 4 ** torch.arange(20).clamp(max=3) % 4).to(torch.int8)  # a row's number, in base 4
+    layer = MoELayer("experts", "block", 6, {"wi": (10, 20)})
+    tally = layer_compression._Tally(layer, "wi", 4)
+    solved = Quantized(digits, torch.ones(6, 10, 3), torch.ones(6), torch.zeros(6, dtype=torch.bool), ("own",) * 6)
+    for part in (slice(0, 4), slice(4, 6)):
+        group = dataclasses.replace(solved, digits=digits[part], levels=solved.levels[part])
+        tally.add(layer_compression._Solved(group, [0], ["own"]))
+    found = tally.sample()[:, :3].astype(int) @ [1, 4, 16]
+    assert len(set(found)) == len(found) == rows
+    assert set(found // 10) == set(range(6))
+    assert rows == 60 or len(set(found % 10)) >= min(rows, 6), "not the same rows of each"
 
 
 def test_the_papers_recipe_stores_its_dictionary_and_its_digits(tmp_path, switch, text_file):

@@ -67,14 +67,14 @@ def test_encode_gives_the_reference_s_bytes(emulated, codebook, shape):
     packed = codec.encode(torch.from_numpy(digits), draw_levels(codebook, shape[0]), codebook)
     codes, row_codewords = naive.encode(digits, strings(codebook), codebook.bits)
     assert packed.codes.numpy().tobytes() == codes
-    assert packed.row_codewords.tolist() == row_codewords
+    assert packed.count_codewords().tolist() == row_codewords
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("codebook", CODEBOOKS, ids=NAMES)
 def test_decode_gives_the_digits_that_the_reference_reads(emulated, codebook, shape):
     packed = cpu_codec.encode(draw(codebook, shape), draw_levels(codebook, shape[0]), codebook)
-    stream = packed.codes.numpy().tobytes(), packed.row_codewords.tolist()
+    stream = packed.codes.numpy().tobytes(), packed.count_codewords().tolist()
     reference = naive.decode(*stream, strings(codebook), codebook.bits, shape[1])
     digits, levels = codec.decode(packed)
     assert digits.tolist() == reference
@@ -101,6 +101,7 @@ def test_wider_codewords_give_the_cpu_s_bytes_and_digits(emulated, codebook, col
     ours, cpu = codec.encode(torch.from_numpy(digits), levels, codebook), cpu_codec.encode(digits, levels, codebook)
     assert torch.equal(ours.codes, cpu.codes)
     assert torch.equal(ours.row_codewords, cpu.row_codewords)
+    assert ours.fewest_codewords == cpu.fewest_codewords
     assert np.array_equal(codec.decode(ours)[0].numpy(), digits)
     x = torch.randn(columns)
     sizes = np.abs(naive.dequantize(digits, levels.tolist()))

@@ -187,7 +187,9 @@ def test_what_config_json_does_not_say_is_unknown(run, copied):
     code, printed, _ = run("inspect", copied)
     assert code == 0
     assert "qmoe-lite unknown, recipe unknown" in printed
-    assert "unknown, levels bfloat16, codewords of 10 bits" in printed
+    books = json.loads((copied / "config.json").read_text())["quantization_config"]["codebooks"]
+    bits = ", ".join(map(str, sorted({book["bits"] for book in books})))
+    assert f"unknown, levels bfloat16, codewords of {bits} bits" in printed
 
 
 def test_rounding_without_text_has_no_tokens_to_show(run, tmp_path, switch):
@@ -206,6 +208,7 @@ def rows_of(content):
     ("change", "message"),
     [
         (lambda c: rows_of(c)[1].update(bits_per_weight=0.5), r"wo has bits_per_weight 0\.5; the directory has"),
+        (lambda c: rows_of(c)[0].update(codeword_bits=13), "wi has codeword_bits 13; the directory has"),
         (lambda c: rows_of(c)[0].update(zeros=0.5), r"wi has zeros 0\.5"),
         (lambda c: rows_of(c)[0].update(columns=25), "has columns 25; the directory has 24"),
         (lambda c: rows_of(c)[0]["tokens"].pop(), "has experts with a count of tokens 3"),

@@ -10,7 +10,7 @@ FOLDERS = {"qmoe_lite": "qmoe_lite", "cuda": "qmoe_lite.cuda", "cli": "qmoe_lite
 # each line may import from the lines above it, and from its own
 ORDER = (
     ("errors", "settings"),
-    ("_words", "_vectors", "_stream", "codewords"),
+    ("_words", "_vectors", "_stream", "_walk", "_products", "codewords"),
     ("codebook",),
     ("grid", "hessian", "packed", "digits"),
     ("cuda.launch",),
@@ -18,7 +18,7 @@ ORDER = (
     ("validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
     ("hf",),
-    ("_hook",),
+    ("_hook", "_cache"),
     ("report",),
     ("layer_compression", "block_runner", "output"),
     ("compression", "evaluation", "inspection", "generation"),
