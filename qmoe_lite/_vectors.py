@@ -1,8 +1,9 @@
-"""Vectors of float32 as Numba values, so that accumulators stay in registers.
+"""Addresses and vectors of float32 as Numba values: what the inner loops of the product need and NumPy cannot say.
 
 A NumPy array of accumulators goes through memory at each addition; LLVM keeps a vector value in as many registers as
 the processor needs for it (64 lanes: 4 of AVX-512, 8 of AVX2, 16 of NEON). The number of lanes is the length of a
-tuple, which the compiler knows.
+tuple, which the compiler knows. An address is a uint64: adding to it costs one instruction, indexing an array several.
+Nothing is checked: an address must be that of memory that the array's owner keeps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-_FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 class Vector(types.Type):
@@ -32,9 +33,19 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(_FLOAT, kind.lanes))
 
 
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, target: ir.Type) -> Any:
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), target.as_pointer())
+def _load(builder: Any, address: Any, kind: ir.Type, align: int) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
+
+
+@intrinsic
+def address_of(typing: Any, array: Any) -> Any:
+    """Return where an array's data begins."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, _INT64)
+
+    return types.uint64(array), generate
 
 
 @intrinsic
@@ -42,11 +53,46 @@ def load_64_bits(typing: Any, codes: Any, byte: Any) -> Any:
     """Return 8 bytes of a contiguous uint8 array as a uint64, the first one lowest; `byte` is a uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, place = arguments
-        address = _pointer(context, builder, signature.args[0], array, place, ir.IntType(64))
-        return builder.load(address, align=1)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), _INT64.as_pointer())
+        return builder.load(place, align=1)
 
     return types.uint64(codes, types.uint64), generate
+
+
+@intrinsic
+def load_32_at(typing: Any, address: Any) -> Any:
+    """Return 4 bytes as a uint64, the first one lowest; the address is a multiple of 4."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.zext(_load(builder, arguments[0], _INT32, 4), _INT64)
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def load_64_at(typing: Any, address: Any) -> Any:
+    """Return 8 bytes as a uint64, the first one lowest; any address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _load(builder, arguments[0], _INT64, 1)
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for a line of memory in the second-level cache; any address, even one outside every array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        function = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+        name = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
+        read, second_level, data = (ir.Constant(_INT32, value) for value in (0, 2, 1))
+        builder.call(name, [builder.inttoptr(arguments[0], pointer), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
 
 
 @intrinsic
@@ -60,31 +106,52 @@ def zeros(typing: Any, lanes: Any) -> Any:
 
 
 @intrinsic
-def add_multiple(typing: Any, total: Any, factor: Any, array: Any, index: Any) -> Any:
-    """Return total + factor * array[index : index + lanes], rounded once; a contiguous float32 array, a uint64."""
+def add(typing: Any, left: Any, right: Any) -> Any:
+    """Return the sum of two vectors."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments)
+
+    return left(left, left), generate
+
+
+@intrinsic
+def add_at(typing: Any, total: Any, address: Any) -> Any:
+    """Return total + the float32 values at an address, a multiple of 4."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        before, place = arguments
+        return builder.fadd(before, _load(builder, place, ir.VectorType(_FLOAT, total.lanes), 4))
+
+    return total(total, types.uint64), generate
+
+
+@intrinsic
+def add_multiple_at(typing: Any, total: Any, factor: Any, address: Any) -> Any:
+    """Return total + the float32 at `factor` * the float32 values at `address`, rounded once; multiples of 4."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.VectorType(_FLOAT, total.lanes)
-        before, scalar, values, place = arguments
-        address = _pointer(context, builder, signature.args[2], values, place, kind)
+        before, one_place, place = arguments
+        scalar = _load(builder, one_place, _FLOAT, 4)
         one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_INT32, 0))
         all_lanes = ir.Constant(ir.VectorType(_INT32, total.lanes), [0] * total.lanes)
         factors = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), all_lanes)
         function = ir.FunctionType(kind, [kind] * 3)
         fma = cgutils.get_or_insert_function(builder.module, function, f"llvm.fma.v{total.lanes}f32")
-        return builder.call(fma, [factors, builder.load(address, align=4), before])
+        return builder.call(fma, [factors, _load(builder, place, kind, 4), before])
 
-    return total(total, types.float32, array, types.uint64), generate
+    return total(total, types.uint64, types.uint64), generate
 
 
 @intrinsic
-def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Write a vector to array[index : index + lanes]."""
+def store(typing: Any, address: Any, vector: Any) -> Any:
+    """Write a vector to an address, a multiple of 4."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, place, value = arguments
-        kind = ir.VectorType(_FLOAT, vector.lanes)
-        builder.store(value, _pointer(context, builder, signature.args[0], values, place, kind), align=4)
+        place, value = arguments
+        pointer = ir.VectorType(_FLOAT, vector.lanes).as_pointer()
+        builder.store(value, builder.inttoptr(place, pointer), align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.uint64, vector), generate
+    return types.void(types.uint64, vector), generate

@@ -6,29 +6,31 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qmoe_lite._stream import stream_bytes
 from qmoe_lite.checkpoint import Checkpoint, crc32
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.errors import CheckpointError, FormatError, SettingError
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, SettingError
 from qmoe_lite.families import Family, MoELayer, inner
 from qmoe_lite.list_buffer import Assignment
-from qmoe_lite.matmul import decode_matmul
+from qmoe_lite.matmul import MatrixStack, decode_matmul, grouped_matmul
 from qmoe_lite.packed import PackedMatrix
 from qmoe_lite.validation import validate
 
-FORMAT = 1
-PARTS = ("codes", "expert_offsets", "row_codewords", "levels", "checksums")
+FORMAT = 2
+PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
 _ALIGNMENT = 16  # bytes; where an expert's codes may start
-_PADDING = 8  # zero bytes behind each expert's codes, so that a kernel may read 8 bytes at a time
 
 
 def checksum(packed: PackedMatrix) -> int:
     """CRC-32 of one expert's matrix: its codes, row lengths and levels."""
-    parts = (packed.codes, packed.row_codewords.view(torch.int16), packed.levels)
+    fewest = torch.tensor([packed.fewest_codewords], dtype=torch.int32)
+    parts = (packed.codes, packed.row_codewords, fewest, packed.levels)
     return crc32(torch.cat([p.contiguous().view(-1).view(torch.uint8) for p in parts]))
 
 
@@ -43,9 +45,12 @@ def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
     Returns
     -------
     dict
-        "codes" uint8 (bytes,), "expert_offsets" int64 (E + 1,), "row_codewords" uint16 (E, R), "levels" (E, R, L),
-        "checksums" int64 (E,).
+        "codes" uint8 (bytes,), "expert_offsets" int64 (E + 1,), "row_codewords" (E, R), uint8 or, where one expert
+        needs it, uint16, "fewest_codewords" int32 (E,), "levels" (E, R, L), "checksums" int64 (E,).
     """
+    if any(packed.row_codewords.dtype == torch.uint16 for packed in matrices):
+        matrices = [replace(packed, row_codewords=packed.row_codewords.to(torch.uint16)) for packed in matrices]
+    row_codewords = torch.stack([packed.row_codewords.view(torch.uint8) for packed in matrices])  # uint16 has no stack
     offsets = [0]
     for packed in matrices:
         offsets.append(offsets[-1] + -(-len(packed.codes) // _ALIGNMENT) * _ALIGNMENT)
@@ -55,7 +60,8 @@ def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
     return {
         "codes": codes,
         "expert_offsets": torch.tensor(offsets, dtype=torch.int64),
-        "row_codewords": torch.stack([p.row_codewords.view(torch.int16) for p in matrices]).view(torch.uint16),
+        "row_codewords": row_codewords.view(matrices[0].row_codewords.dtype),
+        "fewest_codewords": torch.tensor([p.fewest_codewords for p in matrices], dtype=torch.int32),
         "levels": torch.stack([p.levels for p in matrices]),
         "checksums": torch.tensor([checksum(p) for p in matrices], dtype=torch.int64),
     }
@@ -85,7 +91,8 @@ class PackedExperts(nn.Module):
     """The experts of one sparse layer, multiplied straight from their codewords.
 
     Called as the experts module of the model's family was: `forward(hidden_states, *routing)`. Its buffers are
-    `<projection>_codes`, `_expert_offsets`, `_row_codewords`, `_levels` and `_checksums` for each projection.
+    `<projection>_codes`, `_expert_offsets`, `_row_codewords`, `_fewest_codewords`, `_levels` and `_checksums` for each
+    projection.
 
     Parameters
     ----------
@@ -102,6 +109,7 @@ class PackedExperts(nn.Module):
         self.codebooks = codebooks
         self.activation = family.activation(config)
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
+        self._stacks: dict[str, MatrixStack] = {}
 
     @property
     def num_experts(self) -> int:
@@ -117,16 +125,17 @@ class PackedExperts(nn.Module):
         """
         experts, (rows, _) = self.layer.count, self.layer.shapes[projection]
         expected = {
-            "expert_offsets": ((experts + 1,), torch.int64),
-            "row_codewords": ((experts, rows), torch.uint16),
-            "checksums": ((experts,), torch.int64),
+            "expert_offsets": ((experts + 1,), (torch.int64,)),
+            "row_codewords": ((experts, rows), (torch.uint8, torch.uint16)),
+            "fewest_codewords": ((experts,), (torch.int32,)),
+            "checksums": ((experts,), (torch.int64,)),
         }
-        for part, (shape, dtype) in expected.items():
+        for part, (shape, dtypes) in expected.items():
             found = tensors[part]
-            if tuple(found.shape) != shape or found.dtype != dtype:
+            if tuple(found.shape) != shape or found.dtype not in dtypes:
                 raise FormatError(
                     f"{self.layer.experts}.{projection}_{part} is {found.dtype} {tuple(found.shape)}; "
-                    f"expected {dtype} {shape}. Fetch the file again."
+                    f"expected {' or '.join(map(str, dtypes))} {shape}. Fetch the file again."
                 )
         levels, codes = tensors["levels"], tensors["codes"]
         if levels.dim() != 3 or tuple(levels.shape[:2]) != (experts, rows) or not levels.is_floating_point():
@@ -159,19 +168,21 @@ class PackedExperts(nn.Module):
 
         name = f"expert {expert} of {self.layer.experts}.{projection}"
         start, stop = get("expert_offsets")[expert : expert + 2].tolist()
-        row_codewords = get("row_codewords")[expert]
-        codebook = self.codebooks[projection]
-        used = -(-int(row_codewords.to(torch.int64).sum()) * codebook.bits // 8) + _PADDING
         codes = get("codes")
-        if start < 0 or start % _ALIGNMENT or not start + used <= stop <= len(codes):
+        if start < 0 or start % _ALIGNMENT or not start <= stop <= len(codes):
             raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
         packed = PackedMatrix(
-            codes=codes[start : start + used],
-            row_codewords=row_codewords,
+            codes=codes[start:stop],
+            row_codewords=get("row_codewords")[expert],
             levels=get("levels")[expert],
-            codebook=codebook,
+            codebook=self.codebooks[projection],
             columns=self.layer.shapes[projection][1],
+            fewest_codewords=int(get("fewest_codewords")[expert]),
         )
+        used = stream_bytes(int(packed.count_codewords().sum()), packed.codebook.bits)
+        if not 0 <= used <= stop - start:
+            raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
+        packed = replace(packed, codes=packed.codes[:used])
         if checksum(packed) != int(get("checksums")[expert]):
             raise FormatError(f"{name} is damaged (checksum). Fetch or make the file again.")
         try:
@@ -221,13 +232,50 @@ class PackedExperts(nn.Module):
         """
         index, weights = self.family.routing(routing)
         assigned = Assignment.group(index, weights, self.layer.count)
-        out = torch.zeros_like(hidden_states)
-        for expert in range(self.layer.count):
-            rows, gates = assigned.of_expert(expert)
-            if len(rows):
-                result = self.run_expert(expert, hidden_states[rows])
-                out.index_add_(0, rows, (result * gates[:, None]).to(out.dtype))
-        return out
+        chosen = [e for e in range(self.layer.count) if assigned.bounds[e] < assigned.bounds[e + 1]]
+        if not chosen:
+            return torch.zeros_like(hidden_states)
+        first = assigned.bounds[chosen[0]]  # dropped tokens come before
+        rows, gates = assigned.rows[first:], assigned.weights[first:]
+        tokens = hidden_states[rows]
+        bounds = [assigned.bounds[expert] - first for expert in (*chosen, self.layer.count)]
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            parts = zip(chosen, bounds[:-1], bounds[1:], strict=True)
+            results = torch.cat([self.run_expert(expert, tokens[start:end]) for expert, start, end in parts])
+        else:
+            results = self._run_experts(chosen, tokens, bounds)
+        weighted = results * gates[:, None]
+        return weighted.new_zeros(hidden_states.shape).index_add_(0, rows, weighted).to(hidden_states.dtype)
+
+    def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
+        """Send tokens[bounds[i] : bounds[i + 1]] through expert experts[i], all in one call a product; in float32."""
+        for projection in self.layer.projections:
+            for expert in experts:
+                self.packed(expert, projection)  # checked when it is first needed
+        first, (last,) = self.layer.stages
+        tokens = tokens.to(torch.float32).contiguous()
+        try:
+            outputs = grouped_matmul([self._stack(name) for name in first], tokens, experts, bounds)
+            inside = inner(self.activation, outputs).contiguous()
+            return grouped_matmul([self._stack(last)], inside, experts, bounds)[0]
+        except NotFiniteError:  # NaN spreads as in dense experts
+            parts = zip(experts, bounds[:-1], bounds[1:], strict=True)
+            return torch.cat([self.run_expert(expert, tokens[start:end]) for expert, start, end in parts])
+
+    def _stack(self, projection: str) -> MatrixStack:
+        """All experts' matrices of a projection, whether checked or not."""
+        if projection not in self._stacks:
+            parts = {part: self.get_buffer(f"{projection}_{part}") for part in PARTS if part != "checksums"}
+            self._stacks[projection] = MatrixStack(
+                codes=parts["codes"].numpy(),
+                offsets=parts["expert_offsets"].numpy(),
+                row_codewords=parts["row_codewords"].numpy(),
+                fewest=parts["fewest_codewords"].numpy(),
+                levels=parts["levels"],
+                codebook=self.codebooks[projection],
+                columns=self.layer.shapes[projection][1],
+            )
+        return self._stacks[projection]
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         # `.to(dtype)` casts float buffers, but levels are data: they travel as integers of the same size
@@ -239,12 +287,16 @@ class PackedExperts(nn.Module):
         finally:
             for name, buffer in floats.items():
                 self._buffers[name] = self.get_buffer(name).view(buffer.dtype)
-            self._checked.clear()  # its views are of buffers that fn may have replaced
+            self._forget()  # views of buffers that fn may have replaced
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._checked.clear()  # other codes must be checked anew
+        self._forget()  # other codes must be checked anew
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._checked.clear()
+        self._stacks.clear()
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.layer.shapes.items())
@@ -265,7 +317,8 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if settings.get("quant_method") != "qmoe":
         raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
     if (found := settings.get("format")) != FORMAT:
-        raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {FORMAT}. Upgrade qmoe-lite.")
+        remedy = "Upgrade qmoe-lite" if isinstance(found, int) and found > FORMAT else "Compress the model again"
+        raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {FORMAT}. {remedy}.")
     return settings  # type: ignore[no-any-return]
 
 

@@ -1,31 +1,31 @@
 """y = W x straight from the codewords: W is never written out as a whole.
 
-One or a few tokens: a codeword costs one table look-up and one indexed load and add a nonzero, without a branch or a
-multiplication. More tokens: a row's codewords are walked once for a block of up to 64 tokens, whose sums stay in vector
-registers; a nonzero costs one multiply-add a vector, a zero nothing.
-Floor for one token: the bytes of `packed.codes`, some 25 times fewer than bfloat16 weights.
+One matrix, or many side by side that each multiply their own tokens: a mixture's experts in one call. What the kernels
+do is said in `_products`. Floor for one token: the bytes of the codes, some 25 times fewer than bfloat16 weights.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
 from numpy.typing import NDArray
 
-from qmoe_lite._stream import load_word, row_starts
-from qmoe_lite._vectors import add_multiple, store, zeros
-from qmoe_lite._words import entry_field, entry_length
-from qmoe_lite.codec import decode_rows, kernel_fields, slot_values
-from qmoe_lite.codewords import MAX_WEIGHTS
-from qmoe_lite.errors import DtypeError, SettingError, ShapeError
+from qmoe_lite import _products
+from qmoe_lite._stream import row_starts
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.codec import decode_rows, slot_values
+from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.packed import PackedMatrix
 from qmoe_lite.validation import prepare
 
-GATHERED_SUMS = 2  # up to this many sums a row (tokens x levels), one walk adds them, two as a complex number
-TOKEN_BLOCKS = (8, 16, 32, 64)  # tokens whose sums stay in registers
+GATHER_TOKENS = (1, 2, 4)  # tokens whose sums of each level are gathered in one walk
+BLOCK_TOKENS = (8, 16, 32, 64)  # tokens whose sums stay in registers, a multiplication for each nonzero
+CHUNK_BYTES = 28 << 10  # of the slots of x that are walked at a time: they stay in a first-level cache of 32 KiB
+CHUNK_COLUMNS = 512  # at least, or the stops cost more than the cache saves
+EXPANDED_BYTES = 16 << 20  # of x laid out for the kernels at a time
 TILE_VALUES = 1 << 20  # float32 values decoded at a time for many tokens: 4 MiB, 256 rows of 4096
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -58,23 +58,146 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
 
     Notes
     -----
-    Same bytes for any number of Numba threads. Few tokens (T * L up to 2): a row's codewords are summed in four
-    interleaved chains (codeword k of the row into chain k % 4, those after the last whole four into chain 0), each
-    level's sum is scaled at the end. More tokens: level times activation is added nonzero by nonzero, in the row's
-    order. Activations that are not finite: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense one.
+    Same bytes for any number of Numba threads. Up to four tokens: codeword k of a row is added to sum k % 4 of each
+    level, in one or more stretches of columns; each level's sum is multiplied at the end. More tokens: level times
+    activation is added nonzero by nonzero, in the row's order, rounded once each. Activations that are not finite:
+    decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
     prepare(packed)
     tokens = _tokens(x, packed)
-    terms = len(tokens) * packed.levels.shape[1]
-    if not len(tokens) or not bool(torch.isfinite(tokens).all()):
+    try:
+        y = grouped_matmul([MatrixStack.of(packed)], tokens, [0], [0, len(tokens)])[0]
+    except NotFiniteError:
         y = _tile_product(packed, tokens)
-    elif terms <= GATHERED_SUMS:
-        y = _gather_product(packed, tokens.numpy())
-    else:
-        y = _block_product(packed, tokens)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
     return y.to(x.dtype) if isinstance(x, torch.Tensor) else y.to(getattr(torch, x.dtype.name)).numpy()
+
+
+@dataclass(frozen=True)
+class MatrixStack:
+    """Validated matrices of one shape and codebook, side by side on the CPU as a checkpoint holds them.
+
+    Attributes
+    ----------
+    codes : uint8 array, shape (bytes,)
+    offsets : int64 array, shape (E,) or longer
+        Where each matrix's codes begin.
+    row_codewords : uint8 or uint16 array, shape (E, R)
+    fewest : int32 array, shape (E,)
+    levels : float tensor, shape (E, R, L)
+    codebook : Codebook
+    columns : int
+    """
+
+    codes: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    row_codewords: NDArray[Any]
+    fewest: NDArray[np.int32]
+    levels: torch.Tensor
+    codebook: Codebook
+    columns: int
+
+    @classmethod
+    def of(cls, packed: PackedMatrix) -> MatrixStack:
+        """A stack of one."""
+        fewest, offsets = np.array([packed.fewest_codewords], dtype=np.int32), np.zeros(1, dtype=np.int64)
+        codes, row_codewords = packed.codes.numpy(), packed.row_codewords.numpy()[None]
+        return cls(codes, offsets, row_codewords, fewest, packed.levels[None], packed.codebook, packed.columns)
+
+
+def grouped_matmul(
+    stacks: list[MatrixStack], x: torch.Tensor, experts: list[int], bounds: list[int]
+) -> list[torch.Tensor]:
+    """Multiply groups of tokens by a matrix each, in every one of some stacks: gate and up projection of a layer.
+
+    Parameters
+    ----------
+    stacks : list of MatrixStack
+        Of the same number of columns C.
+    x : float32 tensor, shape (N, C), contiguous, finite
+        Tokens, group after group.
+    experts : list of int
+        Which matrix each group goes through; ascending.
+    bounds : list of int, one more
+        Group i is x[bounds[i] : bounds[i + 1]].
+
+    Returns
+    -------
+    list of float32 tensor, shape (N, R), one a stack
+
+    Raises
+    ------
+    NotFiniteError
+        `x` holds NaN or infinity.
+
+    Notes
+    -----
+    Nothing else is checked. A group's result does not depend on the other groups.
+    """
+    columns = stacks[0].columns
+    y = [torch.empty(len(x), stack.levels.shape[1]) for stack in stacks]
+    # one matrix needs no copy
+    levels = [(s.levels[experts] if len(s.levels) > 1 else s.levels).float().numpy() for s in stacks]
+    digits = stacks[0].codebook.digits
+    padded = columns + 4 * max(stack.codebook.longest for stack in stacks) + 4  # what a row's last codewords may reach
+    for lanes, all_jobs in _jobs(experts, bounds).items():
+        gathered = lanes in GATHER_TOKENS
+        group, offset = (digits * lanes, (digits - 2) * lanes) if gathered else (lanes, 0)
+        step = max(1, EXPANDED_BYTES // (4 * padded * group))
+        for start in range(0, len(all_jobs), step):
+            jobs = all_jobs[start : start + step]
+            expanded = np.empty((len(jobs), padded, group), dtype=np.float32)
+            if not _products.expand_kernel(x.numpy(), jobs, offset, expanded):
+                raise NotFiniteError("x holds NaN or infinity; expected finite activations. Use the dense matrix.")
+            for stack, own, out in zip(stacks, levels, y, strict=True):
+                (_gather if gathered else _block)(stack, jobs, own, lanes, expanded, out.numpy())
+    return y
+
+
+def _gather(
+    stack: MatrixStack,
+    jobs: NDArray[np.int64],
+    levels: NDArray[np.float32],
+    tokens: int,
+    expanded: NDArray[np.float32],
+    y: NDArray[np.float32],
+) -> None:
+    book = stack.codebook
+    sums = max(4, 1 << ((book.digits - 1) * tokens - 1).bit_length())  # fewer than 16 bytes are no faster
+    chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // CHUNK_BYTES), stack.columns // CHUNK_COLUMNS))
+    matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
+    lengths = (0,) * book.bits, book.fields, (0,) * tokens, (0,) * sums
+    _products.gather_kernel(*matrices, book.scaled_table, *lengths, jobs, levels, expanded, stack.columns, chunks, y)
+
+
+def _block(
+    stack: MatrixStack,
+    jobs: NDArray[np.int64],
+    levels: NDArray[np.float32],
+    tokens: int,
+    expanded: NDArray[np.float32],
+    y: NDArray[np.float32],
+) -> None:
+    book = stack.codebook
+    matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
+    _products.block_kernel(
+        *matrices, *book.split_table, book.bits, book.fields, (0,) * tokens, jobs, levels, book.digits, expanded, y
+    )
+
+
+def _jobs(experts: list[int], bounds: list[int]) -> dict[int, NDArray[np.int64]]:
+    """Cut groups into jobs; by the kernel's tokens, see `_products`."""
+    jobs: dict[int, list[tuple[int, int, int, int]]] = {}
+    for choice, expert in enumerate(experts):
+        first, end = bounds[choice], bounds[choice + 1]
+        sizes = GATHER_TOKENS if end - first <= GATHER_TOKENS[-1] else BLOCK_TOKENS
+        while first < end:
+            count = min(end - first, sizes[-1])
+            lanes = next(size for size in sizes if size >= count)
+            jobs.setdefault(lanes, []).append((expert, choice, first, count))
+            first += count
+    return {lanes: np.array(found, dtype=np.int64) for lanes, found in jobs.items()}
 
 
 def _tokens(x: Any, packed: PackedMatrix) -> torch.Tensor:
@@ -106,207 +229,11 @@ def _tile_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
     y = torch.empty(len(tokens), rows)
     if not len(tokens):
         return y
-    values, starts = slot_values(packed, torch.float32), row_starts(packed.row_codewords.numpy())
+    values = slot_values(packed.levels, packed.codebook.digits, torch.float32)
+    starts = row_starts(packed.count_codewords().numpy())
     tile = torch.empty(min(rows, max(1, TILE_VALUES // columns)), columns)
     for first in range(0, rows, len(tile)):
         part = tile[: rows - first]
         decode_rows(packed, values, starts, first, part)
         y[:, first : first + len(part)] = tokens @ part.T
     return y
-
-
-def _block_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
-    """Product by blocks of tokens: tokens (T, C) -> (T, R)."""
-    rows, columns = packed.shape
-    codebook, starts = packed.codebook, row_starts(packed.row_codewords.numpy())
-    values = slot_values(packed, torch.float32).numpy()
-    y = torch.empty(len(tokens), rows)
-    for first in range(0, len(tokens), TOKEN_BLOCKS[-1]):
-        part = tokens[first : first + TOKEN_BLOCKS[-1]]
-        lanes = next(block for block in TOKEN_BLOCKS if block >= len(part))
-        x_columns = torch.zeros(columns + MAX_WEIGHTS[codebook.digits], lanes)
-        x_columns[:columns, : len(part)] = part.T
-        sums = np.empty(rows * lanes, dtype=np.float32)
-        arguments = *codebook.split_table, codebook.bits, kernel_fields(codebook), values
-        _block_kernel(packed.codes.numpy(), starts, *arguments, x_columns.view(-1).numpy(), (0,) * lanes, sums)
-        y[first : first + len(part)] = torch.from_numpy(sums).view(rows, lanes)[:, : len(part)].T
-    return y
-
-
-def _gather_product(packed: PackedMatrix, tokens: NDArray[np.float32]) -> torch.Tensor:
-    """Product by adding slots of x, in one walk: tokens (T, C) -> (T, R), one or two sums a row."""
-    codebook, width = packed.codebook, packed.levels.shape[1]
-    lanes = _slot_lanes(tokens, codebook.digits, width)
-    x_slots = lanes[0] if len(lanes) == 1 else np.empty(lanes.shape[1:], dtype=np.complex64)
-    if len(lanes) == 2:
-        x_slots.real, x_slots.imag = lanes
-    row_sums = np.empty(packed.shape[0], dtype=x_slots.dtype)
-    constants = codebook.bits, (0,) * codebook.digits, kernel_fields(codebook)
-    starts = row_starts(packed.row_codewords.numpy())
-    _gather_kernel(packed.codes.numpy(), starts, codebook.table, *constants, x_slots.ravel(), row_sums)
-    sums = torch.from_numpy(np.stack((row_sums.real, row_sums.imag)[: len(lanes)])).reshape(len(tokens), width, -1)
-    levels = packed.levels.to(torch.float32).T
-    return (levels * sums).sum(1)
-
-
-def _slot_lanes(tokens: NDArray[np.float32], digits: int, width: int) -> NDArray[np.float32]:
-    """Lay x out as slots, one layer a token and level: (T * L, C + padding, digits); 0 where nothing is to be added."""
-    n_tokens, columns = tokens.shape
-    lanes = np.zeros((n_tokens, width, columns + MAX_WEIGHTS[digits], digits), dtype=np.float32)
-    if width == 1:
-        lanes[:, 0, :columns, 0] = tokens
-        lanes[:, 0, :columns, 1] = -tokens
-    else:
-        for level in range(width):
-            slot = 1 - level if digits == 3 else level
-            lanes[:, level, :columns, slot] = tokens
-    return lanes.reshape(n_tokens * width, -1, digits)
-
-
-@njit(forceinline=True)
-def _add_codeword(
-    code: np.uint64,
-    table: NDArray[np.uint64],
-    digits: tuple[int, ...],
-    fields: tuple[int, ...],
-    x_slots: NDArray[Any],
-    start: np.uint64,
-    total: Any,
-) -> tuple[np.uint64, Any]:
-    """Add a codeword's nonzeros, an absent one as the zero slot; give the slot behind the codeword, and the sum."""
-    entry = table[code]
-    for i in range(len(fields)):
-        total += x_slots[start + np.uint64(entry_field(entry, i))]
-    return start + np.uint64(len(digits)) * np.uint64(entry_length(entry)), total
-
-
-@njit(forceinline=True)
-def _add_four(
-    codes: NDArray[np.uint8],
-    bit: np.uint64,
-    table: NDArray[np.uint64],
-    bits: int,
-    digits: tuple[int, ...],
-    fields: tuple[int, ...],
-    x_slots: NDArray[Any],
-    start: np.uint64,
-    sum0: Any,
-    sum1: Any,
-    sum2: Any,
-    sum3: Any,
-) -> tuple[np.uint64, Any, Any, Any, Any]:
-    """Add four codewords, one to each sum; give the slot behind them, and the sums."""
-    n_bits = np.uint64(bits)
-    mask = (np.uint64(1) << n_bits) - np.uint64(1)
-    word = load_word(codes, bit)  # at most 7 + 48 of its bits, or 64 where a codeword has 16
-    start, sum0 = _add_codeword(word & mask, table, digits, fields, x_slots, start, sum0)
-    start, sum1 = _add_codeword((word >> n_bits) & mask, table, digits, fields, x_slots, start, sum1)
-    start, sum2 = _add_codeword((word >> np.uint64(2) * n_bits) & mask, table, digits, fields, x_slots, start, sum2)
-    start, sum3 = _add_codeword((word >> np.uint64(3) * n_bits) & mask, table, digits, fields, x_slots, start, sum3)
-    return start, sum0, sum1, sum2, sum3
-
-
-@njit(forceinline=True)
-def _add_rest(
-    codes: NDArray[np.uint8],
-    bit: np.uint64,
-    end: np.uint64,
-    table: NDArray[np.uint64],
-    bits: int,
-    digits: tuple[int, ...],
-    fields: tuple[int, ...],
-    x_slots: NDArray[Any],
-    start: np.uint64,
-    sum0: Any,
-    sum1: Any,
-    sum2: Any,
-    sum3: Any,
-) -> Any:
-    """Add a row's codewords from `bit` to `end`; give the sum of all."""
-    n_bits = np.uint64(bits)
-    mask = (np.uint64(1) << n_bits) - np.uint64(1)
-    while bit + np.uint64(3) * n_bits < end:
-        start, sum0, sum1, sum2, sum3 = _add_four(
-            codes, bit, table, bits, digits, fields, x_slots, start, sum0, sum1, sum2, sum3
-        )
-        bit += np.uint64(4) * n_bits
-    while bit < end:
-        start, sum0 = _add_codeword(load_word(codes, bit) & mask, table, digits, fields, x_slots, start, sum0)
-        bit += n_bits
-    return (sum0 + sum1) + (sum2 + sum3)
-
-
-@njit(parallel=True, cache=True, fastmath=False)
-def _gather_kernel(
-    codes: NDArray[np.uint8],
-    starts: NDArray[np.int64],
-    table: NDArray[np.uint64],
-    bits: int,
-    digits: tuple[int, ...],
-    fields: tuple[int, ...],
-    x_slots: NDArray[Any],
-    sums: NDArray[Any],
-) -> None:
-    """Fill sums (R,) from x_slots ((C + padding) * digits,), float32 or complex64 = two sums at once.
-
-    Of the tuples only the length counts, which the compiler knows. Two rows at a time: the processor adds the one
-    while it waits for the other's table entries.
-    """
-    n_bits = np.uint64(bits)
-    rows = len(sums)
-    four = np.uint64(4) * n_bits
-    for pair in prange((rows + 1) // 2):
-        row = 2 * pair
-        bit0 = np.uint64(starts[row]) * n_bits
-        end0 = np.uint64(starts[row + 1]) * n_bits
-        bit1 = end0
-        end1 = np.uint64(starts[min(row + 2, rows)]) * n_bits
-        start0 = start1 = np.uint64(0)
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = x_slots[-1]  # the last slot is a zero slot
-        while bit0 + four - n_bits < end0 and bit1 + four - n_bits < end1:
-            start0, a0, a1, a2, a3 = _add_four(
-                codes, bit0, table, bits, digits, fields, x_slots, start0, a0, a1, a2, a3
-            )
-            start1, b0, b1, b2, b3 = _add_four(
-                codes, bit1, table, bits, digits, fields, x_slots, start1, b0, b1, b2, b3
-            )
-            bit0 += four
-            bit1 += four
-        sums[row] = _add_rest(codes, bit0, end0, table, bits, digits, fields, x_slots, start0, a0, a1, a2, a3)
-        if row + 1 < rows:
-            sums[row + 1] = _add_rest(codes, bit1, end1, table, bits, digits, fields, x_slots, start1, b0, b1, b2, b3)
-
-
-@njit(parallel=True, cache=True, fastmath=False)
-def _block_kernel(
-    codes: NDArray[np.uint8],
-    starts: NDArray[np.int64],
-    positions: NDArray[np.uint64],
-    slots: NDArray[np.uint64],
-    bits: int,
-    fields: tuple[int, ...],
-    values: NDArray[np.float32],
-    x_columns: NDArray[np.float32],
-    lanes: tuple[int, ...],
-    sums: NDArray[np.float32],
-) -> None:
-    """Fill sums (R * lanes,) from values (R, digits) of the slots and x_columns ((C + padding) * lanes,)."""
-    n_bits = np.uint64(bits)
-    mask = (np.uint64(1) << n_bits) - np.uint64(1)
-    width = np.uint64(len(lanes))
-    for row in prange(len(values)):
-        index = np.uint64(row)
-        bit = np.uint64(starts[row]) * n_bits
-        end = np.uint64(starts[row + 1]) * n_bits
-        base = np.uint64(0)
-        total = zeros(lanes)
-        while bit < end:
-            code = load_word(codes, bit) & mask
-            entry, of_entry = positions[code], slots[code]
-            for i in range(len(fields)):
-                column = base + np.uint64(entry_field(entry, i))
-                value = values[index, np.uint64(entry_field(of_entry, i))]
-                total = add_multiple(total, value, x_columns, column * width)
-            base += np.uint64(entry_length(entry))
-            bit += n_bits
-        store(sums, index * width, total)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +15,7 @@ from test_hf import layers_of, logits_of
 
 import qmoe_lite as qm
 from qmoe_lite.errors import CheckpointError, FormatError, SettingError
+from qmoe_lite.experts import PARTS, PackedExperts, checksum, pack_experts
 
 
 def test_logits_are_those_of_the_dense_model_with_decoded_experts(compressed, switch):
@@ -41,6 +44,42 @@ def test_tokens_over_capacity_get_nothing_as_in_the_dense_model(compressed, swit
     ours, reference = logits_of(packed), logits_of(dense)
     assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()
     assert (reference - unlimited).abs().max() > 1e-2
+
+
+def routed(experts, tokens, seed):
+    """Hidden states and Switch's routing arguments; every fifth token is dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, experts.layer.shapes["wi"][1], generator=generator)
+    chosen = torch.randint(experts.num_experts, (tokens,), generator=generator)
+    one_hot = torch.nn.functional.one_hot(chosen, experts.num_experts)[:, None]
+    one_hot[::5] = 0
+    return hidden, (one_hot, torch.rand(tokens, 1, generator=generator)), chosen
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 300])
+def test_one_call_for_a_layer_equals_expert_after_expert(compressed, tokens):
+    experts = next(m for m in qm.load(compressed[0], dtype=torch.float32).modules() if isinstance(m, PackedExperts))
+    hidden, (one_hot, weights), chosen = routed(experts, tokens, seed=tokens)
+    expected = torch.zeros_like(hidden)
+    for token in range(tokens):
+        if token % 5:
+            expected[token] = weights[token] * experts.run_expert(int(chosen[token]), hidden[token])
+    found = experts(hidden, one_hot, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not found[::5].any()
+    with_gradient = experts(hidden.requires_grad_(), one_hot, weights)
+    torch.testing.assert_close(with_gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_that_is_not_finite_spoils_itself_alone(compressed):
+    experts = next(m for m in qm.load(compressed[0], dtype=torch.float32).modules() if isinstance(m, PackedExperts))
+    hidden, routing, _ = routed(experts, 40, seed=0)
+    sound = experts(hidden, *routing)
+    hidden[7, 3] = torch.nan
+    found = experts(hidden, *routing)
+    assert found[7].isnan().all()
+    others = torch.arange(40) != 7
+    torch.testing.assert_close(found[others], sound[others], rtol=1e-4, atol=1e-5)
 
 
 def test_generation_gives_the_same_tokens(compressed, switch):
@@ -94,10 +133,10 @@ def edited(compressed, tmp_path, edit):
     return target
 
 
-@pytest.mark.parametrize("part", ["codes", "row_codewords", "levels"])
+@pytest.mark.parametrize("part", ["codes", "row_codewords", "fewest_codewords", "levels"])
 def test_a_flipped_bit_is_found_when_its_expert_is_used(compressed, tmp_path, part):
     def flip(tensors, prefix):
-        tensors[prefix + part].view(torch.uint8).view(-1)[4] ^= 1
+        tensors[prefix + part].view(torch.uint8).view(-1)[0] ^= 1
 
     model = qm.load(edited(compressed, tmp_path, flip))
     module = model.get_submodule("encoder.block.1.layer.1.mlp.experts")
@@ -106,27 +145,65 @@ def test_a_flipped_bit_is_found_when_its_expert_is_used(compressed, tmp_path, pa
     module.dense(3, "wi")
 
 
-def test_codes_forged_with_a_matching_checksum_are_found(compressed, tmp_path):
-    from qmoe_lite.experts import checksum
+def shift_a_codeword(tensors, prefix):
+    lengths = tensors[prefix + "row_codewords"][0]
+    longest = int(lengths.argmax())
+    lengths[longest] -= 1
+    lengths[longest - 1] += 1
 
+
+def add_to_fewest(number):
+    def forge(tensors, prefix):
+        tensors[prefix + "fewest_codewords"][0] += number  # int32: wraps around
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    "forge_lengths",
+    [shift_a_codeword, *(add_to_fewest(number) for number in (1, -1, -9, 65535, 2**31 - 9, 2**31 - 1))],
+    ids=["shifted", "1", "-1", "-9", "65535", "most", "wrapped"],
+)
+def test_codes_forged_with_a_matching_checksum_are_found(compressed, tmp_path, forge_lengths):
     def forge(tensors, prefix):
         book = qm.load(compressed[0]).get_submodule(prefix.rpartition(".")[0]).codebooks["wi"]
-        lengths = tensors[prefix + "row_codewords"].view(torch.int16)
-        lengths[0, 0] += 1
-        lengths[0, 1] -= 1
-        used = -(-int(lengths[0].sum()) * book.bits // 8) + 8
-        forged = qm.PackedMatrix(
-            codes=tensors[prefix + "codes"][:used],
+        forge_lengths(tensors, prefix)
+        whole = qm.PackedMatrix(
+            codes=tensors[prefix + "codes"],
             row_codewords=tensors[prefix + "row_codewords"][0],
             levels=tensors[prefix + "levels"][0],
             codebook=book,
             columns=24,
+            fewest_codewords=int(tensors[prefix + "fewest_codewords"][0]),
         )
-        tensors[prefix + "checksums"][0] = checksum(forged)
+        used = -(-int(whole.count_codewords().sum()) * book.bits // 8) + 8
+        tensors[prefix + "checksums"][0] = checksum(dataclasses.replace(whole, codes=whole.codes[:used]))
 
     model = qm.load(edited(compressed, tmp_path, forge))
     with pytest.raises(FormatError, match="expert 0"):
         model.get_submodule("encoder.block.1.layer.1.mlp.experts").dense(0, "wi")
+
+
+def test_a_layer_whose_row_lengths_are_of_8_and_of_16_bits_is_stored_in_16(compressed):
+    codebook = qm.Codebook.fit([115, 1770, 115])
+    digits = np.zeros((2, 3, 6000), dtype=np.int8)
+    digits[0, 1, :50] = 1
+    digits[1, 2] = 1
+    matrices = [qm.encode(each, np.ones((3, 2), dtype=np.float32), codebook) for each in digits]
+    assert [packed.row_codewords.dtype for packed in matrices] == [torch.uint8, torch.uint16]
+    tensors = pack_experts(matrices)
+    assert tensors["row_codewords"].dtype == torch.uint16
+    assert tensors["fewest_codewords"].tolist() == [packed.fewest_codewords for packed in matrices]
+    one = pack_experts(matrices[:1])
+    assert one["row_codewords"].dtype == torch.uint8
+    module = qm.load(compressed[0]).get_submodule("encoder.block.1.layer.1.mlp.experts")
+    module.layer = dataclasses.replace(module.layer, count=2, shapes={"wi": (3, 6000)})
+    module.codebooks = {"wi": codebook}
+    module.fill("wi", tensors)
+    for moved in (module, module.to(torch.bfloat16), module.to("cpu", torch.float64)):
+        for expert, packed in enumerate(matrices):
+            assert torch.equal(moved.packed(expert, "wi").count_codewords(), packed.count_codewords())
+            assert torch.equal(moved.dense(expert, "wi"), packed.dense())
 
 
 @pytest.mark.parametrize("start", [-16, 8, 1 << 40])
@@ -139,7 +216,7 @@ def test_offsets_out_of_bounds_are_found(compressed, tmp_path, start):
         model.get_submodule("encoder.block.1.layer.1.mlp.experts").dense(1, "wi")
 
 
-@pytest.mark.parametrize("part", ["codes", "expert_offsets", "row_codewords", "levels", "checksums"])
+@pytest.mark.parametrize("part", PARTS)
 def test_tensors_of_another_shape_are_refused_at_load(compressed, tmp_path, part):
     def shrink(tensors, prefix):
         value = tensors[prefix + part]
@@ -177,9 +254,11 @@ def test_configurations_of_other_makers_and_versions_are_refused(compressed, swi
         changed = {**config, "quantization_config": {**config["quantization_config"], **changes}}
         (target / "config.json").write_text(json.dumps(changed))
 
+    for other in (1, 3):
+        rewrite(format=other)
+        with pytest.raises(FormatError, match=f"format {other}; this qmoe-lite reads 2"):
+            qm.load(target)
     rewrite(format=2)
-    with pytest.raises(FormatError, match="format 2; this qmoe-lite reads 1"):
-        qm.load(target)
     rewrite(layers={})
     with pytest.raises(FormatError, match="other compressed layers"):
         qm.load(target)

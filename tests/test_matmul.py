@@ -15,7 +15,8 @@ from qmoe_lite import matmul
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.codec import encode
 from qmoe_lite.errors import DtypeError, FormatError, SettingError, ShapeError
-from qmoe_lite.matmul import decode_matmul
+from qmoe_lite.experts import pack_experts
+from qmoe_lite.matmul import MatrixStack, decode_matmul
 
 TERNARY = Codebook.fit([115, 1770, 115])
 TWO_BIT = Codebook.fit([885, 50, 40, 25])
@@ -165,13 +166,14 @@ def test_one_and_two_threads_give_the_same_bytes(codebook, width, tokens):
 
 
 def test_a_token_equals_itself_in_a_larger_batch():
-    """Also in another block of lanes; up to two sums a row are added in another order."""
+    """Also in another block of lanes; up to four tokens are added in another order."""
     _, _, packed = draw(TERNARY, 2, 50, 300)
     x = np.random.default_rng(5).standard_normal((100, 300)).astype(np.float32)
     whole = decode_matmul(packed, x)
-    for tokens in (2, 9, 20, 64, 65):
+    for tokens in (5, 9, 20, 64, 65):
         assert (decode_matmul(packed, x[:tokens]) == whole[:tokens]).all()
-    assert np.allclose(decode_matmul(packed, x[0]), whole[0], rtol=1e-4, atol=1e-5)
+    for tokens in (1, 2, 4):
+        assert np.allclose(decode_matmul(packed, x[:tokens]), whole[:tokens], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_not_asked_for():
@@ -215,3 +217,43 @@ def test_a_damaged_matrix_is_refused_and_a_sound_one_validated_once(monkeypatch)
     assert (decode_matmul(loaded, x) == decode_matmul(packed, x)).all()
     monkeypatch.setattr("qmoe_lite.validation.validate", lambda packed: pytest.fail("validated twice"))
     decode_matmul(loaded, x)
+
+
+def stack_of(matrices):
+    parts = pack_experts(matrices)
+    codes, offsets, rows, fewest = (
+        parts[name].numpy() for name in ("codes", "expert_offsets", "row_codewords", "fewest_codewords")
+    )
+    first = matrices[0]
+    return MatrixStack(codes, offsets, rows, fewest, parts["levels"], first.codebook, first.columns)
+
+
+@pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
+def test_groups_are_multiplied_as_each_would_be_alone(codebook, width, monkeypatch):
+    monkeypatch.setattr(matmul, "EXPANDED_BYTES", 1 << 17)  # a few jobs at a time
+    other = Codebook.fit(codebook.counts, bits=12)
+    matrices = [
+        [draw(book, width, rows, 300, seed)[2] for seed in range(5)] for book, rows in ((codebook, 67), (other, 130))
+    ]
+    experts, sizes = [0, 1, 3, 4], [1, 4, 70, 2]
+    bounds = [0, *np.cumsum(sizes).tolist()]
+    x = torch.from_numpy(np.random.default_rng(7).standard_normal((bounds[-1], 300)).astype(np.float32))
+    results = matmul.grouped_matmul([stack_of(some) for some in matrices], x, experts, bounds)
+    for some, result in zip(matrices, results, strict=True):
+        alone = [decode_matmul(some[e], x[a:b]) for e, a, b in zip(experts, bounds, bounds[1:], strict=False)]
+        assert torch.equal(result, torch.cat(alone))
+        reference = torch.cat([part @ some[e].dense().T for e, part in zip(experts, x.split(sizes), strict=True)])
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
+def test_columns_walked_in_stretches_give_the_whole_product(codebook, width, tokens, monkeypatch):
+    """Rows of very different codeword counts side by side; an odd number of rows; the last task not full."""
+    monkeypatch.setattr(matmul, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(matmul, "CHUNK_COLUMNS", 50)
+    digits, levels, _ = draw(codebook, width, 131, 1000, seed=tokens)
+    digits[1::3], digits[5] = 0, codebook.lowest_digit + codebook.digits - 1
+    packed = encode(digits, levels, codebook)
+    x = np.random.default_rng(tokens).standard_normal((tokens, 1000)).astype(np.float32)
+    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)

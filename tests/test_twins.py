@@ -17,7 +17,8 @@ TWINS = [
     ("codec", "decode_dense"),
     ("matmul", "decode_matmul"),
 ]
-CPU_KERNELS = {"_count_codewords_kernel": "codebook"}  # a CUDA kernel's twin lies in the file of the same name, or here
+# a CUDA kernel's twin lies in the file of the same name, or here
+CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_gather_kernel": "_products"}
 
 
 def stems():
@@ -53,7 +54,8 @@ def test_every_kernel_has_its_name_on_the_cpu(stem):
     kernels = [name for name in functions(ROOT / "cuda" / f"{stem}.py") if name.endswith("_kernel")]
     assert kernels
     for name in kernels:
-        assert name in functions(ROOT / "qmoe_lite" / f"{CPU_KERNELS.get(name, stem)}.py")
+        found = functions(ROOT / "qmoe_lite" / f"{CPU_KERNELS.get(name, stem)}.py")
+        assert name.lstrip("_") in {function.lstrip("_") for function in found}
 
 
 @pytest.mark.parametrize("stem", stems())

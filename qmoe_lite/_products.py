@@ -1,0 +1,472 @@
+"""The kernels of the product: a row's codewords are walked once for some tokens, whose sums stay in registers.
+
+A job is a group of tokens that go through one expert; a task is a block of a job's rows, and tasks are spread over the
+threads. Two rows are walked at a time: the processor adds the one while it waits for the other's table entries.
+
+Few tokens (`gather`): x is laid out in groups of `digits * tokens` floats a column that hold zeros and once the tokens'
+values, so that what lies at a nonzero's slot IS what it adds to the sums of each level and token: one load and addition
+a nonzero, no sign, no multiplication. An absent nonzero points at the zero slot.
+More tokens (`block`): a nonzero adds its level times the tokens' values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from qmoe_lite._vectors import (
+    add,
+    add_at,
+    add_multiple_at,
+    address_of,
+    load_32_at,
+    load_64_at,
+    prefetch,
+    store,
+    zeros,
+)
+
+TASK_ROWS = 64
+EXPERT, CHOICE, FIRST, COUNT = range(4)  # columns of `jobs`: expert, its place in `levels`, first token, tokens
+_COLUMNS = 64  # expanded at a time
+_LARGEST = np.float32(np.finfo(np.float32).max)
+
+
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy")
+def expand_kernel(x: NDArray[np.float32], jobs: NDArray[np.int64], offset: int, out: NDArray[np.float32]) -> bool:
+    """Lay x (N, C) out for each job: out (J, C + padding, group), tokens side by side from `offset` on, else zeros.
+
+    Returns whether all of x that the jobs name is finite.
+    """
+    pieces = (out.shape[1] + _COLUMNS - 1) // _COLUMNS
+    spoilt = 0
+    for task in prange(len(jobs) * pieces):
+        job = task // pieces
+        start = task % pieces * _COLUMNS
+        spoilt += _expand_piece(x[:, start : start + _COLUMNS], jobs[job], offset, out[job, start : start + _COLUMNS])
+    return spoilt == 0
+
+
+@njit(forceinline=True, error_model="numpy")
+def _expand_piece(x: NDArray[np.float32], job: NDArray[np.int64], offset: int, out: NDArray[np.float32]) -> int:
+    first, count, columns = job[FIRST], job[COUNT], x.shape[1]
+    spoilt = 0
+    out[:] = 0
+    for token in range(count):
+        row = x[first + token]
+        for column in range(columns):
+            value = row[column]
+            out[column, offset + token] = value
+            spoilt += not abs(value) <= _LARGEST
+    return spoilt
+
+
+@njit(forceinline=True, error_model="numpy")
+def _entry(table: np.uint64, code: np.uint64, fields: tuple[int, ...]) -> np.uint64:
+    if len(fields) <= 3:
+        return load_32_at(table + np.uint64(4) * code)
+    return load_64_at(table + np.uint64(8) * code)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _field(entry: np.uint64, i: int, fields: tuple[int, ...]) -> np.uint64:
+    field = entry >> np.uint64(8 * i + 8)
+    return field if i == len(fields) - 1 else field & np.uint64(255)  # nothing is behind the last
+
+
+@njit(forceinline=True, error_model="numpy")
+def _code(word: np.uint64, k: np.uint64, bits: tuple[int, ...]) -> np.uint64:
+    return (word >> (k * np.uint64(len(bits)))) & ((np.uint64(1) << np.uint64(len(bits))) - np.uint64(1))
+
+
+@njit(forceinline=True, error_model="numpy")
+def _word(codes: np.uint64, bit: np.uint64) -> np.uint64:
+    return load_64_at(codes + (bit >> np.uint64(3))) >> (bit & np.uint64(7))  # 57 bits: four codewords, or 16-bit ones
+
+
+@njit(forceinline=True, error_model="numpy")
+def _first_codeword(row_codewords: NDArray[Any], fewest: NDArray[np.int32], expert: int, row: int) -> Any:
+    """Number of a row's first codeword within its expert."""
+    before = np.int64(fewest[expert]) * row
+    for earlier in range(row):
+        before += np.int64(row_codewords[expert, earlier])
+    return before
+
+
+@njit(forceinline=True, error_model="numpy")
+def _gather_codeword(
+    code: np.uint64,
+    table: np.uint64,
+    fields: tuple[int, ...],
+    tokens: tuple[int, ...],
+    place: np.uint64,
+    total: Any,
+) -> tuple[np.uint64, Any]:
+    """Add what lies at a codeword's slots; give the place behind the codeword, and the sums."""
+    slot_bytes = np.uint64(4 * len(tokens))
+    entry = _entry(table, code, fields)
+    for i in range(len(fields)):
+        total = add_at(total, place + slot_bytes * _field(entry, i, fields))
+    return place + slot_bytes * (entry & np.uint64(255)), total
+
+
+@njit(forceinline=True, error_model="numpy")
+def _gather_four(
+    word: np.uint64,
+    table: np.uint64,
+    bits: tuple[int, ...],
+    fields: tuple[int, ...],
+    tokens: tuple[int, ...],
+    place: np.uint64,
+    sum0: Any,
+    sum1: Any,
+    sum2: Any,
+    sum3: Any,
+) -> tuple[np.uint64, Any, Any, Any, Any]:
+    """Add four codewords, one to each sum: an addition need not wait for the one before."""
+    place, sum0 = _gather_codeword(_code(word, np.uint64(0), bits), table, fields, tokens, place, sum0)
+    place, sum1 = _gather_codeword(_code(word, np.uint64(1), bits), table, fields, tokens, place, sum1)
+    place, sum2 = _gather_codeword(_code(word, np.uint64(2), bits), table, fields, tokens, place, sum2)
+    place, sum3 = _gather_codeword(_code(word, np.uint64(3), bits), table, fields, tokens, place, sum3)
+    return place, sum0, sum1, sum2, sum3
+
+
+@njit(forceinline=True, error_model="numpy")
+def _gather_pair(
+    codes: np.uint64,
+    table: np.uint64,
+    state: NDArray[np.uint64],
+    at: int,
+    end: np.uint64,
+    bits: tuple[int, ...],
+    fields: tuple[int, ...],
+    tokens: tuple[int, ...],
+    lanes: tuple[int, ...],
+    sums: np.uint64,
+) -> None:
+    """Walk two rows until their codewords are used up or the place `end` is reached; add to the 2 * lanes at `sums`.
+
+    state[at : at + 6]: of each row the next bit, groups of four codewords left, the place in x. Where the last group
+    has fewer than four, what follows it in the stream is added too: it finds the zeros behind x.
+    """
+    step = np.uint64(4 * len(bits))
+    bit0, left0, place0 = state[at], state[at + 1], state[at + 2]
+    bit1, left1, place1 = state[at + 3], state[at + 4], state[at + 5]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(lanes)
+    both = min(left0, left1)
+    left0 -= both
+    left1 -= both
+    while both > np.uint64(0) and place0 < end:
+        place0, a0, a1, a2, a3 = _gather_four(_word(codes, bit0), table, bits, fields, tokens, place0, a0, a1, a2, a3)
+        place1, b0, b1, b2, b3 = _gather_four(_word(codes, bit1), table, bits, fields, tokens, place1, b0, b1, b2, b3)
+        bit0 += step
+        bit1 += step
+        both -= np.uint64(1)
+    first_longer = left0 > np.uint64(0)
+    left0 += both
+    left1 += both
+    store(sums, add_at(add(add(a0, a1), add(a2, a3)), sums))
+    other = sums + np.uint64(4 * len(lanes))
+    store(other, add_at(add(add(b0, b1), add(b2, b3)), other))
+    if both == np.uint64(0):  # at most one row has more
+        bit, left, place, longer = bit1, left1, place1, other
+        if first_longer:
+            bit, left, place, longer = bit0, left0, place0, sums
+        a0 = a1 = a2 = a3 = zeros(lanes)
+        while left > np.uint64(0) and place < end:
+            place, a0, a1, a2, a3 = _gather_four(_word(codes, bit), table, bits, fields, tokens, place, a0, a1, a2, a3)
+            bit += step
+            left -= np.uint64(1)
+        store(longer, add_at(add(add(a0, a1), add(a2, a3)), longer))
+        if first_longer:
+            bit0, left0, place0 = bit, left, place
+        else:
+            bit1, left1, place1 = bit, left, place
+    state[at], state[at + 1], state[at + 2] = bit0, left0, place0
+    state[at + 3], state[at + 4], state[at + 5] = bit1, left1, place1
+
+
+@njit(forceinline=True, error_model="numpy")
+def _gather_rows(
+    codes: NDArray[np.uint8],
+    offset: int,
+    row_codewords: NDArray[Any],
+    fewest: NDArray[np.int32],
+    table: NDArray[Any],
+    bits: tuple[int, ...],
+    fields: tuple[int, ...],
+    tokens: tuple[int, ...],
+    lanes: tuple[int, ...],
+    job: NDArray[np.int64],
+    levels: NDArray[np.float32],
+    slots: NDArray[np.float32],
+    columns: int,
+    chunks: int,
+    first: int,
+    y: NDArray[np.float32],
+) -> None:
+    """Fill y[tokens of the job, first : first + TASK_ROWS]."""
+    expert = job[EXPERT]
+    rows = min(TASK_ROWS, levels.shape[1] - first)
+    pairs = (rows + 1) // 2
+    state = np.empty(6 * pairs, dtype=np.uint64)
+    sums = np.empty(2 * pairs * len(lanes), dtype=np.float32)
+    stream, x_start = address_of(codes) + np.uint64(offset), address_of(slots)
+    codeword = _first_codeword(row_codewords, fewest, expert, first)
+    begin = codeword
+    for i in range(rows):
+        count = np.int64(row_codewords[expert, first + i]) + fewest[expert]
+        state[3 * i], state[3 * i + 1], state[3 * i + 2] = codeword * len(bits), (count + 3) // 4, x_start
+        codeword += count
+    if rows % 2:
+        state[3 * rows + 1] = 0  # beside the last row of an odd number: nothing
+    for i in range(len(sums)):
+        sums[i] = 0
+    # the codes of the next rows are asked for while these are walked: chunks read them in an order no processor guesses
+    ahead = stream + np.uint64(codeword * len(bits) // 8)
+    lines = (codeword - begin) * len(bits) // (8 * 64 * pairs * chunks) + 1 if chunks > 1 else 0
+    for chunk in range(chunks):
+        end = x_start + np.uint64(4 * slots.shape[1] * (columns * (chunk + 1) // chunks))
+        if chunk == chunks - 1:
+            end = ~np.uint64(0)
+        for pair in range(pairs):
+            for line in range(lines):
+                prefetch(ahead + np.uint64(64 * line))
+            ahead += np.uint64(64 * lines)
+            both = address_of(sums) + np.uint64(8 * len(lanes) * pair)
+            _gather_pair(stream, address_of(table), state, 6 * pair, end, bits, fields, tokens, lanes, both)
+    width, choice = len(tokens), job[CHOICE]
+    for token in range(job[COUNT]):
+        for i in range(rows):
+            row, at = first + i, len(lanes) * i + token
+            if levels.shape[2] == 1:  # symmetric
+                total = levels[choice, row, 0] * (sums[at + width] - sums[at])
+            elif levels.shape[2] == 2:
+                total = levels[choice, row, 0] * sums[at] + levels[choice, row, 1] * sums[at + width]
+            else:
+                total = levels[choice, row, 0] * sums[at + 2 * width] + levels[choice, row, 1] * sums[at + width]
+                total += levels[choice, row, 2] * sums[at]
+            y[job[FIRST] + token, row] = total
+
+
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy")
+def gather_kernel(
+    codes: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    row_codewords: NDArray[Any],
+    fewest: NDArray[np.int32],
+    table: NDArray[Any],
+    bits: tuple[int, ...],
+    fields: tuple[int, ...],
+    tokens: tuple[int, ...],
+    lanes: tuple[int, ...],
+    jobs: NDArray[np.int64],
+    levels: NDArray[np.float32],
+    slots: NDArray[np.float32],
+    columns: int,
+    chunks: int,
+    y: NDArray[np.float32],
+) -> None:
+    """Fill y (N, R) for jobs of up to len(tokens) tokens.
+
+    codes (bytes,), offsets (E + 1,), row_codewords (E, R), fewest (E,): the matrices. levels (choices, R, L). slots
+    (J, C + padding, digits * tokens) from `expand_kernel` with offset (digits - 2) * tokens. Of the tuples only the
+    length counts; `lanes` is at least (digits - 1) * tokens. x is walked in `chunks` that fit the first-level cache:
+    all rows of a task in one, then in the next.
+    """
+    blocks = (levels.shape[1] + TASK_ROWS - 1) // TASK_ROWS
+    for task in prange(len(jobs) * blocks):
+        job = jobs[task // blocks]
+        _gather_rows(
+            codes,
+            offsets[job[EXPERT]],
+            row_codewords,
+            fewest,
+            table,
+            bits,
+            fields,
+            tokens,
+            lanes,
+            job,
+            levels,
+            slots[task // blocks],
+            columns,
+            chunks,
+            task % blocks * TASK_ROWS,
+            y,
+        )
+
+
+@njit(forceinline=True, error_model="numpy")
+def _add_codeword(
+    code: np.uint64,
+    positions: np.uint64,
+    slots: np.uint64,
+    fields: tuple[int, ...],
+    levels: np.uint64,
+    lanes: tuple[int, ...],
+    place: np.uint64,
+    total: Any,
+) -> tuple[np.uint64, Any]:
+    """Add levels times activations of a codeword's nonzeros; give the place behind the codeword, and the sums."""
+    column_bytes = np.uint64(4 * len(lanes))
+    entry, of_entry = _entry(positions, code, fields), _entry(slots, code, fields)
+    for i in range(len(fields)):
+        level = levels + np.uint64(4) * _field(of_entry, i, fields)
+        total = add_multiple_at(total, level, place + column_bytes * _field(entry, i, fields))
+    return place + column_bytes * (entry & np.uint64(255)), total
+
+
+@njit(forceinline=True, error_model="numpy")
+def _block_pair(
+    stream: np.uint64,
+    bit0: np.uint64,
+    end0: np.uint64,
+    end1: np.uint64,
+    positions: np.uint64,
+    slots: np.uint64,
+    bits: int,
+    fields: tuple[int, ...],
+    values: np.uint64,
+    digits: int,
+    lanes: tuple[int, ...],
+    x_start: np.uint64,
+    sums: np.uint64,
+) -> None:
+    """Write the sums of two rows, bits bit0 to end0 and end0 to end1, to 2 * lanes at `sums`; values (2, digits)."""
+    step = np.uint64(bits)
+    mask = (np.uint64(1) << step) - np.uint64(1)
+    bit1 = end0
+    levels0 = values
+    levels1 = values + np.uint64(4 * digits)
+    place0 = place1 = x_start
+    total0 = total1 = zeros(lanes)
+    while bit0 + np.uint64(3) * step < end0 and bit1 + np.uint64(3) * step < end1:
+        word0, word1 = _word(stream, bit0), _word(stream, bit1)
+        for k in range(4):
+            place0, total0 = _add_codeword(
+                (word0 >> (np.uint64(k) * step)) & mask, positions, slots, fields, levels0, lanes, place0, total0
+            )
+            place1, total1 = _add_codeword(
+                (word1 >> (np.uint64(k) * step)) & mask, positions, slots, fields, levels1, lanes, place1, total1
+            )
+        bit0 += np.uint64(4) * step
+        bit1 += np.uint64(4) * step
+    while bit0 < end0:
+        code = _word(stream, bit0) & mask
+        place0, total0 = _add_codeword(code, positions, slots, fields, levels0, lanes, place0, total0)
+        bit0 += step
+    while bit1 < end1:
+        code = _word(stream, bit1) & mask
+        place1, total1 = _add_codeword(code, positions, slots, fields, levels1, lanes, place1, total1)
+        bit1 += step
+    store(sums, total0)
+    store(sums + np.uint64(4 * len(lanes)), total1)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _fill_values(levels: NDArray[np.float32], choice: int, row: int, values: NDArray[np.float32], digits: int) -> None:
+    """Write the weight value of each slot to values (digits,), the zero slot's last; see `codec.slot_values`."""
+    if levels.shape[2] == 1:
+        values[0], values[1] = levels[choice, row, 0], -levels[choice, row, 0]
+    elif levels.shape[2] == 2:
+        values[0], values[1] = levels[choice, row, 1], levels[choice, row, 0]
+    else:
+        values[0], values[1], values[2] = levels[choice, row, 0], levels[choice, row, 1], levels[choice, row, 2]
+    values[digits - 1] = 0
+
+
+@njit(forceinline=True, error_model="numpy")
+def _block_rows(
+    codes: NDArray[np.uint8],
+    offset: int,
+    row_codewords: NDArray[Any],
+    fewest: NDArray[np.int32],
+    positions: NDArray[Any],
+    slots: NDArray[Any],
+    bits: int,
+    fields: tuple[int, ...],
+    lanes: tuple[int, ...],
+    job: NDArray[np.int64],
+    levels: NDArray[np.float32],
+    digits: int,
+    x_columns: NDArray[np.float32],
+    first: int,
+    y: NDArray[np.float32],
+) -> None:
+    """Fill y[tokens of the job, first : first + TASK_ROWS]."""
+    expert = job[EXPERT]
+    rows = min(TASK_ROWS, levels.shape[1] - first)
+    sums = np.empty((TASK_ROWS, len(lanes)), dtype=np.float32)
+    values = np.empty((2, digits), dtype=np.float32)
+    stream = address_of(codes) + np.uint64(offset)
+    bit = np.uint64(_first_codeword(row_codewords, fewest, expert, first) * bits)
+    for i in range(0, rows, 2):
+        end0 = bit + np.uint64((np.int64(row_codewords[expert, first + i]) + fewest[expert]) * bits)
+        end1 = end0  # a row of no codewords beside the last of an odd number
+        _fill_values(levels, job[CHOICE], first + i, values[0], digits)
+        if i + 1 < rows:
+            end1 += np.uint64((np.int64(row_codewords[expert, first + i + 1]) + fewest[expert]) * bits)
+            _fill_values(levels, job[CHOICE], first + i + 1, values[1], digits)
+        _block_pair(
+            stream,
+            bit,
+            end0,
+            end1,
+            address_of(positions),
+            address_of(slots),
+            bits,
+            fields,
+            address_of(values),
+            digits,
+            lanes,
+            address_of(x_columns),
+            address_of(sums) + np.uint64(4 * len(lanes) * i),
+        )
+        bit = end1
+    for token in range(job[COUNT]):
+        for i in range(rows):
+            y[job[FIRST] + token, first + i] = sums[i, token]
+
+
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy")
+def block_kernel(
+    codes: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    row_codewords: NDArray[Any],
+    fewest: NDArray[np.int32],
+    positions: NDArray[Any],
+    slots: NDArray[Any],
+    bits: int,
+    fields: tuple[int, ...],
+    lanes: tuple[int, ...],
+    jobs: NDArray[np.int64],
+    levels: NDArray[np.float32],
+    digits: int,
+    x_columns: NDArray[np.float32],
+    y: NDArray[np.float32],
+) -> None:
+    """Fill y (N, R) for jobs of up to len(lanes) tokens; x_columns (J, C + padding, lanes) from `expand_kernel`."""
+    blocks = (levels.shape[1] + TASK_ROWS - 1) // TASK_ROWS
+    for task in prange(len(jobs) * blocks):
+        job = jobs[task // blocks]
+        _block_rows(
+            codes,
+            offsets[job[EXPERT]],
+            row_codewords,
+            fewest,
+            positions,
+            slots,
+            bits,
+            fields,
+            lanes,
+            job,
+            levels,
+            digits,
+            x_columns[task // blocks],
+            task % blocks * TASK_ROWS,
+            y,
+        )
