@@ -1,13 +1,16 @@
-"""What every measurement says about where it was made."""
+"""What every measurement says about where it was made, and the threads it may use."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from qmoe_lite import __version__
+from qmoe_lite.errors import SettingError
 
 
 def machine_line(*packages: str) -> str:
@@ -25,3 +28,22 @@ def processor() -> str:
             if line.startswith("model name"):
                 return " ".join(line.partition(":")[2].split())
     return platform.processor() or "unknown processor"
+
+
+@contextmanager
+def limited_threads(threads: int) -> Iterator[None]:
+    """Let torch and Numba use so many threads inside the block; raise SettingError for more than there are."""
+    import numba
+    import torch
+
+    most = numba.config.NUMBA_NUM_THREADS
+    if not 1 <= threads <= most:
+        raise SettingError(f"threads is {threads}; expected 1 to {most} on this machine.")
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])

@@ -1,31 +1,35 @@
 """The product straight from codewords beside torch's dense products, in one process.
 
 Weights are rotated through as many copies as do not fit the last cache, so that all of them come from memory, as they
-do when a model's layers take turns. Results are compared with the dense product before anything is timed.
+do when a model's layers take turns. Every product is compared with the dense one before anything is timed; then they
+take turns, so that what else the machine does meets them all.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from qmoe_lite.bench._common import machine_line
+from qmoe_lite.bench._common import limited_threads, machine_line
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.codec import encode
+from qmoe_lite.codec import decode_dense, encode
 from qmoe_lite.errors import QMoEError, SettingError
 from qmoe_lite.matmul import decode_matmul
 from qmoe_lite.packed import PackedMatrix
 
 SHAPES = {  # rows, columns of an expert's matrix
     "switch-base": (3072, 768),
+    "switch-large": (4096, 1024),
     "switch-c2048": (6144, 2080),
     "qwen3-30b-a3b": (768, 2048),
     "mixtral": (14336, 4096),
@@ -34,19 +38,31 @@ SHAPES = {  # rows, columns of an expert's matrix
 TOKENS = (1, 4, 16, 64, 256)
 ZEROS = 0.885
 COLD_BYTES = 128 << 20  # rotated through, more than the caches of the machines we know hold for one core
-_TRIALS, _SECONDS = 5, 0.15
+TOLERANCES = {"int8": 0.05, "bfloat16": 0.02, "float32": 1e-4}  # largest error, over the largest result
+_TRIALS, _SECONDS = 5, 0.1
+
+Product = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Multiply-adds a second, in 10^9, of one shape and number of tokens; ours with one and two levels a row."""
+    """Multiply-adds a second, in 10^9, of one shape and number of tokens.
+
+    Ours: x float32 with one and with two levels a row; x bfloat16 with two. torch's dense products: float32, bfloat16,
+    and int8 with float32 x that is quantised for each product (None where torch has no engine for it). Dequantised: our
+    matrix of two levels written out anew for each product, then torch's dense one.
+    """
 
     shape: str
     tokens: int
     one_level: float
     two_levels: float
-    float32: float
-    bfloat16: float
+    bfloat16_input: float
+    dense_float32: float
+    dense_bfloat16: float
+    dense_int8: float | None
+    dequantised_float32: float
+    dequantised_bfloat16: float
 
 
 @dataclass(frozen=True)
@@ -64,10 +80,20 @@ class MatmulReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Contender:
+    """A product, the copies of the matrix that it takes in turn, the dtype of its x, and how exact it must be."""
+
+    product: Product
+    matrices: Iterator[Any]
+    dtype: torch.dtype
+    tolerance: float
+
+
 def measure(
     shapes: tuple[str, ...] = tuple(SHAPES), tokens: tuple[int, ...] = TOKENS, threads: int = 1, seed: int = 0
 ) -> MatmulReport:
-    """Time both products.
+    """Time all products.
 
     Parameters
     ----------
@@ -83,28 +109,21 @@ def measure(
     Raises
     ------
     SettingError
-        An unknown shape, or a number below 1.
+        An unknown shape, a number below 1, or more threads than there are.
     QMoEError
-        The two products differ: nothing is timed.
+        A product is wrong: nothing is timed.
     """
     if unknown := sorted(set(shapes) - set(SHAPES)):
         raise SettingError(f"shape {unknown[0]} is unknown; expected {', '.join(SHAPES)}.")
-    most = numba.config.NUMBA_NUM_THREADS
-    if min(*tokens, threads) < 1 or threads > most:
-        raise SettingError(f"tokens and threads must be at least 1, threads at most {most} here.")
-    before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
-    try:
+    if not tokens or min(tokens) < 1:
+        raise SettingError(f"tokens is {tokens}; expected numbers of at least 1.")
+    with limited_threads(threads):
         speeds, rates = [], []
         for shape in shapes:
             found, rate = _measure_shape(shape, tokens, np.random.default_rng(seed))
             speeds += found
             rates.append(rate)
         copy = _copy_gigabytes()
-    finally:
-        torch.set_num_threads(before[0])
-        numba.set_num_threads(before[1])
     return MatmulReport(tuple(speeds), statistics.mean(rates), copy, threads, machine_line("torch", "numba"))
 
 
@@ -115,55 +134,107 @@ def _measure_shape(shape: str, tokens: tuple[int, ...], rng: np.random.Generator
     book = Codebook.fit([int((digits == digit).sum()) for digit in (-1, 0, 1)])
     one = encode(digits, torch.full((rows, 1), 0.5, dtype=torch.bfloat16), book)
     two = encode(digits, torch.tensor([[-0.5, 0.375]] * rows, dtype=torch.bfloat16), book)
-    packed = {"one_level": _copies(one, one.nbytes), "two_levels": _copies(two, two.nbytes)}
-    dense = {
-        dtype: _copies(two.dense(dtype), rows * columns * dtype.itemsize) for dtype in (torch.float32, torch.bfloat16)
-    }
-    found = []
+    contenders, found = _contenders(one, two), []
     for count in tokens:
         x = torch.from_numpy(rng.standard_normal((count, columns)).astype(np.float32)).squeeze(0)
-        reference = torch.nn.functional.linear(x, dense[torch.float32][0])
-        error = (decode_matmul(two, x) - reference).abs().max() / reference.abs().max()
-        if error > 1e-4:
-            raise QMoEError(f"the products of {shape} differ by {error:.1e}; please report this as a bug.")
-        speed = {name: _rate(matrices, decode_matmul, x) for name, matrices in packed.items()}
-        for dtype, matrices in dense.items():
-            cast = x.to(dtype)
-            speed[str(dtype).removeprefix("torch.")] = _rate(
-                matrices, lambda w, x: torch.nn.functional.linear(x, w), cast
-            )
+        _check(shape, contenders, x, {name: linear(x, of.dense()) for name, of in (("one", one), ("two", two))})
         work = rows * columns * count / 1e9
-        found.append(Speed(shape, count, **{name: work * rate for name, rate in speed.items()}))
+        speeds = {name: work * rate for name, rate in _rates(contenders, x).items()}
+        found.append(Speed(shape, count, dense_int8=speeds.pop("dense_int8", None), **speeds))
     return found, two.bits_per_weight
 
 
-def _copies(matrix: Any, nbytes: int) -> list[Any]:
-    """Give so many copies of a matrix that they do not fit the caches."""
-    clone: Callable[[], Any] = matrix.clone if isinstance(matrix, Tensor) else lambda: _clone(matrix)
-    return [matrix, *(clone() for _ in range(COLD_BYTES // nbytes))]
+def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
+    """Give every product by the name of its field in `Speed`."""
+    full, half = torch.float32, torch.bfloat16
+    exact, rounded = TOLERANCES["float32"], TOLERANCES["bfloat16"]
+
+    def dense(w: Tensor, x: Tensor) -> Tensor:
+        return linear(x, w)
+
+    def dequantised(packed: PackedMatrix, x: Tensor) -> Tensor:
+        return linear(x, decode_dense(packed, x.dtype))
+
+    def int8(w: Any, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic(x.view(-1, x.shape[-1]), w, False)
+        return y
+
+    def ours(packed: PackedMatrix, x: Tensor) -> Tensor:
+        y: Tensor = decode_matmul(packed, x)
+        return y
+
+    copies = _rotated(two.nbytes, two, lambda: _clone(two))
+    found = {
+        "one_level": _Contender(ours, _rotated(one.nbytes, one, lambda: _clone(one)), full, exact),
+        "two_levels": _Contender(ours, copies, full, exact),
+        "bfloat16_input": _Contender(ours, copies, half, rounded),
+        "dequantised_float32": _Contender(dequantised, copies, full, exact),
+        "dequantised_bfloat16": _Contender(dequantised, copies, half, rounded),
+    }
+    for name, dtype, tolerance in (("float32", full, exact), ("bfloat16", half, rounded)):
+        weight = two.dense(dtype)
+        found[f"dense_{name}"] = _Contender(dense, _rotated(weight.nbytes, weight, weight.clone), dtype, tolerance)
+    weight = two.dense()
+    if (packed := _pack_int8(weight)) is not None:
+        copies = _rotated(weight.nbytes // 4, packed, lambda: _pack_int8(weight))
+        found["dense_int8"] = _Contender(int8, copies, full, TOLERANCES["int8"])
+    return found
+
+
+def _rotated(nbytes: int, first: Any, clone: Callable[[], Any]) -> Iterator[Any]:
+    """Give, for ever in turn, so many copies of a matrix that they do not fit the caches."""
+    return itertools.cycle([first, *(clone() for _ in range(COLD_BYTES // nbytes))])
 
 
 def _clone(packed: PackedMatrix) -> PackedMatrix:
-    codes, row_codewords, levels = (part.clone() for part in (packed.codes, packed.row_codewords, packed.levels))
-    return PackedMatrix(codes, row_codewords, levels, packed.codebook, packed.columns, packed._validated)
+    parts = {name: getattr(packed, name).clone() for name in ("codes", "row_codewords", "levels")}
+    return replace(packed, **parts)
 
 
-def _rate(matrices: list[Any], product: Callable[[Any, Tensor], Tensor], x: Tensor) -> float:
-    """Products a second: the median of some trials, each over enough products to be timed."""
-    product(matrices[0], x)  # compiles
-    place, trials = 0, []
+def _pack_int8(weight: Tensor) -> Any:
+    """Quantise a matrix row by row for torch's dynamic int8 product; None where this torch does not offer it."""
+    rows = len(weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch means to remove it one day
+        try:
+            scale = weight.abs().amax(1).double() / 127
+            packed = torch.quantize_per_channel(weight, scale, torch.zeros(rows, dtype=torch.int64), 0, torch.qint8)
+            return torch.ops.quantized.linear_prepack(packed, None)
+        except (RuntimeError, AttributeError):
+            return None
+
+
+def _check(shape: str, contenders: dict[str, _Contender], x: Tensor, references: dict[str, Tensor]) -> None:
+    for name, of in contenders.items():
+        reference = references["one" if name == "one_level" else "two"]
+        found = _product(of, x.to(of.dtype)).to(torch.float32).view_as(reference)
+        error = float((found - reference).abs().max() / reference.abs().max())
+        if not error <= of.tolerance:
+            raise QMoEError(f"{name} of {shape} differs by {error:.1e}; please report this as a bug.")
+
+
+def _rates(contenders: dict[str, _Contender], x: Tensor) -> dict[str, float]:
+    """Products a second of each: the median of some trials in turn, each over enough products to be timed."""
+    inputs = {name: x.to(of.dtype) for name, of in contenders.items()}
+    trials: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(_TRIALS):
-        done, start = 0, time.perf_counter()
-        while (passed := time.perf_counter() - start) < _SECONDS:
-            product(matrices[place % len(matrices)], x)
-            place += 1
-            done += 1
-        trials.append(done / passed)
-    return statistics.median(trials)
+        for name, of in contenders.items():
+            _product(of, inputs[name])  # after another's turn: threads start anew
+            done, start = 0, time.perf_counter()
+            while (passed := time.perf_counter() - start) < _SECONDS:
+                _product(of, inputs[name])
+                done += 1
+            trials[name].append(done / passed)
+    return {name: statistics.median(of) for name, of in trials.items()}
+
+
+def _product(of: _Contender, x: Tensor) -> Tensor:
+    return of.product(next(of.matrices), x)
 
 
 def _copy_gigabytes() -> float:
     """Bytes read and written a second by torch's copy of a large tensor."""
     source = torch.ones(COLD_BYTES // 4)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / 1e9 * _rate([source], lambda _, x: target.copy_(x), source)
+    copy = _Contender(lambda to, x: to.copy_(x), itertools.repeat(target), torch.float32, 0)
+    return 2 * source.nbytes / 1e9 * _rates({"copy": copy}, source)["copy"]

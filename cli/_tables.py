@@ -1,0 +1,228 @@
+"""What `qmoe bench` prints: tables within 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qmoe_lite.bench.gptq import GptqReport
+    from qmoe_lite.bench.layer import LayerReport
+    from qmoe_lite.bench.matmul import MatmulReport, Speed
+    from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, RatesReport
+
+
+def _table(
+    title: str, headings: Iterable[str], rows: Iterable[list[str]], *, text: int = 0, tight: bool = False
+) -> None:
+    """Print a title and a table; its first `text` columns hold words, the others figures.
+
+    A row without its first cell belongs to the one above; a line parts such groups. A tight table has one space between
+    columns, not two.
+    """
+    from rich import box
+    from rich.table import Table
+
+    from qmoe_lite.cli import _output
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0 if tight else 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < text else "right", overflow="fold")
+    grouped = False
+    for row in rows:
+        if grouped and row[0]:
+            table.add_section()
+        grouped = not row[0]
+        table.add_row(*row)
+    _output.print_text(title)
+    _output.print_table(table)
+    _output.print_text()
+
+
+def _figures(*values: float) -> list[str]:
+    return [f"{value:.3f}" for value in values]
+
+
+def _over(value: float, entropy: float) -> str:
+    """How much a rate is above entropy, in at most six characters."""
+    if not entropy:
+        return "-"
+    more = value / entropy - 1
+    return f"{more:+.0%}" if more >= 1 else f"{more:+.1%}"
+
+
+def _ratio(ours: float, peer: float | None) -> str:
+    """How many times a peer's figure ours is, in at most five characters."""
+    if not peer:
+        return "-"
+    return f"{ours / peer:.2f}x" if ours < 9.995 * peer else f"{ours / peer:.1f}x"
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _zstd(names: Iterable[str]) -> list[str]:
+    return [name.replace(" -", "\n-") for name in names]
+
+
+def print_rates(report: RatesReport) -> None:
+    """Print the rates of random digits: codes, zstd, and with what is stored of a row."""
+    from qmoe_lite.bench.rates import BITS, WIDTH, WIDTHS
+    from qmoe_lite.cli import _output
+
+    _table(
+        f"Code bits per weight, {report.weights:,} ternary digits in rows of {WIDTH}",
+        ["P(0)", "entropy", *(f"b={bits}" for bits in BITS), "auto", "over", "paper", "over"],
+        (
+            [
+                *_figures(r.zeros, r.entropy, *r.by_bits.values()),
+                str(r.bits),
+                _over(r.ours, r.entropy),
+                *_figures(r.paper),
+                _over(r.paper, r.entropy),
+            ]
+            for r in report.rates
+        ),
+    )
+    _output.print_text("b: bits of a codeword, the code fitted to the counts; auto: what qmoe chooses.\n")
+    _table(
+        "The same digits through zstd (all rows at once)",
+        ["P(0)", "entropy", "ours", *_zstd(report.rates[0].zstd), "best over"],
+        (
+            [*_figures(r.zeros, r.entropy, r.ours, *r.zstd.values()), _over(min(r.zstd.values()), r.entropy)]
+            for r in report.rates
+        ),
+    )
+    _table(
+        "With all that is stored of a row and its two levels, by columns",
+        ["P(0)", *(heading for width in WIDTHS for heading in (f"{width:,}\nours", "\npaper"))],
+        (
+            _figures(r.zeros, *(value for w in r.widths for value in (w.ours_stored, w.paper_stored)))
+            for r in report.rates
+        ),
+    )
+    _output.print_text(
+        f"One thread encodes {report.encode_speed:,.0f} and decodes {report.decode_speed:,.0f} million weights a "
+        f"second at P(0) = {report.speed_zeros}."
+    )
+
+
+def print_model_rates(report: ModelRatesReport) -> None:
+    """Print the rates of a model's digits, a row a projection."""
+    rows = [*report.projections, report.total]
+
+    def names(r: ProjectionRates) -> list[str]:
+        return [r.layer, r.projection]
+
+    _table(
+        "Bits per weight of the model's digits: codes, and with all that is stored",
+        ["layer", "projection", "P(0)", "entropy", "bits", "ours", "over", "stored", "paper", "over", "stored"],
+        (
+            [
+                *names(r),
+                *_figures(r.zeros, r.entropy),
+                str(r.bits or "-"),
+                *_figures(r.ours),
+                _over(r.ours, r.entropy),
+                *_figures(r.stored, r.paper),
+                _over(r.paper, r.entropy),
+                *_figures(r.paper_stored),
+            ]
+            for r in rows
+        ),
+        text=2,
+        tight=True,
+    )
+    _table(
+        "The same digits through zstd (all experts at once)",
+        ["layer", "projection", "entropy", "ours", *_zstd(report.total.zstd)],
+        ([*names(r), *_figures(r.entropy, r.ours, *r.zstd.values())] for r in rows),
+        text=2,
+    )
+
+
+def print_matmul(report: MatmulReport) -> None:
+    """Print speeds beside torch's dense products, and beside dequantising."""
+    from qmoe_lite.bench.matmul import SHAPES
+    from qmoe_lite.cli import _output
+
+    def names() -> Iterable[tuple[Speed, list[str]]]:
+        shown = ""
+        for row in report.speeds:
+            yield row, ["{} x {}".format(*SHAPES[row.shape]) if row.shape != shown else "", str(row.tokens)]
+            shown = row.shape
+
+    def figures(*speeds: float | None) -> list[str]:
+        return ["-" if speed is None else f"{speed:.1f}" for speed in speeds]
+
+    def against_dense(row: Speed) -> list[str]:
+        ours, peers = row.two_levels, (row.dense_float32, row.dense_bfloat16, row.dense_int8)
+        return figures(row.one_level, ours, *peers) + [_ratio(ours, peer) for peer in peers]
+
+    def against_dequantised(row: Speed) -> list[str]:
+        pairs = (row.two_levels, row.dequantised_float32), (row.bfloat16_input, row.dequantised_bfloat16)
+        return [cell for ours, peer in pairs for cell in (*figures(ours, peer), _ratio(ours, peer))]
+
+    first = ("rows x\ncolumns", "tokens")
+    threads, bits = _plural(report.threads, "thread"), f"{report.bits_per_weight:.2f} bits a weight"
+    dense = ("one\nlevel", "two\nlevels", "torch\nfp32", "\nbf16", "\nint8", "ours /\nfp32", "\nbf16", "\nint8")
+    _table(
+        f"10^9 multiply-adds a second, {threads}, {bits}",
+        (*first, *dense),
+        (name + against_dense(row) for row, name in names()),
+        text=1,
+    )
+    anew = ("x fp32\nours", "\nanew", "\nratio", "x bf16\nours", "\nanew", "\nratio")
+    _table(
+        "Beside dequantising the matrix anew for each of torch's dense products",
+        (*first, *anew),
+        (name + against_dequantised(row) for row, name in names()),
+        text=1,
+    )
+    _output.print_text("Ratios: two levels a row, as qmoe compress stores them; above 1 ours is faster.")
+    _output.print_text("int8: torch's dynamic product, rows of weights and x rounded to 8 bits.")
+    _output.print_text("Not measured here: ggml TQ1_0 25, IQ1_S 8.2 (one token, a thread of a Xeon).")
+    _output.print_text(f"Copying float32 in memory: {report.copy_gigabytes:.1f} GB/s read and written.")
+
+
+def print_layer(report: LayerReport) -> None:
+    """Print the milliseconds of a layer's call, ours and transformers'."""
+    from qmoe_lite.cli import _output
+
+    peers = list(report.speeds[0].peers)
+    _table(
+        f"A layer of {report.layer}'s experts: milliseconds a call, {_plural(report.threads, 'thread')}",
+        ("tokens", "ours", *(f"{peer}\nbf16" for peer in peers), "ours /\nfastest"),
+        (
+            [str(s.tokens), f"{s.ours:.2f}", *(f"{s.peers[peer]:.2f}" for peer in peers), f"{s.ratio:.2f}x"]
+            for s in report.speeds
+        ),
+    )
+    _output.print_text(f"Ours: {report.bits_per_weight:.2f} bits a weight, everything counted. Above 1 ours is faster.")
+
+
+def print_gptq(report: GptqReport) -> None:
+    """Print the seconds of both solvers, in their parts."""
+    from qmoe_lite.cli import _output
+
+    rows = []
+    for s in report.speeds:
+        parts = {
+            "all": (s.ours, s.torch),
+            "factorisation": (s.ours_factorisation, s.torch_factorisation),
+            "columns, error": (s.ours - s.ours_factorisation, s.torch - s.torch_factorisation),
+        }
+        for number, (part, (ours, peer)) in enumerate(parts.items()):
+            name = f"{s.rows} x {s.columns}" if number == 0 else ""
+            rows.append([name, part, f"{ours:.3f}", f"{peer:.3f}", _ratio(peer, ours)])
+        size = s.rows * s.columns / 1e6
+        rows.append(["", "10^6 weights/s", f"{size / s.ours:.2f}", f"{size / s.torch:.2f}", ""])
+    _table(
+        f"Seconds an expert, {_plural(report.experts, 'expert')}, {_plural(report.threads, 'thread')}",
+        ("rows x columns", "", "ours", "torch loop", "ratio"),
+        rows,
+        text=2,
+    )
+    same = ", ".join(f"{s.same:.2%} of {s.rows} x {s.columns}" for s in report.speeds)
+    _output.print_text(f"Equal digits: {same}.")
