@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import sys
 
 
 def provide_cache_directory() -> None:
@@ -11,11 +11,11 @@ def provide_cache_directory() -> None:
 
     numba takes NUMBA_CACHE_DIR, else the package's own directory, else the user's cache directory.
     """
-    if os.environ.get("NUMBA_CACHE_DIR") or os.access(Path(__file__).parent, os.W_OK):
+    if os.environ.get("NUMBA_CACHE_DIR") or os.access(os.path.dirname(__file__), os.W_OK):
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    while not cache.exists() and cache != cache.parent:
-        cache = cache.parent
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    while not os.path.exists(cache) and cache != os.path.dirname(cache):
+        cache = os.path.dirname(cache)
     if os.access(cache, os.W_OK):
         return
     import atexit
@@ -29,6 +29,8 @@ def provide_cache_directory() -> None:
         return  # numba says what it could not do
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     os.environ["NUMBA_CACHE_DIR"] = directory
+    if "numba" in sys.modules:  # it has read the variable already
+        sys.modules["numba"].config.CACHE_DIR = directory
     warnings.warn(
         "numba may write neither to the package's directory nor to the user's cache: the kernels are compiled anew in "
         "each process. Set NUMBA_CACHE_DIR to a directory that is kept.",

@@ -22,6 +22,7 @@ from qmoe_lite._vectors import (
     add_at,
     add_multiple_at,
     address_of,
+    code_bits,
     load_32_at,
     load_64_at,
     prefetch,
@@ -29,17 +30,16 @@ from qmoe_lite._vectors import (
     zeros,
 )
 
-TASK_ROWS = 64
 EXPERT, CHOICE, FIRST, COUNT = range(4)  # columns of `jobs`: expert, its place in `levels`, first token, tokens
 _COLUMNS = 64  # expanded at a time
-_LARGEST = np.float32(np.finfo(np.float32).max)
+_LARGEST = np.float32(1e33)  # sums of so many columns cannot overflow before a level makes them small
 
 
 @njit(parallel=True, cache=True, fastmath=False, error_model="numpy")
 def expand_kernel(x: NDArray[np.float32], jobs: NDArray[np.int64], offset: int, out: NDArray[np.float32]) -> bool:
     """Lay x (N, C) out for each job: out (J, C + padding, group), tokens side by side from `offset` on, else zeros.
 
-    Returns whether all of x that the jobs name is finite.
+    Returns whether all of x that the jobs name is finite, and not so large that sums of it might not be.
     """
     pieces = (out.shape[1] + _COLUMNS - 1) // _COLUMNS
     spoilt = 0
@@ -78,8 +78,8 @@ def _field(entry: np.uint64, i: int, fields: tuple[int, ...]) -> np.uint64:
 
 
 @njit(forceinline=True, error_model="numpy")
-def _code(word: np.uint64, k: np.uint64, bits: tuple[int, ...]) -> np.uint64:
-    return (word >> (k * np.uint64(len(bits)))) & ((np.uint64(1) << np.uint64(len(bits))) - np.uint64(1))
+def _code(word: np.uint64, k: np.uint64, bits: Any) -> np.uint64:
+    return (word >> (k * code_bits(bits))) & ((np.uint64(1) << code_bits(bits)) - np.uint64(1))
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -117,7 +117,7 @@ def _gather_codeword(
 def _gather_four(
     word: np.uint64,
     table: np.uint64,
-    bits: tuple[int, ...],
+    bits: Any,
     fields: tuple[int, ...],
     tokens: tuple[int, ...],
     place: np.uint64,
@@ -141,7 +141,7 @@ def _gather_pair(
     state: NDArray[np.uint64],
     at: int,
     end: np.uint64,
-    bits: tuple[int, ...],
+    bits: Any,
     fields: tuple[int, ...],
     tokens: tuple[int, ...],
     lanes: tuple[int, ...],
@@ -152,7 +152,7 @@ def _gather_pair(
     state[at : at + 6]: of each row the next bit, groups of four codewords left, the place in x. Where the last group
     has fewer than four, what follows it in the stream is added too: it finds the zeros behind x.
     """
-    step = np.uint64(4 * len(bits))
+    step = np.uint64(4) * code_bits(bits)
     bit0, left0, place0 = state[at], state[at + 1], state[at + 2]
     bit1, left1, place1 = state[at + 3], state[at + 4], state[at + 5]
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(lanes)
@@ -196,7 +196,7 @@ def _gather_rows(
     row_codewords: NDArray[Any],
     fewest: NDArray[np.int32],
     table: NDArray[Any],
-    bits: tuple[int, ...],
+    bits: Any,
     fields: tuple[int, ...],
     tokens: tuple[int, ...],
     lanes: tuple[int, ...],
@@ -206,11 +206,12 @@ def _gather_rows(
     columns: int,
     chunks: int,
     first: int,
+    task_rows: int,
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y[tokens of the job, first : first + TASK_ROWS]."""
+    """Fill y[tokens of the job, first : first + task_rows]."""
     expert = job[EXPERT]
-    rows = min(TASK_ROWS, levels.shape[1] - first)
+    rows = min(task_rows, levels.shape[1] - first)
     pairs = (rows + 1) // 2
     state = np.empty(6 * pairs, dtype=np.uint64)
     sums = np.empty(2 * pairs * len(lanes), dtype=np.float32)
@@ -219,15 +220,19 @@ def _gather_rows(
     begin = codeword
     for i in range(rows):
         count = np.int64(row_codewords[expert, first + i]) + fewest[expert]
-        state[3 * i], state[3 * i + 1], state[3 * i + 2] = codeword * len(bits), (count + 3) // 4, x_start
+        state[3 * i], state[3 * i + 1], state[3 * i + 2] = (
+            np.uint64(codeword) * code_bits(bits),
+            (count + 3) // 4,
+            x_start,
+        )
         codeword += count
     if rows % 2:
         state[3 * rows + 1] = 0  # beside the last row of an odd number: nothing
     for i in range(len(sums)):
         sums[i] = 0
     # the codes of the next rows are asked for while these are walked: chunks read them in an order no processor guesses
-    ahead = stream + np.uint64(codeword * len(bits) // 8)
-    lines = (codeword - begin) * len(bits) // (8 * 64 * pairs * chunks) + 1 if chunks > 1 else 0
+    ahead = stream + (np.uint64(codeword) * code_bits(bits) >> np.uint64(3))
+    lines = (codeword - begin) * np.int64(code_bits(bits)) // (8 * 64 * pairs * chunks) + 1 if chunks > 1 else 0
     for chunk in range(chunks):
         end = x_start + np.uint64(4 * slots.shape[1] * (columns * (chunk + 1) // chunks))
         if chunk == chunks - 1:
@@ -259,11 +264,12 @@ def gather_kernel(
     row_codewords: NDArray[Any],
     fewest: NDArray[np.int32],
     table: NDArray[Any],
-    bits: tuple[int, ...],
+    bits: Any,
     fields: tuple[int, ...],
     tokens: tuple[int, ...],
     lanes: tuple[int, ...],
     jobs: NDArray[np.int64],
+    task_rows: int,
     levels: NDArray[np.float32],
     slots: NDArray[np.float32],
     columns: int,
@@ -274,10 +280,10 @@ def gather_kernel(
 
     codes (bytes,), offsets (E + 1,), row_codewords (E, R), fewest (E,): the matrices. levels (choices, R, L). slots
     (J, C + padding, digits * tokens) from `expand_kernel` with offset (digits - 2) * tokens. Of the tuples only the
-    length counts; `lanes` is at least (digits - 1) * tokens. x is walked in `chunks` that fit the first-level cache:
-    all rows of a task in one, then in the next.
+    length counts (bits: see `code_bits`); task_rows is even; `lanes` is at least (digits - 1) * tokens. x is walked in
+    `chunks` that fit the first-level cache: all rows of a task in one, then in the next.
     """
-    blocks = (levels.shape[1] + TASK_ROWS - 1) // TASK_ROWS
+    blocks = (levels.shape[1] + task_rows - 1) // task_rows
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
         _gather_rows(
@@ -295,7 +301,8 @@ def gather_kernel(
             slots[task // blocks],
             columns,
             chunks,
-            task % blocks * TASK_ROWS,
+            task % blocks * task_rows,
+            task_rows,
             y,
         )
 
@@ -395,12 +402,13 @@ def _block_rows(
     digits: int,
     x_columns: NDArray[np.float32],
     first: int,
+    task_rows: int,
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y[tokens of the job, first : first + TASK_ROWS]."""
+    """Fill y[tokens of the job, first : first + task_rows]."""
     expert = job[EXPERT]
-    rows = min(TASK_ROWS, levels.shape[1] - first)
-    sums = np.empty((TASK_ROWS, len(lanes)), dtype=np.float32)
+    rows = min(task_rows, levels.shape[1] - first)
+    sums = np.empty((task_rows, len(lanes)), dtype=np.float32)
     values = np.empty((2, digits), dtype=np.float32)
     stream = address_of(codes) + np.uint64(offset)
     bit = np.uint64(_first_codeword(row_codewords, fewest, expert, first) * bits)
@@ -444,13 +452,14 @@ def block_kernel(
     fields: tuple[int, ...],
     lanes: tuple[int, ...],
     jobs: NDArray[np.int64],
+    task_rows: int,
     levels: NDArray[np.float32],
     digits: int,
     x_columns: NDArray[np.float32],
     y: NDArray[np.float32],
 ) -> None:
     """Fill y (N, R) for jobs of up to len(lanes) tokens; x_columns (J, C + padding, lanes) from `expand_kernel`."""
-    blocks = (levels.shape[1] + TASK_ROWS - 1) // TASK_ROWS
+    blocks = (levels.shape[1] + task_rows - 1) // task_rows
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
         _block_rows(
@@ -467,6 +476,7 @@ def block_kernel(
             levels,
             digits,
             x_columns[task // blocks],
-            task % blocks * TASK_ROWS,
+            task % blocks * task_rows,
+            task_rows,
             y,
         )

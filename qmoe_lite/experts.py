@@ -7,6 +7,7 @@ when its expert is first needed, and multiplied as it is.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from qmoe_lite._stream import stream_bytes
 from qmoe_lite.checkpoint import Checkpoint, crc32
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, SettingError
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.families import Family, MoELayer, inner
 from qmoe_lite.list_buffer import Assignment
 from qmoe_lite.matmul import MatrixStack, decode_matmul, grouped_matmul
@@ -24,6 +25,7 @@ from qmoe_lite.validation import validate
 
 FORMAT = 2
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
+STRETCH = 4096  # routed tokens that go through a layer at a time, so that memory does not grow with a prompt
 _ALIGNMENT = 16  # bytes; where an expert's codes may start
 
 
@@ -104,12 +106,14 @@ class PackedExperts(nn.Module):
 
     def __init__(self, family: Family, layer: MoELayer, codebooks: dict[str, Codebook], config: Any) -> None:
         super().__init__()
+        if len({book.digits for book in codebooks.values()}) > 1:
+            raise FormatError(f"{layer.experts} mixes codebooks of three and of four digits. Fetch the file again.")
         self.family = family
         self.layer = layer
         self.codebooks = codebooks
         self.activation = family.activation(config)
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
-        self._stacks: dict[str, MatrixStack] = {}
+        self._buffers_of: dict[str, dict[str, Tensor]] = {}
 
     @property
     def num_experts(self) -> int:
@@ -144,6 +148,7 @@ class PackedExperts(nn.Module):
             raise FormatError(f"{self.layer.experts}.{projection}_codes is not a row of bytes. Fetch the file again.")
         for part in PARTS:
             self.register_buffer(f"{projection}_{part}", tensors[part])
+        self._forget()
 
     def packed(self, expert: int, projection: str) -> PackedMatrix:
         """Give one expert's matrix as it is stored; check it when it is first asked for.
@@ -162,28 +167,25 @@ class PackedExperts(nn.Module):
             raise SettingError(
                 f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}."
             )
-
-        def get(part: str) -> Tensor:
-            return self.get_buffer(f"{projection}_{part}")
-
+        held = self._held(projection)
         name = f"expert {expert} of {self.layer.experts}.{projection}"
-        start, stop = get("expert_offsets")[expert : expert + 2].tolist()
-        codes = get("codes")
+        start, stop = held["expert_offsets"][expert : expert + 2].tolist()
+        codes = held["codes"]
         if start < 0 or start % _ALIGNMENT or not start <= stop <= len(codes):
             raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
         packed = PackedMatrix(
             codes=codes[start:stop],
-            row_codewords=get("row_codewords")[expert],
-            levels=get("levels")[expert],
+            row_codewords=held["row_codewords"][expert],
+            levels=held["levels"][expert],
             codebook=self.codebooks[projection],
             columns=self.layer.shapes[projection][1],
-            fewest_codewords=int(get("fewest_codewords")[expert]),
+            fewest_codewords=int(held["fewest_codewords"][expert]),
         )
         used = stream_bytes(int(packed.count_codewords().sum()), packed.codebook.bits)
         if not 0 <= used <= stop - start:
             raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
         packed = replace(packed, codes=packed.codes[:used])
-        if checksum(packed) != int(get("checksums")[expert]):
+        if checksum(packed) != int(held["checksums"][expert]):
             raise FormatError(f"{name} is damaged (checksum). Fetch or make the file again.")
         try:
             validate(packed)
@@ -230,22 +232,23 @@ class PackedExperts(nn.Module):
         -------
         tensor like `hidden_states`; zero for a token without an expert.
         """
+        width = self.layer.shapes[self.layer.projections[0]][1]
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
+            raise ShapeError(f"hidden_states is {tuple(hidden_states.shape)}; expected (tokens, {width}). Reshape it.")
+        if hidden_states.device.type != "cpu":
+            raise SettingError(f"hidden_states is on {hidden_states.device}; these experts run on the CPU. Move it.")
         index, weights = self.family.routing(routing)
         assigned = Assignment.group(index, weights, self.layer.count)
-        chosen = [e for e in range(self.layer.count) if assigned.bounds[e] < assigned.bounds[e + 1]]
-        if not chosen:
-            return torch.zeros_like(hidden_states)
-        first = assigned.bounds[chosen[0]]  # dropped tokens come before
-        rows, gates = assigned.rows[first:], assigned.weights[first:]
-        tokens = hidden_states[rows]
-        bounds = [assigned.bounds[expert] - first for expert in (*chosen, self.layer.count)]
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            parts = zip(chosen, bounds[:-1], bounds[1:], strict=True)
-            results = torch.cat([self.run_expert(expert, tokens[start:end]) for expert, start, end in parts])
-        else:
-            results = self._run_experts(chosen, tokens, bounds)
-        weighted = results * gates[:, None]
-        return weighted.new_zeros(hidden_states.shape).index_add_(0, rows, weighted).to(hidden_states.dtype)
+        bounds = assigned.bounds[: self.layer.count + 1]  # a number beyond the last expert means none, as -1 does
+        out = torch.zeros(hidden_states.shape)
+        for start in range(bounds[0], bounds[-1], STRETCH):
+            stop = min(start + STRETCH, bounds[-1])
+            clipped = [min(max(bound, start), stop) - start for bound in bounds]
+            experts = [expert for expert, (first, end) in enumerate(pairwise(clipped)) if first < end]
+            ends = [*(clipped[expert] for expert in experts), stop - start]
+            rows, shares = assigned.rows[start:stop], assigned.weights[start:stop, None]
+            out = out.index_add(0, rows, self._run_experts(experts, hidden_states[rows], ends) * shares)
+        return out.to(hidden_states.dtype)
 
     def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through expert experts[i], all in one call a product; in float32."""
@@ -253,29 +256,38 @@ class PackedExperts(nn.Module):
             for expert in experts:
                 self.packed(expert, projection)  # checked when it is first needed
         first, (last,) = self.layer.stages
+        if torch.is_grad_enabled() and tokens.requires_grad:
+            return self._run_in_turn(experts, tokens, bounds)
         tokens = tokens.to(torch.float32).contiguous()
         try:
             outputs = grouped_matmul([self._stack(name) for name in first], tokens, experts, bounds)
             inside = inner(self.activation, outputs).contiguous()
             return grouped_matmul([self._stack(last)], inside, experts, bounds)[0]
         except NotFiniteError:  # NaN spreads as in dense experts
-            parts = zip(experts, bounds[:-1], bounds[1:], strict=True)
-            return torch.cat([self.run_expert(expert, tokens[start:end]) for expert, start, end in parts])
+            return self._run_in_turn(experts, tokens, bounds)
+
+    def _run_in_turn(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
+        parts = zip(experts, pairwise(bounds), strict=True)
+        return torch.cat([self.run_expert(expert, tokens[start:end]) for expert, (start, end) in parts])
+
+    def _held(self, projection: str) -> dict[str, Tensor]:
+        """The projection's buffers: what is checked and what is multiplied must be the same."""
+        if projection not in self._buffers_of:
+            self._buffers_of[projection] = {part: self.get_buffer(f"{projection}_{part}") for part in PARTS}
+        return self._buffers_of[projection]
 
     def _stack(self, projection: str) -> MatrixStack:
         """All experts' matrices of a projection, whether checked or not."""
-        if projection not in self._stacks:
-            parts = {part: self.get_buffer(f"{projection}_{part}") for part in PARTS if part != "checksums"}
-            self._stacks[projection] = MatrixStack(
-                codes=parts["codes"].numpy(),
-                offsets=parts["expert_offsets"].numpy(),
-                row_codewords=parts["row_codewords"].numpy(),
-                fewest=parts["fewest_codewords"].numpy(),
-                levels=parts["levels"],
-                codebook=self.codebooks[projection],
-                columns=self.layer.shapes[projection][1],
-            )
-        return self._stacks[projection]
+        held = self._held(projection)
+        return MatrixStack(
+            codes=held["codes"].numpy(),
+            offsets=held["expert_offsets"].numpy(),
+            row_codewords=held["row_codewords"].numpy(),
+            fewest=held["fewest_codewords"].numpy(),
+            levels=held["levels"],
+            codebook=self.codebooks[projection],
+            columns=self.layer.shapes[projection][1],
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         # `.to(dtype)` casts float buffers, but levels are data: they travel as integers of the same size
@@ -294,9 +306,12 @@ class PackedExperts(nn.Module):
         self._forget()  # other codes must be checked anew
         super()._load_from_state_dict(*args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_checked": {}, "_buffers_of": {}}  # a copy has buffers of its own
+
     def _forget(self) -> None:
         self._checked.clear()
-        self._stacks.clear()
+        self._buffers_of.clear()
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.layer.shapes.items())

@@ -23,6 +23,7 @@ from qmoe_lite.validation import prepare
 
 GATHER_TOKENS = (1, 2, 4)  # tokens whose sums of each level are gathered in one walk
 BLOCK_TOKENS = (8, 16, 32, 64)  # tokens whose sums stay in registers, a multiplication for each nonzero
+USUAL_BITS = 10
 CHUNK_BYTES = 28 << 10  # of the slots of x that are walked at a time: they stay in a first-level cache of 32 KiB
 CHUNK_COLUMNS = 512  # at least, or the stops cost more than the cache saves
 EXPANDED_BYTES = 16 << 20  # of x laid out for the kernels at a time
@@ -60,8 +61,8 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     -----
     Same bytes for any number of Numba threads. Up to four tokens: codeword k of a row is added to sum k % 4 of each
     level, in one or more stretches of columns; each level's sum is multiplied at the end. More tokens: level times
-    activation is added nonzero by nonzero, in the row's order, rounded once each. Activations that are not finite:
-    decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
+    activation is added nonzero by nonzero, in the row's order, rounded once each. Activations that are not finite,
+    or over 1e33: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
     prepare(packed)
@@ -114,7 +115,7 @@ def grouped_matmul(
     Parameters
     ----------
     stacks : list of MatrixStack
-        Of the same number of columns C.
+        Of the same number of columns C and of digits.
     x : float32 tensor, shape (N, C), contiguous, finite
         Tokens, group after group.
     experts : list of int
@@ -129,7 +130,7 @@ def grouped_matmul(
     Raises
     ------
     NotFiniteError
-        `x` holds NaN or infinity.
+        `x` holds NaN, infinity or a value over 1e33.
 
     Notes
     -----
@@ -149,7 +150,7 @@ def grouped_matmul(
             jobs = all_jobs[start : start + step]
             expanded = np.empty((len(jobs), padded, group), dtype=np.float32)
             if not _products.expand_kernel(x.numpy(), jobs, offset, expanded):
-                raise NotFiniteError("x holds NaN or infinity; expected finite activations. Use the dense matrix.")
+                raise NotFiniteError("x holds NaN or values over 1e33; expected activations. Use the dense matrix.")
             for stack, own, out in zip(stacks, levels, y, strict=True):
                 (_gather if gathered else _block)(stack, jobs, own, lanes, expanded, out.numpy())
     return y
@@ -167,8 +168,12 @@ def _gather(
     sums = max(4, 1 << ((book.digits - 1) * tokens - 1).bit_length())  # fewer than 16 bytes are no faster
     chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // CHUNK_BYTES), stack.columns // CHUNK_COLUMNS))
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
-    lengths = (0,) * book.bits, book.fields, (0,) * tokens, (0,) * sums
-    _products.gather_kernel(*matrices, book.scaled_table, *lengths, jobs, levels, expanded, stack.columns, chunks, y)
+    # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take seconds to compile
+    bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
+    lengths = bits, book.fields, (0,) * tokens, (0,) * sums
+    _products.gather_kernel(
+        *matrices, book.scaled_table, *lengths, jobs, _task_rows(stack), levels, expanded, stack.columns, chunks, y
+    )
 
 
 def _block(
@@ -182,8 +187,23 @@ def _block(
     book = stack.codebook
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
     _products.block_kernel(
-        *matrices, *book.split_table, book.bits, book.fields, (0,) * tokens, jobs, levels, book.digits, expanded, y
+        *matrices,
+        *book.split_table,
+        book.bits,
+        book.fields,
+        (0,) * tokens,
+        jobs,
+        _task_rows(stack),
+        levels,
+        book.digits,
+        expanded,
+        y,
     )
+
+
+def _task_rows(stack: MatrixStack) -> int:
+    """Rows of a task, even: 64, or so many that there are 256 tasks, since each counts the codewords before it."""
+    return max(64, 2 * -(-stack.levels.shape[1] // 512))
 
 
 def _jobs(experts: list[int], bounds: list[int]) -> dict[int, NDArray[np.int64]]:

@@ -31,7 +31,7 @@ class PackedMatrix:
     columns : int
         C, 1 to 65535.
     fewest_codewords : int
-        Codewords of the row that has the fewest; keyword only.
+        What `row_codewords` counts from, at most the codewords of the shortest row; keyword only.
     """
 
     codes: torch.Tensor

@@ -22,8 +22,9 @@ print(directory, len(seen), oct(os.stat(directory).st_mode & 0o777) if directory
 PACKAGE = str(Path(__file__).parents[1] / "qmoe_lite")
 
 
-def run(tmp_path, *closed):
-    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+def run(tmp_path, *closed, **variables):
+    environment = {"TMPDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path), **variables}
+    environment.setdefault("HOME", str(tmp_path))
     command = [sys.executable, "-c", SCRIPT, *closed]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
 
@@ -38,3 +39,19 @@ def test_without_a_place_a_process_gets_one_of_its_own_that_goes_with_it(tmp_pat
     assert (warned, mode) == ("1", "0o700")
     assert Path(directory).parent == tmp_path
     assert not Path(directory).exists()
+
+
+def test_numba_that_was_imported_before_is_told(tmp_path):
+    after = "from qmoe_lite.codebook import _count_codewords_kernel as k; print(k.stats.cache_path)"
+    script = "import numba\n" + SCRIPT + after
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", script, PACKAGE, str(tmp_path)]
+    directory, *_, used = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert used.startswith(directory)
+
+
+def test_a_home_that_may_not_be_looked_into_is_no_place(tmp_path):
+    directory, *_ = run(tmp_path, PACKAGE, "/proc", HOME="/proc/1/root/x", before="import os; os.path.exists('/')\n")
+    assert Path(directory).parent == tmp_path

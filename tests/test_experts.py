@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -14,7 +15,7 @@ from test_compression import dense_model
 from test_hf import layers_of, logits_of
 
 import qmoe_lite as qm
-from qmoe_lite.errors import CheckpointError, FormatError, SettingError
+from qmoe_lite.errors import CheckpointError, FormatError, SettingError, ShapeError
 from qmoe_lite.experts import PARTS, PackedExperts, checksum, pack_experts
 
 
@@ -52,27 +53,82 @@ def routed(experts, tokens, seed):
     hidden = torch.randn(tokens, experts.layer.shapes["wi"][1], generator=generator)
     chosen = torch.randint(experts.num_experts, (tokens,), generator=generator)
     one_hot = torch.nn.functional.one_hot(chosen, experts.num_experts)[:, None]
-    one_hot[::5] = 0
+    one_hot[4::5] = 0
     return hidden, (one_hot, torch.rand(tokens, 1, generator=generator)), chosen
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 300])
 def test_one_call_for_a_layer_equals_expert_after_expert(compressed, tokens):
-    experts = next(m for m in qm.load(compressed[0], dtype=torch.float32).modules() if isinstance(m, PackedExperts))
+    experts = first_experts(qm.load(compressed[0], dtype=torch.float32))
     hidden, (one_hot, weights), chosen = routed(experts, tokens, seed=tokens)
     expected = torch.zeros_like(hidden)
     for token in range(tokens):
-        if token % 5:
+        if token % 5 < 4:
             expected[token] = weights[token] * experts.run_expert(int(chosen[token]), hidden[token])
     found = experts(hidden, one_hot, weights)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not found[::5].any()
+    assert not found[4::5].any()
+    assert found[0].any()
     with_gradient = experts(hidden.requires_grad_(), one_hot, weights)
     torch.testing.assert_close(with_gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+def first_experts(model):
+    return next(module for module in model.modules() if isinstance(module, PackedExperts))
+
+
+def test_a_number_beyond_the_last_expert_means_none(compressed_causal):
+    experts = first_experts(qm.load(compressed_causal("qwen3_moe"), dtype=torch.float32))
+    hidden = torch.randn(3, experts.layer.shapes["gate_proj"][1])
+    index, weights = torch.tensor([[0, 1], [1, experts.num_experts], [-1, 0]]), torch.ones(3, 2)
+    found = experts(hidden, index, weights)
+    torch.testing.assert_close(found[1], experts.run_expert(1, hidden[1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[2], experts.run_expert(0, hidden[2]), rtol=1e-4, atol=1e-5)
+
+
+def test_many_tokens_go_through_a_layer_in_stretches(compressed_causal, monkeypatch):
+    experts = first_experts(qm.load(compressed_causal("qwen3_moe"), dtype=torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, experts.layer.shapes["gate_proj"][1], generator=generator)
+    index = torch.randint(experts.num_experts, (50, 2), generator=generator)
+    weights = torch.rand(50, 2, generator=generator)
+    whole = experts(hidden, index, weights)
+    monkeypatch.setattr("qmoe_lite.experts.STRETCH", 7)
+    torch.testing.assert_close(experts(hidden, index, weights), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 500), (7,), (1, 2, 3)])
+def test_hidden_states_of_another_width_are_refused(compressed, shape):
+    experts = first_experts(qm.load(compressed[0]))
+    _, routing, _ = routed(experts, 3, seed=0)
+    with pytest.raises(ShapeError, match="hidden_states is"):
+        experts(torch.zeros(shape), *routing)
+    with pytest.raises(SettingError, match="meta"):
+        experts(torch.zeros(3, experts.layer.shapes["wi"][1], device="meta"), *routing)
+
+
+def test_refilled_experts_are_checked_anew_and_copies_share_nothing(compressed):
+    experts = first_experts(qm.load(compressed[0], dtype=torch.float32))
+    hidden, routing, _ = routed(experts, 6, seed=1)
+    before = experts(hidden, *routing)
+    copied = copy.deepcopy(experts)
+    parts = {part: experts.get_buffer(f"wi_{part}").clone() for part in PARTS}
+    parts["codes"][:] = 255 - parts["codes"]
+    experts.fill("wi", parts)
+    with pytest.raises(FormatError, match="checksum"):
+        experts(hidden, *routing)
+    assert torch.equal(copied(hidden, *routing), before)
+
+
+def test_codebooks_of_different_alphabets_are_refused(compressed_causal):
+    experts = first_experts(qm.load(compressed_causal("qwen3_moe")))
+    books = {**experts.codebooks, "up_proj": qm.Codebook.fit([885, 50, 40, 25])}
+    with pytest.raises(FormatError, match="three and of four digits"):
+        PackedExperts(experts.family, experts.layer, books, None)
+
+
 def test_a_token_that_is_not_finite_spoils_itself_alone(compressed):
-    experts = next(m for m in qm.load(compressed[0], dtype=torch.float32).modules() if isinstance(m, PackedExperts))
+    experts = first_experts(qm.load(compressed[0], dtype=torch.float32))
     hidden, routing, _ = routed(experts, 40, seed=0)
     sound = experts(hidden, *routing)
     hidden[7, 3] = torch.nan

@@ -151,6 +151,20 @@ def test_nan_and_infinity_spread_as_in_a_dense_product(value, tokens):
     assert not decode_matmul(packed, x)[0].isfinite().any()
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_activations_whose_sum_overflows_before_its_level_come_out_finite(tokens):
+    packed = encode(np.ones((1, 63), np.int8), np.float32([[0, 1e-3]]), TERNARY)
+    x = np.full((tokens, 63), 2e37, np.float32)
+    assert np.allclose(decode_matmul(packed, x), 63 * 2e34, rtol=1e-5)
+
+
+def test_a_matrix_of_very_many_rows_is_cut_into_larger_tasks():
+    digits, levels, packed = draw(TERNARY, 1, 33000, 5)
+    x = np.random.default_rng(8).standard_normal((1, 5)).astype(np.float32)
+    assert matmul._task_rows(MatrixStack.of(packed)) > 64
+    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 @pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
 def test_one_and_two_threads_give_the_same_bytes(codebook, width, tokens):
