@@ -1,7 +1,7 @@
 """A whole layer of experts straight from codewords beside Hugging Face's own experts module in bfloat16.
 
-Both get the same tokens and the same random routing, a new one for each call, so that the experts' weights come from
-memory. What ours computes is compared with its dequantised experts first.
+All get the same tokens and the same random routing, a new one for each call, and take turns, so that the caches hold
+few of the experts that are asked for. What ours computes is compared with its dequantised experts first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def measure(
         raise SettingError(f"layer {layer} is unknown; expected {', '.join(LAYERS)}.")
     if min(tokens) < 1:
         raise SettingError(f"tokens is {min(tokens)}; expected at least 1.")
-    threads = torch.get_num_threads() if threads is None else threads
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if threads is None else threads
     with limited_threads(threads), torch.inference_mode():
         rng = np.random.default_rng(seed)
         ours, dense, bits = _build(layer, rng)
@@ -153,14 +154,16 @@ def _measure_tokens(ours: PackedExperts, dense: nn.Module, count: int, rng: np.r
     times: dict[str, list[float]] = {name: [] for name in calls}
     for index, weights in routings:
         calls["ours"](x, index, weights)  # experts are checked at their first call
-    for name, call in calls.items():
+    for call in calls.values():
         call(x, *routings[0])
-        spent = time.perf_counter() + _SECONDS
-        while time.perf_counter() < spent or len(times[name]) < _FEWEST:
-            index, weights = routings[len(times[name]) % _ROUTINGS]
+    end = time.perf_counter() + _SECONDS * len(calls)
+    turn = 0
+    while time.perf_counter() < end or turn < _FEWEST:
+        for name, call in calls.items():
             start = time.perf_counter()
-            call(x, index, weights)
+            call(x, *routings[turn % _ROUTINGS])
             times[name].append(1e3 * (time.perf_counter() - start))
+        turn += 1
     medians = {name: statistics.median(some) for name, some in times.items()}
     return LayerSpeed(count, medians.pop("ours"), medians)
 

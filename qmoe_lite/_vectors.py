@@ -96,6 +96,16 @@ def prefetch(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def code_bits(typing: Any, bits: Any) -> Any:
+    """Return as a uint64 the length of a tuple, which the compiler knows, or an int as it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(_INT64, bits.count) if isinstance(bits, types.BaseTuple) else arguments[0]
+
+    return types.uint64(bits if isinstance(bits, types.BaseTuple) else types.int64), generate
+
+
+@intrinsic
 def zeros(typing: Any, lanes: Any) -> Any:
     """Return a vector of zeros, as long as the tuple `lanes`."""
 
@@ -155,3 +165,32 @@ def store(typing: Any, address: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.uint64, vector), generate
+
+
+@intrinsic
+def subtract_multiple_at(typing: Any, total: Any, factor: Any, address: Any) -> Any:
+    """Return total - the float32 at `factor` * the float32 values at `address`, rounded twice; multiples of 4."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(_FLOAT, total.lanes)
+        before, one_place, place = arguments
+        scalar = _load(builder, one_place, _FLOAT, 4)
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_INT32, 0))
+        all_lanes = ir.Constant(ir.VectorType(_INT32, total.lanes), [0] * total.lanes)
+        factors = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), all_lanes)
+        return builder.fsub(before, builder.fmul(factors, _load(builder, place, kind, 4)))
+
+    return total(total, types.uint64, types.uint64), generate
+
+
+@intrinsic
+def replace_above_at(typing: Any, held: Any, vector: Any, threshold: Any, address: Any) -> Any:
+    """Return `held`, but the float32 values at `address` in lanes where `vector` is above those at `threshold`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.VectorType(_FLOAT, held.lanes)
+        before, value, bound, place = arguments
+        above = builder.fcmp_ordered(">", value, _load(builder, bound, kind, 4))
+        return builder.select(above, _load(builder, place, kind, 4), before)
+
+    return held(held, held, types.uint64, types.uint64), generate
