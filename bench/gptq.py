@@ -112,7 +112,7 @@ def _take_turns(weight: Tensor, hessian: Tensor) -> tuple[tuple[float, ...], flo
     start = time.perf_counter()
     ours: Quantized = gptq(weight, hessian, grid, dampening=DAMPENING, block_size=BLOCK)
     ours_end = time.perf_counter()
-    factorise(hessian, DAMPENING)
+    factorise(hessian, DAMPENING, BLOCK)
     factorised = time.perf_counter()
     factors = [inverse_factor(matrix) for matrix in hessian]
     torch_factorised = time.perf_counter()

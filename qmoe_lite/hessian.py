@@ -17,6 +17,8 @@ from torch import Tensor
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
 NOT_FINITE = -1  # in `info`: NaN or infinity in the Hessian or in its factor
+_PANEL = 384  # columns of a product that updates a triangle: narrow ones compute little below it, wide ones are faster
+_LEAF = 32  # columns that LAPACK factorises and inverts: above, products are faster
 
 
 @contextmanager
@@ -160,63 +162,102 @@ def dampen(hessian: Tensor, dampening: float) -> Tensor:
     """Return a copy with `dampening` of its mean diagonal added to the diagonal of each matrix (..., C, C)."""
     damped = hessian.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    diagonal += dampening * diagonal.mean(dim=-1, keepdim=True)
+    diagonal += added(hessian, dampening)[..., None]
     return damped
 
 
+def added(hessian: Tensor, dampening: float) -> Tensor:
+    """Return what dampening adds to the diagonal of each matrix (..., C, C)."""
+    return dampening * hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+
+
 def all_finite(matrices: Tensor) -> Tensor:
-    """Return a bool for each matrix (..., R, C): no NaN, no infinity. One pass, no temporary."""
-    low, high = matrices.flatten(-2).aminmax(dim=-1)
-    return torch.isfinite(low) & torch.isfinite(high)
+    """Return a bool for each matrix (..., R, C): no NaN, no infinity. No temporary of its size."""
+    highest, lowest = matrices.amax(dim=-1).amax(dim=-1), matrices.amin(dim=-1).amin(dim=-1)
+    return torch.isfinite(highest) & torch.isfinite(lowest)
 
 
-def factorise(hessian: Tensor, dampening: float) -> tuple[Tensor, Tensor]:
-    """Factorise the inverse of each dampened Hessian as U^T U.
+def factorise(hessian: Tensor, dampening: float, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Factorise each dampened Hessian as M M^T, M upper triangular, into what elimination by blocks of columns needs.
 
     Parameters
     ----------
     hessian : float32 tensor, shape (E, C, C)
-        Without dampening; only the lower triangle is read.
+        Without dampening; only the upper triangle is read.
     dampening : float
         Fraction of the mean diagonal that is added to the diagonal ("percdamp" in GPTQ).
+    block_size : int, default 128
+        Columns of a block, the last one may be narrower.
 
     Returns
     -------
     factor : float32 tensor, shape (E, C, C)
-        U, upper triangular. The identity where `info` is not 0.
+        On the diagonal the blocks of U = M^-1, the upper triangular matrix whose U^T U is the inverse. Above the
+        diagonal M_ab U_bb, by which the errors of block a move block b. Below it anything. The identity where `info` is
+        not 0.
     info : int32 tensor, shape (E,), on the CPU
         0, or `NOT_FINITE`, or the order of the minor, counted from the last column, that is not positive definite.
 
     Notes
     -----
-    One matrix at a time, so that none depends on its neighbours and only one copy is alive. O(E C^3). Departs from GPTQ
-    (arXiv:2210.17323), which inverts and factorises again: with both axes reversed, H = L L^T gives U as the inverse of
-    L reversed back, one Cholesky and one triangular solve: faster, no less accurate.
+    One matrix at a time, so that none depends on its neighbours. C^3 / 3 + 2 C^2 block_size operations each, almost all
+    in matrix products. Departs from GPTQ (arXiv:2210.17323), which inverts and factorises again: errors W - Q that are
+    not divided by the inverse's factor move the columns after them by M itself, so that only blocks are inverted.
     """
-    columns = hessian.shape[-1]
     factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     info = torch.zeros(len(hessian), dtype=torch.int32)
     with full_float32():
         for index, matrix in enumerate(hessian):
-            upper, info[index] = _factorise_one(matrix, dampening)
-            if info[index] == 0:
-                factor[index] = upper
-            else:
-                factor[index] = torch.eye(columns, device=hessian.device)
+            info[index] = code = _factorise_one(matrix, dampening, block_size, factor[index])
+            if code != 0:
+                factor[index] = torch.eye(hessian.shape[-1], device=hessian.device)
     return factor, info
 
 
-def _factorise_one(matrix: Tensor, dampening: float) -> tuple[Tensor, int]:
-    """Return the upper factor of one (C, C) matrix and its info; the factor is meaningless where info is not 0."""
+def _factorise_one(matrix: Tensor, dampening: float, block_size: int, factor: Tensor) -> int:
+    """Write the factor of one (C, C) matrix, from the last block to the first; return its info."""
     if not all_finite(matrix):
-        return matrix, NOT_FINITE
-    lower, info = torch.linalg.cholesky_ex(dampen(matrix, dampening).mT.flip(0, 1))
-    if info.item() != 0:
-        return lower, int(info.item())
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), device=lower.device), upper=False)
-    if not all_finite(inverse):
-        return inverse, NOT_FINITE
-    return inverse.flip(0, 1), 0
+        return NOT_FINITE
+    columns = len(matrix)
+    for start in range(0, columns, block_size):
+        factor[start : start + block_size, start:] = matrix[start : start + block_size, start:]
+    factor.diagonal().add_(added(matrix, dampening))
+    for start in reversed(range(0, columns, block_size)):
+        end = min(start + block_size, columns)
+        inverse, info = _invert_cholesky(factor[start:end, start:end].flip(0, 1))
+        if info != 0:
+            return columns - end + info
+        upper = inverse.flip(0, 1)
+        above = factor[:start, start:end]
+        root = above @ upper.T
+        for left in range(0, start, _PANEL):
+            right = min(left + _PANEL, start)
+            factor[:right, left:right].addmm_(root[:right], root[left:right].T, alpha=-1)
+        torch.mm(root, upper, out=above)
+        factor[start:end, start:end] = upper
+        if not all_finite(factor[:end, start:end]):
+            return NOT_FINITE
+    return 0
+
+
+def _invert_cholesky(matrix: Tensor) -> tuple[Tensor, int]:
+    """Return the inverse of the lower Cholesky factor of a matrix, by halves, and 0 or the minor that has none."""
+    columns = len(matrix)
+    if columns <= _LEAF:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        return torch.linalg.solve_triangular(lower, torch.eye(columns, device=matrix.device), upper=False), int(info)
+    half = columns // 2
+    first, info = _invert_cholesky(matrix[:half, :half])
+    if info != 0:
+        return first, info
+    side = matrix[half:, :half] @ first.T
+    second, info = _invert_cholesky(torch.addmm(matrix[half:, half:], side, side.T, alpha=-1))
+    if info != 0:
+        return second, half + info
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = (second @ side @ first).neg_()
+    return inverse, 0
 
 
 def _per_matrix(tokens: Tensor | int, hessian: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Batched GPTQ: round a group of experts column by column, each column making up for the ones before it.
 
-weight (E, R, C), hessian (E, C, C). A compiled kernel runs the recursion inside a block of columns, rows in parallel;
+weight (E, R, C), hessian (E, C, C). A compiled kernel runs the recursion inside a block of columns, rows in lanes;
 one matrix product an expert carries the block's errors to the columns after it. Floor: R C^2 operations an expert for
-the products, 4/3 C^3 for the factorisation, 4 R C^2 for the error.
+the products, C^3 / 3 for the factorisation, R C^2 for the error.
 """
 
 from __future__ import annotations
@@ -10,23 +10,35 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe_lite._words import level_index
+from qmoe_lite._columns import block_kernel, lost_kernel
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.grid import Grid, Quantized, RoundingTable, dequantize, nearest_digits
-from qmoe_lite.hessian import all_finite, factorise, full_float32
+from qmoe_lite.hessian import added, all_finite, factorise, full_float32
 
 Array = Tensor | NDArray[Any]
 
 _MOST_DAMPENING = 1.0
-_QUADRATIC_BLOCK = 512
+_QUADRATIC_BLOCK = 192
+_CANCELLATION = 32  # the error may be this many times smaller than the two sums whose difference it is
+_CHUNK = 1 << 21  # weights that the CPU works on at a time, whole experts
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the Hessians, (E or 1, ...) each."""
+
+    factor: Tensor  # (E, C, C), as `factorise` gives it
+    classes: list[str]
+    metric: Tensor  # (E, C, C), what the error is measured with
+    added: Tensor  # (E,), what was added to the metric's diagonal for the factor; NaN where the factor is another's
 
 
 def gptq(
@@ -129,7 +141,7 @@ def gptq_shared(
             raise ShapeError(f"weights have shapes {found}; expected one E and one C. Quantise them apart.")
     own = _check_hessian(hessian, checked[0], shared=True, name="hessian")
     layer = _check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
-    known = None if own is None else _factorise_all(own, layer, dampening)
+    known = None if own is None else _factorise_all(own, layer, dampening, block_size)
     return [_quantise(weight, known, grid, block_size) for weight in checked]
 
 
@@ -143,24 +155,23 @@ def _check_weight(weight: Array) -> Tensor:
     return full
 
 
-def _quantise(full: Tensor, known: tuple[Tensor, list[str], Tensor] | None, grid: Grid, block_size: int) -> Quantized:
-    """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians: factors, classes, metric."""
+def _quantise(full: Tensor, known: _Known | None, grid: Grid, block_size: int) -> Quantized:
+    """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians."""
     group = full if full.ndim == 3 else full[None]
     levels = grid.fit(group)
     table = grid.rounding(levels)
-    metric: Tensor | None = None
+    lost = torch.full((len(group),), torch.nan, dtype=torch.float64, device=group.device)
     if known is None:
         digits, classes = nearest_digits(group, table), ["nearest"] * len(group)
     else:
-        factor, classes, metric = known
-        if len(classes) == 1:
-            factor, classes = factor.expand(len(group), -1, -1), classes * len(group)
-        digits, broken = _solve(group, factor, table, block_size)
+        classes = known.classes if len(known.classes) == len(group) else known.classes * len(group)
+        digits, lost = _solve(group, known, levels, table, block_size)
+        broken = torch.nonzero(lost.isinf()).flatten().tolist()
         if broken:
             digits[broken] = nearest_digits(group, table)[broken]
             classes = ["nearest" if expert in broken else name for expert, name in enumerate(classes)]
     fallback = torch.tensor([known is not None and name == "nearest" for name in classes], device=group.device)
-    error = _relative_error(group, dequantize(digits, levels), metric)
+    error = _relative_error(group, digits, levels, None if known is None else known.metric, lost)
     if full.ndim == 2:
         digits, levels = digits[0], levels[0]
     return Quantized(digits, levels, error, fallback, tuple(classes))
@@ -172,7 +183,8 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     Parameters
     ----------
     block : float32 tensor, shape (E, R, B)
-        Weights, already corrected for the errors of all columns before the block.
+        Weights, already corrected for the errors of all columns before the block. Fastest where the rows of a column
+        lie next to each other, as they do in the results.
     factor : float32 tensor, shape (E, B, B)
         The block's part of the upper factor of the inverse Hessian.
     table : RoundingTable
@@ -189,77 +201,94 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
         from qmoe_lite.cuda import solver as twin
 
         return twin.solve_block(block, factor, table)
-    errors = np.array(block.cpu().numpy(), order="C")
-    digits = np.empty(errors.shape, np.int8)
-    operands = [part.cpu().contiguous().numpy() for part in (factor, table.values, table.thresholds, table.digits)]
-    _block_kernel(errors, digits, *operands)
-    return torch.from_numpy(digits).to(block.device), torch.from_numpy(errors).to(block.device)
+    errors = torch.empty(block.mT.shape).copy_(block.mT)
+    digits = torch.empty(errors.shape, dtype=torch.int8)
+    parts = factor, table.values, table.thresholds, table.digits
+    block_kernel(errors.numpy(), digits.numpy(), *(part.cpu().mT.contiguous().numpy() for part in parts))
+    return digits.mT.to(block.device), errors.mT.to(block.device)
 
 
-@njit(cache=True, parallel=True)
-def _block_kernel(
-    block: NDArray[np.float32],
-    digits: NDArray[np.int8],
-    factor: NDArray[np.float32],
-    values: NDArray[np.float32],
-    thresholds: NDArray[np.float32],
-    symbols: NDArray[np.int8],
-) -> None:
-    """Turn block (E, R, B) into scaled errors and write digits (E, R, B); factor (E, B, B), the rest (E, R, K)."""
-    experts, rows, columns = block.shape
-    for unit in prange(experts * rows):
-        expert = unit // rows
-        row = unit - expert * rows
-        weight = block[expert, row]
-        upper = factor[expert]
-        for column in range(columns):
-            index = level_index(weight[column], thresholds[expert, row])
-            digits[expert, row, column] = symbols[expert, row, index]
-            error = (weight[column] - values[expert, row, index]) / upper[column, column]
-            weight[column] = error
-            for later in range(column + 1, columns):
-                weight[later] -= error * upper[column, later]
+def _solve(
+    weight: Tensor, known: _Known, levels: Tensor, table: RoundingTable, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the digits (E, R, C), and tr(D H D^T), D = weight - quantised, float64 (E,).
 
-
-def _solve(weight: Tensor, factor: Tensor, table: RoundingTable, block_size: int) -> tuple[Tensor, list[int]]:
-    """Return the digits (E, R, C), and the experts whose errors overflowed, which need another way."""
-    work = weight.clone(memory_format=torch.contiguous_format)
+    It is infinite where errors overflowed, and the expert needs another way; NaN where it has to be computed from D.
+    """
+    experts, rows, columns = weight.shape
+    factor = known.factor.expand(experts, -1, -1)
     digits = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    finite = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-    columns = weight.shape[-1]
+    squares = torch.zeros((2, experts), dtype=torch.float64, device=weight.device)
+    # memory that is written for the first time costs as much as a product: few experts on the CPU, in the same place
+    some = max(1, _CHUNK // (rows * columns)) if weight.device.type == "cpu" else experts
+    scratch = torch.empty((2, min(some, experts), columns, rows), device=weight.device)
     with full_float32():
-        for start in range(0, columns, block_size):
-            end = min(start + block_size, columns)
-            digits[:, :, start:end], errors = solve_block(work[:, :, start:end], factor[:, start:end, start:end], table)
-            finite &= all_finite(errors)
-            _subtract_product(work[:, :, end:], errors, factor[:, start:end, end:])
-    return digits, torch.nonzero(~finite).flatten().tolist()
+        for first in range(0, experts, some):
+            part = slice(first, first + some)
+            chosen = RoundingTable(table.values[part], table.thresholds[part], table.digits[part])
+            whole, work = scratch[:, : len(weight[part])]  # a column's rows lie next to each other
+            work.copy_(whole.copy_(weight[part].mT))
+            for start in range(0, columns, block_size):
+                end = min(start + block_size, columns)
+                block, upper = work[:, start:end].mT, factor[part, start:end, start:end]
+                symbols, errors = solve_block(block, upper, chosen)
+                digits[part, :, start:end] = symbols
+                squares[:, part] += _lose(whole, symbols.mT, errors.mT, levels[part], start, work)
+                lost = work[:, start:end]
+                _add_product(work[:, end:], factor[part, start:end, end:].mT, lost)
+    damped = squares[0]
+    difference = damped - known.added * squares[1]
+    difference[difference * _CANCELLATION < damped] = torch.nan
+    difference[~damped.isfinite()] = torch.inf
+    return digits, difference
 
 
-def _subtract_product(rest: Tensor, errors: Tensor, factor: Tensor) -> None:
-    """Subtract errors (E, R, B) @ factor (E, B, rest) from rest (E, R, rest), in place."""
+def _lose(whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, start: int, out: Tensor) -> Tensor:
+    """Write weight - quantised to columns `start` and on of out (E, C, R), for digits (E, B, R) and levels (E, R, L).
+
+    Returns the sums of squares of `scaled` (E, B, R) and of what was written, float64 (2, E).
+    """
+    if whole.device.type == "cpu":
+        sums = np.empty((2, *digits.shape[:2]))
+        parts = (part.contiguous().numpy() for part in (whole, digits, scaled, levels.mT))
+        lost_kernel(*parts, start, out.numpy(), sums)
+        return torch.from_numpy(sums.sum(axis=-1))
+    return _lose_by_torch(whole, digits, scaled, levels, start, out)
+
+
+def _lose_by_torch(whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, start: int, out: Tensor) -> Tensor:
+    """Do what `_lose` says, on any device."""
+    columns = digits.shape[1]
+    quantised = dequantize(digits[..., None], levels[:, None].expand(-1, columns, -1, -1))[..., 0]
+    lost = torch.sub(whole[:, start : start + columns], quantised, out=out[:, start : start + columns])
+    return torch.stack([(part.double() ** 2).sum(dim=(1, 2)) for part in (scaled, lost)])
+
+
+def _add_product(rest: Tensor, factor: Tensor, lost: Tensor) -> None:
+    """Add factor (E, rest, B) @ lost (E, B, R) to rest (E, rest, R), in place."""
     if rest.device.type == "cpu":
         for expert in range(len(rest)):  # a quarter faster here than baddbmm, and no expert's bits depend on the group
-            rest[expert].addmm_(errors[expert], factor[expert], alpha=-1)
+            rest[expert].addmm_(factor[expert], lost[expert])
     else:
-        rest.baddbmm_(errors, factor, alpha=-1)
+        rest.baddbmm_(factor, lost)
 
 
-def _factorise_all(own: Tensor, layer: Tensor | None, dampening: float) -> tuple[Tensor, list[str], Tensor]:
+def _factorise_all(own: Tensor, layer: Tensor | None, dampening: float, block_size: int) -> _Known:
     """Return a factor for each Hessian, the class of each, and the Hessians that the error is measured with."""
-    factor, info = factorise(own, dampening)
+    factor, info = factorise(own, dampening, block_size)
     classes = ["own" if code == 0 else "nearest" for code in info.tolist()]
+    extra = torch.where(info.to(own.device) == 0, added(own, dampening), torch.nan)
     for step in _dampening_steps(dampening):
         for index in _indices(classes, "nearest"):
-            candidate, code = factorise(own[index : index + 1], step)
+            candidate, code = factorise(own[index : index + 1], step, block_size)
             if code.item() == 0:
-                factor[index], classes[index] = candidate[0], "dampened"
+                factor[index], classes[index], extra[index] = candidate[0], "dampened", added(own[index], step)
     if layer is not None and "nearest" in classes:
         for step in (dampening, *_dampening_steps(dampening)):
-            candidate, code = factorise(layer, step)
+            candidate, code = factorise(layer, step, block_size)
             if code.item() == 0:
                 for index in _indices(classes, "nearest"):
-                    factor[index], classes[index] = candidate[0], "blended"
+                    factor[index], classes[index], extra[index] = candidate[0], "blended", added(layer[0], step)
                 break
     metric = own
     finite = all_finite(own).tolist()
@@ -270,7 +299,7 @@ def _factorise_all(own: Tensor, layer: Tensor | None, dampening: float) -> tuple
                 metric[index] = layer[0]
             elif not finite[index]:
                 metric[index] = torch.eye(own.shape[-1], device=own.device)
-    return factor, classes, metric
+    return _Known(factor, classes, metric, extra)
 
 
 def _indices(classes: list[str], wanted: str) -> list[int]:
@@ -286,18 +315,25 @@ def _dampening_steps(dampening: float) -> list[float]:
     return steps
 
 
-def _relative_error(weight: Tensor, quantised: Tensor, hessian: Tensor | None) -> Tensor:
-    """Return tr(D H D^T) / tr(W H W^T), shape (E,); D = weight - quantised (E, R, C), H (E or 1, C, C) or identity."""
+def _relative_error(weight: Tensor, digits: Tensor, levels: Tensor, hessian: Tensor | None, lost: Tensor) -> Tensor:
+    """Return tr(D H D^T) / tr(W H W^T), shape (E,); D = weight - quantised (E, R, C), H (E or 1, C, C) or identity.
+
+    `lost` is the numerator, float64 (E,); it is computed here where it is not finite.
+    """
     error = torch.zeros(len(weight), device=weight.device)
     for expert in range(len(weight)):
         metric = None if hessian is None else hessian[expert if len(hessian) > 1 else 0]
         # the ratio does not feel these two factors, and without them float32 may overflow
         unit = weight[expert].abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        spread = 1.0 if metric is None else metric.diagonal().max().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-        full = weight[expert] / unit / spread
-        lost = full - quantised[expert] / unit / spread
-        whole = _quadratic(full, metric)
-        error[expert] = torch.where(whole > 0, _quadratic(lost, metric) / whole, 0.0).clamp(min=0)
+        largest = torch.ones_like(unit) if metric is None else metric.diagonal().max()
+        spread = largest.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        whole = _quadratic(weight[expert] / unit / spread, metric)
+        if torch.isfinite(lost[expert]):
+            numerator = lost[expert] / unit.double() ** 2 / spread.double() ** 2
+        else:
+            difference = weight[expert] / unit / spread - dequantize(digits[expert], levels[expert]) / unit / spread
+            numerator = _quadratic(difference, metric)
+        error[expert] = torch.where(whole > 0, numerator / whole, 0.0).clamp(min=0)
     return error
 
 

@@ -107,6 +107,33 @@ def test_the_factor_is_the_upper_triangle_whose_square_is_the_inverse(columns):
         np.testing.assert_allclose(product.numpy(), np.eye(columns), atol=1e-3)
 
 
+@pytest.mark.parametrize(("columns", "block"), [(29, 1), (29, 8), (63, 29), (100, 64), (500, 128), (450, 449)])
+def test_the_blocks_of_the_factor_give_the_hessian_back(columns, block):
+    hessian = torch.from_numpy(naive.gram(inputs(columns // 4, columns))).float()
+    garbage = hessian.triu() + torch.full((columns, columns), 1e30).tril(-1)
+    factor, info = hs.factorise(garbage[None], 0.1, block)
+    assert info.item() == 0, "below the diagonal nothing is read"
+    root = torch.zeros(columns, columns, dtype=torch.float64)
+    for start in range(0, columns, block):
+        part = slice(start, start + block)
+        upper = factor[0, part, part].double()
+        assert torch.equal(upper, upper.triu())
+        root[part, part] = torch.linalg.inv(upper)
+        root[:start, part] = factor[0, :start, part].double() @ root[part, part]
+    expected = naive.dampen(hessian.numpy(), 0.1)
+    np.testing.assert_allclose((root @ root.T).numpy(), expected, atol=3e-6 * hessian.abs().max().item())
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 100, 128])
+@pytest.mark.parametrize("bad", [0, 3, 59, 60, 99])
+def test_info_counts_the_minors_from_the_last_column(block, bad):
+    diagonal = torch.ones(100)
+    diagonal[bad] = -1
+    factor, info = hs.factorise(torch.diag(diagonal)[None], 0.0, block)
+    assert info.tolist() == [100 - bad]
+    assert torch.equal(factor[0], torch.eye(100))
+
+
 def test_a_bad_matrix_is_told_by_its_info_and_touches_no_neighbour():
     good = torch.from_numpy(naive.gram(inputs(80, 29))).float()
     indefinite, infinite, nan = -good, good.clone(), good.clone()

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from qmoe_lite import solver
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit, dequantize, nearest_digits
+from qmoe_lite.hessian import factorise
 from qmoe_lite.solver import gptq, gptq_shared
 
 VECTORS = Path(__file__).parent / "vectors" / "gptq_paper_recipe.npz"
@@ -45,7 +47,10 @@ def test_the_published_solver_is_reproduced(name):
 @pytest.mark.parametrize("name", list(GRIDS))
 @pytest.mark.parametrize(
     ("experts", "rows", "columns", "block"),
-    [(1, 1, 1, 128), (2, 1, 27, 8), (1, 28, 28, 28), (3, 5, 29, 7), (1, 63, 27, 128), (2, 3, 63, 16), (1, 2, 100, 64)],
+    [
+        *((1, 1, 1, 128), (2, 1, 27, 8), (1, 28, 28, 28), (3, 5, 29, 7), (1, 63, 27, 128), (2, 3, 63, 16)),
+        *((1, 2, 100, 64), (2, 64, 29, 8), (2, 65, 28, 128), (1, 130, 27, 5)),
+    ],
 )
 def test_every_digit_is_the_slow_reference_s(name, experts, rows, columns, block):
     weight, hessian = problem(experts, rows, columns, seed=columns)
@@ -98,6 +103,55 @@ def test_the_error_is_measured_with_the_hessian_before_dampening():
     np.testing.assert_allclose(result.error.numpy(), expected, rtol=1e-3)
     assert result.error[1].item() == 0
     assert not result.digits[1].any()
+
+
+@pytest.mark.parametrize("dampening", [0.01, 1.0])
+@pytest.mark.parametrize("tokens", [1, 3, 40, 2000])
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_the_error_is_right_however_small_it_is_beside_the_dampening_s_share(name, tokens, dampening):
+    weight, hessian = problem(2, 20, 200, tokens=tokens)
+    result = gptq(weight, hessian, GRIDS[name], dampening=dampening, block_size=64)
+    expected = [naive.relative_error(weight[e], result.weight[e], hessian[e]) for e in range(2)]
+    np.testing.assert_allclose(result.error.numpy(), expected, rtol=1e-3)
+
+
+def test_experts_that_are_solved_one_after_the_other_have_the_same_bits(monkeypatch):
+    weight, hessian = problem(5, 29, 150)
+    together = gptq(weight, hessian, MinMaxTwoBit(), block_size=64)
+    for chunk in (1, 2 * 29 * 150):
+        monkeypatch.setattr(solver, "_CHUNK", chunk)
+        assert_same(gptq(weight, hessian, MinMaxTwoBit(), block_size=64), together)
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_what_rounding_lost_is_the_same_from_the_kernel_and_from_torch(name):
+    weight, grid = problem(2, 29, 63)[0], GRIDS[name]
+    levels = grid.fit(weight)
+    digits = nearest_digits(weight, grid.rounding(levels))
+    scaled = torch.randn(2, 40, 29)
+    part, out = slice(20, 60), torch.zeros(2, 2, 63, 29)
+    sums = [
+        lose(weight.mT, digits.mT[:, part], scaled, levels, 20, to)
+        for lose, to in zip((solver._lose, solver._lose_by_torch), out, strict=True)
+    ]
+    torch.testing.assert_close(sums[0], sums[1])
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[0, :, part], (weight - dequantize(digits, levels)).mT[:, part])
+    assert not out[:, :, :20].any()
+    assert not out[:, :, 60:].any()
+
+
+def test_a_block_is_taken_and_given_in_any_layout():
+    weight, hessian = problem(2, 70, 29)
+    table = MinMaxTernary().rounding(MinMaxTernary().fit(weight))
+    factor, _ = factorise(hessian, 0.1)
+    before = weight.clone()
+    digits, errors = solver.solve_block(weight, factor, table)
+    for layout in (weight.mT.contiguous().mT, torch.cat((weight, weight), dim=2)[..., :29]):
+        again, same = solver.solve_block(layout, factor, table)
+        assert torch.equal(digits, again)
+        assert torch.equal(errors, same)
+    assert torch.equal(weight, before)
 
 
 def test_the_error_does_not_overflow_where_weights_and_inputs_are_large():

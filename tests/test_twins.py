@@ -18,7 +18,7 @@ TWINS = [
     ("matmul", "decode_matmul"),
 ]
 # a CUDA kernel's twin lies in the file of the same name, or here
-CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_gather_kernel": "_products"}
+CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_block_kernel": "_columns", "_gather_kernel": "_products"}
 
 
 def stems():
