@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qmoe_lite.bench.gptq import GptqReport
+    from qmoe_lite.bench.kernels import KernelsReport
     from qmoe_lite.bench.layer import LayerReport
     from qmoe_lite.bench.matmul import MatmulReport, Speed
     from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, RatesReport
@@ -226,3 +227,50 @@ def print_gptq(report: GptqReport) -> None:
     )
     same = ", ".join(f"{s.same:.2%} of {s.rows} x {s.columns}" for s in report.speeds)
     _output.print_text(f"Equal digits: {same}.")
+
+
+def print_kernels(report: KernelsReport) -> None:
+    """Print what each kernel compiles to, and the model of the product's time."""
+    from qmoe_lite.bench.kernels import WIDTH
+    from qmoe_lite.cli import _output
+
+    def rows() -> Iterable[list[str]]:
+        shown = ""
+        for k in sorted(report.kernels, key=lambda k: order.index(k.kernel)):
+            counts = map(str, (k.registers, k.stack, k.shared, k.float64, k.widest_load, k.instructions))
+            each = "-" if k.instructions_per_weight is None else f"{k.instructions_per_weight:.3f}"
+            name = k.kernel if k.kernel != shown else ""
+            yield [name, k.architecture, *counts, each]
+            shown = k.kernel
+
+    order = [k.kernel for k in report.kernels]
+    _table(
+        "CUDA kernels, compiled without a GPU",
+        ("kernel", "code", "regis-\nters", "stack", "shared", ".f64", "widest\nload", "instruc-\ntions", "a weight"),
+        rows(),
+        text=2,
+        tight=True,
+    )
+    _output.print_text("stack: bytes a thread, spilled registers among them. shared: bytes a block, as")
+    _output.print_text("the code declares; 1,024 of sm_90's are its own. widest load: bytes, of global")
+    _output.print_text(f"memory. a weight: warp instructions in rows of {WIDTH} columns at P(0) = .885.")
+    _output.print_text()
+    _table(
+        f"A model of one token's product, no measurement: us, {report.bits_per_weight:.2f} bits a weight",
+        ("GPU", "rows x columns", "our\nbytes", "our in-\nstructions", "bf16\nbytes", "ratio"),
+        (
+            [
+                e.gpu,
+                f"{e.rows} x {e.columns}",
+                f"{e.memory:.2f}",
+                f"{e.issue:.2f}",
+                f"{e.dense:.2f}",
+                f"{e.ratio:.1f}x",
+            ]
+            for e in report.estimates
+        ),
+        text=2,
+    )
+    _output.print_text("Bytes over bandwidth, instructions over issue rate, at the makers' peaks; the")
+    _output.print_text("ratio takes the longer of ours. Launch, latency and conflicts in shared memory")
+    _output.print_text("are left out.")

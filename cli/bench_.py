@@ -117,6 +117,24 @@ def gptq(
     _show(measure(experts, threads, seed, SHAPES), json, _tables.print_gptq, plot, _plot.draw_gptq)
 
 
+@app.command("kernels")
+def kernels(
+    static: Annotated[bool, typer.Option("--static", help="Compile them; needs no GPU.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Compile the CUDA kernels, and show their registers, memory and instructions.
+
+    Example: qmoe bench kernels --static
+    """
+    from qmoe_lite.bench.kernels import measure
+    from qmoe_lite.cli import _tables
+    from qmoe_lite.errors import SettingError
+
+    if not static:
+        raise SettingError("bench kernels compiles only; expected --static. On a GPU, run: python bench/gpu.py")
+    _show(measure(), json, _tables.print_kernels, None, None)
+
+
 def _check(plot: Path | None) -> None:
     """Refuse a picture that cannot be drawn before minutes are spent on its figures."""
     from qmoe_lite.cli._plot import check_picture

@@ -22,14 +22,17 @@ from torch.utils.dlpack import from_dlpack
 from qmoe_lite.errors import DeviceError, DtypeError, SettingError, ShapeError
 
 cuda: Any = None  # without numba-cuda: numba's own CUDA target knows no toolkit above 12.4
+extending: Any = None  # where intrinsics are made
 if importlib.util.find_spec("numba_cuda") is not None:
     if not hasattr(np, "row_stack"):
         np.row_stack = np.vstack  # numba-cuda 0.30 asks for it, NumPy 2.5 dropped it
     cuda = importlib.import_module("numba.cuda")
+    extending = importlib.import_module("numba.cuda.extending")
 
 DEVICE_TYPE = "cuda"
 WARP = 32
 SHARED_BYTES = 48 << 10  # what a block may ask for without opting in to more
+_STATIC_BYTES = 1 << 10  # of a block's shared memory that are left to what a kernel declares
 _OLDEST = (8, 0)
 _DLPACK_CUDA = 2  # kDLCUDA of DLPack's device types
 _INSTALL = "Run: pip install 'qmoe-lite[cuda]'"
@@ -105,6 +108,14 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.lru_cache(maxsize=64)
+def shared_limit(device: torch.device) -> int:
+    """Return the bytes of dynamic shared memory that a block may ask for on a GPU; more than `SHARED_BYTES`."""
+    from cuda.core import Device
+
+    return int(Device(device.index).properties.max_shared_memory_per_block_optin) - _STATIC_BYTES
+
+
 class Kernel:
     """A kernel's Python function, compiled at its first launch for each signature and GPU; made by `kernel`.
 
@@ -122,6 +133,7 @@ class Kernel:
         self.py_func = py_func
         self.signatures = signatures
         self._loaded: dict[tuple[str, int], Any] = {}
+        self._opened: dict[tuple[str, int], int] = {}  # shared memory asked for, where it is more than SHARED_BYTES
 
     def ptx(self, signature: str, capability: tuple[int, int]) -> str:
         """Compile for a compute capability; needs no GPU."""
@@ -163,6 +175,9 @@ class Kernel:
         with torch.cuda.device(device):
             Device(device.index).set_current()  # a thread that has not used the GPU yet has no context
             compiled = self._load(signature, device.index)
+            if shared_bytes > self._opened.get((signature, device.index), SHARED_BYTES):
+                _open_shared(compiled, shared_bytes, device.index)
+                self._opened[signature, device.index] = shared_bytes
             # looked up at each launch: a graph is captured on a stream of its own
             launch(_stream(torch.cuda.current_stream(device).cuda_stream), config, compiled, *values)
 
@@ -222,6 +237,18 @@ def link(ptx: str, capability: tuple[int, int]) -> Any:
 
     options = LinkerOptions(arch="sm_{}{}".format(*capability))
     return Linker(ObjectCode.from_ptx(ptx.encode()), options=options).link("cubin")
+
+
+def _open_shared(compiled: Any, shared_bytes: int, index: int) -> None:
+    """Let a compiled kernel be launched with more shared memory than `SHARED_BYTES`."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    handle = driver.CUkernel(int(compiled.handle))
+    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, driver.CUdevice(index))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        found = f"GPU {index} refused {shared_bytes} bytes of shared memory a block: {status.name}. "
+        raise DeviceError(found + "Update the driver, or use the CPU.")
 
 
 @functools.lru_cache(maxsize=64)

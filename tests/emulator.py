@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from greenlet import getcurrent, greenlet
 
+from qmoe_lite.cuda import intrinsics
+
 WARP = 32
 POISON = 0xA5
+SHARED_ORIGIN = 1152  # where dynamic shared memory begins: not at 0
 
 
 class EmulationError(AssertionError):
@@ -27,8 +30,17 @@ class EmulationError(AssertionError):
 class Memory:
     """A flat array that refuses what a raw pointer would let pass."""
 
-    def __init__(self, array):
+    def __init__(self, array, origin=0):
         self.array = array
+        self.origin = origin  # the place of its first byte, as `intrinsics.origin` gives it
+
+    def at(self, place, count=1):
+        """Return `count` elements from a place in bytes on."""
+        byte = operator.index(place) - self.origin
+        if byte % (count * self.array.itemsize):
+            raise EmulationError(f"{count} elements at byte {byte}, which is no multiple of their size")
+        first = byte // self.array.itemsize
+        return [self[first + i] for i in range(count)]
 
     def __getitem__(self, index):
         return self.array[self._place(index)]
@@ -80,7 +92,7 @@ class Cuda:
 
     def _shared_array(self, shape, dtype):
         if shape == 0:
-            return Memory(self._dynamic.view(dtype))
+            return Memory(self._dynamic.view(dtype), origin=SHARED_ORIGIN)
         frame = sys._getframe(1)
         place = frame.f_code, frame.f_lasti
         if place not in self._static:
@@ -135,6 +147,79 @@ class Cuda:
         return any(self._together("any_sync", mask, predicate).values())
 
 
+class Words:
+    """An array of bytes read as aligned words; what surrounds it in its first and last word is poison."""
+
+    def __init__(self, memory, word):
+        self.memory = memory
+        self.byte = 4 * int(word) - memory.array.ctypes.data % 4
+
+    def __getitem__(self, index):
+        places = range(self.byte + 4 * operator.index(index), self.byte + 4 * operator.index(index) + 4)
+        inside = [0 <= place < self.memory.array.size for place in places]
+        if not any(inside):
+            raise EmulationError(f"word at byte {places[0]} of an array of {self.memory.array.size} bytes")
+        held = [self.memory[place] if there else POISON for place, there in zip(places, inside, strict=True)]
+        return np.frombuffer(bytes(held), dtype="<u4")[0]
+
+
+class Intrinsics:
+    """What each of `qmoe_lite.cuda.intrinsics` does, for one block; indices wrap nowhere and places are checked."""
+
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def aligned_words(self, array, word):
+        return Words(array, word)
+
+    def misaligned_bytes(self, array):
+        return np.int32(array.array.ctypes.data % 4)
+
+    def load_constant(self, array, index):
+        return array[index]
+
+    def origin(self, array):
+        return np.uint32(array.origin)
+
+    def word_at(self, array, place):
+        return array.at(place)[0]
+
+    def add_multiple(self, total, array, place, factor):
+        assert isinstance(factor, np.float32)
+        values = array.at(place, len(total))
+        with np.errstate(invalid="ignore"):  # infinity times zero
+            return tuple(np.float32(old + factor * value) for old, value in zip(total, values, strict=True))
+
+    def dot_bytes(self, a, b, c):
+        pairs = zip(np.uint32(a).tobytes(), np.uint32(b).tobytes(), strict=True)
+        return np.uint32(int(c) + sum(one * other for one, other in pairs))
+
+    def funnel_shift(self, low, high, bits):
+        assert 0 <= bits < 32
+        return np.uint32((int(high) << 32 | int(low)) >> int(bits) & 0xFFFFFFFF)
+
+    def float_of_bits(self, bits):
+        return np.uint32(bits).view(np.float32)
+
+    def scan_lanes(self, value):
+        brought = self.cuda._together("scan_lanes", 0xFFFFFFFF, np.uint32(value))
+        return np.uint32(sum(int(brought[lane]) for lane in range(int(self.cuda.laneid) + 1)))
+
+    def load_float(self, array, index):
+        value = array[index]
+        if value.dtype == np.uint16:
+            return np.uint32(int(value) << 16).view(np.float32)
+        return np.float32(value)
+
+    def store_float(self, array, index, value):
+        assert isinstance(value, np.float32)
+        if array.array.dtype == np.uint16:
+            array[index] = torch.tensor(value).bfloat16().view(torch.int16).numpy().view(np.uint16)[()]
+        else:
+            with np.errstate(over="ignore"):
+                array[index] = array.array.dtype.type(value)
+
+
 def run(kernel, blocks, threads, *arguments, shared_bytes=0, seed=0):
     """Launch a kernel on NumPy arrays and NumPy scalars.
 
@@ -183,6 +268,7 @@ def install(monkeypatch, seed):
 
     monkeypatch.setattr(launch, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(launch, "shared_limit", lambda device: launch.SHARED_BYTES)
     monkeypatch.setattr(launch.Kernel, "launch", emulated)
     monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -237,8 +323,12 @@ def _rebind(function, cuda, done):
     """Copy a function so that it, and the compiled helpers it names, see the emulator's `cuda`."""
     if function not in done:
         names = dict(function.__globals__)
-        done[function] = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+        done[function] = FunctionType(
+            function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+        )
         for name in function.__code__.co_names:
+            if names.get(name) is not None and names[name] is getattr(intrinsics, name, None):
+                names[name] = getattr(Intrinsics(cuda), name)
             if hasattr(names.get(name), "py_func"):
                 names[name] = _rebind(names[name].py_func, cuda, done)
         names["cuda"] = cuda

@@ -18,11 +18,13 @@ TWINS = [
     ("matmul", "decode_matmul"),
 ]
 # a CUDA kernel's twin lies in the file of the same name, or here
-CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_block_kernel": "_columns", "_gather_kernel": "_products"}
+CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_block_kernel": "_columns", "gather_kernel": "_products"}
+
+NO_TWINS = ("__init__", "intrinsics", "launch", "static")  # they are about the GPU itself
 
 
 def stems():
-    return sorted(path.stem for path in (ROOT / "cuda").glob("*.py") if path.stem not in ("__init__", "launch"))
+    return sorted(path.stem for path in (ROOT / "cuda").glob("*.py") if path.stem not in NO_TWINS)
 
 
 def functions(path):

@@ -1,0 +1,289 @@
+"""What the CUDA kernels compile to, and a model of the product's time: nothing here needs a GPU or a driver.
+
+Each kernel is compiled for sm_80 and sm_90 by numba-cuda and linked to machine code; figures are read from its PTX
+and from the machine code's ELF file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from qmoe_lite.bench._common import machine_line
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.cuda import codec, launch, matmul, solver, static
+from qmoe_lite.cuda.static import COUNTS
+from qmoe_lite.errors import DeviceError
+
+CAPABILITIES = ((8, 0), (9, 0))
+SHAPES = ((14336, 4096), (4096, 14336), (768, 2048), (2048, 768))  # rows x columns: Mixtral 8x7B, Qwen3-30B-A3B
+ISSUES = 4  # warp instructions that a multiprocessor issues a cycle: it has four schedulers (8.0 to 9.0)
+SHARED_LIMIT = 98 << 10  # bytes a block may ask for on the smallest of the GPUs (8.6 and 8.9: 99 KiB)
+_MODELLED = "product: 2 levels"
+# products that are looked at: counts of digits (None: the paper's dictionary), levels a row, tokens
+PRODUCTS: dict[str, tuple[tuple[int, ...] | None, int, int]] = {
+    _MODELLED: (COUNTS, 2, 1),
+    "product: 1 level": (COUNTS, 1, 1),
+    "product: 4 tokens": (COUNTS, 2, 4),
+    "product: two-bit": ((885, 50, 40, 25), 3, 1),
+    "product: paper": (None, 2, 1),
+}
+WIDTH = 4096  # columns of a row whose instructions are spread over its weights
+_REGISTERS, _FRAME, _STACK = 0x2F, 0x11, 0x12  # attributes of an .nv.info section
+_NOP = 0x918
+_MODULES = (solver, codec, matmul)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's PTX and machine code for one architecture, and the name that both have for it."""
+
+    name: str
+    ptx: str
+    cubin: bytes
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel asks of a multiprocessor; bytes of stack a thread hold its spilled registers too.
+
+    `shared` is what the code declares, a block: what a launch asks for comes on top.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class KernelFigures:
+    """One kernel on one architecture; warp instructions a weight, row ends included, of one token's product alone."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    stack: int
+    shared: int
+    float64: int
+    widest_load: int
+    instructions: int
+    instructions_per_weight: float | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of a GPU: multiprocessors, clock in GHz, memory in GB/s; and the architecture whose code stands for it."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    capability: tuple[int, int]
+
+
+# NVIDIA's data sheets. Clocks are those of the float32 peak, multiprocessors * 128 * 2 * clock: 66.9 TFLOP/s (H100
+# architecture white paper), 38.7 (RTX A6000 data sheet), 82.6 (Ada architecture white paper); bandwidths from the same.
+GPUS = (
+    Gpu("H100 SXM", 132, 1.98, 3350, (9, 0)),
+    Gpu("RTX A6000", 84, 1.80, 768, (8, 0)),
+    Gpu("RTX 4090", 128, 2.52, 1008, (8, 0)),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A model of one token's product, in microseconds: bytes over bandwidth, instructions over issue rate.
+
+    `dense` is the time that the bytes of the bfloat16 matrix take. Launch, latency and conflicts in shared memory are
+    left out, so both times are what no kernel of such code can beat.
+    """
+
+    gpu: str
+    rows: int
+    columns: int
+    memory: float
+    issue: float
+    dense: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as reading the bfloat16 matrix."""
+        return self.dense / max(self.memory, self.issue)
+
+
+@dataclass(frozen=True)
+class KernelsReport:
+    """What `measure` found, and where."""
+
+    kernels: tuple[KernelFigures, ...]
+    estimates: tuple[Estimate, ...]
+    bits_per_weight: float
+    machine: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        return asdict(self)
+
+
+def measure() -> KernelsReport:
+    """Compile every kernel for every architecture.
+
+    Raises
+    ------
+    DeviceError
+        A part of the compiler is missing; says what to install.
+    """
+    missing = _missing_compiler()
+    if missing is not None:
+        raise DeviceError(missing)
+    figures = tuple(
+        _figures(kernel, signature, capability) for capability in CAPABILITIES for kernel, signature in all_kernels()
+    )
+    bits = Codebook.fit(COUNTS).expected_bits_per_weight()
+    estimates = tuple(
+        estimate(gpu, *shape, bits, per_weight(_MODELLED, gpu.capability, shape[1])) for gpu in GPUS for shape in SHAPES
+    )
+    return KernelsReport(figures, estimates, bits, machine_line("numba", "numba-cuda", "nvidia-nvjitlink"))
+
+
+def all_kernels() -> list[tuple[launch.Kernel, str]]:
+    """Return every kernel of the library with each of its signatures, and `PRODUCTS` with x in bfloat16."""
+    kernels = [each for module in _MODULES for each in vars(module).values() if isinstance(each, launch.Kernel)]
+    known = [(kernel, signature) for kernel in dict.fromkeys(kernels) for signature in kernel.signatures]
+    return known + [_gather(_variant(product)) for product in PRODUCTS]
+
+
+def _variant(product: str) -> matmul.Variant:
+    _, levels, tokens = PRODUCTS[product]
+    return matmul.choose_variant(_codebook(product), levels, tokens, WIDTH, SHARED_LIMIT)
+
+
+def _codebook(product: str) -> Codebook:
+    counts = PRODUCTS[product][0]
+    return Codebook.paper() if counts is None else Codebook.fit(counts)
+
+
+def _gather(variant: matmul.Variant) -> tuple[launch.Kernel, str]:
+    """Return a product's kernel, and its signature for activations in bfloat16."""
+    kernel = matmul.gather_kernel(variant)
+    return kernel, next(each for each in kernel.signatures if each.split(", ")[4:6] == ["uint16*", "uint16*"])
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(kernel: launch.Kernel, signature: str, capability: tuple[int, int]) -> Compiled:
+    """Compile and link one kernel, once in a process; needs no GPU."""
+    with _gpu_taken_for_granted(capability):
+        ptx = kernel.ptx(signature, capability)
+    return Compiled(launch.entry_name(ptx), ptx, bytes(launch.link(ptx, capability).code))
+
+
+def resources(code: Compiled) -> Resources:
+    """Read a kernel's registers, stack and shared memory from the ELF file's own tables."""
+    cubin = code.cubin
+    offset = struct.unpack_from("<Q", cubin, 0x28)[0]
+    size, count, name_section = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, offset + i * size) for i in range(count)]
+
+    def text(section: int, start: int) -> str:
+        start += sections[section][4]
+        return cubin[start : cubin.index(b"\0", start)].decode()
+
+    by_name = {text(name_section, section[0]): section for section in sections}
+    symbols = by_name[".symtab"]
+    found: dict[int, int] = {}
+    place, end = by_name[".nv.info"][4], by_name[".nv.info"][4] + by_name[".nv.info"][5]
+    while place < end:
+        form, attribute, length = struct.unpack_from("<BBH", cubin, place)
+        place += 4
+        if form == 4:  # a value that has its size before it
+            if attribute in (_REGISTERS, _FRAME, _STACK):
+                symbol, value = struct.unpack_from("<II", cubin, place)
+                symbol_name = struct.unpack_from("<I", cubin, symbols[4] + 24 * symbol)[0]
+                if text(symbols[6], symbol_name) == code.name:
+                    found[attribute] = value
+            place += length
+    shared = by_name.get(f".nv.shared.{code.name}")
+    return Resources(found[_REGISTERS], max(found[_FRAME], found[_STACK]), 0 if shared is None else shared[5])
+
+
+def widest_load(ptx: str) -> int:
+    """Return the bytes of the widest load from global memory; 0 where there is none."""
+    loads = re.findall(r"\bld\.global(?:\.[a-zA-Z_]\w*|\.L\d::\w+)*?(?:\.v(\d))?\.[busf](\d+)\b", ptx)
+    return max((int(vector or 1) * int(bits) // 8 for vector, bits in loads), default=0)
+
+
+def instructions(code: Compiled) -> int:
+    """Count a kernel's instructions, NOPs behind the end left out."""
+    text = static._section(code.cubin, f".text.{code.name}")
+    words = struct.iter_unpack("<QQ", text)
+    return sum(low & 0xFFF != _NOP for low, _ in words)
+
+
+def per_weight(product: str, capability: tuple[int, int], columns: int) -> float:
+    """Return the warp instructions a weight of a one-token product, in rows of so many columns."""
+    variant = _variant(product)
+    code = compiled(*_gather(variant), capability)
+    loop = static.walk_loop(code.cubin, code.name, capability)
+    return static.per_weight(loop, variant, _codebook(product), columns)
+
+
+def estimate(gpu: Gpu, rows: int, columns: int, bits: float, instructions: float) -> Estimate:
+    """Model the product of one token: codes of `bits` a weight, a byte and two bfloat16 levels a row, x and y."""
+    weights = rows * columns
+    small = 2 * (rows + columns)  # x and y in bfloat16
+    memory = (weights * bits / 8 + rows * 5 + small) / gpu.bandwidth / 1e3
+    rate = gpu.multiprocessors * ISSUES * gpu.clock * 1e3  # a microsecond
+    return Estimate(
+        gpu.name, rows, columns, memory, weights * instructions / rate, (2 * weights + small) / gpu.bandwidth / 1e3
+    )
+
+
+def _figures(kernel: launch.Kernel, signature: str, capability: tuple[int, int]) -> KernelFigures:
+    code = compiled(kernel, signature, capability)
+    of = resources(code)
+    product = next((each for each in PRODUCTS if _gather(_variant(each))[0] is kernel), None)
+    return KernelFigures(
+        product or _title(kernel, signature),
+        "sm_{}{}".format(*capability),
+        of.registers,
+        of.stack,
+        of.shared,
+        code.ptx.count(".f64"),
+        widest_load(code.ptx),
+        instructions(code),
+        per_weight(product, capability, WIDTH) if product and PRODUCTS[product][2] == 1 else None,
+    )
+
+
+def _title(kernel: launch.Kernel, signature: str) -> str:
+    """Name a kernel, and the types that tell this signature from its others."""
+    own = signature.split(", ")
+    differ = [len(set(kinds)) > 1 for kinds in zip(*(each.split(", ") for each in kernel.signatures), strict=False)]
+    kinds = [kind.rstrip("*") for kind, other in zip(own, differ, strict=False) if other]
+    return " ".join([kernel.__name__.strip("_").removesuffix("_kernel"), *dict.fromkeys(kinds)])
+
+
+@contextmanager
+def _gpu_taken_for_granted(capability: tuple[int, int]) -> Iterator[None]:
+    """Let numba-cuda believe in a GPU inside the block: it asks the driver when it compiles a helper."""
+    dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
+    before = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = before
+
+
+def _missing_compiler() -> str | None:
+    if launch.cuda is None:
+        return launch.reason()
+    missing = launch._missing_library()
+    return None if missing is None else f"lib{missing} was not found; expected it. Run: pip install 'qmoe-lite[cuda]'"

@@ -1,0 +1,244 @@
+"""Single instructions that numba-cuda has no name for; `tests/emulator.py` says in Python what each of them does.
+
+They cost no GPU to import: without numba-cuda they are None, and no kernel can be compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from qmoe_lite.cuda import launch
+
+
+def intrinsic(generate: Callable[..., Any]) -> Any:
+    """Make an intrinsic of a function that gives its signature and its code generator; None without numba-cuda."""
+    return None if launch.extending is None else launch.extending.intrinsic(generate)
+
+
+def _ir() -> Any:
+    return importlib.import_module("llvmlite.ir")
+
+
+def _types() -> Any:
+    return importlib.import_module("numba.core.types")
+
+
+def _read_only(builder: Any, pointer: Any, bytes_: int) -> Any:
+    loaded = builder.load(pointer)
+    loaded.align = bytes_
+    loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
+    return loaded
+
+
+def _at(context: Any, builder: Any, kind: Any, array: Any, place: Any, unit: Any) -> Any:
+    """Return the LLVM pointer to a `unit` at a place, which `origin` counts from."""
+    ir = _ir()
+    if hasattr(kind, "ndim"):
+        return builder.inttoptr(place, unit.as_pointer(3))
+    start = builder.bitcast(array, ir.IntType(8).as_pointer())
+    start = builder.addrspacecast(start, ir.IntType(8).as_pointer(1))
+    place = builder.zext(place, ir.IntType(64))
+    return builder.bitcast(builder.gep(start, [place], inbounds=True), unit.as_pointer(1))
+
+
+@intrinsic
+def origin(typing: Any, array: Any) -> Any:
+    """(array in shared memory, or pointer) -> uint32: the place of its first byte; 0 of a pointer's."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        kind = signature.args[0]
+        if not hasattr(kind, "ndim"):
+            return ir.Constant(ir.IntType(32), 0)
+        start = context.make_array(kind)(context, builder, arguments[0]).data
+        start = builder.addrspacecast(start, start.type.pointee.as_pointer(3))
+        return builder.ptrtoint(start, ir.IntType(32))
+
+    return types.uint32(array), generate
+
+
+@intrinsic
+def aligned_words(typing: Any, array: Any, word: Any) -> Any:
+    """(uint8*, int64) -> uint32*: `word` words behind the last 4-byte boundary not after the array's start."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        wide = ir.IntType(64)
+        start = builder.and_(builder.ptrtoint(arguments[0], wide), ir.Constant(wide, -4))
+        start = builder.add(start, builder.shl(arguments[1], ir.Constant(wide, 2)))
+        kind = ir.FunctionType(wide, [wide])
+        start = builder.call(ir.InlineAsm(kind, "mov.b64 $0, $1;", "=l,l"), [start])  # or an index costs four additions
+        return builder.inttoptr(start, context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint32)(array, types.int64), generate
+
+
+@intrinsic
+def misaligned_bytes(typing: Any, array: Any) -> Any:
+    """(uint8*) -> int32: how many bytes behind a 4-byte boundary the array starts."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        start = builder.ptrtoint(arguments[0], ir.IntType(64))
+        return builder.and_(builder.trunc(start, ir.IntType(32)), ir.Constant(ir.IntType(32), 3))
+
+    return types.int32(array), generate
+
+
+@intrinsic
+def load_constant(typing: Any, array: Any, index: Any) -> Any:
+    """(T*, int32) -> T: an element of an array that nobody writes meanwhile."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        element = context.get_value_type(signature.return_type)
+        start = builder.addrspacecast(arguments[0], element.as_pointer(1))
+        index = builder.sext(arguments[1], ir.IntType(64))
+        return _read_only(builder, builder.gep(start, [index], inbounds=True), signature.return_type.bitwidth // 8)
+
+    return array.dtype(array, types.int32), generate
+
+
+@intrinsic
+def word_at(typing: Any, array: Any, place: Any) -> Any:
+    """(uint32 array or pointer, uint32) -> uint32: the element at a place, in bytes from where `origin` counts."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _at(context, builder, signature.args[0], arguments[0], arguments[1], _ir().IntType(32))
+        loaded = builder.load(pointer)
+        loaded.align = 4
+        return loaded
+
+    return types.uint32(array, types.uint32), generate
+
+
+@intrinsic
+def add_multiple(typing: Any, total: Any, array: Any, place: Any, factor: Any) -> Any:
+    """(n floats, float32 array or pointer, uint32, float32) -> n floats: total + factor * the n at a place."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        width = signature.return_type.count
+        pointer = _at(
+            context, builder, signature.args[1], arguments[1], arguments[2], ir.VectorType(ir.FloatType(), width)
+        )
+        loaded = builder.load(pointer)
+        loaded.align = 4 * width
+        totals = []
+        for i in range(width):
+            value = builder.extract_element(loaded, ir.Constant(ir.IntType(32), i))
+            before = builder.extract_value(arguments[0], i)
+            totals.append(builder.fma(arguments[3], value, before))
+        return context.make_tuple(builder, signature.return_type, totals)
+
+    return total(total, array, types.uint32, types.float32), generate
+
+
+@intrinsic
+def dot_bytes(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """(uint32, uint32, uint32) -> uint32: c + the products of the four bytes of a and b."""
+    types = _types()
+    word = types.uint32
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)] * 3)
+        return builder.call(ir.InlineAsm(kind, "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r"), arguments)
+
+    return word(word, word, word), generate
+
+
+@intrinsic
+def funnel_shift(typing: Any, low: Any, high: Any, bits: Any) -> Any:
+    """(uint32, uint32, uint32) -> uint32: the 32 bits from bit `bits` (0 to 31) of the two words on."""
+    types = _types()
+    word = types.uint32
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)] * 3)
+        return builder.call(ir.InlineAsm(kind, "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r"), arguments)
+
+    return word(word, word, word), generate
+
+
+@intrinsic
+def float_of_bits(typing: Any, bits: Any) -> Any:
+    """(uint32) -> float32 that has these bits."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _ir().FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def scan_lanes(typing: Any, value: Any) -> Any:
+    """(uint32) -> uint32: the sum over the warp's lanes up to this one; all lanes must call it."""
+    types = _types()
+    steps = "".join(
+        f"shfl.sync.up.b32 below|there, $0, {step}, 0, -1; @there add.u32 $0, $0, below; " for step in (1, 2, 4, 8, 16)
+    )
+    text = "{ .reg .pred there; .reg .b32 below; mov.b32 $0, $1; " + steps + "}"
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
+        return builder.call(ir.InlineAsm(kind, text, "=&r,r", side_effect=True), arguments)
+
+    return types.uint32(types.uint32), generate
+
+
+@intrinsic
+def load_float(typing: Any, array: Any, index: Any) -> Any:
+    """(float32*, float16*, or uint16* for bfloat16; int64) -> float32: one activation."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        kind = signature.args[0].dtype
+        unit = ir.FloatType() if kind == types.float32 else ir.IntType(16)
+        start = builder.addrspacecast(builder.bitcast(arguments[0], unit.as_pointer()), unit.as_pointer(1))
+        value = _read_only(
+            builder, builder.gep(start, [arguments[1]], inbounds=True), 4 if kind == types.float32 else 2
+        )
+        if kind == types.float32:
+            return value
+        if kind == types.float16:
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        return builder.bitcast(
+            builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), ir.FloatType()
+        )
+
+    return types.float32(array, types.int64), generate
+
+
+@intrinsic
+def store_float(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """(array as for load_float, int64, float32): write the nearest value, ties to even."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        kind = signature.args[0].dtype
+        value = arguments[2]
+        if kind == types.float16:
+            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        elif kind == types.uint16:
+            form = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
+            value = builder.call(ir.InlineAsm(form, "cvt.rn.bf16.f32 $0, $1;", "=h,f"), [value])
+        pointer = builder.bitcast(arguments[0], value.type.as_pointer())
+        pointer = builder.gep(pointer, [arguments[1]], inbounds=True)
+        builder.store(value, pointer, align=4 if kind == types.float32 else 2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.float32), generate
