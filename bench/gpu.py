@@ -1,0 +1,217 @@
+"""`python bench/gpu.py`: test the CUDA kernels on this machine's GPU, then time them beside their peers.
+
+Each part runs in a process of its own, so that a fault or a hang of one costs no other, and all of them within a time
+budget. Results are written after each part: as JSON, and as the tables that were printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose names are those of other packages
+    if Path("/usr/local/cuda/nvvm").is_dir() and "CUDA_PATH" not in os.environ:
+        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")  # where the compiler's libraries are looked for
+
+import torch  # noqa: E402
+
+from qmoe_lite.bench._common import machine_line  # noqa: E402
+from qmoe_lite.bench._gpu_parts import PARTS, Row, one_line  # noqa: E402
+from qmoe_lite.cli._output import print_text  # noqa: E402
+from qmoe_lite.cuda import launch  # noqa: E402
+
+BUDGET = 450.0  # seconds for all of it
+TEST_SECONDS = 200.0
+_LEAST = 15.0  # seconds that a part is begun with
+_PACKAGES = ("torch", "numba", "numba-cuda", "cuda-core")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script; return its exit code: 0, or 1 where something failed."""
+    parser = argparse.ArgumentParser(description="Test the CUDA kernels on this GPU, then time them.")
+    parser.add_argument("--quick", action="store_true", help="two shapes, three counts of tokens, four experts")
+    parser.add_argument("--out", type=Path, help="FILE.json and FILE.txt [default: bench/results/<GPU's name>]")
+    parser.add_argument("--debug", action="store_true", help="show the output and the traceback of what fails")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=BUDGET, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if not launch.available():
+        sys.stderr.write(f"bench/gpu.py: {launch.reason()}\n")
+        return 1
+    if given.part:
+        return measure_part(given.part, given.quick, given.seconds)
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+    out = given.out or ROOT / "bench" / "results" / name
+    if out.suffix in (".json", ".txt"):
+        out = out.with_suffix("")
+    return run(given.quick, out.absolute(), given.debug, given.seconds)
+
+
+def run(quick: bool, out: Path, debug: bool, seconds: float) -> int:
+    """Test, measure, print, and write OUT.json and OUT.txt anew after each part; return the exit code."""
+    begun = time.monotonic()
+    report: Row = {"gpu": torch.cuda.get_device_name(0), "machine": _machine(), "quick": quick}
+    report |= {"tests": {}, "parts": {}, "skipped": [], "failed": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shown = _Tee(sys.stdout)
+    with redirect_stdout(shown):
+        print_text(f"{report['gpu']}; {report['machine']}\n")
+        for name in ("tests", *PARTS):
+            left = begun + seconds - time.monotonic()
+            if left < _LEAST:
+                report["skipped"].append(name)
+                continue
+            try:
+                if name == "tests":
+                    _test(report, min(left, TEST_SECONDS), debug)
+                else:
+                    _measure(report, name, quick, min(left, PARTS[name].seconds), debug)
+            except Exception as error:  # the other parts are worth having
+                _fail(report, name, one_line(error), traceback.format_exc(), debug)
+            _write(report, out, shown.getvalue())
+        if report["skipped"]:
+            print_text(f"Skipped for want of time: {'; '.join(report['skipped'])}.")
+        if report["failed"]:
+            print_text(f"Failed: {', '.join(report['failed'])}.")
+        print_text(f"{time.monotonic() - begun:.0f} seconds in all; written to {out}.json and .txt.")
+    _write(report, out, shown.getvalue())
+    return 1 if report["failed"] else 0
+
+
+def measure_part(name: str, quick: bool, seconds: float) -> int:
+    """Measure one part in this process, a row of JSON a line on standard output; the last one may be an error."""
+
+    def put(row: Row) -> None:
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+
+    try:
+        with torch.no_grad():
+            for row in PARTS[name].measure(quick, time.monotonic() + seconds):
+                put(row)
+    except Exception as error:
+        traceback.print_exc()
+        put({"failed": one_line(error)})
+        return 1
+    return 0
+
+
+def _test(report: Row, seconds: float, debug: bool) -> None:
+    """Run tests/gpu and note how they went."""
+    code, out, err = _in_process(_tests_command(), seconds)
+    lines = out.strip().splitlines()
+    summary = lines[-1].strip("= ") if lines else _last_line(err)
+    report["tests"] = {"summary": summary, "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
+    if code is None:
+        _fail(report, "tests", f"did not end within {seconds:.0f} s", out + err, debug)
+    elif code != 0 or " passed" not in f" {summary}":
+        _fail(report, "tests", summary, out + err, debug)
+    else:
+        print_text(f"tests/gpu: {summary}\n")
+    for line in report["tests"]["failed"][:20]:
+        print_text(line[:200])
+
+
+def _measure(report: Row, name: str, quick: bool, seconds: float, debug: bool) -> None:
+    """Run one part and keep its rows, also those that came before an error."""
+    code, out, err = _in_process(_part_command(name, quick, seconds - 5), seconds)
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
+    report["skipped"] += [f"{name}: {row['skipped']}" for row in found if "skipped" in row]
+    report["parts"][name] = rows = [row for row in found if not {"skipped", "failed"} & set(row)]
+    failed = [row["failed"] for row in found if "failed" in row]
+    if code is None:
+        failed = [f"did not end within {seconds:.0f} s"]
+    elif code != 0 and not failed:
+        failed = [_last_line(err) or f"ended with exit code {code}"]
+    if failed:
+        _fail(report, name, failed[0], err, debug)
+    if rows:
+        PARTS[name].show(rows)
+
+
+def _fail(report: Row, name: str, what: str, details: str, debug: bool) -> None:
+    report["failed"][name] = what
+    print_text(f"{name} failed: {what}\n")
+    if debug:
+        sys.stderr.write(details)
+
+
+def _part_command(name: str, quick: bool, seconds: float) -> list[str]:
+    call = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--seconds", f"{seconds:.0f}"]
+    return [*call, "--quick"] if quick else call
+
+
+def _tests_command() -> list[str]:
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--noconftest", "--tb=short", "-rfE"]
+    return [sys.executable, "-m", "pytest", *options, "tests/gpu"]
+
+
+def _in_process(command: list[str], seconds: float) -> tuple[int | None, str, str]:
+    """Run a command in the repository; return its exit code, None where it was ended at its limit, and its output."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        return None, out, err
+    return process.returncode, out, err
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _machine() -> str:
+    known = []
+    for name in _PACKAGES:
+        try:
+            version(name)
+            known.append(name)
+        except PackageNotFoundError:
+            continue
+    return f"{machine_line(*known)}, CUDA {torch.version.cuda}"
+
+
+def _write(report: Row, out: Path, text: str) -> None:
+    Path(f"{out}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    Path(f"{out}.txt").write_text(text, encoding="utf-8")
+
+
+class _Tee(StringIO):
+    """Keeps a copy of what it writes through to a stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(text)
+        self._stream.flush()
+        return super().write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

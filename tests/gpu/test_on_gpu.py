@@ -1,0 +1,426 @@
+"""The CUDA twins on a GPU against float64 references and the CPU's bytes: fresh inputs at each run, poisoned memory.
+
+A failure shows the seed; QMOE_TEST_SEED repeats it. `python bench/gpu.py` runs this file before it measures.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import random
+import sys
+
+import naive
+import numpy as np
+import pytest
+import torch
+from checks import draw_digits
+
+from qmoe_lite import codec as cpu_codec
+from qmoe_lite import solver as cpu_solver
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.cuda import codec, launch, matmul, solver
+from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit
+
+if not launch.available():
+    pytest.skip(f"needs a GPU: {launch.reason()}", allow_module_level=True)
+
+DEVICE = torch.device("cuda", 0)
+SEED = int(os.environ.get("QMOE_TEST_SEED", random.SystemRandom().getrandbits(31)))
+POISON = 0xA5
+
+TERNARY = Codebook.fit([115, 1770, 115])
+SHORT = Codebook.fit([115, 1770, 115], bits=8)
+EVEN = Codebook.fit([1, 1, 1], bits=8)  # short codewords: a row has many warps' worth
+TWO_BIT = Codebook.fit([885, 50, 40, 25])
+WIDE = Codebook.fit([9, 9, 9, 9], bits=12)
+SPARSE = Codebook.fit([25, 950, 25], bits=12)  # up to 84 weights a codeword
+PAPER = Codebook.paper()  # a table of 512 KiB: not in shared memory
+CODEBOOKS = [TERNARY, SHORT, EVEN, TWO_BIT, WIDE, SPARSE, PAPER]
+SMALL = [(1, 1), (3, 27), (5, 28), (1, 29), (9, 63), (2, 250)]
+LARGE = [(1, 65535), (33, 1000), (257, 4096), (768, 2048), (1000, 777), (4099, 130)]
+GRIDS = {"ternary": MinMaxTernary(), "two_bit": MinMaxTwoBit()}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}  # of a result to the dtype of x
+FLOAT32 = 1e-5  # error of a float32 sum, over the sum of its terms' sizes
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nobody wrote is poison: what torch.empty gives, and what freed tensors left behind."""
+    sys.stderr.write(f"QMOE_TEST_SEED={SEED}\n")
+    torch.manual_seed(SEED)
+    rng.cache_clear()
+    empty = torch.empty
+
+    def filled(*arguments, **settings):
+        tensor = empty(*arguments, **settings)
+        if tensor.ndim and tensor.numel():
+            tensor.view(torch.uint8).fill_(POISON)
+        return tensor
+
+    left = [filled(size, dtype=torch.uint8, device=DEVICE) for size in [512] * 64 + [1 << 16] * 16 + [8 << 20] * 4]
+    del left
+    monkeypatch.setattr(torch, "empty", filled)
+    yield
+    torch.cuda.synchronize()  # an error of this test shows here, not in the next
+
+
+@functools.cache
+def rng():
+    return np.random.default_rng(SEED)
+
+
+@functools.cache
+def strings(codebook):
+    return naive.tunstall(codebook.counts, codebook.bits)
+
+
+def draw(codebook, shape):
+    """Digits as likely as the codebook takes them to be; a row of zeros, and one of each digit at either end."""
+    digits = draw_digits(rng(), codebook.counts, shape)
+    for row, digit in enumerate([0, codebook.lowest_digit, codebook.lowest_digit + codebook.digits - 1]):
+        if shape[0] > row + 1:
+            digits[row] = digit
+    return digits
+
+
+def draw_levels(codebook, rows, width=None, dtype=torch.float32):
+    """Levels (R, L), none near 0 and each row's its own."""
+    shape = rows, width or codebook.digits - 1
+    return torch.from_numpy(rng().uniform(0.25, 2, shape) * rng().choice([-1, 1], shape)).to(dtype)
+
+
+def pack(codebook, shape, width=None, dtype=torch.float32):
+    """Return digits, a matrix packed on the CPU, the same on the GPU, and its weights in float64."""
+    digits, levels = draw(codebook, shape), draw_levels(codebook, shape[0], width, dtype)
+    packed = cpu_codec.encode(digits, levels, codebook)
+    own = levels.double().numpy()
+    if codebook.digits == 3:
+        by_digit = np.stack([own[:, 0] if own.shape[1] == 2 else -own[:, 0], 0 * own[:, 0], own[:, -1]], 1)
+    else:
+        by_digit = np.concatenate([0 * own[:, :1], own], 1)
+    dense = np.take_along_axis(by_digit, digits.astype(np.int64) - codebook.lowest_digit, 1)
+    return digits, packed, packed.to(DEVICE), torch.from_numpy(dense)
+
+
+def assert_product(y, dense, x):
+    """Compare y (.., R) with the float64 product of dense (R, C) and x (.., C), all read as float64."""
+    y64, x64 = y.double().cpu(), x.double().cpu()
+    expected = x64 @ dense.T
+    bound = FLOAT32 * (x64.abs() @ dense.abs().T) + ROUNDING[y.dtype] * expected.abs() + 1e-30
+    assert y.dtype == x.dtype
+    assert y.shape == expected.shape
+    worst = ((y64 - expected).abs() / bound).max().item()
+    assert worst <= 1, f"{worst:.2f} times the bound"
+
+
+@pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=str)
+@pytest.mark.parametrize("codebook", CODEBOOKS, ids=repr)
+def test_encode_gives_the_cpu_s_bytes(codebook, shape):
+    digits, packed, _, _ = pack(codebook, shape)
+    ours = codec.encode(torch.from_numpy(digits).to(DEVICE), packed.levels.to(DEVICE), codebook)
+    assert ours.device == DEVICE
+    assert torch.equal(ours.codes.cpu(), packed.codes)
+    assert torch.equal(ours.count_codewords().cpu(), packed.count_codewords())
+    assert torch.equal(ours.row_codewords.cpu(), packed.row_codewords)
+    assert ours.fewest_codewords == packed.fewest_codewords
+    assert torch.equal(ours.levels.cpu(), packed.levels)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("codebook", [SHORT, EVEN, TWO_BIT], ids=repr)
+def test_encode_gives_the_slow_reference_s_bytes(codebook, shape):
+    digits = draw(codebook, shape)
+    levels = draw_levels(codebook, shape[0]).to(DEVICE)
+    ours = codec.encode(torch.from_numpy(digits).to(DEVICE), levels, codebook)
+    codes, row_codewords = naive.encode(digits, strings(codebook), codebook.bits)
+    assert ours.codes.cpu().numpy().tobytes() == codes
+    assert ours.count_codewords().tolist() == row_codewords
+
+
+@pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=str)
+@pytest.mark.parametrize("codebook", CODEBOOKS, ids=repr)
+def test_decode_gives_the_digits_back(codebook, shape):
+    digits, packed, on_gpu, _ = pack(codebook, shape)
+    found, levels = codec.decode(on_gpu)
+    assert torch.equal(found.cpu(), torch.from_numpy(digits))
+    assert torch.equal(levels.cpu(), packed.levels)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 63), (257, 1000)], ids=str)
+@pytest.mark.parametrize(("codebook", "width"), [(TERNARY, 1), (EVEN, 2), (TWO_BIT, 3), (PAPER, 2)], ids=str)
+def test_every_weight_is_its_digit_s_level(codebook, width, shape, dtype):
+    digits, packed, on_gpu, dense = pack(codebook, shape, width)
+    found = codec.decode_dense(on_gpu, dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found.cpu(), dense.to(dtype))
+    if dense.numel() < 1000:
+        assert np.array_equal(dense.numpy(), naive.dequantize(digits, packed.levels.tolist()))
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 3, 5])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize(("codebook", "width"), [(SHORT, 1), (EVEN, 2), (TWO_BIT, 3)], ids=str)
+def test_product_equals_the_slow_reference_s(codebook, width, shape, tokens):
+    digits, packed, on_gpu, _ = pack(codebook, shape, width)
+    x = torch.randn(shape[1]) if tokens is None else torch.randn(tokens, shape[1])
+    y = matmul.decode_matmul(on_gpu, x.to(DEVICE)).cpu()
+    whole = x.numpy().reshape(-1, shape[1])
+    reference = naive.matmul(digits, packed.levels.tolist(), whole)
+    sizes = np.abs(whole) @ np.abs(naive.dequantize(digits, packed.levels.tolist())).T
+    assert y.shape == (*x.shape[:-1], shape[0])
+    assert (np.abs(y.numpy().reshape(-1, shape[0]) - reference) <= FLOAT32 * sizes).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [None, 1, 2, 3, 4, 5, 8, 17, 64, 256])
+@pytest.mark.parametrize("codebook", CODEBOOKS, ids=repr)
+def test_product_equals_the_float64_one_for_any_number_of_tokens(codebook, tokens, dtype):
+    _, _, on_gpu, dense = pack(codebook, (131, 1003))
+    x = torch.randn((1003,) if tokens is None else (tokens, 1003)).to(dtype)
+    assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
+
+
+@pytest.mark.parametrize("level_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("codebook", [TERNARY, PAPER], ids=repr)
+def test_product_of_a_large_matrix_equals_the_float64_one(codebook, shape, level_dtype):
+    _, _, on_gpu, dense = pack(codebook, shape, 2, level_dtype)
+    for tokens in (1, 6):
+        x = torch.randn(tokens, shape[1]).bfloat16()
+        assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
+
+
+def test_x_may_have_strides_and_no_tokens():
+    _, _, on_gpu, dense = pack(TERNARY, (40, 300))
+    x = torch.randn(300, 6)
+    assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE).T), dense, x.T)
+    assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)[:, 2]), dense, x[:, 2])
+    assert matmul.decode_matmul(on_gpu, x.to(DEVICE)[:, :0].T).shape == (0, 40)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_activations_that_are_not_finite_spread_as_in_a_dense_product(value, tokens):
+    _, _, on_gpu, dense = pack(EVEN, (70, 333))
+    x = torch.randn(tokens, 333)
+    x[0, 40] = value
+    y = matmul.decode_matmul(on_gpu, x.to(DEVICE)).cpu()
+    assert torch.equal(y.isnan(), (x.double() @ dense.T).isnan())
+
+
+def test_the_same_call_gives_the_same_bits_again():
+    digits, _, on_gpu, _ = pack(TERNARY, (515, 2050))
+    x = torch.randn(1, 2050, device=DEVICE)
+    weight, factor, table = problem(2, 100, 128)
+    first = None
+    for _ in range(20):
+        again = [
+            matmul.decode_matmul(on_gpu, x),
+            codec.decode_dense(on_gpu),
+            codec.encode(torch.from_numpy(digits).to(DEVICE), on_gpu.levels, TERNARY).codes,
+            *solver.solve_block(weight, factor, table),
+        ]
+        first = again if first is None else first
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def problem(experts, rows, columns, grid="ternary"):
+    """Weights, upper factors and a rounding table, on the GPU."""
+    weight, hessian = weights_and_hessians(experts, rows, columns)
+    damped = hessian.double() + 0.1 * torch.eye(columns)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
+    table = GRIDS[grid].rounding(GRIDS[grid].fit(weight.to(DEVICE)))
+    return weight.to(DEVICE), factor.to(DEVICE), table
+
+
+def weights_and_hessians(experts, rows, columns):
+    """Weights and the Hessians of correlated inputs, on the CPU."""
+    weight = torch.randn(experts, rows, columns)
+    mixing = torch.randn(experts, columns, columns) / columns**0.5 + torch.eye(columns)
+    x = (torch.randn(experts, 3 * columns + 4, columns) + 0.5) @ mixing
+    return weight, x.mT @ x / (3 * columns + 4)
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 29), (1, 33, 64), (2, 1, 128), (2, 97, 300)], ids=str)
+def test_a_block_is_the_float64_recursion(name, shape):
+    weight, factor, table = problem(*shape, name)
+    before = weight.clone()
+    digits, errors = solver.solve_block(weight, factor, table)
+    assert torch.equal(weight, before)
+    expected, scaled = recursion(*(part.double().cpu() for part in (weight, factor)), table)
+    same = (digits.cpu() == expected).all(-1)  # one weight near a threshold changes the rest of its row
+    assert same.float().mean() >= 0.99 or (~same).sum() <= 1
+    torch.testing.assert_close(errors.double().cpu()[same], scaled[same], rtol=1e-3, atol=1e-4)
+
+
+def recursion(weight, factor, table):
+    """Digits (E, R, B) and scaled errors of weight (E, R, B), column by column in float64."""
+    rest, digits = weight.clone(), torch.zeros(weight.shape, dtype=torch.int8)
+    values, thresholds = table.values.double().cpu(), table.thresholds.double().cpu()
+    symbols = table.digits.cpu()
+    for column in range(weight.shape[-1]):
+        index = (rest[..., column, None] > thresholds).sum(-1, keepdim=True)
+        digits[..., column] = symbols.gather(-1, index)[..., 0]
+        error = (rest[..., column] - values.gather(-1, index)[..., 0]) / factor[:, None, column, column]
+        rest[..., column + 1 :] -= error[..., None] * factor[:, None, column, column + 1 :]
+        rest[..., column] = error
+    return digits, rest
+
+
+def test_a_block_may_be_a_part_of_its_matrix():
+    weight, factor, table = problem(3, 40, 128)
+    wide = torch.randn(3, 40, 300, device=DEVICE)
+    wide[:, :, 100:228] = weight
+    whole = solver.solve_block(weight, factor, table)
+    for part in (wide[:, :, 100:228], weight.mT.contiguous().mT):
+        ours = solver.solve_block(part, factor.mT.contiguous().mT, table)
+        assert all(torch.equal(one, other) for one, other in zip(ours, whole, strict=True))
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+@pytest.mark.parametrize(("rows", "columns", "block"), [(1, 1, 128), (33, 27, 8), (2, 28, 28), (3, 63, 29)])
+def test_gptq_finds_the_slow_reference_s_digits(name, rows, columns, block):
+    weight, hessian = weights_and_hessians(2, rows, columns)
+    result = cpu_solver.gptq(weight.to(DEVICE), hessian.to(DEVICE), GRIDS[name], dampening=0.05, block_size=block)
+    assert result.digits.device == DEVICE
+    digits, values = naive.gptq(weight.numpy(), hessian.numpy(), name, 0.05)
+    same = result.digits.cpu().numpy() == digits
+    assert same.mean() >= 0.99 or (~same).sum() <= columns
+    np.testing.assert_allclose(result.weight.cpu().numpy()[same], values[same], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+@pytest.mark.parametrize("shape", [(1, 768, 384), (5, 130, 1000), (16, 64, 513)], ids=str)
+def test_gptq_finds_the_cpu_s_digits(name, shape):
+    weight, hessian = weights_and_hessians(*shape)
+    ours = cpu_solver.gptq(weight.to(DEVICE), hessian.to(DEVICE), GRIDS[name])
+    cpu = cpu_solver.gptq(weight, hessian, GRIDS[name])
+    assert ours.hessian_class == cpu.hessian_class
+    assert (ours.digits.cpu() == cpu.digits).float().mean() >= 0.995
+    torch.testing.assert_close(ours.levels.cpu(), cpu.levels)
+    torch.testing.assert_close(ours.error.cpu(), cpu.error, rtol=1e-2, atol=1e-5)
+
+
+def later(stream, *changes):
+    """On `stream`, after some milliseconds, copy each second tensor over the first; the host goes on at once."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for target, source in changes:
+            target.copy_(source)
+
+
+def test_work_is_done_on_the_current_stream():
+    digits, packed, on_gpu, dense = pack(TERNARY, (64, 1000))
+    levels, x = on_gpu.levels.clone(), torch.randn(2, 1000, device=DEVICE)
+    empty_x, raw = torch.zeros_like(x), torch.zeros(64, 1000, dtype=torch.int8, device=DEVICE)
+    weight, factor, table = problem(2, 64, 128)
+    zero_weight = torch.zeros_like(weight)
+    expected = solver.solve_block(weight, factor, table)
+    matmul.decode_matmul(on_gpu, x)  # what is made once for a matrix is made from its true levels
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    given = torch.from_numpy(digits).to(DEVICE)
+    on_gpu.levels.zero_()
+    torch.cuda.synchronize()
+    later(stream, (on_gpu.levels, levels))
+    with torch.cuda.stream(stream):
+        found = codec.decode_dense(on_gpu, torch.float64)
+    later(stream, (empty_x, x), (raw, given), (zero_weight, weight))
+    with torch.cuda.stream(stream):
+        solved = solver.solve_block(zero_weight, factor, table)
+        y = matmul.decode_matmul(on_gpu, empty_x)
+        ours = codec.encode(raw, levels, TERNARY)
+    stream.synchronize()
+    assert torch.equal(found.cpu(), dense)
+    assert all(torch.equal(one, other) for one, other in zip(solved, expected, strict=True))
+    assert_product(y, dense, x)
+    assert torch.equal(ours.codes.cpu(), packed.codes)
+
+
+def test_two_streams_do_not_disturb_each_other():
+    made = [pack(book, (300, 2000)) for book in (TERNARY, TWO_BIT)]
+    inputs = [[torch.randn(1, 2000, device=DEVICE) for _ in range(20)] for _ in made]
+    streams = [torch.cuda.Stream() for _ in made]
+    for (_, _, on_gpu, _), x in zip(made, inputs, strict=True):
+        matmul.decode_matmul(on_gpu, x[0])
+    torch.cuda.synchronize()
+    results = [[], []]
+    for turn in range(20):
+        for which, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                on_gpu = made[which][2]
+                results[which].append((matmul.decode_matmul(on_gpu, inputs[which][turn]), codec.decode_dense(on_gpu)))
+    torch.cuda.synchronize()
+    for (_, _, _, dense), x, found in zip(made, inputs, results, strict=True):
+        for one, (y, decoded) in zip(x, found, strict=True):
+            assert_product(y, dense, one)
+            assert torch.equal(decoded.double().cpu(), dense)
+
+
+def captured(call):
+    """Record `call` in a CUDA graph after a first run; return the graph and the tensors that each replay fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 64])
+def test_the_product_can_be_captured_in_a_graph(tokens):
+    _, _, on_gpu, dense = pack(TERNARY, (515, 1000))
+    x = torch.randn(tokens, 1000, device=DEVICE).bfloat16()
+    graph, y = captured(lambda: matmul.decode_matmul(on_gpu, x))
+    for _ in range(3):
+        x.copy_(torch.randn(tokens, 1000))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_product(y, dense, x)
+
+
+def test_decoding_and_a_block_can_be_captured_in_a_graph():
+    _, _, on_gpu, dense = pack(TERNARY, (65, 1000))
+    weight, factor, table = problem(2, 40, 128)
+    expected = solver.solve_block(weight, factor, table)
+    graph, found = captured(lambda: [codec.decode_dense(on_gpu), *solver.solve_block(weight, factor, table)])
+    for tensor in found:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found[0].double().cpu(), dense)
+    assert all(torch.equal(one, other) for one, other in zip(found[1:], expected, strict=True))
+
+
+@pytest.mark.parametrize("library", ["cupy", "numba"])
+def test_arrays_of_other_libraries_are_taken(library):
+    _, _, on_gpu, dense = pack(TERNARY, (33, 500))
+    x = torch.randn(2, 500)
+    if library == "cupy":
+        array = pytest.importorskip("cupy").asarray(x.numpy())
+    else:
+        array = importlib.import_module("numba.cuda").to_device(x.numpy())
+    assert_product(matmul.decode_matmul(on_gpu, array), dense, x)
+
+
+def test_the_second_gpu_is_used_where_the_arrays_are():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    other = torch.device("cuda", 1)
+    digits, packed, on_gpu, dense = pack(TERNARY, (33, 500))
+    x = torch.randn(2, 500)
+    assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
+    y = matmul.decode_matmul(packed.to(other), x.to(other))
+    assert y.device == other
+    assert_product(y, dense, x)
+    ours = codec.encode(torch.from_numpy(digits).to(other), packed.levels.to(other), TERNARY)
+    assert torch.equal(ours.codes.cpu(), packed.codes)

@@ -1,0 +1,231 @@
+"""bench/gpu.py without a GPU: what it measures runs on CPU tensors and emulated kernels, and how it minds its parts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("greenlet") is None:
+    pytest.skip("needs numba-cuda and greenlet; pip install 'qmoe-lite[dev]'", allow_module_level=True)
+
+import emulator
+
+from qmoe_lite.bench import _gpu_parts as parts
+from qmoe_lite.bench import gptq, gpu
+from qmoe_lite.cuda import codec, launch, matmul
+from qmoe_lite.errors import QMoEError
+
+ROOT = Path(__file__).parents[1]
+FOR_EVER = float("inf")
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """All parts on the CPU, small; a clock that counts calls: the n-th one took n."""
+    emulator.install(monkeypatch, seed=1)
+    calls = iter(range(1, 10**6))
+
+    def clock(call):
+        (call[0] if isinstance(call, list) else call)()
+        return float(next(calls))
+
+    for name in ("_event_us", "_graph_us", "_call_ms", "_host_us"):
+        monkeypatch.setattr(parts, name, clock)
+    monkeypatch.setattr(parts, "_DEVICE", "cpu")
+    monkeypatch.setattr(parts, "SHAPES", ((3, 200), (2, 90)))
+    monkeypatch.setattr(parts, "QUICK_SHAPES", ((3, 200),))
+    monkeypatch.setattr(parts, "TOKENS", (1, 3, 6))
+    monkeypatch.setattr(parts, "COPY_BYTES", 1 << 10)
+    monkeypatch.setattr(parts, "_MOST_COPIES", 3)
+    monkeypatch.setattr(gptq, "SHAPES", ((7, 150),))
+    properties = type("Properties", (), {"L2_cache_size": 1 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+
+@pytest.mark.parametrize("name", list(parts.PARTS))
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, capsys, name, quick):
+    rows = list(parts.PARTS[name].measure(quick, FOR_EVER))
+    assert json.loads(json.dumps(rows)) == rows
+    parts.PARTS[name].show(rows)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for row in rows:
+        if "rows" in row:
+            assert f"{row['rows']} x {row['columns']}" in printed
+        assert all(value > 0 for key, value in row.items() if key.endswith(("_us", "_ms")))
+    if name == "matmul":
+        shapes = parts.QUICK_SHAPES if quick else parts.SHAPES
+        assert [(r["rows"], r["columns"]) for r in rows] == [
+            s for s in shapes for _ in ((1, 6) if quick else (1, 3, 6))
+        ]
+        assert "0.67x" in printed, "the first of three figures over the other two's smaller"
+
+
+def test_what_does_not_fit_the_time_is_named(emulated):
+    for name in ("matmul", "solver", "coder"):
+        rows = list(parts.PARTS[name].measure(False, time.monotonic() + 1))
+        assert rows
+        assert all(list(row) == ["skipped"] for row in rows)
+
+
+def test_nothing_is_timed_that_is_wrong(emulated, monkeypatch):
+    right = matmul.decode_matmul
+    monkeypatch.setattr(matmul, "decode_matmul", lambda packed, x: 1.1 * right(packed, x))
+    with pytest.raises(QMoEError, match=r"decode_matmul of \(3, 200\)"):
+        list(parts.measure_matmul(True, FOR_EVER))
+    monkeypatch.setattr(codec, "decode", lambda packed: (torch.zeros(3, 200, dtype=torch.int8), packed.levels))
+    with pytest.raises(QMoEError, match="decode of 3 x 200"):
+        list(parts.measure_coder(True, FOR_EVER))
+    monkeypatch.setattr(parts, "batched_loop", lambda weight, factor, levels: torch.zeros_like(weight))
+    with pytest.raises(QMoEError, match=r"ours: .* of the digits of 7 x 150"):
+        list(parts.measure_solver(True, FOR_EVER))
+
+
+def test_a_product_that_cannot_be_captured_is_timed_without_a_graph(emulated, monkeypatch, capsys):
+    graph = parts._graph_us
+    refused = []
+
+    def capture(calls):
+        if "decode_matmul" in calls[0].__code__.co_names:
+            refused.append(1)
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return graph(calls)
+
+    monkeypatch.setattr(parts, "_graph_us", capture)
+    rows = list(parts.measure_matmul(True, FOR_EVER))
+    assert len(refused) == 1, "it is tried once"
+    assert [row["ours_graph_us"] for row in rows] == [None, None]
+    assert all(row["cublas_graph_us"] for row in rows)
+    parts.show_matmul(rows)
+    assert "RuntimeError: operation not permitted\n" in capsys.readouterr().out
+
+
+def test_the_batched_loop_rounds_as_the_plain_one():
+    weight, hessian = gptq._draw(3, 10, 300, torch.Generator().manual_seed(1))
+    levels = torch.stack((weight.amin(-1), weight.amax(-1)), -1)
+    factor = torch.stack([gptq.inverse_factor(each) for each in hessian])
+    ours = parts.batched_loop(weight, factor, levels)
+    for expert in range(3):
+        single = gptq.column_loop(weight[expert], factor[expert], levels[expert])[0]
+        assert (ours[expert] == single).float().mean() > 0.99
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """`run` with a GPU by name, tests that pass, and for parts small programs of ours; give (exit code, report)."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla X")
+    programs = {}
+
+    def command(name, quick, seconds):
+        return [sys.executable, "-c", programs.get(name, "")]
+
+    monkeypatch.setattr(gpu, "_part_command", command)
+    monkeypatch.setattr(
+        gpu, "_tests_command", lambda: [sys.executable, "-c", programs.get("tests", "print('9 passed')")]
+    )
+    monkeypatch.setattr(gpu, "_LEAST", 0.0)
+
+    def run(seconds=60.0, debug=False, **given):
+        programs.update(given)
+        code = gpu.run(True, tmp_path / "out" / "x", debug, seconds)
+        return code, json.loads((tmp_path / "out" / "x.json").read_text())
+
+    return run
+
+
+ROW = '{"call": "a", "host_us": 4.25}'
+
+
+def test_results_are_written_as_they_were_printed(driver, capsys, tmp_path):
+    code, report = driver(launch=f"print('noise')\nprint('{ROW}')")
+    assert code == 0
+    assert report["gpu"] == "Tesla X"
+    assert report["tests"]["summary"] == "9 passed"
+    assert report["parts"]["launch"] == [json.loads(ROW)]
+    printed = capsys.readouterr().out
+    assert "4.2" in printed
+    assert (tmp_path / "out" / "x.txt").read_text() == printed
+
+
+def test_a_part_that_fails_costs_no_other(driver, capsys):
+    row = json.dumps(
+        {"rows": 2, "columns": 3, "bits": 1.0, "encode": 1, "decode": 2, "dense_bfloat16": 3, "dense_float32": 4}
+    )
+    code, report = driver(
+        launch=f"print('{ROW}')\nprint('{{\"failed\": \"E: what\"}}')\nraise SystemExit(1)",
+        matmul="import os\nos.abort()",
+        solver="raise ValueError('one\\ntwo')",
+        coder=f"print('{row}')",
+        tests="print('FAILED tests/gpu/x.py::y - z')\nprint('1 failed, 8 passed')\nraise SystemExit(1)",
+    )
+    assert code == 1
+    assert report["failed"]["launch"] == "E: what"
+    assert "code -6" in report["failed"]["matmul"]
+    assert report["failed"]["solver"] == "two"
+    assert report["failed"]["tests"] == "1 failed, 8 passed"
+    assert report["parts"]["launch"] == [json.loads(ROW)], "what came before the error is kept"
+    assert report["parts"]["coder"] == [json.loads(row)]
+    printed = capsys.readouterr()
+    assert "FAILED tests/gpu/x.py::y" in printed.out
+    assert "Traceback" not in printed.out + printed.err
+    driver(debug=True)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_skipped_tests_are_no_proof(driver):
+    code, report = driver(tests="print('1 skipped in 2 s')")
+    assert code == 1
+    assert report["failed"]["tests"] == "1 skipped in 2 s"
+
+
+def test_a_part_that_hangs_is_ended_and_the_rest_is_skipped(driver):
+    begun = time.monotonic()
+    hang = f"import time\nprint('{ROW}', flush=True)\ntime.sleep(100)"
+    code, report = driver(seconds=3.0, launch=hang)
+    assert time.monotonic() - begun < 20
+    assert code == 1
+    assert report["failed"]["launch"].startswith("did not end within")
+    assert report["parts"]["launch"] == [json.loads(ROW)]
+    assert report["skipped"] == ["matmul", "solver", "coder"]
+
+
+def test_a_part_in_its_own_process_says_rows_and_its_error(monkeypatch, capsys):
+    def measure(quick, end):
+        yield {"call": "a"}
+        raise QMoEError("no\nmore")
+
+    monkeypatch.setitem(parts.PARTS, "launch", parts.Part(measure, parts.show_launch, 1))
+    assert gpu.measure_part("launch", True, 1.0) == 1
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == [{"call": "a"}, {"failed": "QMoEError: no"}]
+    assert "Traceback" in printed.err
+
+
+@pytest.mark.skipif(launch.available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
+    out = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu.py", "--out", tmp_path / "x"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (out.returncode, out.stdout) == (1, "")
+    assert out.stderr == f"bench/gpu.py: {launch.reason()}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
+    (tmp_path / "gpu.py").write_text(
+        f"import sys; sys.modules['zstandard'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import runpy; runpy.run_path(sys.argv[1], run_name='gpu')\n"
+    )
+    subprocess.run([sys.executable, tmp_path / "gpu.py", ROOT / "bench" / "gpu.py"], cwd=tmp_path, check=True)
