@@ -18,13 +18,14 @@ from typing import Any
 
 from qmoe_lite.bench._common import machine_line
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.cuda import codec, launch, matmul, solver, static
+from qmoe_lite.cuda import codec, launch, matmul, packets, solver, static
 from qmoe_lite.cuda.static import COUNTS
 from qmoe_lite.errors import DeviceError
 
 CAPABILITIES = ((8, 0), (9, 0))
 SHAPES = ((14336, 4096), (4096, 14336), (768, 2048), (2048, 768))  # rows x columns: Mixtral 8x7B, Qwen3-30B-A3B
 ISSUES = 4  # warp instructions that a multiprocessor issues a cycle: it has four schedulers (8.0 to 9.0)
+BANK_CONFLICT = 3.53  # passes of a shared load whose 32 lanes go to random banks: the mean of the fullest one's
 SHARED_LIMIT = 98 << 10  # bytes a block may ask for on the smallest of the GPUs (8.6 and 8.9: 99 KiB)
 _MODELLED = "product: 2 levels"
 # products that are looked at: counts of digits (None: the paper's dictionary), levels a row, tokens
@@ -38,7 +39,7 @@ PRODUCTS: dict[str, tuple[tuple[int, ...] | None, int, int]] = {
 WIDTH = 4096  # columns of a row whose instructions are spread over its weights
 _REGISTERS, _FRAME, _STACK = 0x2F, 0x11, 0x12  # attributes of an .nv.info section
 _NOP = 0x918
-_MODULES = (solver, codec, matmul)
+_MODULES = (solver, codec, packets)
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A model of one token's product, in microseconds: bytes over bandwidth, instructions over issue rate.
+    """A model of one token's product, in microseconds: bytes over bandwidth, instructions and shared loads over rates.
 
-    `dense` is the time that the bytes of the bfloat16 matrix take. Launch, latency and conflicts in shared memory are
-    left out, so both times are what no kernel of such code can beat.
+    `dense` is the time that the bytes of the bfloat16 matrix take. Launch, latency and what a block loads before it
+    begins are left out.
     """
 
     gpu: str
@@ -110,12 +111,13 @@ class Estimate:
     columns: int
     memory: float
     issue: float
+    shared: float
     dense: float
 
     @property
     def ratio(self) -> float:
         """How many times as fast as reading the bfloat16 matrix."""
-        return self.dense / max(self.memory, self.issue)
+        return self.dense / max(self.memory, self.issue, self.shared)
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,15 @@ def measure() -> KernelsReport:
     figures = tuple(
         _figures(kernel, signature, capability) for capability in CAPABILITIES for kernel, signature in all_kernels()
     )
-    bits = Codebook.fit(COUNTS).expected_bits_per_weight()
+    weights = static.packet_weights(Codebook.fit(COUNTS))
     estimates = tuple(
-        estimate(gpu, *shape, bits, per_weight(_MODELLED, gpu.capability, shape[1])) for gpu in GPUS for shape in SHAPES
+        estimate(gpu, *shape, weights, *per_weight(_MODELLED, gpu.capability, shape[1]))
+        for gpu in GPUS
+        for shape in SHAPES
     )
-    return KernelsReport(figures, estimates, bits, machine_line("numba", "numba-cuda", "nvidia-nvjitlink"))
+    return KernelsReport(
+        figures, estimates, packets.PACKET_BITS / weights, machine_line("numba", "numba-cuda", "nvidia-nvjitlink")
+    )
 
 
 def all_kernels() -> list[tuple[launch.Kernel, str]]:
@@ -162,7 +168,9 @@ def all_kernels() -> list[tuple[launch.Kernel, str]]:
 
 def _variant(product: str) -> matmul.Variant:
     _, levels, tokens = PRODUCTS[product]
-    return matmul.choose_variant(_codebook(product), levels, tokens, WIDTH, SHARED_LIMIT)
+    variant = matmul.choose_variant((_codebook(product),), levels, WIDTH, tokens, None, SHARED_LIMIT)
+    assert variant is not None
+    return variant
 
 
 def _codebook(product: str) -> Codebook:
@@ -173,7 +181,8 @@ def _codebook(product: str) -> Codebook:
 def _gather(variant: matmul.Variant) -> tuple[launch.Kernel, str]:
     """Return a product's kernel, and its signature for activations in bfloat16."""
     kernel = matmul.gather_kernel(variant)
-    return kernel, next(each for each in kernel.signatures if each.split(", ")[4:6] == ["uint16*", "uint16*"])
+    signature = next(each for each in kernel.signatures if each.count("uint16*") == 4)  # levels, twice, x and y
+    return kernel, signature
 
 
 @functools.lru_cache(maxsize=256)
@@ -221,27 +230,35 @@ def widest_load(ptx: str) -> int:
 
 def instructions(code: Compiled) -> int:
     """Count a kernel's instructions, NOPs behind the end left out."""
-    text = static._section(code.cubin, f".text.{code.name}")
-    words = struct.iter_unpack("<QQ", text)
-    return sum(low & 0xFFF != _NOP for low, _ in words)
+    return sum(word & 0xFFF != _NOP for word in static.machine_words(code.cubin, code.name))
 
 
-def per_weight(product: str, capability: tuple[int, int], columns: int) -> float:
-    """Return the warp instructions a weight of a one-token product, in rows of so many columns."""
-    variant = _variant(product)
-    code = compiled(*_gather(variant), capability)
-    loop = static.walk_loop(code.cubin, code.name, capability)
-    return static.per_weight(loop, variant, _codebook(product), columns)
+def per_weight(product: str, capability: tuple[int, int], columns: int) -> tuple[float, float]:
+    """Return the warp instructions a weight of a one-token product, and the loads from shared memory among them."""
+    code = compiled(*_gather(_variant(product)), capability)
+    return static.per_weight(static.row_loops(code.cubin, code.name, capability), _codebook(product), columns)
 
 
-def estimate(gpu: Gpu, rows: int, columns: int, bits: float, instructions: float) -> Estimate:
-    """Model the product of one token: codes of `bits` a weight, a byte and two bfloat16 levels a row, x and y."""
+def estimate(
+    gpu: Gpu, rows: int, columns: int, packet_weights: float, instructions: float, shared_loads: float
+) -> Estimate:
+    """Model the product of one token.
+
+    Its bytes: packets of 16 that hold `packet_weights`, half of a row's last one empty; a row's start and two bfloat16
+    levels, 4 each; x and y.
+    """
     weights = rows * columns
     small = 2 * (rows + columns)  # x and y in bfloat16
-    memory = (weights * bits / 8 + rows * 5 + small) / gpu.bandwidth / 1e3
-    rate = gpu.multiprocessors * ISSUES * gpu.clock * 1e3  # a microsecond
+    packets = rows * (columns / packet_weights + 0.5)
+    cycles = gpu.multiprocessors * gpu.clock * 1e3  # a microsecond
     return Estimate(
-        gpu.name, rows, columns, memory, weights * instructions / rate, (2 * weights + small) / gpu.bandwidth / 1e3
+        gpu.name,
+        rows,
+        columns,
+        memory=(16 * packets + 8 * rows + small) / gpu.bandwidth / 1e3,
+        issue=weights * instructions / ISSUES / cycles,
+        shared=weights * shared_loads * BANK_CONFLICT / cycles,
+        dense=(2 * weights + small) / gpu.bandwidth / 1e3,
     )
 
 
@@ -258,7 +275,7 @@ def _figures(kernel: launch.Kernel, signature: str, capability: tuple[int, int])
         code.ptx.count(".f64"),
         widest_load(code.ptx),
         instructions(code),
-        per_weight(product, capability, WIDTH) if product and PRODUCTS[product][2] == 1 else None,
+        per_weight(product, capability, WIDTH)[0] if product and PRODUCTS[product][2] == 1 else None,
     )
 
 

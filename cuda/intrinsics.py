@@ -61,33 +61,20 @@ def origin(typing: Any, array: Any) -> Any:
 
 
 @intrinsic
-def aligned_words(typing: Any, array: Any, word: Any) -> Any:
-    """(uint8*, int64) -> uint32*: `word` words behind the last 4-byte boundary not after the array's start."""
+def load_quad(typing: Any, array: Any, index: Any) -> Any:
+    """(uint32*, int32) -> 4 uint32: the quad of that number, in one load of 128 bits; nobody writes it meanwhile."""
     types = _types()
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         ir = _ir()
-        wide = ir.IntType(64)
-        start = builder.and_(builder.ptrtoint(arguments[0], wide), ir.Constant(wide, -4))
-        start = builder.add(start, builder.shl(arguments[1], ir.Constant(wide, 2)))
-        kind = ir.FunctionType(wide, [wide])
-        start = builder.call(ir.InlineAsm(kind, "mov.b64 $0, $1;", "=l,l"), [start])  # or an index costs four additions
-        return builder.inttoptr(start, context.get_value_type(signature.return_type))
+        quad = ir.VectorType(ir.IntType(32), 4)
+        start = builder.addrspacecast(builder.bitcast(arguments[0], quad.as_pointer()), quad.as_pointer(1))
+        index = builder.sext(arguments[1], ir.IntType(64))
+        loaded = _read_only(builder, builder.gep(start, [index], inbounds=True), 16)
+        words = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, words)
 
-    return types.CPointer(types.uint32)(array, types.int64), generate
-
-
-@intrinsic
-def misaligned_bytes(typing: Any, array: Any) -> Any:
-    """(uint8*) -> int32: how many bytes behind a 4-byte boundary the array starts."""
-    types = _types()
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        ir = _ir()
-        start = builder.ptrtoint(arguments[0], ir.IntType(64))
-        return builder.and_(builder.trunc(start, ir.IntType(32)), ir.Constant(ir.IntType(32), 3))
-
-    return types.int32(array), generate
+    return types.UniTuple(types.uint32, 4)(array, types.int32), generate
 
 
 @intrinsic
@@ -157,17 +144,20 @@ def dot_bytes(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def funnel_shift(typing: Any, low: Any, high: Any, bits: Any) -> Any:
-    """(uint32, uint32, uint32) -> uint32: the 32 bits from bit `bits` (0 to 31) of the two words on."""
+def bits_of_quad(typing: Any, quad: Any, bit: Any) -> Any:
+    """(4 uint32, int) -> uint32: the 32 bits from `bit` (0 to 127) on, the first word lowest; behind them zeros."""
     types = _types()
-    word = types.uint32
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         ir = _ir()
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)] * 3)
-        return builder.call(ir.InlineAsm(kind, "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r"), arguments)
+        wide = ir.IntType(128)
+        whole = builder.zext(builder.extract_value(arguments[0], 0), wide)
+        for i in range(1, 4):
+            word = builder.zext(builder.extract_value(arguments[0], i), wide)
+            whole = builder.or_(whole, builder.shl(word, ir.Constant(wide, 32 * i)))
+        return builder.trunc(builder.lshr(whole, builder.zext(arguments[1], wide)), ir.IntType(32))
 
-    return word(word, word, word), generate
+    return types.uint32(types.UniTuple(types.uint32, 4), bit), generate
 
 
 @intrinsic
@@ -179,23 +169,6 @@ def float_of_bits(typing: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], _ir().FloatType())
 
     return types.float32(types.uint32), generate
-
-
-@intrinsic
-def scan_lanes(typing: Any, value: Any) -> Any:
-    """(uint32) -> uint32: the sum over the warp's lanes up to this one; all lanes must call it."""
-    types = _types()
-    steps = "".join(
-        f"shfl.sync.up.b32 below|there, $0, {step}, 0, -1; @there add.u32 $0, $0, below; " for step in (1, 2, 4, 8, 16)
-    )
-    text = "{ .reg .pred there; .reg .b32 below; mov.b32 $0, $1; " + steps + "}"
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        ir = _ir()
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
-        return builder.call(ir.InlineAsm(kind, text, "=&r,r", side_effect=True), arguments)
-
-    return types.uint32(types.uint32), generate
 
 
 @intrinsic

@@ -1,10 +1,16 @@
-"""CUDA twin of :mod:`qmoe_lite.matmul`: a warp walks a row, a lane takes two to four codewords at a time."""
+"""CUDA twin of :mod:`qmoe_lite.matmul`: lanes take packets of codewords, some lanes a row, some tokens at a time.
+
+One kernel serves one matrix and a whole layer's experts. A group is up to four tokens that go through one expert; all
+groups of a layer are one launch, gate and up projection with their activation in between.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,36 +20,69 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.codewords import MAX_WEIGHTS
 from qmoe_lite.cuda import launch
-from qmoe_lite.cuda.codec import check_validated, decode_rows, load_code, row_starts, slot_values
+from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts, slot_values
 from qmoe_lite.cuda.intrinsics import (
     add_multiple,
-    aligned_words,
+    bits_of_quad,
     dot_bytes,
     float_of_bits,
-    funnel_shift,
     load_constant,
     load_float,
-    misaligned_bytes,
+    load_quad,
     origin,
-    scan_lanes,
     store_float,
     word_at,
 )
 from qmoe_lite.cuda.launch import WARP, as_tensor, cuda, kernel
+from qmoe_lite.cuda.packets import Packets, codewords_each, columns_behind, make_packets
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 from qmoe_lite.packed import PackedMatrix
 
-GATHERED_TOKENS = 4  # up to this many tokens are gathered, in one walk where their activations fit shared memory
-TILE_VALUES = 1 << 24  # float32 values decoded at a time for many tokens: 64 MiB
-WARPS = 16  # per block at most: each block loads the table and x
-WARPS_RESIDENT = 64  # that a multiprocessor holds
+# Chosen by the model of bench/kernels.py, not measured: with x in bfloat16, decoding a matrix to write and read it
+# again takes about as long as walking its packets for 40 tokens, four at a time.
+GATHERED_TOKENS = 32
+WIDTHS = (4, 2, 1)  # tokens of a group
+TILE_VALUES = 1 << 24  # values decoded at a time for many tokens: 64 MiB of float32
+WARPS = (8, 16)  # per block, least and most: each block loads the table and x
+RESIDENT_WARPS = 64  # that a multiprocessor holds
+SATURATING_WARPS = 16  # of a multiprocessor: with fewer it waits for memory
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_KINDS = {torch.float32: "float32*", torch.bfloat16: "uint16*", torch.float16: "float16*"}
 _ALL = 0xFFFFFFFF
 _LARGEST = np.float32(np.finfo(np.float32).max)
-_LONGEST = MAX_WEIGHTS[3]  # weights of a codeword
-_BOTH, _X, _NEITHER = 0, 1, 2  # what lies in shared memory: table and x, x, nothing
+_ROOT_HALF = np.float32(0.5**0.5)
+_TANH_SCALE, _TANH_CUBIC = np.float32((2 / math.pi) ** 0.5), np.float32(0.044715)
+
+
+@dataclass(frozen=True)
+class Book:
+    """What a kernel is compiled for of a codebook.
+
+    Attributes
+    ----------
+    bits : int
+        Of a codeword.
+    fields : int
+        Nonzeros of a table entry: 2, 3, 4 or 7.
+    held : bool
+        The table lies in shared memory.
+    """
+
+    bits: int
+    fields: int
+    held: bool = True
+
+    @property
+    def planes(self) -> int:
+        """Words of a table entry."""
+        return {2: 1, 3: 1, 4: 2, 7: 3}[self.fields]
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that the table takes: it begins at a multiple of a plane's size."""
+        return 4 * (self.planes + 1) << self.bits if self.held else 0
 
 
 @dataclass(frozen=True)
@@ -52,58 +91,100 @@ class Variant:
 
     Attributes
     ----------
-    bits : int
-        Of a codeword.
-    fields : int
-        Nonzeros of a table entry: 2, 3, 4 or 7.
+    books : tuple of Book
+        One matrix's, or gate and up projection's.
     levels : int
         Levels a row: 1 or 2 of ternary digits, 3 of two-bit ones.
     tokens : int
-        1, 2 or 4; activations of one column lie together.
-    held : int
-        What lies in shared memory: 0 table and x, 1 only x, 2 nothing (x then lies padded in global memory).
+        Of a group: 1, 2 or 4; activations of one column lie together.
+    activation : str or None
+        One of `ACTIVATIONS`, of the first matrix's results.
     """
 
-    bits: int
-    fields: int
+    books: tuple[Book, ...]
     levels: int
     tokens: int = 1
-    held: int = _BOTH
-
-    @property
-    def each(self) -> int:
-        """Codewords that a lane takes at a time: as many as 32 bits hold."""
-        return 32 // self.bits
-
-    @property
-    def planes(self) -> int:
-        """Words of a table entry."""
-        return {2: 1, 3: 1, 4: 2, 7: 3}[self.fields]
-
-    @property
-    def padded_columns(self) -> int:
-        """Columns of zeros behind x: a lane that begins at the row's end stays inside."""
-        return self.each * _LONGEST
+    activation: str | None = None
 
     def shared_bytes(self, columns: int) -> int:
-        """Return the dynamic shared memory of a block; the table begins at a multiple of a plane's size."""
-        x_bytes = 0 if self.held == _NEITHER else 4 * self.tokens * (columns + self.padded_columns)
-        return x_bytes + (4 * (self.planes + 1) << self.bits if self.held == _BOTH else 0)
+        """Return the dynamic shared memory of a block; `columns` are those of x and of the zeros behind it."""
+        return 4 * self.tokens * columns + sum(book.shared_bytes for book in self.books)
 
 
 def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     """CUDA twin of :func:`qmoe_lite.matmul.decode_matmul`; `x` and the matrix on one GPU, the result a tensor.
 
-    Up to four tokens: lane i adds the products of codewords n * i to n * (i + 1) - 1 of its row, n = 32 // bits, then
-    those 32 * n further on and so on, in ascending order; then the lanes are added as a tree. More tokens: decoded
-    tiles of rows and torch.matmul, in the precision that torch is set to. A matrix that `encode` did not make must have
-    been validated.
+    A matrix's first product lays its codes out in packets, which are kept with it. Up to 32 tokens: a few lanes share a
+    row, packet after packet, and add in a fixed order. More tokens: tiles of rows are decoded, to the dtype of `x`
+    where that holds the levels exactly, and torch.matmul multiplies, in the precision that torch is set to. A matrix
+    that `encode` did not make must have been validated.
     """
     check_validated(packed)
     tokens = _tokens(x, packed)
-    few = 0 < len(tokens) <= GATHERED_TOKENS
-    y = _gather_product(packed, tokens) if few else _tile_product(packed, tokens.float())
+    y = None
+    if 0 < len(tokens) <= GATHERED_TOKENS:
+        y = _gather_product(packed, tokens)
+    if y is None:
+        y = _tile_product(packed, tokens)
     return y.reshape(*x.shape[:-1], packed.shape[0]).to(as_tensor(x, "x").dtype)
+
+
+def run_experts(
+    first: list[Packets],
+    last: Packets,
+    activation: str | Callable[[list[Tensor]], Tensor],
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+) -> Tensor | None:
+    """Send tokens through their experts: one launch for the first projections and one for the last.
+
+    Parameters
+    ----------
+    first : list of Packets
+        The projections that take x, one or two (gate and up), of the same shape; all experts of the layer.
+    last : Packets
+        The projection that takes what they put out.
+    activation : str or function
+        One of `ACTIVATIONS`, of the first projection's results, which the second one's are multiplied by; or what makes
+        one tensor of the projections' results, in a launch of its own.
+    x : float32, float16 or bfloat16 tensor, shape (T, C), contiguous
+        On the GPU of the packets, T at least 1.
+    index : integer tensor, shape (T, K)
+        Experts of each token; a number that is no expert's adds nothing.
+    weights : float tensor, shape (T, K)
+        What each expert's output is multiplied by.
+
+    Returns
+    -------
+    float32 tensor, shape (T, rows of `last`), or None
+        None where x or what the first projections put out is too wide for the GPU's shared memory.
+
+    Notes
+    -----
+    Nothing is checked, and the GPU is not waited for, so that a CUDA graph can hold it. Same bytes each time; a token's
+    result does not depend on the other tokens.
+    """
+    slots, experts = index.shape[1], last.experts
+    name = activation if isinstance(activation, str) else None
+    wanted = 1 if index.numel() <= 2 * experts else WIDTHS[0]
+    stages = [tuple(first)] if name else [(each,) for each in first]
+    variants = [
+        _variant(matrices, wanted, name if i < len(stages) else None) for i, matrices in enumerate([*stages, (last,)])
+    ]
+    if None in variants:
+        return None
+    width = min(variant.tokens for variant in variants)
+    groups = _single_groups(index) if width == 1 else _groups(index, experts, width)
+    outputs = []
+    for matrices, variant in zip(stages, variants, strict=False):  # the last one is the last projection's
+        outputs.append(torch.empty(index.numel(), matrices[0].rows, device=x.device))
+        _gather(matrices, replace(variant, tokens=width), x, groups, slots, None, outputs[-1])
+    inside = outputs[0] if isinstance(activation, str) else activation(outputs).contiguous()
+    y = torch.empty(index.numel(), last.rows, device=x.device)
+    factors = weights.float().reshape(-1).contiguous()
+    _gather((last,), replace(variants[-1], tokens=width), inside, groups, 1, factors, y)
+    return y.view(len(x), slots, last.rows).sum(1)
 
 
 def _tokens(x: Any, packed: PackedMatrix) -> Tensor:
@@ -125,59 +206,176 @@ def _tokens(x: Any, packed: PackedMatrix) -> Tensor:
 def _tile_product(packed: PackedMatrix, tokens: Tensor) -> Tensor:
     """Product by decoded tiles of rows: tokens (T, C) -> (T, R)."""
     rows, columns = packed.shape
-    y = torch.empty(len(tokens), rows, device=tokens.device)
+    dtype = tokens.dtype if tokens.dtype == packed.levels.dtype else torch.float32
+    tokens = tokens.to(dtype)
+    y = torch.empty(len(tokens), rows, dtype=dtype, device=tokens.device)
     if not len(tokens):
         return y
-    values, starts = slot_values(packed, torch.float32), row_starts(packed)
+    values, starts = slot_values(packed, dtype), row_starts(packed)
     tile_rows = max(1, TILE_VALUES // columns)
     for first in range(0, rows, tile_rows):
-        tile = torch.zeros(min(tile_rows, rows - first), columns, device=tokens.device)
+        tile = torch.zeros(min(tile_rows, rows - first), columns, dtype=dtype, device=tokens.device)
         decode_rows(packed, values, starts, first, tile)
         y[:, first : first + len(tile)] = tokens @ tile.T
     return y
 
 
-def _gather_product(packed: PackedMatrix, tokens: Tensor) -> Tensor:
-    """Product by adding nonzeros: tokens (T, C) of float32, float16 or bfloat16 -> (T, R) of the same."""
-    codebook, (rows, columns) = packed.codebook, packed.shape
-    limit = launch.shared_limit(tokens.device)
-    variant = choose_variant(codebook, packed.levels.shape[1], len(tokens), columns, limit)
-    starts, levels = _row_parts(packed)
-    y = torch.empty(len(tokens), rows, dtype=tokens.dtype, device=tokens.device)
-    sizes = packed.codes.numel(), rows, columns
-    multiprocessors = launch.multiprocessors(tokens.device)
-    warps = min(WARPS, max(1, rows // multiprocessors))
-    shared_bytes = variant.shared_bytes(columns)
-    blocks_each = max(1, min(WARPS_RESIDENT // warps, limit // max(shared_bytes, 1)))
-    blocks = min(-(-rows // warps), multiprocessors * blocks_each)
-    table = device_words(codebook, variant.fields, tokens.device)
-    for first in range(0, len(tokens), variant.tokens):
-        x, out = tokens[first : first + variant.tokens], y[first : first + variant.tokens]
-        count = len(x)
-        if variant.held == _NEITHER:
-            scale = 0.5 if variant.levels == 1 else 1.0
-            x = torch.nn.functional.pad(x.float() * scale, (0, variant.padded_columns))
-        if x.dtype == torch.bfloat16:
-            x = x.view(torch.uint16)
-        if out.dtype == torch.bfloat16:
-            out = out.view(torch.uint16)
-        arrays = packed.codes, starts, table, levels, x, out
-        gather_kernel(variant).launch(blocks, warps * WARP, *arrays, *sizes, count, shared_bytes=shared_bytes)
+def _gather_product(packed: PackedMatrix, tokens: Tensor) -> Tensor | None:
+    """Product by adding nonzeros: tokens (T, C) -> (T, R) of the same dtype; None where x is too wide."""
+    matrices = (_packets(packed),)
+    wanted = next(width for width in reversed(WIDTHS) if width >= min(len(tokens), WIDTHS[0]))
+    variant = _variant(matrices, wanted, None)
+    if variant is None:
+        return None
+    y = torch.empty(len(tokens), packed.shape[0], dtype=tokens.dtype, device=tokens.device)
+    _gather(matrices, variant, tokens, _groups_in_order(len(tokens), variant.tokens, tokens.device), 1, None, y)
     return y
 
 
-def choose_variant(codebook: Codebook, levels: int, tokens: int, columns: int, limit: int) -> Variant:
-    """Return what to compile for, given the bytes of shared memory that a block may ask for."""
+_PACKETS: weakref.WeakKeyDictionary[PackedMatrix, Packets] = weakref.WeakKeyDictionary()
+
+
+def _packets(packed: PackedMatrix) -> Packets:
+    """Return a matrix as packets; made once for a matrix, which is not changed."""
+    if packed not in _PACKETS:
+        _PACKETS[packed] = make_packets(packed)
+    return _PACKETS[packed]
+
+
+def choose_variant(
+    codebooks: tuple[Codebook, ...], levels: int, columns: int, tokens: int, activation: str | None, limit: int
+) -> Variant | None:
+    """Return what to compile for, given the bytes of shared memory that a block may ask for.
+
+    As many tokens a group as wanted or as fit; tables in shared memory where they fit; None where not one token does.
+    """
+    columns = padded_columns(codebooks, columns)
+    for held in (True, False):
+        books = tuple(_book(codebook, held) for codebook in codebooks)
+        for width in WIDTHS:
+            variant = Variant(books, levels, width, activation)
+            if width <= tokens and variant.shared_bytes(columns) <= limit:
+                return variant
+    return None
+
+
+def _book(codebook: Codebook, held: bool) -> Book:
     fields = len(codebook.fields)
     if fields == 3 and codebook.longest > 63:  # positions of six bits would not hold it
         fields = 4
-    most = 1 << (tokens - 1).bit_length()
-    for held in (_BOTH, _X):
-        for width in (4, 2, 1):
-            variant = Variant(codebook.bits, fields, levels, width, held)
-            if width <= most and variant.shared_bytes(columns) <= limit:
-                return variant
-    return Variant(codebook.bits, fields, levels, 1, _NEITHER)
+    return Book(codebook.bits, fields, held)
+
+
+def padded_columns(codebooks: tuple[Codebook, ...], columns: int) -> int:
+    """Return the columns of x and of the zeros behind it."""
+    return columns + max(map(columns_behind, codebooks))
+
+
+def choose_lanes(packets_each: float, rows: int, multiprocessors: int) -> int:
+    """Return how many lanes share a row: a model of what keeps most lanes busy, not measured.
+
+    Parameters
+    ----------
+    packets_each : float
+        Packets of a row, on average.
+    rows : int
+        Of a matrix.
+    multiprocessors : int
+        Of the GPU.
+    """
+
+    def cost(lanes: int) -> float:
+        warps = -(-rows * lanes // WARP) / multiprocessors
+        return max(warps, SATURATING_WARPS) * turns(packets_each, lanes)
+
+    return min((2, 4, 8, 16, 32), key=cost)
+
+
+def turns(packets_each: float, lanes: int) -> int:
+    """Return how often a warp loads packets for some rows of it: rows differ, and the longest counts."""
+    return math.floor(packets_each / lanes) + 1
+
+
+Groups = tuple[Tensor, Tensor]  # int32: each group's expert (G,); its tokens' pairs (G * width,), -1 for none
+
+
+def _single_groups(index: Tensor) -> Groups:
+    """Each pair of a token and an expert is a group of its own."""
+    pairs = torch.arange(index.numel(), dtype=torch.int32, device=index.device)
+    return index.reshape(-1).to(torch.int32), pairs
+
+
+@functools.lru_cache(maxsize=64)
+def _groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
+    """Tokens of one matrix, `width` at a time."""
+    groups = -(-tokens // width)
+    members = torch.arange(groups * width, dtype=torch.int32, device=device)
+    members[tokens:] = -1
+    return torch.zeros(groups, dtype=torch.int32, device=device), members
+
+
+def _groups(index: Tensor, experts: int, width: int) -> Groups:
+    """Gather the pairs of each expert in groups of up to `width`, without waiting for the GPU.
+
+    Some of the last groups may be empty: how many are needed is known on the GPU alone.
+    """
+    pairs = index.numel()
+    flat = index.reshape(-1).long()
+    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    expert, pair = torch.sort(flat, stable=True)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    groups_each = (counts + width - 1) // width
+    first_pair, first_group = counts.cumsum(0) - counts, groups_each.cumsum(0) - groups_each
+    rank = torch.arange(pairs, device=index.device) - first_pair[expert]
+    group = first_group[expert] + rank // width
+    most = min(pairs, pairs // width + experts + 1)
+    found = torch.full((most,), -1, dtype=torch.int32, device=index.device)
+    members = torch.full((most * width,), -1, dtype=torch.int32, device=index.device)
+    found[group] = expert.to(torch.int32)
+    members[group * width + rank % width] = pair.to(torch.int32)
+    return found, members
+
+
+def _variant(matrices: tuple[Packets, ...], tokens: int, activation: str | None) -> Variant | None:
+    packets, limit = matrices[0], launch.shared_limit(matrices[0].device)
+    codebooks = tuple(each.codebook for each in matrices)
+    return choose_variant(codebooks, packets.levels.shape[1], packets.columns, tokens, activation, limit)
+
+
+def _gather(
+    matrices: tuple[Packets, ...],
+    variant: Variant,
+    x: Tensor,
+    groups: Groups,
+    slots: int,
+    weights: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Fill y (pairs, R) with the products of x (pairs / slots, C), group by group; see `gather_kernel`."""
+    experts, members = groups
+    packets, multiprocessors = matrices[0], launch.multiprocessors(x.device)
+    padded = padded_columns(tuple(each.codebook for each in matrices), packets.columns)
+    shared_bytes = variant.shared_bytes(padded)
+    # not by how many groups there are: a token's bytes must not depend on the others
+    lanes = choose_lanes(len(packets.words) / len(packets.levels), packets.rows, multiprocessors)
+    rows_each = WARP // lanes
+    warps = min(max(-(-packets.rows * len(experts) // (rows_each * multiprocessors)), WARPS[0]), WARPS[1])
+    resident = min(RESIDENT_WARPS // warps, launch.shared_limit(x.device) // max(shared_bytes, 1))
+    blocks = max(1, -(-multiprocessors * max(resident, 1) // len(experts)))
+    tiles = min(-(-packets.rows // (rows_each * warps)), blocks)
+    arrays: list[Tensor] = []
+    for each, book in zip((*matrices, *matrices), (*variant.books, *variant.books), strict=True):
+        arrays += each.words, each.starts, _bits16(each.levels), device_words(each.codebook, book.fields, x.device)
+    arrays = [*arrays[:8], _bits16(x), experts, members, experts if weights is None else weights, _bits16(y)]
+    sizes = packets.experts, packets.rows, packets.columns, padded, slots, lanes
+    made = gather_kernel(variant, weights is not None)
+    made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
+
+
+def _bits16(tensor: Tensor) -> Tensor:
+    """Return bfloat16 as bit patterns, which kernels take."""
+    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -195,7 +393,7 @@ def table_words(codebook: Codebook, fields: int) -> NDArray[np.uint32]:
     """
     table, digits = codebook.table, np.uint64(codebook.digits)
     code_of_slot = np.array([1, 3, 0] if codebook.digits == 3 else [1, 2, 3, 0], dtype=np.uint32)
-    planes = np.zeros((Variant(codebook.bits, fields, 1).planes, len(table)), dtype=np.uint32)
+    planes = np.zeros((Book(codebook.bits, fields).planes, len(table)), dtype=np.uint32)
     planes[0] = table & np.uint64(255)
     for i in range(fields):
         field = table >> np.uint64(8 * i + 8) & np.uint64(255)
@@ -206,21 +404,13 @@ def table_words(codebook: Codebook, fields: int) -> NDArray[np.uint32]:
     return planes.reshape(-1)
 
 
-_PARTS: weakref.WeakKeyDictionary[PackedMatrix, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
-
-
-def _row_parts(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
-    """Return where rows start and their levels as float32; made once for a matrix, which is not changed."""
-    if packed not in _PARTS:
-        _PARTS[packed] = row_starts(packed), packed.levels.to(torch.float32).contiguous()
-    return _PARTS[packed]
-
-
 @njit(inline="always")
-def warp_sum(value: np.float32) -> np.float32:
-    """Return the sum of `value` over the warp's lanes, in each of them."""
-    for step in (16, 8, 4, 2, 1):
+def sum_of_lanes(value: np.float32, lanes: np.int32) -> np.float32:
+    """Return the sum of `value` over each `lanes` (a power of two) neighbouring lanes, in each of them."""
+    step = np.int32(lanes >> 1)
+    while step > 0:
         value += cuda.shfl_xor_sync(_ALL, value, step)
+        step = np.int32(step >> 1)
     return value
 
 
@@ -258,90 +448,205 @@ def _slot(slots: Any, i: int, fields: int) -> Any:
 
 
 @njit(inline="always")
-def _add_codeword(
-    entries: Any,
-    values: Any,
-    at: Any,
-    entry: Any,
-    place: Any,
-    total: Any,
-    own: Any,
-    bits: int,
-    fields: int,
-    levels: int,
-    unit: int,
-) -> Any:
-    """Add the nonzeros of a codeword that begins at `place`: each its weight times what lies at its position."""
-    slots = _slots(entries, at, entry, bits, fields)
-    near = _positions(entry, fields)
+def _entry_place(quad: Any, number: int, table_at: Any, bits: int) -> Any:
+    """Return the place of the table entry of a packet's codeword, the first one having number 0."""
+    # two bits below the codeword: an entry's place is four times its code
+    four_times = bits_of_quad(quad, 14 + bits * number) & np.uint32(((1 << bits) - 1) << 2)
+    return np.uint32(table_at | four_times)
+
+
+@njit(inline="always")
+def _add_codeword(quad: Any, number: int, place: Any, total: Any, parts: Any, shape: Any) -> Any:
+    """Add the nonzeros of a packet's codeword that begins at `place`; return the place behind it, and the sums.
+
+    parts: table, its place, x, the row's levels; shape: bits, fields, levels, bytes of a column.
+    """
+    (entries, table_at, values, own), (bits, fields, levels, unit) = parts, shape
+    at = _entry_place(quad, number, table_at, bits)
+    entry = word_at(entries, at)
+    slots, near = _slots(entries, at, entry, bits, fields), _positions(entry, fields)
     far = near
     if fields > 3:
         far = word_at(entries, np.uint32(at + np.uint32(4 << bits)))
     for i in range(fields):
         column = dot_bytes(near if i < 3 else far, np.uint32(unit << (8 * i + 8 if i < 3 else 8 * i - 24)), place)
-        weight = _weight(_slot(slots, i, fields), own, levels)
-        total = add_multiple(total, values, column, weight)
+        total = add_multiple(total, values, column, _weight(_slot(slots, i, fields), own, levels))
+    return dot_bytes(near, np.uint32(unit), place), total
+
+
+@njit(inline="always")
+def _add_all_columns(quad: Any, number: int, place: Any, total: Any, parts: Any, shape: Any) -> Any:
+    """As `_add_codeword`, but zero weights are multiplied too: by infinity they give NaN, as in a dense product."""
+    (entries, table_at, values, own), (bits, fields, levels, unit) = parts, shape
+    at = _entry_place(quad, number, table_at, bits)
+    entry = word_at(entries, at)
+    slots, near = _slots(entries, at, entry, bits, fields), _positions(entry, fields)
+    length = np.uint32(near & np.uint32(255))
+    position = np.uint32(0)
+    while position < length:
+        weight = np.float32(0)
+        for i in range(fields):
+            word = near
+            if i >= 3:
+                word = word_at(entries, np.uint32(at + np.uint32(4 << bits)))
+            byte = np.uint32(word >> np.uint32(8 * i + 8 if i < 3 else 8 * i - 24)) & np.uint32(255)
+            slot = _slot(slots, i, fields)
+            if byte == position and slot >= np.uint32(0x40000000):
+                weight = _weight(slot, own, levels)
+        total = add_multiple(total, values, place, weight)
+        place = np.uint32(place + np.uint32(unit))
+        position = np.uint32(position + np.uint32(1))
+    return place, total
+
+
+@njit(inline="always")
+def _row_sums(
+    words: Any, index: Any, stop: Any, step: Any, first: Any, spread: Any, total: Any, parts: Any, shape: Any, each: int
+) -> Any:
+    """Add packets index, index + step, .. below `stop`, of `each` codewords, to the sums of a group's tokens."""
+    unit = np.uint32(shape[3])
+    while spread and index < stop:
+        quad = load_quad(words, index)
+        place = np.uint32(first + np.uint32(quad[0] & np.uint32(0xFFFF)) * unit)
+        number = np.int32(0)
+        while number < each:
+            place, total = _add_all_columns(quad, number, place, total, parts, shape)
+            number = np.int32(number + 1)
+        index = np.int32(index + step)
+    quad = load_quad(words, np.int32(index if index < stop else 0))
+    while index < stop:
+        index = np.int32(index + step)
+        after = load_quad(words, np.int32(index if index < stop else 0))  # on its way while this one is added
+        place = np.uint32(first + np.uint32(quad[0] & np.uint32(0xFFFF)) * unit)
+        # in two loops, since the compiler unrolls none that is longer
+        for number in range(each // 2):
+            place, total = _add_codeword(quad, number, place, total, parts, shape)
+        for number in range(each // 2, each):
+            place, total = _add_codeword(quad, number, place, total, parts, shape)
+        quad = after
     return total
 
 
+@njit(inline="always")
+def _own_levels(scales: Any, at: Any, levels: int) -> Any:
+    """Return a row's levels as a triple; of fewer, the first one again."""
+    level = load_float(scales, np.int64(at) * levels)
+    return (
+        level,
+        load_float(scales, np.int64(at) * levels + 1) if levels > 1 else level,
+        load_float(scales, np.int64(at) * levels + 2) if levels > 2 else level,
+    )
+
+
+@njit(inline="always")
+def _activated(value: Any, activation: int) -> Any:
+    """Return the activation, by its place in `ACTIVATIONS`, of a value."""
+    if activation == 0:
+        return value if value > np.float32(0) or value != value else np.float32(0)
+    if activation == 1:
+        return value / (np.float32(1) + np.float32(math.exp(min(-value, np.float32(80)))))
+    if activation == 2:
+        return np.float32(0.5) * value * (np.float32(1) + np.float32(math.erf(value * _ROOT_HALF)))
+    if activation == 3:
+        inner = _TANH_SCALE * (value + _TANH_CUBIC * value * value * value)
+        return np.float32(0.5) * value * (np.float32(1) + np.float32(math.tanh(inner)))
+    return value
+
+
+@njit(inline="always")
+def _load_table(table: Any, entries: Any, behind: Any, bits: int, planes: int, thread: Any, threads: Any) -> Any:
+    """Copy a table to shared memory, to the first multiple of a plane's size from `behind` on; return its place."""
+    plane = 4 << bits
+    table_at = np.uint32((behind + np.uint32(plane - 1)) & np.uint32(0x100000000 - plane))
+    entry_index = np.int32((table_at - origin(entries)) >> np.uint32(2))
+    i = thread
+    while i < planes << bits:
+        entries[entry_index + i] = load_constant(table, i)
+        i = np.int32(i + threads)
+    return table_at
+
+
+def _signatures(weighted: bool) -> list[str]:
+    """Parameter types of a gather kernel, by the dtypes of the levels, of x and of y."""
+    found = []
+    x_and_y = [(kind, kind) for kind in _KINDS.values()] + [(kind, "float32*") for kind in _KINDS.values()]
+    for level in _KINDS.values():
+        for x, y in dict.fromkeys(x_and_y):
+            matrix = f"uint32*, int32*, {level}, uint32*"
+            weight = "float32*" if weighted else "int32*"
+            found.append(f"{matrix}, {matrix}, {x}, int32*, int32*, {weight}, {y}" + ", int32" * 6)
+    return found
+
+
 @functools.cache
-def gather_kernel(variant: Variant) -> launch.Kernel:
-    """Return the kernel that fills y (T, R) with the products of rows and x (T, C); T up to the variant's tokens."""
-    bits, fields, levels, tokens, held = variant.bits, variant.fields, variant.levels, variant.tokens, variant.held
-    each, pad = variant.each, variant.padded_columns
-    words, plane = variant.planes << bits, 4 << bits
-    mask = ((1 << bits) - 1) << 2
+def gather_kernel(variant: Variant, weighted: bool = False) -> launch.Kernel:
+    """Return the kernel that fills y (pairs, R): a block takes some rows for a group of tokens of one expert.
+
+    y[p] = W x[p // slots], W being the matrix of the group's expert; or the activation of that, times what a second
+    matrix gives; `weighted`: times weights[p].
+    """
+    levels, tokens = variant.levels, variant.tokens
+    book, other = variant.books[0], variant.books[-1]
+    gated = len(variant.books) == 2
+    activation = -1 if variant.activation is None else ACTIVATIONS.index(variant.activation)
+    bits, fields, planes, held = book.bits, book.fields, book.planes, book.held
+    other_bits, other_fields, other_planes, other_held = other.bits, other.fields, other.planes, other.held
+    each, other_each = codewords_each(bits), codewords_each(other_bits)
     unit = 4 * tokens  # bytes of a column
     zeros = (np.float32(0),) * tokens
-    table_held, x_held = held == _BOTH, held != _NEITHER
 
-    @kernel(
-        "uint8*, int64*, uint32*, float32*, float32*, float32*, int64, int32, int32, int32",
-        "uint8*, int64*, uint32*, float32*, uint16*, uint16*, int64, int32, int32, int32",
-        "uint8*, int64*, uint32*, float32*, float16*, float16*, int64, int32, int32, int32",
-        "uint8*, int64*, uint32*, float32*, float32*, uint16*, int64, int32, int32, int32",
-        "uint8*, int64*, uint32*, float32*, float32*, float16*, int64, int32, int32, int32",
-    )
+    @kernel(*_signatures(weighted))
     def _gather_kernel(
-        codes: Any,
+        words: Any,
         starts: Any,
-        table: Any,
         scales: Any,
+        table: Any,
+        other_words: Any,
+        other_starts: Any,
+        other_scales: Any,
+        other_table: Any,
         x: Any,
+        experts: Any,
+        members: Any,
+        weights: Any,
         y: Any,
-        size: int,
+        n_experts: int,
         rows: int,
         columns: int,
-        count: int,
+        padded: int,
+        slots: int,
+        lanes: int,
     ) -> None:
         thread, threads = np.int32(cuda.threadIdx.x), np.int32(cuda.blockDim.x)
         lane = np.int32(thread & 31)
         warp = np.int32(cuda.shfl_sync(_ALL, np.int32(thread >> 5), 0))  # so that the compiler knows it for uniform
         flaws = cuda.shared.array(32, np.int32)
         dynamic_words = cuda.shared.array(0, np.uint32)
-        dynamic_floats = cuda.shared.array(0, np.float32)
-        entries = dynamic_words if table_held else table
-        values = dynamic_floats if x_held else x
+        values = cuda.shared.array(0, np.float32)
+        group = np.int32(cuda.blockIdx.y)
+        if members[group * tokens] < 0:
+            return
         first = origin(values)
-        table_at = origin(entries)
-        if table_held:
-            behind_x = np.uint32(table_at + np.uint32(unit) * np.uint32(columns + pad))
-            table_at = np.uint32((behind_x + np.uint32(plane - 1)) & np.uint32(0x100000000 - plane))
-            entry_index = np.int32((table_at - first) >> np.uint32(2))
-            i = thread
-            while i < words:
-                dynamic_words[entry_index + i] = load_constant(table, i)
-                i = np.int32(i + threads)
+        behind = np.uint32(first + np.uint32(unit) * np.uint32(padded))
+        entries = dynamic_words if held else table
+        other_entries = dynamic_words if other_held else other_table
+        table_at, other_at = np.uint32(0), np.uint32(0)
+        if held:
+            table_at = _load_table(table, dynamic_words, behind, bits, planes, thread, threads)
+            behind = np.uint32(table_at + np.uint32(4 * planes << bits))
+        if gated and other_held:
+            other_at = _load_table(other_table, dynamic_words, behind, other_bits, other_planes, thread, threads)
         flaw = False
         for token in range(tokens):
+            pair = members[group * tokens + token]
+            start = np.int64(pair // slots) * columns
             i = thread
-            while i < columns + pad:
+            while i < padded:
                 value = np.float32(0)
-                if i < columns and token < count:
-                    value = load_float(x, np.int64(token) * columns + i)
+                if i < columns and pair >= 0:
+                    value = load_float(x, start + i)
                 flaw = flaw or not abs(value) <= _LARGEST
-                if x_held:
-                    dynamic_floats[i * tokens + token] = value * np.float32(0.5) if levels == 1 else value
+                values[i * tokens + token] = value * np.float32(0.5) if levels == 1 else value
                 i = np.int32(i + threads)
         flaw_here = cuda.any_sync(_ALL, flaw)
         if lane == 0:
@@ -349,100 +654,42 @@ def gather_kernel(variant: Variant) -> launch.Kernel:
         cuda.syncthreads()
         spread = cuda.any_sync(_ALL, lane < threads >> 5 and flaws[lane] != 0)
 
-        end = np.uint32(first + np.uint32(columns) * np.uint32(unit))
-        skipped = misaligned_bytes(codes)
-        available = (skipped + size) >> 2
-        row = np.int32(cuda.blockIdx.x * (threads >> 5) + warp)
-        while row < rows:
-            level = scales[np.int64(row) * levels]
-            own = (
-                level,
-                scales[np.int64(row) * levels + 1] if levels > 1 else level,
-                scales[np.int64(row) * levels + 2] if levels > 2 else level,
-            )
-            total = zeros
-            place = first
-            if spread:  # zero weights times infinity count too: walk every column
-                codeword = starts[row] + lane
-                while place < end:
-                    entry = np.uint32(0)
-                    at = table_at
-                    if codeword < starts[row + 1]:
-                        code = load_code(codes, codeword * bits, np.int32(mask >> 2))
-                        at = np.uint32(table_at + np.uint32(code << 2))
-                        entry = word_at(entries, at)
-                    codeword += WARP
-                    near = _positions(entry, fields)
-                    length = np.uint32(near & np.uint32(255))
-                    behind = scan_lanes(length)
-                    here = np.uint32(place + (behind - length) * np.uint32(unit))
-                    place = np.uint32(place + np.uint32(cuda.shfl_sync(_ALL, np.int32(behind), 31)) * np.uint32(unit))
-                    position = np.uint32(0)
-                    while position < length:
-                        weight = np.float32(0)
-                        slots = _slots(entries, at, entry, bits, fields)
-                        for field in range(fields):
-                            word = near
-                            if field >= 3:
-                                word = word_at(entries, np.uint32(at + np.uint32(4 << bits)))
-                            byte = np.uint32(
-                                word >> np.uint32(8 * field + 8 if field < 3 else 8 * field - 24)
-                            ) & np.uint32(255)
-                            slot = _slot(slots, field, fields)
-                            if byte == position and slot >= np.uint32(0x40000000):
-                                weight = _weight(slot, own, levels)
-                        total = add_multiple(total, values, here, weight)
-                        here = np.uint32(here + np.uint32(unit))
-                        position = np.uint32(position + np.uint32(1))
-            else:
-                bit = starts[row] * bits + 8 * skipped
-                stream = aligned_words(codes, bit >> 5)
-                last = np.int32(min(available - 2 - (bit >> 5), np.int64(1 << 30)))
-                begin = np.int32(np.int32(bit & 31) + lane * (each * bits))
-                shift = np.uint32(begin & 31)
-                index = np.int32(begin >> 5)
-                near_word = min(index, last)
-                word = funnel_shift(load_constant(stream, near_word), load_constant(stream, near_word + 1), shift)
-                while place < end:
-                    # what is behind the row's last codeword adds nothing: it begins where x ends, or further on
-                    index = np.int32(index + each * bits)
-                    near_word = min(index, last)
-                    low, high = load_constant(stream, near_word), load_constant(stream, near_word + 1)
-                    at0 = np.uint32(table_at | ((word << np.uint32(2)) & np.uint32(mask)))
-                    at1 = np.uint32(table_at | ((word >> np.uint32(bits - 2)) & np.uint32(mask)))
-                    at2 = np.uint32(table_at | ((word >> np.uint32(min(2 * bits, 33) - 2)) & np.uint32(mask)))
-                    at3 = np.uint32(table_at | ((word >> np.uint32(min(3 * bits, 33) - 2)) & np.uint32(mask)))
-                    entry0, entry1 = word_at(entries, at0), word_at(entries, at1)
-                    entry2 = word_at(entries, at2) if each > 2 else entry1
-                    entry3 = word_at(entries, at3) if each > 3 else entry1
-                    length = dot_bytes(_positions(entry0, fields), np.uint32(unit), np.uint32(0))
-                    length = dot_bytes(_positions(entry1, fields), np.uint32(unit), length)
-                    if each > 2:
-                        length = dot_bytes(_positions(entry2, fields), np.uint32(unit), length)
-                    if each > 3:
-                        length = dot_bytes(_positions(entry3, fields), np.uint32(unit), length)
-                    behind = scan_lanes(length)
-                    here = min(np.uint32(place + behind - length), end)
-                    place = np.uint32(place + np.uint32(cuda.shfl_sync(_ALL, np.int32(behind), 31)))
-                    total = _add_codeword(entries, values, at0, entry0, here, total, own, bits, fields, levels, unit)
-                    here = dot_bytes(_positions(entry0, fields), np.uint32(unit), here)
-                    total = _add_codeword(entries, values, at1, entry1, here, total, own, bits, fields, levels, unit)
-                    if each > 2:
-                        here = dot_bytes(_positions(entry1, fields), np.uint32(unit), here)
-                        total = _add_codeword(
-                            entries, values, at2, entry2, here, total, own, bits, fields, levels, unit
-                        )
-                    if each > 3:
-                        here = dot_bytes(_positions(entry2, fields), np.uint32(unit), here)
-                        total = _add_codeword(
-                            entries, values, at3, entry3, here, total, own, bits, fields, levels, unit
-                        )
-                    word = funnel_shift(low, high, shift)
+        expert = experts[group]
+        known = expert >= 0 and expert < n_experts
+        step = np.int32(lanes)
+        below = np.int32(lane // step)
+        member = np.int32(lane - below * step)
+        rows_each = np.int32(np.int32(32) // step)
+        row = np.int32((cuda.blockIdx.x * (threads >> 5) + warp) * rows_each + below)
+        while row - below < rows:
+            present = known and row < rows
+            at = np.int32(expert * rows + row) if present else np.int32(0)
+            index = np.int32(starts[at] + member)
+            stop = starts[at + 1] if present else np.int32(0)
+            own = _own_levels(scales, at, levels)
+            parts, shape = (entries, table_at, values, own), (bits, fields, levels, unit)
+            total = _row_sums(words, index, stop, step, first, spread, zeros, parts, shape, each)
+            other_own, other_total = own, zeros
+            if gated:
+                index = np.int32(other_starts[at] + member)
+                stop = other_starts[at + 1] if present else np.int32(0)
+                other_own = _own_levels(other_scales, at, levels)
+                parts, shape = (other_entries, other_at, values, other_own), (other_bits, other_fields, levels, unit)
+                other_total = _row_sums(other_words, index, stop, step, first, spread, zeros, parts, shape, other_each)
             for token in range(tokens):
-                whole = warp_sum(total[token])
-                if lane == 0 and token < count:
-                    store_float(y, np.int64(token) * rows + row, whole * own[0] if levels == 1 else whole)
-            row = np.int32(row + cuda.gridDim.x * (threads >> 5))
+                value = sum_of_lanes(total[token], step)
+                value = _activated(value * own[0] if levels == 1 else value, activation)
+                if gated:
+                    factor = sum_of_lanes(other_total[token], step)
+                    value = value * (factor * other_own[0] if levels == 1 else factor)
+                pair = members[group * tokens + token]
+                if member == 0 and row < rows and pair >= 0:
+                    if weighted:
+                        value = value * weights[pair]
+                    store_float(y, np.int64(pair) * rows + row, value)
+            row = np.int32(row + cuda.gridDim.x * (threads >> 5) * rows_each)
 
-    _gather_kernel.__name__ = f"_gather_{bits}_{fields}_{levels}_{tokens}_{held}_kernel"
+    names = "_".join(f"{each.bits}_{each.fields}{'' if each.held else '_global'}" for each in variant.books)
+    suffix = f"{'_' + variant.activation if variant.activation else ''}{'_weighted' if weighted else ''}"
+    _gather_kernel.__name__ = f"_gather_{names}_levels{levels}_tokens{tokens}{suffix}_kernel"
     return _gather_kernel

@@ -1,40 +1,69 @@
 """How many instructions the one-token product takes: read from machine code, with no GPU and no disassembler.
 
-For bench/kernels.py and the tests: `gather_variants()` lists kernels as `matmul.gather_kernel` makes them, `walk_loop`
-counts the loop that does a product's work, `per_weight` spreads it over the weights.
+For bench/kernels.py and the tests: `gather_variants()` lists kernels as `matmul.gather_kernel` makes them, `row_loops`
+counts the loops that do a product's work, `per_weight` spreads them over the weights.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.cuda.launch import WARP
-from qmoe_lite.cuda.matmul import Variant, choose_variant
+from qmoe_lite.cuda.matmul import Variant, choose_lanes, choose_variant, turns
+from qmoe_lite.cuda.packets import codewords_each
 
 COUNTS = (115, 1770, 115)  # P(0) = 0.885
 INSTRUCTION_BYTES = 16
-_BRANCH, _SHUFFLE, _OPCODE = 0x147, 0x189, 0x1FF  # the opcode's bits that say what it does, not where operands lie
-_WALK_SHUFFLES = 6  # five of the scan, one of its end
+MANY_ROWS = 1 << 16  # so that every multiprocessor has enough of them
+_OPCODE = 0x1FF  # the bits that say what an instruction does, not where its operands lie
+_BRANCH, _LOAD_GLOBAL, _LOAD_SHARED = 0x147, 0x181, 0x184
+_WIDTH_PLACE, _WIDTH_128 = 73, 6  # of a load
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Instructions of a one-matrix kernel.
+
+    Attributes
+    ----------
+    packet : int
+        Of its loop over packets.
+    shared : int
+        Loads from shared memory among them.
+    row : int
+        Of its loop over rows, without what walks packets.
+    """
+
+    packet: int
+    shared: int
+    row: int
 
 
 def gather_variants() -> dict[str, Variant]:
     """Return what the product is compiled for most often, by name: codebooks of 8 to 12 bits, and the paper's."""
-    ternary, two_bit = COUNTS, (885, 50, 40, 25)
+    two_bit = Codebook.fit((885, 50, 40, 25))
     limit, columns = 99 << 10, 4096  # what an RTX 30 or 40 has, the least of the GPUs that are supported
-    cases = {f"{bits} bits": (Codebook.fit(ternary, bits), 1, 1) for bits in range(8, 13)}
-    cases |= {f"10 bits, {tokens} tokens": (Codebook.fit(ternary), 1, tokens) for tokens in (2, 4)}
-    cases |= {f"10 bits, 2 levels, {tokens} tokens": (Codebook.fit(ternary), 2, tokens) for tokens in (1, 4)}
-    cases |= {f"10 bits, two-bit digits, {tokens} tokens": (Codebook.fit(two_bit), 3, tokens) for tokens in (1, 4)}
-    cases |= {"10 bits, 4 nonzeros": (Codebook.fit((150, 700, 150)), 1, 1)}
-    cases |= {"10 bits, 7 nonzeros": (Codebook.fit((1, 1, 1)), 1, 1)}
-    cases |= {"paper, 2 levels": (Codebook.paper(), 2, 1)}
-    variants = {name: choose_variant(*case, columns, limit) for name, case in cases.items()}
-    return variants | {"10 bits, x too wide": choose_variant(Codebook.fit(ternary), 1, 1, 65535, limit)}
+    cases: dict[str, tuple[tuple[Codebook, ...], int, int, str | None]] = {
+        f"{bits} bits": ((Codebook.fit(COUNTS, bits),), 2, 1, None) for bits in range(8, 13)
+    }
+    usual = Codebook.fit(COUNTS)
+    cases["10 bits, symmetric"] = (usual,), 1, 1, None
+    cases["10 bits, 4 tokens"] = (usual,), 2, 4, None
+    cases["gate and up, silu"] = (usual, usual), 2, 1, "silu"
+    cases["10 bits, two-bit digits"] = (two_bit,), 3, 1, None
+    cases["10 bits, 4 nonzeros"] = (Codebook.fit((150, 700, 150)),), 1, 1, None
+    cases["10 bits, 7 nonzeros"] = (Codebook.fit((1, 1, 1)),), 1, 1, None
+    cases["paper"] = (Codebook.paper(),), 2, 1, None
+    found = {
+        name: choose_variant(books, levels, columns, *rest, limit) for name, (books, levels, *rest) in cases.items()
+    }
+    return {name: variant for name, variant in found.items() if variant is not None}
 
 
 def loops(cubin: bytes, name: str, capability: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return (instructions, shuffles) of each loop of a kernel: what a branch that goes back spans.
+    """Return the numbers of the first and last instruction of each loop of a kernel: what a branch back spans.
 
     Parameters
     ----------
@@ -45,42 +74,72 @@ def loops(cubin: bytes, name: str, capability: tuple[int, int]) -> list[tuple[in
     capability : (int, int)
         That it was made for.
     """
-    code = _section(cubin, f".text.{name}")
-    words = [int.from_bytes(code[i : i + INSTRUCTION_BYTES], "little") for i in range(0, len(code), INSTRUCTION_BYTES)]
     found = []
-    for place, word in enumerate(words):
+    for place, word in enumerate(machine_words(cubin, name)):
         if word & _OPCODE == _BRANCH:
             begin = place + 1 + _distance(word, capability) // INSTRUCTION_BYTES
             if 0 <= begin < place:
-                span = words[begin : place + 1]
-                found.append((len(span), sum(each & _OPCODE == _SHUFFLE for each in span)))
+                found.append((begin, place))
     return found
 
 
-def walk_loop(cubin: bytes, name: str, capability: tuple[int, int]) -> int:
-    """Return the instructions of a gather kernel's loop over its codewords, 32 * `Variant.each` of them a turn."""
-    return min(size for size, shuffles in loops(cubin, name, capability) if shuffles >= _WALK_SHUFFLES)
+def machine_words(cubin: bytes, name: str) -> list[int]:
+    """Return a kernel's instructions, 128 bits each."""
+    code = section(cubin, f".text.{name}")
+    return [int.from_bytes(code[i : i + INSTRUCTION_BYTES], "little") for i in range(0, len(code), INSTRUCTION_BYTES)]
 
 
-def per_weight(instructions: int, variant: Variant, codebook: Codebook, columns: int | None = None) -> float:
-    """Return the warp instructions a weight, given those of the loop.
+def is_wide_load(word: int) -> bool:
+    """Tell whether an instruction loads 128 bits from global memory."""
+    return word & _OPCODE == _LOAD_GLOBAL and word >> _WIDTH_PLACE & 7 == _WIDTH_128
+
+
+def row_loops(cubin: bytes, name: str, capability: tuple[int, int]) -> Loops:
+    """Return the instructions of a one-matrix kernel's loops.
+
+    The loop over packets loads one and has no loop inside; the other one that loads packets, for activations that are
+    not finite, walks columns inside and counts for nothing.
+    """
+    words, found = machine_words(cubin, name), loops(cubin, name, capability)
+
+    def inside(one: tuple[int, int], other: tuple[int, int]) -> bool:
+        return one != other and other[0] <= one[0] and one[1] <= other[1]
+
+    def size(loop: tuple[int, int]) -> int:
+        return loop[1] - loop[0] + 1
+
+    walks = [loop for loop in found if sum(map(is_wide_load, words[loop[0] : loop[1] + 1])) == 1]
+    packets = [loop for loop in walks if not any(inside(each, loop) for each in found)]
+    assert len(packets) == 1, f"{name} has {len(packets)} loops over packets; expected one"
+    (first, last) = packets[0]
+    row = min((loop for loop in found if all(inside(each, loop) for each in walks)), key=size)
+    shared = sum(word & _OPCODE == _LOAD_SHARED for word in words[first : last + 1])
+    return Loops(last - first + 1, shared, size(row) - sum(map(size, walks)))
+
+
+def per_weight(of: Loops, codebook: Codebook, columns: int) -> tuple[float, float]:
+    """Return the warp instructions a weight of a matrix with many rows, and the loads from shared memory among them.
+
+    What a row costs besides its packets is counted, and a lane without a packet in its last turn as if it had one.
 
     Parameters
     ----------
-    instructions : int
-        What `walk_loop` gave.
-    variant : Variant
-        Of the kernel; its tokens are not counted as weights.
+    of : Loops
+        What `row_loops` gave.
     codebook : Codebook
         Its mean codeword is taken.
-    columns : int, optional
-        Of a row; its last turn counts in full. By default as of a row without an end.
+    columns : int
+        Of a row.
     """
-    length = codebook.bits / codebook.expected_bits_per_weight()
-    turn = WARP * variant.each
-    if columns is None:
-        return instructions / (turn * length)
-    return instructions * -(-columns // (turn * length)) / columns
+    packets = columns / packet_weights(codebook)
+    lanes = choose_lanes(packets, MANY_ROWS, 1)
+    times, share = turns(packets, lanes), lanes / WARP / columns
+    return (times * of.packet + of.row) * share, times * of.shared * share
+
+
+def packet_weights(codebook: Codebook) -> float:
+    """Return how many weights a packet holds on average."""
+    return codewords_each(codebook.bits) * codebook.bits / codebook.expected_bits_per_weight()
 
 
 def _distance(word: int, capability: tuple[int, int]) -> int:
@@ -90,7 +149,8 @@ def _distance(word: int, capability: tuple[int, int]) -> int:
     return 4 * (high if capability < (9, 0) else high << 8 | word >> 16 & 0xFF)
 
 
-def _section(cubin: bytes, name: str) -> bytes:
+def section(cubin: bytes, name: str) -> bytes:
+    """Return a section of an ELF file."""
     offset = struct.unpack_from("<Q", cubin, 0x28)[0]
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, offset + i * size) for i in range(count)]

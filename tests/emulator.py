@@ -147,33 +147,16 @@ class Cuda:
         return any(self._together("any_sync", mask, predicate).values())
 
 
-class Words:
-    """An array of bytes read as aligned words; what surrounds it in its first and last word is poison."""
-
-    def __init__(self, memory, word):
-        self.memory = memory
-        self.byte = 4 * int(word) - memory.array.ctypes.data % 4
-
-    def __getitem__(self, index):
-        places = range(self.byte + 4 * operator.index(index), self.byte + 4 * operator.index(index) + 4)
-        inside = [0 <= place < self.memory.array.size for place in places]
-        if not any(inside):
-            raise EmulationError(f"word at byte {places[0]} of an array of {self.memory.array.size} bytes")
-        held = [self.memory[place] if there else POISON for place, there in zip(places, inside, strict=True)]
-        return np.frombuffer(bytes(held), dtype="<u4")[0]
-
-
 class Intrinsics:
     """What each of `qmoe_lite.cuda.intrinsics` does, for one block; indices wrap nowhere and places are checked."""
 
     def __init__(self, cuda):
         self.cuda = cuda
 
-    def aligned_words(self, array, word):
-        return Words(array, word)
-
-    def misaligned_bytes(self, array):
-        return np.int32(array.array.ctypes.data % 4)
+    def load_quad(self, array, index):
+        if array.array.ctypes.data % 16:
+            raise EmulationError("128 bits from an array that does not begin at a multiple of 16 bytes")
+        return tuple(array[4 * operator.index(index) + i] for i in range(4))
 
     def load_constant(self, array, index):
         return array[index]
@@ -194,16 +177,13 @@ class Intrinsics:
         pairs = zip(np.uint32(a).tobytes(), np.uint32(b).tobytes(), strict=True)
         return np.uint32(int(c) + sum(one * other for one, other in pairs))
 
-    def funnel_shift(self, low, high, bits):
-        assert 0 <= bits < 32
-        return np.uint32((int(high) << 32 | int(low)) >> int(bits) & 0xFFFFFFFF)
+    def bits_of_quad(self, quad, bit):
+        assert 0 <= bit < 128
+        whole = sum(int(word) << 32 * i for i, word in enumerate(quad))
+        return np.uint32(whole >> int(bit) & 0xFFFFFFFF)
 
     def float_of_bits(self, bits):
         return np.uint32(bits).view(np.float32)
-
-    def scan_lanes(self, value):
-        brought = self.cuda._together("scan_lanes", 0xFFFFFFFF, np.uint32(value))
-        return np.uint32(sum(int(brought[lane]) for lane in range(int(self.cuda.laneid) + 1)))
 
     def load_float(self, array, index):
         value = array[index]

@@ -36,8 +36,8 @@ GRIDS = {"ternary": MinMaxTernary(), "two_bit": MinMaxTwoBit()}
 def emulated(request, monkeypatch):
     """The twins on CPU tensors, 1 to 4 warps a block, each with another order of the threads."""
     emulator.install(monkeypatch, seed=request.param)
-    for module in (codec, matmul):
-        monkeypatch.setattr(module, "WARPS", request.param)
+    monkeypatch.setattr(codec, "WARPS", request.param)
+    monkeypatch.setattr(matmul, "WARPS", (request.param, request.param))
 
 
 @functools.cache
@@ -124,12 +124,17 @@ def test_product_equals_the_naive_one(emulated, codebook, width, shape, tokens):
     assert (np.abs(y.numpy().reshape(-1, shape[0]) - reference) <= 1e-5 * (np.abs(whole) @ sizes.T)).all()
 
 
-def test_a_table_too_large_for_shared_memory_is_read_where_it_lies(emulated, monkeypatch):
-    packed = cpu_codec.encode(draw(EVEN, (6, 100)), draw_levels(EVEN, 6), EVEN)
-    x = torch.randn(100)
-    shared = matmul.decode_matmul(packed, x)
-    monkeypatch.setattr(launch, "SHARED_BYTES", 0)
-    assert torch.equal(matmul.decode_matmul(packed, x), shared)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tokens_meet_decoded_tiles(emulated, monkeypatch, dtype):
+    digits, levels = draw(EVEN, (7, 63)), draw_levels(EVEN, 7).to(dtype)
+    packed = cpu_codec.encode(digits, levels, EVEN)
+    monkeypatch.setattr(matmul, "gather_kernel", None)
+    monkeypatch.setattr(matmul, "TILE_VALUES", 150)  # tiles of two rows
+    x = torch.randn(33, 63).to(dtype)
+    y = matmul.decode_matmul(packed, x)
+    reference = torch.from_numpy(naive.matmul(digits, levels.tolist(), x.float().numpy()))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), reference.double(), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_the_product_s_dtype_is_that_of_x(emulated):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 import shutil
@@ -20,7 +19,8 @@ import emulator
 
 from qmoe_lite import codec as cpu_codec
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.cuda import launch, matmul, static
+from qmoe_lite.cuda import launch, matmul, packets, static
+from qmoe_lite.experts import pack_experts
 
 TERNARY = Codebook.fit(static.COUNTS)
 CODEBOOKS = {
@@ -41,7 +41,7 @@ MOST_REGISTERS, MOST_PER_WEIGHT = 128, 0.12
 @pytest.fixture
 def emulated(monkeypatch):
     emulator.install(monkeypatch, seed=7)
-    monkeypatch.setattr(matmul, "WARPS", 2)
+    monkeypatch.setattr(matmul, "WARPS", (1, 2))
 
 
 def draw(codebook, width, shape, seed=0):
@@ -59,8 +59,8 @@ def assert_close(y, digits, levels, x):
     assert (np.abs(y.numpy() - reference) <= 1e-5 * (np.abs(x.numpy()) @ sizes.T)).all()
 
 
-@pytest.mark.parametrize("limit", [96 << 10, 8 << 10, 0], ids=["table and x held", "x held", "nothing held"])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("limit", [96 << 10, 8 << 10], ids=["table and x held", "x held"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", list(CODEBOOKS))
 def test_every_variant_gives_the_naive_product(emulated, monkeypatch, name, tokens, limit):
     codebook, width = CODEBOOKS[name]
@@ -72,28 +72,58 @@ def test_every_variant_gives_the_naive_product(emulated, monkeypatch, name, toke
 
 def test_what_is_held_follows_from_what_fits():
     def held(codebook, columns, limit):
-        variant = matmul.choose_variant(codebook, 1, 4, columns, limit)
-        assert variant.held == 2 or variant.shared_bytes(columns) <= limit
-        return variant.tokens, variant.held
+        variant = matmul.choose_variant((codebook,), 1, columns, 4, None, limit)
+        if variant is None:
+            return None
+        assert variant.shared_bytes(matmul.padded_columns((codebook,), columns)) <= limit
+        return variant.tokens, variant.books[0].held
 
-    assert held(TERNARY, 4096, 227 << 10) == (4, 0)
-    assert held(TERNARY, 14336, 227 << 10) == (2, 0)
-    assert held(TERNARY, 14336, 99 << 10) == (1, 0)
-    assert held(TERNARY, 65535, 99 << 10) == (1, 2)
-    assert held(Codebook.paper(), 4096, 99 << 10) == (4, 1)
+    assert held(TERNARY, 4096, 227 << 10) == (4, True)
+    assert held(TERNARY, 14336, 227 << 10) == (2, True)
+    assert held(TERNARY, 14336, 99 << 10) == (1, True)
+    assert held(TERNARY, 65535, 227 << 10) is None
+    assert held(Codebook.paper(), 4096, 99 << 10) == (4, False)
 
 
-@pytest.mark.parametrize("offset", range(4))
-def test_codes_may_begin_at_any_byte(emulated, offset):
-    digits, levels, packed = draw(TERNARY, 1, (5, 700))
-    room = torch.full((packed.codes.numel() + 8,), 0xFF, dtype=torch.uint8)
-    start = (offset - room.data_ptr()) % 4
-    codes = room[start : start + packed.codes.numel()]
-    codes.copy_(packed.codes)
-    moved = dataclasses.replace(packed, codes=codes)
-    assert codes.data_ptr() % 4 == offset
-    x = torch.randn(1, 700)
-    assert_close(matmul.decode_matmul(moved, x), digits, levels, x)
+def test_activations_too_wide_for_shared_memory_meet_decoded_tiles(emulated, monkeypatch):
+    digits, levels, packed = draw(TERNARY, 2, (4, 700))
+    monkeypatch.setattr(launch, "shared_limit", lambda device: 2048)
+    monkeypatch.setattr(matmul, "gather_kernel", None)
+    x = torch.randn(2, 700)
+    assert_close(matmul.decode_matmul(packed, x), digits, levels, x)
+
+
+def naive_packets(packed):
+    """Words (packets, 4) and row starts by the format's description, one codeword after another."""
+    book, bits = packed.codebook, packed.codebook.bits
+    stream = int.from_bytes(packed.codes.numpy().tobytes(), "little")
+    lengths = [int(entry) & 255 for entry in book.table]
+    shortest = min(range(len(lengths)), key=lambda code: (lengths[code] == 0, lengths[code]))
+    words, starts, at = [], [0], 0
+    for count in packed.count_codewords().tolist():
+        codes = [stream >> bits * (at + i) & (1 << bits) - 1 for i in range(count)]
+        at += count
+        column, each = 0, 112 // bits
+        codes += [shortest] * (-count % each)
+        for first in range(0, len(codes), each):
+            own = codes[first : first + each]
+            packet = column + sum(code << 16 + bits * i for i, code in enumerate(own))
+            words.append([packet >> 32 * i & 0xFFFFFFFF for i in range(4)])
+            column += sum(lengths[code] for code in own)
+        starts.append(len(words))
+    return words, starts
+
+
+@pytest.mark.parametrize("columns", [1, 29, 331])
+@pytest.mark.parametrize("name", list(CODEBOOKS))
+def test_packets_are_those_of_the_description(emulated, name, columns):
+    codebook, width = CODEBOOKS[name]
+    _, _, packed = draw(codebook, width, (5, columns), seed=columns)
+    made = packets.make_packets(packed)
+    words, starts = naive_packets(packed)
+    assert made.words.tolist() == words
+    assert made.starts.tolist() == starts
+    assert (made.experts, made.rows, made.columns) == (1, 5, columns)
 
 
 @pytest.mark.parametrize("name", ["ternary-10", "two-bit", "seven-fields", "paper"])
@@ -116,11 +146,130 @@ def test_the_largest_activations_do_not_overflow(emulated):
     assert torch.equal(matmul.decode_matmul(packed, x), x[:2] / 2)
 
 
-def test_levels_and_row_starts_are_made_once_a_matrix(emulated, monkeypatch):
+def test_packets_are_made_once_a_matrix(emulated, monkeypatch):
     _, _, packed = draw(TERNARY, 1, (3, 64))
     first = matmul.decode_matmul(packed, torch.ones(64))
-    monkeypatch.setattr(matmul, "row_starts", None)
+    monkeypatch.setattr(matmul, "make_packets", None)
     assert torch.equal(matmul.decode_matmul(packed, torch.ones(64)), first)
+
+
+@pytest.mark.parametrize("lanes", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("name", ["ternary-10-two-levels", "seven-fields"])
+def test_any_number_of_lanes_may_share_a_row(emulated, monkeypatch, name, lanes):
+    codebook, width = CODEBOOKS[name]
+    monkeypatch.setattr(matmul, "choose_lanes", lambda *_: lanes)
+    digits, levels, packed = draw(codebook, width, (37, 700))
+    x = torch.randn(1, 700)
+    assert_close(matmul.decode_matmul(packed, x), digits, levels, x)
+
+
+def test_lanes_are_few_where_rows_are_many_and_many_where_rows_are_few():
+    assert matmul.choose_lanes(25, 14336, 132) in (4, 8)
+    assert matmul.choose_lanes(25, 14336, 1) == 2
+    assert matmul.choose_lanes(86, 500, 132) == 32
+    assert matmul.choose_lanes(1, 768, 132) == 2
+
+
+EXPERTS, WIDE, NARROW = 5, 60, 21  # columns of x, rows of the first projections
+BOOKS = {
+    "gate_proj": TERNARY,
+    "up_proj": Codebook.fit(static.COUNTS, bits=8),
+    "down_proj": Codebook.fit([150, 700, 150]),
+    "two-bit": CODEBOOKS["two-bit"][0],
+}
+TORCH_ACTIVATIONS = {
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+def draw_layer(shapes, width=2):
+    """Packets of each projection, and its dense matrices (E, R, C) in float64."""
+    layer = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        drawn = [draw(BOOKS["two-bit" if width == 3 else name], width, shape, seed=10 * i + e) for e in range(EXPERTS)]
+        matrices = [packed for _, _, packed in drawn]
+        stored = pack_experts(matrices)
+        if i == 0:  # as where one row is much longer than another
+            stored["row_codewords"] = stored["row_codewords"].to(torch.uint16)
+        made = packets.stack_packets(stored, matrices[0].codebook, shape[1])
+        dense = [naive.dequantize(digits, levels.tolist()) for digits, levels, _ in drawn]
+        layer[name] = made, torch.from_numpy(np.array(dense))
+    return layer
+
+
+def naive_experts(first, last, inside, x, index, weights):
+    """Each token through each of its experts, one after another, in float64."""
+    out = torch.zeros(len(x), last.shape[1], dtype=torch.float64)
+    for token, (experts, factors) in enumerate(zip(index.tolist(), weights.tolist(), strict=True)):
+        for expert, factor in zip(experts, factors, strict=True):
+            if 0 <= expert < EXPERTS:
+                inner = inside([matrices[expert] @ x[token].double() for matrices in first])
+                out[token] += factor * (last[expert] @ inner)
+    return out
+
+
+def draw_routing(tokens, slots):
+    generator = torch.Generator().manual_seed(tokens)
+    index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:slots] for _ in range(tokens)])
+    index[0, 0] = -1  # dropped
+    index[-1, -1] = EXPERTS  # no expert's number
+    return index, torch.rand(tokens, slots, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("activation", "tokens", "slots", "dtype"),
+    [
+        ("relu", 1, 3, torch.float32),
+        ("silu", 9, 2, torch.bfloat16),
+        ("silu", 2, 2, torch.float32),
+        ("gelu", 3, 1, torch.float16),
+        ("gelu_tanh", 12, 1, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_layer_s_experts_are_the_naive_ones(emulated, activation, tokens, slots, dtype):
+    layer = draw_layer({"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)})
+    (gate, gates), (up, ups), (down, downs) = layer.values()
+    x = torch.randn(tokens, WIDE).to(dtype)
+    index, weights = draw_routing(tokens, slots)
+    torch_activation = TORCH_ACTIVATIONS[activation]
+    expected = naive_experts([gates, ups], downs, lambda y: torch_activation(y[0]) * y[1], x, index, weights)
+    y = matmul.run_experts([gate, up], down, activation, x, index, weights)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    apart = matmul.run_experts([gate, up], down, lambda y: torch_activation(y[0]) * y[1], x, index, weights)
+    torch.testing.assert_close(apart, y, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_layer_without_gates_is_the_naive_one(emulated, width):
+    layer = draw_layer({"gate_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)}, width)
+    (wi, wis), (wo, wos) = layer.values()
+    x = torch.randn(12, WIDE)
+    index, weights = draw_routing(12, 1)
+    expected = naive_experts([wis], wos, lambda y: torch.relu(y[0]), x, index, weights)
+    y = matmul.run_experts([wi], wo, "relu", x, index, weights)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_token_s_result_does_not_depend_on_the_others(emulated):
+    layer = draw_layer({"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)})
+    (gate, _), (up, _), (down, _) = layer.values()
+    x = torch.randn(6, WIDE)
+    index, weights = draw_routing(6, 2)
+    whole = matmul.run_experts([gate, up], down, "silu", x, index, weights)
+    some = matmul.run_experts([gate, up], down, "silu", x[2:4].contiguous(), index[2:4], weights[2:4])
+    assert torch.equal(whole[2:4], some)
+
+
+def test_a_layer_wider_than_shared_memory_is_left_to_the_caller(emulated, monkeypatch):
+    layer = draw_layer({"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)})
+    (gate, _), (up, _), (down, _) = layer.values()
+    monkeypatch.setattr(launch, "shared_limit", lambda device: 256)
+    assert matmul.run_experts([gate, up], down, "silu", torch.randn(1, WIDE), *draw_routing(1, 2)) is None
 
 
 needs_compiler = pytest.mark.skipif(
@@ -158,26 +307,18 @@ def test_variant_fits_the_gpu(name):
 
 
 @needs_compiler
-@pytest.mark.parametrize("signature", range(1, 3))
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
-def test_half_precision_compiles_to_the_same_loop(capability, signature):
-    variant = static.gather_variants()["10 bits"]
-    sizes = [
-        static.walk_loop(code.cubin, code.name, capability)
-        for code in (compiled(variant, capability, number) for number in (0, signature))
-    ]
-    assert abs(sizes[0] - sizes[1]) <= 2
-
-
-@needs_compiler
 @pytest.mark.parametrize("bits", range(8, 13))
 def test_a_weight_takes_few_instructions(bits):
-    variant, codebook = static.gather_variants()[f"{bits} bits"], Codebook.fit(static.COUNTS, bits)
-    code = compiled(variant, (9, 0))
-    instructions = static.walk_loop(code.cubin, code.name, (9, 0))
-    assert instructions > 40  # a loop that does less than it must was miscounted
-    for columns in (None, 768, 2048, 4096, 14336):
-        assert static.per_weight(instructions, variant, codebook, columns) <= MOST_PER_WEIGHT
+    codebook = Codebook.fit(static.COUNTS, bits)
+    code = compiled(static.gather_variants()[f"{bits} bits"], (9, 0))
+    of = static.row_loops(code.cubin, code.name, (9, 0))
+    each = packets.codewords_each(bits)
+    assert of.packet > 8 * each  # a loop that does less than it must was miscounted
+    assert of.shared == each * (1 + len(codebook.fields))
+    assert of.row > 40
+    for columns in (768, 2048, 4096, 14336):
+        instructions, shared = static.per_weight(of, codebook, columns)
+        assert shared < instructions <= MOST_PER_WEIGHT
 
 
 @needs_compiler
@@ -202,4 +343,7 @@ def test_loops_are_those_that_the_disassembler_shows(capability, tmp_path):
                 branches.append((places, target[1]))
             places += 1
     spans = [at + 1 - labels[target] for at, target in branches if labels.get(target, at) < at]
-    assert sorted(size for size, _ in static.loops(code.cubin, code.name, capability)) == sorted(spans)
+    found = static.loops(code.cubin, code.name, capability)
+    assert sorted(last - first + 1 for first, last in found) == sorted(spans)
+    words = static.machine_words(code.cubin, code.name)
+    assert sum(map(static.is_wide_load, words)) == text.count("LDG.E.128") > 0
