@@ -76,7 +76,7 @@ def check_validated(packed: PackedMatrix) -> None:
         as_tensor(tensor, "packed")
     if not packed._validated:
         message = "packed has not been validated; expected a checked matrix. "
-        raise SettingError(message + "Call qmoe_lite.validation.validate on it before it goes to the GPU.")
+        raise SettingError(message + "Call qmoe_lite.validation.validate on it, once.")
 
 
 def slot_values(packed: PackedMatrix, dtype: torch.dtype) -> Tensor:

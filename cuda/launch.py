@@ -1,8 +1,8 @@
 """The one door to the CUDA compiler and driver: can a GPU be used, compile a kernel, launch it.
 
-numba-cuda turns a kernel's Python into PTX at its first launch, cuda.core links it and launches it on torch's current
-stream with raw addresses, which costs microseconds where numba's own launch costs tens. A kernel's parameters are flat
-arrays ("float32*") and scalars ("int32"); it indexes by hand.
+numba-cuda turns a kernel's Python into PTX at its first launch, cuda.core links it, which `cubins` keeps on disk, and
+launches it on torch's current stream with raw addresses: some microseconds where numba's own launch takes tens. A
+kernel's parameters are flat arrays ("float32*") and scalars ("int32"); it indexes by hand.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 import re
+import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from qmoe_lite.cuda.cubins import cubin_key, load_cubin, store_cubin
 from qmoe_lite.errors import DeviceError, DtypeError, SettingError, ShapeError
 
 cuda: Any = None  # without numba-cuda: numba's own CUDA target knows no toolkit above 12.4
@@ -35,6 +39,7 @@ SHARED_BYTES = 48 << 10  # what a block may ask for without opting in to more
 _STATIC_BYTES = 1 << 10  # of a block's shared memory that are left to what a kernel declares
 _OLDEST = (8, 0)
 _DLPACK_CUDA = 2  # kDLCUDA of DLPack's device types
+_FORMATS = {"int32": "i", "uint32": "I", "int64": "q", "uint64": "Q", "float32": "f"}
 _INSTALL = "Run: pip install 'qmoe-lite[cuda]'"
 
 
@@ -70,8 +75,8 @@ def reason(index: int = 0) -> str | None:
     return None
 
 
-def as_tensor(array: Any, name: str) -> Tensor:
-    """Return a device array as a contiguous torch tensor without a gradient, sharing memory where that is possible.
+def as_tensor(array: Any, name: str, *, strided: bool = False) -> Tensor:
+    """Return a device array as a torch tensor without a gradient, sharing memory where that is possible.
 
     Parameters
     ----------
@@ -79,6 +84,8 @@ def as_tensor(array: Any, name: str) -> Tensor:
         On a GPU.
     name : str
         What an error calls it.
+    strided : bool, default False
+        Leave it as it lies in memory; else it is made contiguous.
 
     Raises
     ------
@@ -98,9 +105,10 @@ def as_tensor(array: Any, name: str) -> Tensor:
     if found != DEVICE_TYPE:
         raise SettingError(f"{name} is on {found}; expected a GPU. Move it there, or call the CPU function.")
     if isinstance(array, Tensor):
-        return array.detach().contiguous()
-    shared: Tensor = from_dlpack(array) if hasattr(array, "__dlpack__") else torch.as_tensor(array, device=DEVICE_TYPE)
-    return shared.contiguous()
+        shared = array.detach()
+    else:
+        shared = from_dlpack(array) if hasattr(array, "__dlpack__") else torch.as_tensor(array, device=DEVICE_TYPE)
+    return shared if strided else shared.contiguous()
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -124,16 +132,24 @@ class Kernel:
     py_func : function
         What an emulator runs.
     signatures : tuple of str
-        Parameter types, "float32*" for an array and "int32" for a scalar; a launch takes the one its arrays fit.
+        Parameter types, "float32*" for an array and "int32" for a scalar, arrays first; a launch takes the one its
+        arrays fit.
+    bounds : (int, int) or None
+        Most threads a block, and blocks that a multiprocessor shall have the registers for.
     """
 
     __name__: str
 
-    def __init__(self, py_func: Callable[..., None], signatures: tuple[str, ...]) -> None:
+    def __init__(
+        self, py_func: Callable[..., None], signatures: tuple[str, ...], bounds: tuple[int, int] | None = None
+    ) -> None:
         self.py_func = py_func
         self.signatures = signatures
-        self._loaded: dict[tuple[str, int], Any] = {}
-        self._opened: dict[tuple[str, int], int] = {}  # shared memory asked for, where it is more than SHARED_BYTES
+        self.bounds = bounds
+        self._arrays = signatures[0].count("*")
+        for signature in signatures:
+            assert all(kind.endswith("*") for kind in signature.split(", ")[: self._arrays]), "arrays come first"
+        self._ready: dict[tuple[Any, ...], _Ready] = {}  # by the tensors' dtypes, and their device
 
     def ptx(self, signature: str, capability: tuple[int, int]) -> str:
         """Compile for a compute capability; needs no GPU."""
@@ -141,7 +157,7 @@ class Kernel:
         kinds = [getattr(types, kind.rstrip("*")) for kind in signature.split(", ")]
         pointers = [kind.endswith("*") for kind in signature.split(", ")]
         arguments = tuple(types.CPointer(kind) if p else kind for kind, p in zip(kinds, pointers, strict=True))
-        return str(cuda.compile_ptx(self.py_func, arguments, cc=capability)[0])
+        return str(cuda.compile_ptx(self.py_func, arguments, cc=capability, launch_bounds=self.bounds)[0])
 
     def launch(self, blocks: int | tuple[int, int], threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
         """Run on torch's current stream of the arrays' GPU, without waiting.
@@ -164,22 +180,47 @@ class Kernel:
         DtypeError, ShapeError, SettingError
             No signature fits the tensors, a tensor is not contiguous, or they are on several devices.
         """
-        from cuda.core import Device, LaunchConfig, launch
+        tensors, scalars = arguments[: self._arrays], arguments[self._arrays :]
+        try:
+            devices = set(map(_device_of, tensors))
+            ready = self._ready[*map(_dtype_of, tensors), *devices]
+            packed = ready.scalars.pack(*scalars)
+            fit = all(map(Tensor.is_contiguous, tensors))
+        except (AttributeError, KeyError, TypeError, struct.error):
+            fit = False
+        if not fit:
+            ready = self._prepare(arguments)
+            packed = ready.scalars.pack(*scalars)
+        values = [*map(Tensor.data_ptr, tensors), *ready.scalars.unpack(packed)]  # whatever numbers they were
+        for place in ready.floats:
+            values[place] = np.float32(values[place])
+        index = ready.index
+        # streams are looked up at each launch: a graph is captured on one of its own
+        if _current_device() == index and index in _entered.indices and shared_bytes <= ready.opened:
+            config = _config(blocks, threads, shared_bytes)
+            ready.launch(_stream(_current_stream(index)), config, ready.compiled, *values)
+            return
+        with torch.cuda.device(index):
+            core = _core()
+            core.Device(index).set_current()  # a thread that has not used the GPU yet has no context
+            if shared_bytes > ready.opened:
+                _open_shared(ready.compiled, shared_bytes, index)
+                ready.opened = shared_bytes
+            config = _config(blocks, threads, shared_bytes)
+            core.launch(_stream(_current_stream(index)), config, ready.compiled, *values)
+        if _current_device() == index:
+            _entered.indices.add(index)
 
+    def _prepare(self, arguments: tuple[Any, ...]) -> _Ready:
+        """Check the arguments, and compile what they fit where that has not been done."""
         signature, device = self._match(arguments)
-        values = [
-            argument.data_ptr() if isinstance(argument, Tensor) else getattr(np, kind)(argument)
-            for argument, kind in zip(arguments, signature.split(", "), strict=True)
-        ]
-        config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
-        with torch.cuda.device(device):
-            Device(device.index).set_current()  # a thread that has not used the GPU yet has no context
-            compiled = self._load(signature, device.index)
-            if shared_bytes > self._opened.get((signature, device.index), SHARED_BYTES):
-                _open_shared(compiled, shared_bytes, device.index)
-                self._opened[signature, device.index] = shared_bytes
-            # looked up at each launch: a graph is captured on a stream of its own
-            launch(_stream(torch.cuda.current_stream(device).cuda_stream), config, compiled, *values)
+        kinds = signature.split(", ")
+        for kind, argument in zip(kinds[self._arrays :], arguments[self._arrays :], strict=True):
+            getattr(np, kind)(argument)  # raises where it does not fit
+        key = *(tensor.dtype for tensor in arguments[: self._arrays]), device
+        if key not in self._ready:
+            self._ready[key] = _Ready(self._load(signature, device.index), kinds, device.index)
+        return self._ready[key]
 
     def _match(self, arguments: tuple[Any, ...]) -> tuple[str, torch.device]:
         """Return the signature that fits the arguments, and their device."""
@@ -201,23 +242,52 @@ class Kernel:
         raise DtypeError(f"{self.py_func.__name__} got {[own or 'scalar' for own in found]}; expected {expected}.")
 
     def _load(self, signature: str, index: int) -> Any:
-        """Return the compiled kernel on GPU `index`, which is current."""
-        key = signature, index
-        if key not in self._loaded:
-            missing = reason(index)
-            if missing is not None:
-                raise DeviceError(missing)
-            capability = torch.cuda.get_device_capability(index)
+        """Return the compiled kernel on GPU `index`: from the disk, or compiled now."""
+        missing = reason(index)
+        if missing is not None:
+            raise DeviceError(missing)
+        capability = torch.cuda.get_device_capability(index)
+        name = cubin_key(self.py_func, signature, capability, self.bounds)
+        kept = None if name is None else load_cubin(name)
+        if kept is None:
             ptx = self.ptx(signature, capability)
-            self._loaded[key] = link(ptx, capability).get_kernel(entry_name(ptx))
-        return self._loaded[key]
+            kept = entry_name(ptx), bytes(link(ptx, capability).code)
+            if name is not None:
+                store_cubin(name, *kept)
+        entry, code = kept
+        with torch.cuda.device(index):
+            _core().Device(index).set_current()
+            return _core().ObjectCode.from_cubin(code).get_kernel(entry)
 
 
-def kernel(*signatures: str) -> Callable[[Callable[..., None]], Kernel]:
+class _Ready:
+    """A compiled kernel of one signature on one GPU, and what its launches need."""
+
+    def __init__(self, compiled: Any, kinds: list[str], index: int) -> None:
+        scalars = [kind for kind in kinds if not kind.endswith("*")]
+        self.compiled = compiled
+        self.index = index
+        self.launch = _core().launch
+        self.scalars = struct.Struct("=" + "".join(map(_FORMATS.__getitem__, scalars)))
+        self.floats = [place for place, kind in enumerate(kinds) if kind == "float32"]  # the driver would take float64
+        self.opened = SHARED_BYTES  # of shared memory that a launch may ask for
+
+
+class _Entered(threading.local):
+    """The GPUs whose context this thread has made current at least once; torch switches between those."""
+
+    def __init__(self) -> None:
+        self.indices: set[int] = set()
+
+
+_entered = _Entered()
+
+
+def kernel(*signatures: str, bounds: tuple[int, int] | None = None) -> Callable[[Callable[..., None]], Kernel]:
     """Make a `Kernel` of a function; each signature names its parameters' types, such as "uint8*, float32*, int32"."""
 
     def decorate(py_func: Callable[..., None]) -> Kernel:
-        made = Kernel(py_func, signatures)
+        made = Kernel(py_func, signatures, bounds)
         made.__name__, made.__doc__ = py_func.__name__, py_func.__doc__
         return made
 
@@ -251,11 +321,29 @@ def _open_shared(compiled: Any, shared_bytes: int, index: int) -> None:
         raise DeviceError(found + "Update the driver, or use the CPU.")
 
 
+@functools.cache
+def _core() -> Any:
+    return importlib.import_module("cuda.core")
+
+
 @functools.lru_cache(maxsize=64)
 def _stream(handle: int) -> Any:
-    from cuda.core import Stream
+    return _core().Stream.from_handle(handle)
 
-    return Stream.from_handle(handle)
+
+@functools.lru_cache(maxsize=1024)
+def _config(blocks: int | tuple[int, int], threads: int, shared_bytes: int) -> Any:
+    return _core().LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
+
+
+def _public_stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+# what torch.cuda's functions of these names come to, at a tenth of their time
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
+_device_of, _dtype_of = operator.attrgetter("device"), operator.attrgetter("dtype")
 
 
 def _missing_library() -> str | None:

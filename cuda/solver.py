@@ -1,4 +1,10 @@
-"""CUDA twin of :mod:`qmoe_lite.solver`: the recursion inside a block of columns, one thread a row."""
+"""CUDA twin of :mod:`qmoe_lite.solver`: the recursion inside a block of columns, all experts of a group in one launch.
+
+A thread block has 32 rows of one expert in shared memory and goes through their columns in panels of 16. One warp runs
+the recursion inside a panel, a row a lane, the panel in registers; then all four warps carry the panel's errors to the
+columns after it, 4 rows by 4 columns a lane. So a word read from shared memory serves four multiplications, and only
+the recursion itself waits for one column after another.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +12,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
-from qmoe_lite._words import level_index
 from qmoe_lite.cuda.launch import as_tensor, cuda, kernel
 from qmoe_lite.errors import ShapeError
 from qmoe_lite.grid import RoundingTable
 
-ROWS = 32  # per block, one thread each
-COLUMNS = 128  # of a tile in shared memory; wider blocks are walked in steps
-GAPS = 3  # thresholds a row: an alphabet has at most four digits
-_PITCH = ROWS + 1  # a row and a column of the tile both touch each memory bank once
-_TILE = COLUMNS * _PITCH
+ROWS = 32  # per block
+COLUMNS = 128  # solved at a time; wider blocks are walked in steps
+VALUES = 4  # most values a row
+_PANEL = 16
+_THREADS = 128  # per block: one for each column of the tile where the factor is read
+_WARPS = _THREADS // 32
+_SIDE = 4  # rows, and columns, that a lane has of the columns after a panel
+_SQUARE = _SIDE * _SIDE
+_TILE = _THREADS * ROWS
+_FACTORS = 2 * _PANEL * _THREADS + _PANEL  # two panels; a lane reads a little more than it needs
+_ALL = 0xFFFFFFFF
+_index = np.uint64  # a place without a sign: numba's test for a negative one keeps loads from being joined
 
 
 def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Tensor, Tensor]:
     """CUDA twin of :func:`qmoe_lite.solver.solve_block`.
 
     The grid is (tiles of 32 rows, E). A block of more than 128 columns is solved in steps of 128 with a matrix product
-    between, which the caller keeps out of TF32. The order of subtractions is the CPU's; a multiplication and a
-    subtraction are rounded once together, so a digit near a threshold may differ.
+    between, which the caller keeps out of TF32. Corrections are subtracted in the CPU's order, but a multiplication and
+    a subtraction are rounded once together, so a digit near a threshold may differ. Errors are rounded as a division
+    is. Columns whose rows lie next to each other, as on the CPU, and a factor whose columns do are read where they are.
 
     Raises
     ------
@@ -34,78 +48,225 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     ShapeError
         Shapes that do not go together, or more than four values a row.
     """
-    errors = as_tensor(block, "block").clone()
-    upper = as_tensor(factor, "factor")
+    source, upper = (as_tensor(part, name, strided=True) for part, name in ((block, "block"), (factor, "factor")))
     values, thresholds = as_tensor(table.values, "table.values"), as_tensor(table.thresholds, "table.thresholds")
     symbols = as_tensor(table.digits, "table.digits")
-    _check_shapes(errors, upper, values, thresholds)
-    experts, rows, columns = errors.shape
-    padding = thresholds.new_full((experts, rows, GAPS - thresholds.shape[-1]), torch.inf)
-    thresholds = torch.cat((thresholds, padding), dim=-1)
-    digits = torch.empty(errors.shape, dtype=torch.int8, device=errors.device)
+    _check_shapes(source, upper, values, thresholds)
+    experts, rows, columns = source.shape
+    errors = torch.empty((experts, columns, rows), device=source.device)
+    digits = torch.empty(errors.shape, dtype=torch.int8, device=source.device)
+    source = source.mT
+    if columns > COLUMNS or (rows > 1 and source.stride(2) != 1):
+        source = errors.copy_(source)
+    if columns > 1 and upper.stride(2) != 1:
+        upper = upper.contiguous()
     grid = -(-rows // ROWS), experts
     for start in range(0, columns, COLUMNS):
         end = min(start + COLUMNS, columns)
-        sizes = rows, columns, start, end - start, values.shape[-1]
-        _block_kernel.launch(grid, ROWS, errors, digits, upper, values, thresholds, symbols, *sizes)
+        parts = source[:, start:end], errors[:, start:end], digits[:, start:end], upper[:, start:end, start:end]
+        steps = source.stride(0), source.stride(1), columns * rows, upper.stride(0), upper.stride(1)
+        sizes = rows, end - start, values.shape[-1]
+        _block_kernel.launch(grid, _THREADS, *map(_flat, parts), values, thresholds, symbols, *steps, *sizes)
         if end < columns:
-            errors[:, :, end:].baddbmm_(errors[:, :, start:end], upper[:, start:end, end:], alpha=-1)
-    return digits, errors
+            errors[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors[:, start:end], alpha=-1)
+    return digits.mT, errors.mT
+
+
+def _flat(part: Tensor) -> Tensor:
+    """Return what memory holds from a tensor's first element to its last."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return part.as_strided((span,), (1,))
 
 
 def _check_shapes(block: Tensor, factor: Tensor, values: Tensor, thresholds: Tensor) -> None:
     if block.ndim != 3 or block.numel() == 0 or factor.shape != (len(block), block.shape[-1], block.shape[-1]):
         message = f"block has shape {tuple(block.shape)} and factor {tuple(factor.shape)}; "
         raise ShapeError(message + "expected (E, R, B) and (E, B, B), none of them 0. Pass parts of the same columns.")
-    if values.ndim != 3 or values.shape[:-1] != block.shape[:-1] or thresholds.shape[-1] > GAPS:
+    if values.ndim != 3 or values.shape[:-1] != block.shape[:-1] or values.shape[-1] > VALUES:
         message = f"the table has values {tuple(values.shape)} for a block {tuple(block.shape)}; "
-        raise ShapeError(message + f"expected the same E and R, and at most {GAPS + 1} values. Use the block's table.")
+        raise ShapeError(message + f"expected the same E and R, and at most {VALUES} values. Use the block's table.")
     if thresholds.shape != (*values.shape[:-1], values.shape[-1] - 1):
         message = f"thresholds have shape {tuple(thresholds.shape)} for values {tuple(values.shape)}; "
         raise ShapeError(message + "expected one fewer a row. Use what grid.rounding() returned.")
 
 
-@kernel("float32*, int8*, float32*, float32*, float32*, int8*, int32, int32, int32, int32, int32")
+@njit(inline="always")
+def _load_panel(factor: Any, corner: Any, pitch: Any, first: int, width: int, factors: Any, thread: int) -> None:
+    """Copy rows `first` to first + 15 of a column of the factor to shared memory; behind the last row, that one."""
+    read = cuda.local.array(_PANEL, np.float32)  # all before the first is written: they are waited for once
+    last = np.int32(width - 1)
+    column = corner + _index(np.uint32(min(thread, last)))
+    for i in range(_PANEL):
+        line = np.uint32(min(np.int32(first + i), last))
+        read[i] = factor[column + _index(np.uint32(line * pitch))]
+    at = _index(np.uint32((first & _PANEL) * _THREADS + thread))
+    for i in range(_PANEL):
+        factors[at + _index(_THREADS * i)] = read[i]
+
+
+@njit(inline="always")
+def _solve_column(held: Any, factors: Any, corner: Any, inverses: Any, table: Any, first: int, at: int) -> Any:
+    """Round column first + at of a panel, of which a lane holds those from `first` on; return the digit.
+
+    Its error takes its place, and those after it are corrected. The quotient is that of a division: an approximate one
+    and what it leaves, by the pivot's inverse, which was rounded once.
+    """
+    values, thresholds, symbols = table
+    weight = held[at]
+    value, digit = values[0], symbols[0]
+    above = weight > thresholds[0]
+    value, digit = values[1] if above else value, symbols[1] if above else digit
+    above = weight > thresholds[1]
+    value, digit = values[2] if above else value, symbols[2] if above else digit
+    above = weight > thresholds[2]
+    value, digit = values[3] if above else value, symbols[3] if above else digit
+    line = corner + _index(_THREADS * at)
+    inverse = cuda.shfl_sync(_ALL, inverses, first + at)
+    missing = np.float32(weight - value)
+    quotient = np.float32(missing * inverse)
+    error = cuda.fma(cuda.fma(-quotient, factors[line + _index(at)], missing), inverse, quotient)
+    held[at] = error
+    for later in range(_PANEL):
+        if later > at:
+            held[later] -= error * factors[line + _index(later)]
+    return digit
+
+
+@njit(inline="always")
+def _subtract_outer(held: Any, tile: Any, error_at: Any, factors: Any, factor_at: Any) -> None:
+    """Subtract 4 errors times 4 factors from the 4 by 4 that a lane holds, a column's rows side by side."""
+    for column in range(_index(_SIDE)):
+        for row in range(_index(_SIDE)):
+            held[_index(_SIDE) * column + row] -= tile[error_at + row] * factors[factor_at + column]
+
+
+@kernel(
+    "float32*, float32*, int8*, float32*, float32*, float32*, int8*, "
+    "uint64, uint32, uint64, uint64, uint32, int32, int32, int32",
+    bounds=(_THREADS, 4),
+)
 def _block_kernel(
-    block: Any,
+    source: Any,
+    errors: Any,
     digits: Any,
     factor: Any,
     values: Any,
     thresholds: Any,
     symbols: Any,
+    source_step: Any,
+    source_pitch: Any,
+    error_step: Any,
+    factor_step: Any,
+    factor_pitch: Any,
     rows: int,
-    columns: int,
-    first: int,
     width: int,
     n_values: int,
 ) -> None:
-    """Turn columns first to first + width of block (E, R, C) into errors, write their digits; factor (E, C, C)."""
-    tile = cuda.shared.array(_TILE, np.float32)
-    thread = cuda.threadIdx.x
-    expert = cuda.blockIdx.y
-    first_row = cuda.blockIdx.x * ROWS
-    first_unit = np.int64(expert) * rows + first_row
-    held = min(ROWS, rows - first_row)
-    for row in range(held):
-        start = (first_unit + row) * columns + first
-        for column in range(thread, width, ROWS):
-            tile[column * _PITCH + row] = block[start + column]
-    cuda.syncthreads()
-    if thread < held:
-        unit = first_unit + thread
-        gaps = thresholds[unit * GAPS], thresholds[unit * GAPS + 1], thresholds[unit * GAPS + 2]
-        corner = (np.int64(expert) * columns + first) * columns + first
-        for column in range(width):
-            upper = corner + np.int64(column) * columns
-            weight = tile[column * _PITCH + thread]
-            index = level_index(weight, gaps)
-            digits[unit * columns + first + column] = symbols[unit * n_values + index]
-            error = (weight - values[unit * n_values + index]) / factor[upper + column]
-            tile[column * _PITCH + thread] = error
-            for later in range(column + 1, width):
-                tile[later * _PITCH + thread] -= error * factor[upper + later]
-    cuda.syncthreads()
-    for row in range(held):
-        start = (first_unit + row) * columns + first
-        for column in range(thread, width, ROWS):
-            block[start + column] = tile[column * _PITCH + row]
+    """Write errors (E, width, rows) and digits of source (E, width, rows); factor (E, width, width) is upper.
+
+    A step leads from one expert to the next, a pitch from one column (of the factor: row) to the next; errors and
+    digits have the pitch `rows`. What lies behind the last row or column does what that one does, and is not written.
+    """
+    tile = cuda.shared.array(_TILE, np.float32, alignment=16)
+    factors = cuda.shared.array(_FACTORS, np.float32, alignment=16)
+    thread = np.int32(cuda.threadIdx.x)
+    lane = np.int32(thread & 31)
+    warp = np.int32(cuda.shfl_sync(_ALL, np.int32(thread >> 5), 0))  # so that the compiler knows it for uniform
+    expert = _index(np.uint32(cuda.blockIdx.y))
+    live = np.int32(cuda.blockIdx.x * ROWS + lane) < rows
+    row = _index(np.uint32(min(np.int32(cuda.blockIdx.x * ROWS + lane), np.int32(rows - 1))))
+    unit = expert * _index(np.uint32(rows)) + row
+    source_at = expert * source_step + row
+    corner = expert * factor_step
+    first = np.int32(0)
+    while first < width:
+        read = cuda.local.array(_PANEL, np.float32)
+        for i in range(_PANEL):
+            column = np.uint32(min(np.int32(first + warp + _WARPS * i), np.int32(width - 1)))
+            read[i] = source[source_at + _index(np.uint32(column * source_pitch))]
+        own = _index(np.uint32((first + warp) * ROWS + lane))
+        for i in range(_PANEL):
+            tile[own + _index(ROWS * _WARPS * i)] = read[i]
+        first = np.int32(first + _PANEL * _WARPS)
+    first = np.int32(0)
+    while first < min(width, 2 * _PANEL):
+        _load_panel(factor, corner, factor_pitch, first, width, factors, thread)
+        first = np.int32(first + _PANEL)
+    infinite = np.float32(np.inf)  # a value that a row has not is never chosen
+    kept = np.int64(unit) * n_values
+    gaps = np.int64(kept - np.int64(unit))
+    table = (
+        (
+            values[kept],
+            values[kept + 1] if n_values > 1 else np.float32(0),
+            values[kept + 2] if n_values > 2 else np.float32(0),
+            values[kept + 3] if n_values > 3 else np.float32(0),
+        ),
+        (
+            thresholds[gaps] if n_values > 1 else infinite,
+            thresholds[gaps + 1] if n_values > 2 else infinite,
+            thresholds[gaps + 2] if n_values > 3 else infinite,
+        ),
+        (
+            symbols[kept],
+            symbols[kept + 1] if n_values > 1 else np.int8(0),
+            symbols[kept + 2] if n_values > 2 else np.int8(0),
+            symbols[kept + 3] if n_values > 3 else np.int8(0),
+        ),
+    )
+    first = np.int32(0)
+    while first < width:
+        cuda.syncthreads()
+        buffer = np.uint32((first & _PANEL) * _THREADS)
+        if warp != 0:  # the first two panels are there; of others these warps' columns are all that is needed
+            if first > 0:
+                _load_panel(factor, corner, factor_pitch, np.int32(first + _PANEL), width, factors, thread)
+        else:
+            own = _index(np.uint32(first * ROWS + lane))
+            line = _index(np.uint32(buffer + first))
+            diagonal = _index(np.uint32((lane & (_PANEL - 1)) * (_THREADS + 1)))
+            inverses = np.float32(np.float32(1) / factors[line + diagonal])
+            place = expert * error_step + row + _index(np.uint32(first * rows))
+            held = cuda.local.array(_PANEL, np.float32)
+            chosen = cuda.local.array(_SIDE, np.int8)
+            for i in range(_PANEL):
+                held[i] = tile[own + _index(ROWS * i)]
+            step = np.int32(0)
+            while step < _PANEL:
+                chosen[0] = _solve_column(held, factors, line, inverses, table, step, 0)
+                chosen[1] = _solve_column(held, factors, line, inverses, table, step, 1)
+                chosen[2] = _solve_column(held, factors, line, inverses, table, step, 2)
+                chosen[3] = _solve_column(held, factors, line, inverses, table, step, 3)
+                for i in range(_SIDE):
+                    tile[own + _index(ROWS * i)] = held[i]
+                    if live and first + step + i < width:
+                        errors[place] = held[i]
+                        digits[place] = chosen[i]
+                    place += _index(np.uint32(rows))
+                for i in range(_PANEL - _SIDE):
+                    held[i] = held[i + _SIDE]
+                own += _index(ROWS * _SIDE)
+                line += _index((_THREADS + 1) * _SIDE)
+                step = np.int32(step + _SIDE)
+        cuda.syncthreads()
+        after = np.int32(first + _PANEL + _PANEL * warp)
+        while after < width:
+            error_at = _index(np.uint32((lane & 7) * _SIDE))
+            factor_at = _index(np.uint32(after + (lane >> 3) * _SIDE))
+            own = factor_at * _index(ROWS) + error_at
+            error_at += _index(np.uint32(first * ROWS))
+            factor_at += _index(buffer)
+            rest = cuda.local.array(_SQUARE, np.float32)
+            for column in range(_index(_SIDE)):
+                for i in range(_index(_SIDE)):
+                    rest[_index(_SIDE) * column + i] = tile[own + _index(ROWS) * column + i]
+            for _ in range(_PANEL // 2):
+                _subtract_outer(rest, tile, error_at, factors, factor_at)
+                _subtract_outer(rest, tile, error_at + _index(ROWS), factors, factor_at + _index(_THREADS))
+                error_at += _index(2 * ROWS)
+                factor_at += _index(2 * _THREADS)
+            for column in range(_index(_SIDE)):
+                for i in range(_index(_SIDE)):
+                    tile[own + _index(ROWS) * column + i] = rest[_index(_SIDE) * column + i]
+            after = np.int32(after + _PANEL * _WARPS)
+        first = np.int32(first + _PANEL)

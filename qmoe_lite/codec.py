@@ -30,7 +30,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
 
     Parameters
     ----------
-    digits : int8 array or CPU tensor, shape (R, C), R at least 1, C from 1 to 65535
+    digits : int8 array or tensor, shape (R, C), R at least 1, C from 1 to 65535
         Ternary codebook: -1, 0, +1. Two-bit codebook: 0 to 3. Each row starts on a codeword.
     levels : float32, float16 or bfloat16 array or tensor, shape (R, L)
         Ternary: L = 2, the row's value of -1 and of +1, or L = 1, symmetric: -l and l. Two-bit: L = 3, the values of
@@ -41,7 +41,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     Returns
     -------
     PackedMatrix
-        On the CPU; `packed.bits_per_weight` counts codes, row lengths and levels, not the codebook.
+        On the digits' device; `packed.bits_per_weight` counts codes, row lengths and levels, not the codebook.
 
     Raises
     ------
@@ -54,7 +54,9 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     NotFiniteError
         A level is NaN or infinite.
     SettingError
-        An argument is on a GPU.
+        The arguments are on two devices.
+    DeviceError
+        They are on a GPU that the kernels cannot use; says what to install.
 
     Notes
     -----
@@ -68,6 +70,10 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     >>> decode(encode(digits, np.float32([[-0.5, 0.25]]), Codebook.fit([1, 8, 1])))[0].tolist()
     [[0, 0, 1, -1, 0]]
     """
+    if isinstance(digits, torch.Tensor) and digits.is_cuda:
+        from qmoe_lite.cuda import codec as twin
+
+        return twin.encode(digits, levels, codebook)
     digits_array = _digits_array(digits)
     levels_tensor = _levels_tensor(levels)
     digits_bytes = digit_bytes(digits_array)
@@ -112,6 +118,7 @@ def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
     Returns
     -------
     digits : int8 tensor, shape (R, C)
+        On the matrix's device.
     levels : tensor, shape (R, L)
         `packed.levels` itself.
 
@@ -120,9 +127,15 @@ def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
     FormatError
         The codes do not decode to exactly R rows of C digits; see `validate`.
     SettingError
-        The matrix is on a GPU.
+        The matrix's tensors are on several devices.
+    DeviceError
+        It is on a GPU that the kernels cannot use; says what to install.
     """
     prepare(packed)
+    if packed.codes.is_cuda:
+        from qmoe_lite.cuda import codec as twin
+
+        return twin.decode(packed)
     rows, columns = packed.shape
     slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
     digits = torch.empty(rows, columns, dtype=torch.int8)
@@ -137,25 +150,29 @@ def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> to
     Parameters
     ----------
     packed : PackedMatrix
-        On the CPU.
+        On the CPU or a GPU.
     dtype : torch float dtype, default float32
         Of the result.
 
     Returns
     -------
     tensor of `dtype`, shape (R, C)
-        Each value is its level cast to `dtype`, and 0 for digit 0.
+        On the matrix's device. Each value is its level cast to `dtype`, and 0 for digit 0.
 
     Raises
     ------
     DtypeError
         `dtype` is not a float of 2, 4 or 8 bytes.
-    FormatError, SettingError
+    FormatError, SettingError, DeviceError
         As for `decode`.
     """
     if dtype not in (*LEVEL_DTYPES, torch.float64):
         raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
     prepare(packed)
+    if packed.codes.is_cuda:
+        from qmoe_lite.cuda import codec as twin
+
+        return twin.decode_dense(packed, dtype)
     dense = torch.empty(packed.shape, dtype=dtype)
     decode_rows(
         packed,
@@ -209,7 +226,7 @@ def decode_rows(
 def _digits_array(digits: Any) -> NDArray[Any]:
     if isinstance(digits, torch.Tensor):
         if digits.device.type != "cpu":
-            raise SettingError(f"digits is on {digits.device}; encode works on the CPU. Pass digits.cpu().")
+            raise SettingError(f"digits is on {digits.device}; expected the CPU or a CUDA GPU. Pass digits.cpu().")
         if digits.dtype != torch.int8:
             raise DtypeError(f"digits is {digits.dtype}; expected int8. Convert it with digits.to(torch.int8).")
         return digits.numpy()
@@ -226,7 +243,7 @@ def _levels_tensor(levels: Any) -> torch.Tensor:
         found = getattr(levels, "dtype", type(levels).__name__)
         raise DtypeError(f"levels is {found}; expected float32, float16 or bfloat16. Convert it first.")
     if levels.device.type != "cpu":
-        raise SettingError(f"levels is on {levels.device}; encode works on the CPU. Pass levels.cpu().")
+        raise SettingError(f"levels is on {levels.device}, digits on the CPU; expected one device. Move one of them.")
     return levels.detach().clone(memory_format=torch.contiguous_format)
 
 

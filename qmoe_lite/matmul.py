@@ -37,9 +37,9 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     Parameters
     ----------
     packed : PackedMatrix
-        (R, C), on the CPU.
-    x : float16, float32, float64 or bfloat16 array or CPU tensor, shape (C,) or (T, C)
-        Any strides; T may be 0.
+        (R, C).
+    x : float16, float32, float64 or bfloat16 array or tensor, shape (C,) or (T, C)
+        On the matrix's device; any strides; T may be 0.
 
     Returns
     -------
@@ -53,7 +53,9 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     DtypeError
         `x` is no float array.
     SettingError
-        `packed` or `x` is on a GPU.
+        `packed` and `x` are on two devices.
+    DeviceError
+        They are on a GPU that the kernels cannot use; says what to install.
     FormatError
         `packed` did not come from `encode` and does not decode; found at its first use, see `validate`.
 
@@ -66,6 +68,10 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
     prepare(packed)
+    if packed.codes.is_cuda:
+        from qmoe_lite.cuda import matmul as twin
+
+        return twin.decode_matmul(packed, x)
     tokens = _tokens(x, packed)
     try:
         y = grouped_matmul([MatrixStack.of(packed)], tokens, [0], [0, len(tokens)])[0]
@@ -238,7 +244,7 @@ def _tokens(x: Any, packed: PackedMatrix) -> torch.Tensor:
     if isinstance(x, np.ndarray):
         return torch.from_numpy(np.array(x, dtype=np.float32, order="C")).reshape(-1, columns)
     if x.device.type != "cpu":
-        raise SettingError(f"x is on {x.device}; this product works on the CPU. Call x.cpu() and packed.to('cpu').")
+        raise SettingError(f"x is on {x.device} but the matrix on the CPU; expected one device. Move one of them.")
     tokens: torch.Tensor = x.detach().to(torch.float32).contiguous().reshape(-1, columns)
     return tokens
 

@@ -20,16 +20,16 @@ _FAULTS = {
 
 
 def prepare(packed: PackedMatrix) -> None:
-    """Validate a matrix unless that is done; refuse one on a GPU.
+    """Validate a matrix unless that is done, wherever it is.
 
     Raises
     ------
     FormatError, SettingError
         As for `validate`.
     """
-    _check_cpu(packed)
     if not packed._validated:
         validate(packed)
+    _check_device(packed)
 
 
 def validate(packed: PackedMatrix) -> None:
@@ -41,12 +41,18 @@ def validate(packed: PackedMatrix) -> None:
         A tensor of the wrong dtype or shape, a stream of the wrong size, nonzero padding, a code that stands for
         nothing, a row whose codewords are too few or too many for its width, a level that is not finite.
     SettingError
-        The matrix is on a GPU.
+        The matrix's tensors are on several devices.
 
     Notes
     -----
-    Safe on any bytes. `decode`, `dense` and `decode_matmul` call it once for a matrix that `encode` did not make.
+    Safe on any bytes. `decode`, `dense` and `decode_matmul` call it once for a matrix that `encode` did not make; of
+    one on a GPU a copy on the CPU is looked at.
     """
+    _check_device(packed)
+    if packed.device.type != "cpu":
+        validate(packed.to("cpu"))
+        object.__setattr__(packed, "_validated", True)
+        return
     _check_structure(packed)
     codebook = packed.codebook
     starts = row_starts(packed.count_codewords().numpy())
@@ -71,7 +77,6 @@ def validate(packed: PackedMatrix) -> None:
 
 def _check_structure(packed: PackedMatrix) -> None:
     """Raise FormatError where a tensor has the wrong dtype, shape or values, before any byte of the stream is read."""
-    _check_cpu(packed)
     tensors = {"codes": packed.codes, "row_codewords": packed.row_codewords, "levels": packed.levels}
     dtypes = {"codes": (torch.uint8,), "row_codewords": (torch.uint8, torch.uint16), "levels": LEVEL_DTYPES}
     for name, tensor in tensors.items():
@@ -104,10 +109,12 @@ def _check_structure(packed: PackedMatrix) -> None:
         raise FormatError("levels holds NaN or infinity; expected finite values. The data is damaged; get it again.")
 
 
-def _check_cpu(packed: PackedMatrix) -> None:
-    for tensor in (packed.codes, packed.row_codewords, packed.levels):
-        if tensor.device.type != "cpu":
-            raise SettingError(f"the packed matrix is on {tensor.device}; expected the CPU. Call packed.to('cpu').")
+def _check_device(packed: PackedMatrix) -> None:
+    device = packed.codes.device
+    if device.type not in ("cpu", "cuda") or not device == packed.row_codewords.device == packed.levels.device:
+        tensors = packed.codes, packed.row_codewords, packed.levels
+        found = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise SettingError(f"the packed matrix is on {found}; expected the CPU or one CUDA GPU. Call packed.to('cpu').")
 
 
 @njit(parallel=True, cache=True, fastmath=False)

@@ -69,6 +69,7 @@ class Cuda:
         self.blockIdx = SimpleNamespace(x=np.int32(block[0]), y=np.int32(block[1]))
         self.blockDim = SimpleNamespace(x=np.int32(threads))
         self.shared = SimpleNamespace(array=self._shared_array)
+        self.local = SimpleNamespace(array=_local_array)
         self.atomic = SimpleNamespace(add=self._atomic_add)
         self._dynamic = np.full(shared_bytes, POISON, dtype=np.uint8)
         self._static = {}
@@ -90,7 +91,11 @@ class Cuda:
         assert axes == 1
         return np.int32(self.gridDim.x * self.blockDim.x)
 
-    def _shared_array(self, shape, dtype):
+    def fma(self, a, b, c):
+        assert {type(a), type(b), type(c)} == {np.float32}
+        return np.float32(np.float64(a) * np.float64(b) + np.float64(c))  # the product is exact
+
+    def _shared_array(self, shape, dtype, alignment=None):
         if shape == 0:
             return Memory(self._dynamic.view(dtype), origin=SHARED_ORIGIN)
         frame = sys._getframe(1)
@@ -145,6 +150,10 @@ class Cuda:
 
     def any_sync(self, mask, predicate):
         return any(self._together("any_sync", mask, predicate).values())
+
+
+def _local_array(shape, dtype):
+    return Memory(np.full(shape * np.dtype(dtype).itemsize, POISON, dtype=np.uint8).view(dtype))
 
 
 class Intrinsics:

@@ -21,7 +21,7 @@ from qmoe_lite.cuda import codec, launch, matmul
 from qmoe_lite.cuda import solver as cuda_solver
 from qmoe_lite.cuda.launch import kernel
 from qmoe_lite.errors import DigitError, DtypeError, NotFiniteError, SettingError, ShapeError
-from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit
+from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
 
 TERNARY = Codebook.fit([115, 1770, 115], bits=8)
 EVEN = Codebook.fit([1, 1, 1], bits=8)  # short codewords: rows of more than one warp's worth
@@ -154,9 +154,15 @@ def test_activations_that_are_not_finite_spread_as_in_a_dense_product(emulated):
     assert torch.equal(matmul.decode_matmul(packed, x).isnan(), (codec.decode_dense(packed) @ x).isnan())
 
 
+@pytest.fixture(params=[1, 2], ids=lambda seed: f"seed{seed}")
+def shuffled(request, monkeypatch):
+    """The solver's twin on CPU tensors, its four warps in one of two orders."""
+    emulator.install(monkeypatch, seed=request.param)
+
+
 @pytest.mark.parametrize("name", list(GRIDS))
 @pytest.mark.parametrize(("rows", "columns", "block"), [(1, 1, 128), (33, 27, 8), (2, 28, 28), (3, 63, 29)])
-def test_every_digit_is_the_slow_reference_s(emulated, monkeypatch, name, rows, columns, block):
+def test_every_digit_is_the_slow_reference_s(shuffled, monkeypatch, name, rows, columns, block):
     weight, hessian = problem(2, rows, columns)
     monkeypatch.setattr(solver, "solve_block", cuda_solver.solve_block)
     result = solver.gptq(weight, hessian, GRIDS[name], dampening=0.05, block_size=block)
@@ -168,10 +174,8 @@ def test_every_digit_is_the_slow_reference_s(emulated, monkeypatch, name, rows, 
 
 @pytest.mark.parametrize("name", list(GRIDS))
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 29), (1, 33, 64), (2, 1, 128)], ids=str)
-def test_a_block_has_the_bits_of_the_cpu_s(emulated, name, shape):
-    weight, hessian = problem(*shape)
-    factor = torch.linalg.cholesky(hessian + torch.eye(shape[2])).mT.contiguous()
-    table = GRIDS[name].rounding(GRIDS[name].fit(weight))
+def test_a_block_has_the_bits_of_the_cpu_s(shuffled, name, shape):
+    weight, factor, table = block_problem(*shape, name)
     before = weight.clone()
     digits, errors = cuda_solver.solve_block(weight, factor, table)
     cpu_digits, cpu_errors = solver.solve_block(weight, factor, table)
@@ -180,15 +184,63 @@ def test_a_block_has_the_bits_of_the_cpu_s(emulated, name, shape):
     assert torch.equal(weight, before)
 
 
-def test_a_block_wider_than_a_tile_is_solved_in_steps(emulated, monkeypatch):
-    weight, hessian = problem(2, 3, 40)
-    factor = torch.linalg.cholesky(hessian + torch.eye(40)).mT
-    table = MinMaxTernary().rounding(MinMaxTernary().fit(weight))
+@pytest.mark.parametrize("kinds", [1, 2, 3, 4])
+def test_values_and_thresholds_may_be_any(shuffled, kinds):
+    generator = torch.Generator().manual_seed(kinds)
+    weight, factor, _ = block_problem(2, 35, 19, "ternary")
+    values = torch.randn(2, 35, kinds, generator=generator)
+    thresholds = torch.randn(2, 35, kinds - 1, generator=generator).sort().values
+    symbols = torch.randint(-128, 128, (2, 35, kinds), dtype=torch.int8, generator=generator)
+    table = RoundingTable(values, thresholds, symbols)
+    for ours, cpu in zip(
+        *(f(weight, factor, table) for f in (cuda_solver.solve_block, solver.solve_block)), strict=True
+    ):
+        assert torch.equal(ours, cpu)
+
+
+def test_errors_are_rounded_as_quotients(shuffled):
+    """A column has no products, so that nothing but the division is left: over many mantissas and some exponents."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 32, 1, generator=generator) * 10.0 ** torch.randint(-9, 9, (40, 1, 1), generator=generator)
+    factor = (1 + torch.rand(40, 1, 1, generator=generator)) * 2.0 ** torch.randint(
+        -9, 9, (40, 1, 1), generator=generator
+    )
+    nothing = torch.zeros(40, 32, 1)
+    _, errors = cuda_solver.solve_block(
+        weight, factor, RoundingTable(nothing, nothing[..., :0], nothing.to(torch.int8))
+    )
+    assert torch.equal(errors, weight / factor)
+
+
+def test_parts_of_larger_matrices_are_read_where_they_are(shuffled, monkeypatch):
+    weight, factor, table = block_problem(2, 9, 20, "ternary")
+    expected = cuda_solver.solve_block(weight, factor, table)
+    wide, square = torch.full((2, 50, 9), torch.nan), torch.full((2, 50, 50), torch.nan)
+    wide[:, 30:], square[:, 30:, 30:] = weight.mT, factor
+    assert all(
+        map(torch.equal, cuda_solver.solve_block(weight.mT.contiguous().mT, factor.mT.contiguous().mT, table), expected)
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda tensor: tensor if tensor.is_contiguous() else pytest.fail("a copy")
+    )
+    monkeypatch.setattr(torch.Tensor, "copy_", None)
+    assert all(map(torch.equal, cuda_solver.solve_block(wide[:, 30:].mT, square[:, 30:, 30:], table), expected))
+
+
+def test_a_block_wider_than_a_tile_is_solved_in_steps(shuffled, monkeypatch):
+    weight, factor, table = block_problem(2, 3, 40, "ternary")
     digits, errors = cuda_solver.solve_block(weight, factor, table)
     monkeypatch.setattr(cuda_solver, "COLUMNS", 16)
     stepped_digits, stepped_errors = cuda_solver.solve_block(weight, factor, table)
     assert torch.equal(digits, stepped_digits)
     torch.testing.assert_close(errors, stepped_errors, rtol=1e-4, atol=1e-5)
+
+
+def block_problem(experts, rows, columns, name):
+    """Weights, upper factors and a rounding table."""
+    weight, hessian = problem(experts, rows, columns)
+    factor = torch.linalg.cholesky(hessian + torch.eye(columns)).mT.contiguous()
+    return weight, factor, GRIDS[name].rounding(GRIDS[name].fit(weight))
 
 
 def problem(experts, rows, columns):

@@ -13,6 +13,7 @@ ORDER = (
     ("_words", "_vectors", "_stream", "_walk", "_products", "_columns", "codewords"),
     ("codebook",),
     ("grid", "hessian", "packed", "digits"),
+    ("cuda.cubins",),
     ("cuda.launch",),
     ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
     ("validation", "codec", "solver", "matmul"),

@@ -20,7 +20,7 @@ TWINS = [
 # a CUDA kernel's twin lies in the file of the same name, or here
 CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_block_kernel": "_columns", "gather_kernel": "_products"}
 
-NO_TWINS = ("__init__", "intrinsics", "launch", "packets", "static")  # they are about the GPU itself
+NO_TWINS = ("__init__", "cubins", "intrinsics", "launch", "packets", "static")  # they are about the GPU itself
 
 
 def stems():
