@@ -339,7 +339,7 @@ def test_a_kernel_is_known_by_all_that_it_is_made_of(monkeypatch):
 
 def test_kernels_of_one_source_have_names_of_their_own():
     codebook, wider = (Codebook.fit([115, 1770, 115], bits=bits) for bits in (10, 11))
-    variants = [matmul.choose_variant(each, 1, 1, 4096, 96 << 10) for each in (codebook, wider)]
+    variants = [matmul.choose_variant((each,), 1, 4096, 1, None, 96 << 10) for each in (codebook, wider)]
     first, second = (cubins.cubin_key(matmul.gather_kernel(variant).py_func) for variant in variants)
     assert first is not None
     assert first != second
@@ -348,7 +348,7 @@ def test_kernels_of_one_source_have_names_of_their_own():
 
 
 def test_a_changed_helper_is_noticed(monkeypatch):
-    gather = matmul.gather_kernel(matmul.choose_variant(Codebook.fit([1, 8, 1]), 1, 1, 64, 96 << 10)).py_func
+    gather = matmul.gather_kernel(matmul.choose_variant((Codebook.fit([1, 8, 1]),), 1, 64, 1, None, 96 << 10)).py_func
     decode = codec._decode_kernel.py_func
     named = [name for name in gather.__code__.co_names if hasattr(getattr(matmul, name, None), "_defn")]
     helpers = [(codec, decode, "entry_field", "py_func"), *((matmul, gather, name, "_defn") for name in named)]
