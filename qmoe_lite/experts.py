@@ -6,6 +6,7 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -27,6 +28,18 @@ FORMAT = 2
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
 STRETCH = 4096  # routed tokens that go through a layer at a time, so that memory does not grow with a prompt
 _ALIGNMENT = 16  # bytes; where an expert's codes may start
+# pairs of token and expert that a GPU takes in one launch: beyond, by a model of the time and not measured, decoding an
+# expert once for all its tokens is faster
+GPU_PAIRS = 4096
+_KERNEL_ACTIVATIONS = {  # classes of transformers and torch: what the GPU's kernel calls them
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
 
 
 def checksum(packed: PackedMatrix) -> int:
@@ -114,6 +127,7 @@ class PackedExperts(nn.Module):
         self.activation = family.activation(config)
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
         self._buffers_of: dict[str, dict[str, Tensor]] = {}
+        self._packets_of: dict[str, Any] = {}  # on a GPU
 
     @property
     def num_experts(self) -> int:
@@ -168,6 +182,13 @@ class PackedExperts(nn.Module):
                 f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}."
             )
         held = self._held(projection)
+        if held["codes"].device.type != "cpu":
+            self._check_on_host(projection)
+            return self._checked[expert, projection]
+        self._checked[expert, projection] = self._check(expert, projection, held)
+        return self._checked[expert, projection]
+
+    def _check(self, expert: int, projection: str, held: dict[str, Tensor]) -> PackedMatrix:
         name = f"expert {expert} of {self.layer.experts}.{projection}"
         start, stop = held["expert_offsets"][expert : expert + 2].tolist()
         codes = held["codes"]
@@ -191,8 +212,20 @@ class PackedExperts(nn.Module):
             validate(packed)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
-        self._checked[expert, projection] = packed
         return packed
+
+    def _check_on_host(self, projection: str) -> None:
+        """Check all experts of a projection that lies on a GPU, in one copy of it."""
+        held = self._held(projection)
+        on_host = {part: tensor.cpu() for part, tensor in held.items()}
+        for expert in range(self.layer.count):
+            known, start = self._check(expert, projection, on_host), int(on_host["expert_offsets"][expert])
+            self._checked[expert, projection] = replace(
+                known,
+                codes=held["codes"][start : start + len(known.codes)],
+                row_codewords=held["row_codewords"][expert],
+                levels=held["levels"][expert],
+            )
 
     def dense(self, expert: int, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantise one expert's matrix.
@@ -235,9 +268,13 @@ class PackedExperts(nn.Module):
         width = self.layer.shapes[self.layer.projections[0]][1]
         if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             raise ShapeError(f"hidden_states is {tuple(hidden_states.shape)}; expected (tokens, {width}). Reshape it.")
-        if hidden_states.device.type != "cpu":
-            raise SettingError(f"hidden_states is on {hidden_states.device}; these experts run on the CPU. Move it.")
+        home = self.get_buffer(f"{self.layer.projections[0]}_codes").device
+        if hidden_states.device != home:
+            message = f"hidden_states is on {hidden_states.device}, the experts on {home}; expected one device. "
+            raise SettingError(message + "Move the model, or what it is given.")
         index, weights = self.family.routing(routing)
+        if home.type != "cpu":
+            return self._forward_on_gpu(hidden_states, index, weights).to(hidden_states.dtype)
         assigned = Assignment.group(index, weights, self.layer.count)
         bounds = assigned.bounds[: self.layer.count + 1]  # a number beyond the last expert means none, as -1 does
         out = torch.zeros(hidden_states.shape)
@@ -249,6 +286,40 @@ class PackedExperts(nn.Module):
             rows, shares = assigned.rows[start:stop], assigned.weights[start:stop, None]
             out = out.index_add(0, rows, self._run_experts(experts, hidden_states[rows], ends) * shares)
         return out.to(hidden_states.dtype)
+
+    def _forward_on_gpu(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Do it with the CUDA twins: two launches for few tokens, else expert after expert."""
+        from qmoe_lite.cuda import matmul as twin
+
+        first, (last,) = self.layer.stages
+        learns = torch.is_grad_enabled() and hidden_states.requires_grad
+        if 0 < index.numel() <= GPU_PAIRS and not learns:
+            activation: Any = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__)
+            if activation is None:
+                activation = functools.partial(inner, self.activation)
+            packets = [self._packets(name) for name in first]
+            out = twin.run_experts(packets, self._packets(last), activation, hidden_states, index, weights)
+            if out is not None:
+                return out
+        assigned = Assignment.group(index, weights, self.layer.count)
+        out = torch.zeros(hidden_states.shape, device=hidden_states.device)
+        for expert in range(self.layer.count):
+            rows, shares = assigned.of_expert(expert)
+            if len(rows):  # an expert at a time: each row once, so the order of additions is always the same
+                out = out.index_add(0, rows, self.run_expert(expert, hidden_states[rows]).float() * shares[:, None])
+        return out
+
+    def _packets(self, projection: str) -> Any:
+        """A projection as the GPU's kernels read it; made when it is first needed."""
+        from qmoe_lite.cuda.packets import stack_packets
+
+        if projection not in self._packets_of:
+            for expert in range(self.layer.count):
+                self.packed(expert, projection)
+            columns = self.layer.shapes[projection][1]
+            made = stack_packets(self._held(projection), self.codebooks[projection], columns)
+            self._packets_of[projection] = made
+        return self._packets_of[projection]
 
     def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through expert experts[i], all in one call a product; in float32."""
@@ -307,11 +378,12 @@ class PackedExperts(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": {}, "_buffers_of": {}}  # a copy has buffers of its own
+        return {**self.__dict__, "_checked": {}, "_buffers_of": {}, "_packets_of": {}}  # a copy has buffers of its own
 
     def _forget(self) -> None:
         self._checked.clear()
         self._buffers_of.clear()
+        self._packets_of.clear()
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.layer.shapes.items())
