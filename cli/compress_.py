@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.cli._options import JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
 
 
 def compress(
@@ -39,6 +39,7 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="How activations are kept: float32, or bfloat16 at half the memory.")
     ] = "float32",
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Decides samples, masked spans and drawn tokens.", min=0)] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Throw unfinished work in OUT.partial away.")] = False,
     json: JsonOption = False,
@@ -71,6 +72,7 @@ def compress(
         "batch_size": batch_size,
         "activations": activations,
         "seed": seed,
+        "device": device,
     }
     try:
         with _output.progress_shown("compressing", show=not json) as progress:

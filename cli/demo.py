@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.cli._options import JsonOption
+from qmoe_lite.cli._options import DeviceOption, JsonOption
 
 SAMPLES, SEQUENCE, PASSES = 1536, 128, 2
 SHOWN = (42, 6)  # which window of the evaluation text is filled in, and which of its gaps is shown
@@ -18,6 +18,7 @@ SHOWN = (42, 6)  # which window of the evaluation text is filled in, and which o
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the compressed model in this new directory.")] = None,
+    device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
     """Compress the bundled model to nearest and by QMoE, and compare both with the dense one. No GPU, no download.
@@ -31,7 +32,7 @@ def demo(
         raise OutputError(f"{out} exists already. Name another directory, or remove it.")
     _output.quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="qmoe-demo-") as scratch:
-        result = _run(Path(scratch), show=not json)
+        result = _run(Path(scratch), device, show=not json)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(Path(scratch) / "qmoe", out)
@@ -43,7 +44,7 @@ def demo(
         _output.print_text(f"\nThe compressed model is in {out}. Try: qmoe eval {out} --text YOUR.txt")
 
 
-def _run(scratch: Path, show: bool) -> dict[str, Any]:
+def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
     from qmoe_lite.checkpoint import Checkpoint
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._models import open_model
@@ -53,7 +54,7 @@ def _run(scratch: Path, show: bool) -> dict[str, Any]:
 
     text, source = data_file("text"), data_file("tiny_switch")
     started = time.perf_counter()
-    settings: dict[str, Any] = {"sequence_length": SEQUENCE, "seed": 0}
+    settings: dict[str, Any] = {"sequence_length": SEQUENCE, "seed": 0, "device": device}
     reports = {}
     for name, title, calibration in (("rtn", "rounding to nearest", None), ("qmoe", "QMoE", text / "calibration.txt")):
         chosen = {"recipe": "nearest"} if calibration is None else {"samples": SAMPLES}

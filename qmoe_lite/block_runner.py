@@ -1,7 +1,7 @@
 """The dense part of a model, run block by block over all samples.
 
 A block's dense part is loaded, all samples go through it, and it is freed; what its experts are given is caught on the
-way.
+way. What is outside the blocks stays on the CPU, as activations do; a block runs where the settings say.
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ from qmoe_lite.list_buffer import Assignment, ListBuffer
 from qmoe_lite.settings import Settings
 
 
+def _moved(call: Any, device: torch.device) -> Any:
+    """Give a block's call with its tensors (masks, position biases, rotary angles) on a device."""
+    if isinstance(call, Tensor):
+        return call.to(device)
+    if isinstance(call, dict):
+        return {name: _moved(each, device) for name, each in call.items()}
+    if isinstance(call, tuple | list):
+        return type(call)(_moved(each, device) for each in call)
+    return call
+
+
 class _Catcher(nn.Module):
     """Stands for an experts module while the dense part runs: keeps what it is given, contributes nothing."""
 
@@ -30,7 +41,7 @@ class _Catcher(nn.Module):
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         index, weights = self._family.routing(routing)
-        self._caught.append((hidden_states, index.to(torch.int32), weights.float()))
+        self._caught.append((hidden_states.cpu(), index.to(torch.int32).cpu(), weights.float().cpu()))
         return torch.zeros_like(hidden_states)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +61,7 @@ class BlockRunner:
     layers : list of MoELayer
         Its sparse layers.
     settings : Settings
-        For the batch size and the dtype of activations.
+        For the batch size, the dtype of activations and the device.
     """
 
     def __init__(
@@ -58,6 +69,21 @@ class BlockRunner:
     ) -> None:
         self._model, self._family, self._checkpoint, self._settings = model, family, checkpoint, settings
         self._layer_of = {layer.block: layer for layer in layers}
+        self._device = torch.device(settings.device)
+
+    def _load(self, block: str) -> tuple[nn.Module, _Catcher | None]:
+        """Load a block's dense part to where it runs, with a catcher in place of its experts."""
+        module: nn.Module = self._model.get_submodule(block)
+        materialise(module, block, self._checkpoint, torch.float32)
+        catcher = None
+        if block in self._layer_of:
+            parent, _, child = self._layer_of[block].experts.rpartition(".")
+            catcher = _Catcher(self._family)
+            setattr(self._model.get_submodule(parent), child, catcher)
+        return module.to(self._device), catcher
+
+    def _read(self, buffer: ListBuffer | None, samples: slice) -> Any:
+        return None if buffer is None else buffer.read(samples).to(self._device)
 
     def buffer(self, shape: tuple[int, ...]) -> ListBuffer:
         dtype = torch.float32 if self._settings.activations == "float32" else torch.bfloat16
@@ -77,26 +103,17 @@ class BlockRunner:
             if first and size in calls:
                 continue
             recalled = None if memory is None else memory.read(part)
-            embedded, calls[size] = self._family.enter(self._model, stack, torch.from_numpy(tokens[part]), recalled)
+            embedded, call = self._family.enter(self._model, stack, torch.from_numpy(tokens[part]), recalled)
+            calls[size] = _moved(call, self._device)
             hidden.write(part, embedded)
         if first:  # a resumed run needs what the first block hands on to the others, such as its position bias
-            block = self._model.get_submodule(stack.blocks[0])
-            materialise(block, stack.blocks[0], self._checkpoint, torch.float32)
-            self._catch(stack.blocks[0])
+            block, _ = self._load(stack.blocks[0])
             for size, call in calls.items():
-                recalled = None if memory is None else memory.read(slice(0, size))
-                _, calls[size] = self._family.through(block, 0, hidden.read(slice(0, size)), recalled, call)
+                some = slice(0, size)
+                read = self._read(hidden, some), self._read(memory, some)
+                _, calls[size] = self._family.through(block, 0, *read, call)
             block.to("meta")
         return calls
-
-    def _catch(self, block: str) -> _Catcher | None:
-        """Put a catcher in place of a sparse block's experts."""
-        if block not in self._layer_of:
-            return None
-        parent, _, child = self._layer_of[block].experts.rpartition(".")
-        catcher = _Catcher(self._family)
-        setattr(self._model.get_submodule(parent), child, catcher)
-        return catcher
 
     def run(
         self,
@@ -108,16 +125,14 @@ class BlockRunner:
     ) -> tuple[ListBuffer, Assignment] | None:
         """Send all samples through a block's dense part; give its experts' inputs and their tokens."""
         block = stack.blocks[number]
-        module = self._model.get_submodule(block)
-        materialise(module, block, self._checkpoint, torch.float32)
-        catcher = self._catch(block)
+        module, catcher = self._load(block)
         inputs = None if catcher is None else self.buffer(hidden.shape)
         routing: list[tuple[Tensor, Tensor]] = []
         following: dict[int, Any] = {}
         for part in self.batches(len(hidden)):
             size = part.stop - part.start
-            recalled = None if memory is None else memory.read(part)
-            out, following[size] = self._family.through(module, number, hidden.read(part), recalled, calls[size])
+            read = self._read(hidden, part), self._read(memory, part)
+            out, following[size] = self._family.through(module, number, *read, calls[size])
             if not torch.isfinite(out).all():
                 raise NotFiniteError(f"{block} puts out NaN or infinity in float32. Is the checkpoint sound?")
             hidden.write(part, out)

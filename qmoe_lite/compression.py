@@ -32,6 +32,7 @@ from qmoe_lite.calibration import (
     window_length,
 )
 from qmoe_lite.checkpoint import Checkpoint
+from qmoe_lite.devices import find_device
 from qmoe_lite.errors import OutputError, ResumeError, SettingError
 from qmoe_lite.experts import FORMAT
 from qmoe_lite.grid import Grid, MinMaxTernary
@@ -72,6 +73,7 @@ def compress(
     *,
     calibration: str | Path | None = None,
     grid: Grid | None = None,
+    device: str | torch.device = "auto",
     resume: bool = True,
     progress: Callable[[Progress], None] | None = None,
     **settings: Any,
@@ -88,6 +90,9 @@ def compress(
         Text file, .jsonl file, directory of them, or data set name; needed unless `recipe="nearest"`.
     grid : grid, optional
         Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)`.
+    device : str or torch device
+        Where blocks run and experts are solved: "auto" takes the first GPU that can be used, else the CPU; see
+        :func:`qmoe_lite.devices.find_device`.
     resume : bool
         Go on with what `OUT.partial` holds; False throws it away.
     progress : callable, optional
@@ -106,7 +111,7 @@ def compress(
         `out` exists, or cannot be written; finished layers are kept for the next run.
     ResumeError
         `OUT.partial` belongs to another model, text or setting.
-    CheckpointError, UnsupportedFamilyError, TextError, SettingError, NotFiniteError
+    CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
         What is wrong with the input, before or where it is met.
 
     Notes
@@ -116,7 +121,7 @@ def compress(
     solver; experts with few tokens borrow from the layer's.
     """
     try:
-        options = Settings(**settings)
+        options = Settings(**settings, device=str(find_device(device)))
     except TypeError as error:
         raise SettingError(
             f"{str(error).split('__init__() ')[-1]}; see help(qmoe_lite.compression.Settings)."

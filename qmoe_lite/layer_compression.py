@@ -103,6 +103,7 @@ class LayerCompressor:
     def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
         self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
         self._activation = family.activation(config)
+        self._device = torch.device(settings.device)
 
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
@@ -169,9 +170,9 @@ class LayerCompressor:
         return Codebook.choose(counts, tally.sample()) if bits is None else Codebook.fit(counts, bits)
 
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
-        """Read one matrix, float32 (R, C)."""
+        """Read one matrix, float32 (R, C), to where it is solved."""
         name = self._family.weight_name(layer, expert, projection)
-        weight = self._checkpoint.tensor(name).float()
+        weight = self._checkpoint.tensor(name).to(self._device).float()
         if not torch.isfinite(weight).all():
             raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
         return weight
@@ -202,11 +203,12 @@ class LayerCompressor:
             hessians = []
             of_layer: Tensor | None = None
             for rows, matrices, few in zip(rows_of, before, starved, strict=True):
-                parts = (seen.inputs.gather(rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
+                parts = (self._gather(seen, rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
                 hessian = self._mean_hessian(parts, matrices, len(rows), columns)
                 if few:
                     if of_layer is None or matrices:  # in front of the first projection it is the same for all
-                        of_layer = self._mean_hessian([seen.sample], matrices, len(seen.sample), columns)
+                        sample = seen.sample.to(self._device)
+                        of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
                     hessian = blend(hessian, of_layer, len(rows), options.blend_tokens)
                 hessians.append(hessian)
             results = gptq_shared(
@@ -224,7 +226,7 @@ class LayerCompressor:
 
     def _mean_hessian(self, parts: Iterable[Tensor], before: list[Tensor], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
-        hessian = new(columns)
+        hessian = new(columns, device=self._device)
         for x in parts:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
@@ -236,16 +238,19 @@ class LayerCompressor:
         wrong = right = 0.0
         for start in range(0, len(rows), _TOKENS):
             part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
-            x = seen.inputs.gather(part)
+            x, weights = self._gather(seen, part), weights.to(self._device)
             y = self._expert(x, matrices) * weights
-            seen.hidden.add(part, y)
-            rides = seen.validation[part]
+            seen.hidden.add(part, y.cpu())
+            rides = seen.validation[part].to(self._device)
             if rides.any():
                 truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
                 dense = self._expert(x[rides], truth) * weights[rides]
                 wrong += (y[rides] - dense).double().square().sum().item()
                 right += dense.double().square().sum().item()
         return wrong, right
+
+    def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
+        return seen.inputs.gather(rows).to(self._device)
 
     def _expert(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
         return self._inner(x, matrices[:-1]) @ matrices[-1].T
@@ -271,7 +276,8 @@ class _Tally:
         """Take over a group of experts."""
         rows, columns = self._layer.shapes[self._projection]
         step = min(rows, max(1, self._layer.count * rows * columns // _SAMPLE))
-        for digits, levels in zip(solved.quantized.digits.numpy(), solved.quantized.levels, strict=True):
+        all_digits, all_levels = solved.quantized.digits.cpu().numpy(), solved.quantized.levels.cpu()
+        for digits, levels in zip(all_digits, all_levels, strict=True):
             self.counts += count(digits, self._alphabet)
             self._sample.append(digits[len(self._kept) % step :: step].copy())
             self._kept.append((squeeze(digits, self._alphabet), levels.clone()))

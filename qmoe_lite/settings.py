@@ -45,6 +45,9 @@ class Settings:
     activations : str
         "float32", or "bfloat16" at half the memory.
     seed : int
+        Decides samples, masked spans and drawn tokens.
+    device : str
+        Where blocks run and experts are solved; activations stay in the CPU's memory.
     """
 
     recipe: str = "default"
@@ -61,6 +64,7 @@ class Settings:
     batch_size: int = 16
     activations: str = "float32"
     seed: int = 0
+    device: str = "cpu"
 
     def resolved(self) -> Settings:
         """Give the settings that hold, with those that the recipe decides."""

@@ -16,7 +16,7 @@ ORDER = (
     ("cuda.cubins",),
     ("cuda.launch",),
     ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
-    ("validation", "codec", "solver", "matmul"),
+    ("devices", "validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
     ("hf",),
     ("_hook", "_cache"),

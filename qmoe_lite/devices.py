@@ -1,0 +1,42 @@
+"""Which device work is done on."""
+
+from __future__ import annotations
+
+import torch
+
+from qmoe_lite.errors import DeviceError, SettingError
+
+
+def find_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device that a name stands for.
+
+    Parameters
+    ----------
+    device : str or torch device
+        "auto": the first GPU that torch and the kernels can use, else the CPU (`qmoe doctor` says why). "cpu". "cuda"
+        or "cuda:1": that GPU.
+
+    Raises
+    ------
+    DeviceError
+        The GPU that was named cannot be used; says what to install.
+    SettingError
+        Another name.
+    """
+    name = str(device)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if name != "auto" and (kind != "cuda" or not (number.isdecimal() or name == "cuda")):
+        raise SettingError(f"device is {name}; expected auto, cpu, cuda or cuda:N.")
+    from qmoe_lite.cuda import launch  # not before: it imports the compiler
+
+    index = int(number or 0)
+    missing = launch.reason(index)
+    if missing is not None and name == "auto":
+        return torch.device("cpu")
+    if missing is not None:
+        raise DeviceError(f"device {name}: {missing}")
+    if index >= torch.cuda.device_count():
+        raise DeviceError(f"device {name} is not there; torch sees {torch.cuda.device_count()}. Name one of them.")
+    return torch.device("cuda", index)
