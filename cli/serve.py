@@ -48,13 +48,13 @@ def _server_class() -> Any:
     from qmoe_lite.errors import SettingError
 
     if not is_serve_available():
-        raise SettingError("qmoe serve needs transformers' server. Install it: pip install 'qmoe-lite[serve]'.")
+        raise SettingError("qmoe serve needs transformers' server. Run: pip install 'qmoe-lite[serve]'")
     from transformers.cli.serve import Serve
     from transformers.cli.serving.model_manager import ModelManager
 
     wanted = ("_load_model", "_load_processor", "list_models")
     if not all(hasattr(ModelManager, name) for name in wanted):
-        raise SettingError("this transformers has another server. Install the one for qmoe: 'qmoe-lite[serve]'.")
+        raise SettingError("this transformers has another server. Run: pip install 'qmoe-lite[serve]'")
     return Serve
 
 
