@@ -111,9 +111,13 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
     from qmoe_lite.cli import _output
     from qmoe_lite.errors import SettingError
 
+    last = "\n"
+
     def write(text: str) -> None:
+        nonlocal last
         sys.stdout.write(text)
         sys.stdout.flush()
+        last = text[-1]
 
     try:
         with _interrupts() as interrupted:
@@ -121,7 +125,10 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
     except SettingError as error:  # the conversation is too long, or the template refuses: it can go on without this
         _output.note(f"qmoe: {error}")
         return
-    if not made.text.endswith("\n"):
+    finally:
+        if last != "\n":
+            write("\n")
+    if not made.text:  # a line for each answer
         write("\n")
     if made.finish_reason == "length":
         _output.note("qmoe: cut; --max-new-tokens, or the model's positions, allow no more.")

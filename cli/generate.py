@@ -80,7 +80,6 @@ def generate(
         raise typer.BadParameter("--system needs --chat")
     from qmoe_lite.cli import _output
 
-    shown = _Shown([])
     try:
         texts = [_read_prompt(text) for text in prompt or []] + [_read_file(name) for name in prompt_file or []]
         from qmoe_lite.cli._models import open_model
@@ -92,12 +91,12 @@ def generate(
         loaded, tokenizer = open_model(model, dtype)
         if chat is None and getattr(tokenizer, "chat_template", None):
             _output.note("qmoe: this model has a chat template. --chat applies it, --no-chat silences this line.")
-        shown = _Shown(texts)
-        options: dict[str, Any] = {"sampling": sampling, "prefill_chunk": prefill_chunk}
-        options["write"] = None if json else shown.write
-        made = generate_batch(loaded, tokenizer, texts, chat=bool(chat), system=system, **options)
+        options: dict[str, Any] = {"chat": bool(chat), "system": system}
+        options |= {"sampling": sampling, "prefill_chunk": prefill_chunk}
+        with _Shown(texts) as shown:
+            write = None if json else shown.write
+            made = generate_batch(loaded, tokenizer, texts, write=write, **options)
     except KeyboardInterrupt:
-        shown.interrupt()
         _output.note("qmoe: interrupted.")
         raise typer.Exit(130) from None
     if json:
@@ -138,8 +137,11 @@ class _Shown:
             self._now += 1
             self._begun = False
 
-    def interrupt(self) -> None:
-        """Show what there is, and end the line."""
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Show what there is of texts that have not ended, as after Ctrl-C, and end the line."""
         while self._now < len(self._prompts):
             if self._waiting[self._now] or self._begun:
                 self._print_waiting()

@@ -75,8 +75,8 @@ def opened(monkeypatch):
     """The models that commands open, each after `opened.then(model)`."""
     found = SimpleNamespace(models=[], then=lambda model: None)
 
-    def open_and_keep(name, *options):
-        model, tokenizer = open_model(name, *options)
+    def open_and_keep(*options):
+        model, tokenizer = open_model(*options)
         found.models.append(model)
         found.then(model)
         return model, tokenizer
@@ -458,10 +458,9 @@ def test_a_text_waits_until_those_before_it_have_ended(capsys):
 
 
 def test_an_interrupt_shows_what_other_prompts_have(capsys):
-    shown = _Shown(["a", "b", "c"])
-    shown.write(0, "one")
-    shown.write(2, "three")
-    shown.interrupt()
+    with _Shown(["a", "b", "c"]) as shown:
+        shown.write(0, "one")
+        shown.write(2, "three")
     assert capsys.readouterr().out == "[1] a\none\n\n[3] c\nthree\n"
 
 
