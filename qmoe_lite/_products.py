@@ -35,7 +35,7 @@ _COLUMNS = 64  # expanded at a time
 _LARGEST = np.float32(1e33)  # sums of so many columns cannot overflow before a level makes them small
 
 
-@njit(parallel=True, cache=True, fastmath=False, error_model="numpy")
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
 def expand_kernel(x: NDArray[np.float32], jobs: NDArray[np.int64], offset: int, out: NDArray[np.float32]) -> bool:
     """Lay x (N, C) out for each job: out (J, C + padding, group), tokens side by side from `offset` on, else zeros.
 
@@ -257,7 +257,7 @@ def _gather_rows(
             y[job[FIRST] + token, row] = total
 
 
-@njit(parallel=True, cache=True, fastmath=False, error_model="numpy")
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
 def gather_kernel(
     codes: NDArray[np.uint8],
     offsets: NDArray[np.int64],
@@ -440,7 +440,7 @@ def _block_rows(
             y[job[FIRST] + token, first + i] = sums[i, token]
 
 
-@njit(parallel=True, cache=True, fastmath=False, error_model="numpy")
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
 def block_kernel(
     codes: NDArray[np.uint8],
     offsets: NDArray[np.int64],

@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import torch
@@ -28,6 +28,7 @@ EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other
 _DTYPES = {  # what safetensors calls them
     "U8": torch.uint8,
     "U16": torch.uint16,
+    "I32": torch.int32,
     "I64": torch.int64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -65,6 +66,16 @@ def find_model(name: str | Path) -> Path:
     return found
 
 
+class Place(NamedTuple):
+    """Where a tensor's bytes lie: file, first byte, number of bytes; and what they are."""
+
+    path: Path
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Checkpoint:
     """The tensors of a model directory; nothing is read before it is asked for.
 
@@ -83,6 +94,7 @@ class Checkpoint:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         try:
             self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         except OSError as error:
@@ -199,6 +211,27 @@ class Checkpoint:
             if dtype := _DTYPES.get(part.get_dtype()):
                 return torch.empty(part.get_shape(), dtype=dtype, device="meta")
         return self.tensor(name).to("meta")
+
+    def place(self, name: str) -> Place:
+        """Tell where the bytes of one tensor lie.
+
+        Raises
+        ------
+        CheckpointError
+            The tensor is missing, or the file is no safetensors file.
+        """
+        shape = self.shape(name)
+        stored = self._stored[name]
+        path = self.directory / self._file_of[stored]
+        if self._kind != "safetensors":
+            raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
+        if path not in self._headers:
+            with path.open("rb") as file:  # safetensors does not tell the places; it has checked them when it opened
+                size = int.from_bytes(file.read(8), "little")
+                self._headers[path] = 8 + size, json.loads(file.read(size))
+        start, header = self._headers[path]
+        first, end = header[stored]["data_offsets"]
+        return Place(path, start + first, end - first, _DTYPES[header[stored]["dtype"]], shape)
 
     def check(self, name: str) -> None:
         """Compare a tensor with the CRC-32 that `compress` put into the index.

@@ -6,15 +6,17 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qmoe_lite._stream import stream_bytes
-from qmoe_lite.checkpoint import Checkpoint, crc32
+from qmoe_lite.checkpoint import Checkpoint
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.families import Family, MoELayer, inner
@@ -26,14 +28,40 @@ from qmoe_lite.validation import validate
 FORMAT = 2
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
 STRETCH = 4096  # routed tokens that go through a layer at a time, so that memory does not grow with a prompt
-_ALIGNMENT = 16  # bytes; where an expert's codes may start
+ALIGNMENT = 16  # bytes; where an expert's codes may start
 
 
 def checksum(packed: PackedMatrix) -> int:
     """CRC-32 of one expert's matrix: its codes, row lengths and levels."""
     fewest = torch.tensor([packed.fewest_codewords], dtype=torch.int32)
-    parts = (packed.codes, packed.row_codewords, fewest, packed.levels)
-    return crc32(torch.cat([p.contiguous().view(-1).view(torch.uint8) for p in parts]))
+    crc = 0
+    for part in (packed.codes, packed.row_codewords, fewest, packed.levels):
+        crc = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def check_sum(packed: PackedMatrix, crc: int, name: str) -> None:
+    """Raise FormatError unless the matrix is, byte for byte, what was written."""
+    if checksum(packed) != crc:
+        raise FormatError(f"{name} is damaged (checksum). Fetch or make the file again.")
+
+
+def check_codes(packed: PackedMatrix, name: str) -> None:
+    """Raise FormatError unless the matrix decodes to exactly its rows."""
+    try:
+        validate(packed)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+
+
+class ExpertSource(Protocol):
+    """Where experts come from that are not to be multiplied from the module's own buffers; see `offload`."""
+
+    def packed(self, experts: PackedExperts, expert: int, projection: str) -> PackedMatrix:
+        """Give an own copy of one expert's matrix, checked."""
+
+    def run(self, experts: PackedExperts, numbers: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
+        """Send tokens[bounds[i] : bounds[i + 1]] through expert numbers[i]; float32."""
 
 
 def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
@@ -55,7 +83,7 @@ def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
     row_codewords = torch.stack([packed.row_codewords.view(torch.uint8) for packed in matrices])  # uint16 has no stack
     offsets = [0]
     for packed in matrices:
-        offsets.append(offsets[-1] + -(-len(packed.codes) // _ALIGNMENT) * _ALIGNMENT)
+        offsets.append(offsets[-1] + -(-len(packed.codes) // ALIGNMENT) * ALIGNMENT)
     codes = torch.zeros(offsets[-1], dtype=torch.uint8)
     for packed, start in zip(matrices, offsets[:-1], strict=True):
         codes[start : start + len(packed.codes)] = packed.codes
@@ -112,6 +140,7 @@ class PackedExperts(nn.Module):
         self.layer = layer
         self.codebooks = codebooks
         self.activation = family.activation(config)
+        self.source: ExpertSource | None = None
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
         self._buffers_of: dict[str, dict[str, Tensor]] = {}
 
@@ -150,6 +179,10 @@ class PackedExperts(nn.Module):
             self.register_buffer(f"{projection}_{part}", tensors[part])
         self._forget()
 
+    def name_of(self, expert: int, projection: str) -> str:
+        """What errors call one expert's matrix."""
+        return f"expert {expert} of {self.layer.experts}.{projection}"
+
     def packed(self, expert: int, projection: str) -> PackedMatrix:
         """Give one expert's matrix as it is stored; check it when it is first asked for.
 
@@ -167,11 +200,13 @@ class PackedExperts(nn.Module):
             raise SettingError(
                 f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}."
             )
+        if self.source is not None:
+            return self.source.packed(self, expert, projection)
         held = self._held(projection)
-        name = f"expert {expert} of {self.layer.experts}.{projection}"
+        name = self.name_of(expert, projection)
         start, stop = held["expert_offsets"][expert : expert + 2].tolist()
         codes = held["codes"]
-        if start < 0 or start % _ALIGNMENT or not start <= stop <= len(codes):
+        if start < 0 or start % ALIGNMENT or not start <= stop <= len(codes):
             raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
         packed = PackedMatrix(
             codes=codes[start:stop],
@@ -185,12 +220,8 @@ class PackedExperts(nn.Module):
         if not 0 <= used <= stop - start:
             raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
         packed = replace(packed, codes=packed.codes[:used])
-        if checksum(packed) != int(held["checksums"][expert]):
-            raise FormatError(f"{name} is damaged (checksum). Fetch or make the file again.")
-        try:
-            validate(packed)
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
+        check_sum(packed, int(held["checksums"][expert]), name)
+        check_codes(packed, name)
         self._checked[expert, projection] = packed
         return packed
 
@@ -252,19 +283,36 @@ class PackedExperts(nn.Module):
 
     def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through expert experts[i], all in one call a product; in float32."""
-        for projection in self.layer.projections:
-            for expert in experts:
-                self.packed(expert, projection)  # checked when it is first needed
-        first, (last,) = self.layer.stages
         if torch.is_grad_enabled() and tokens.requires_grad:
             return self._run_in_turn(experts, tokens, bounds)
-        tokens = tokens.to(torch.float32).contiguous()
         try:
-            outputs = grouped_matmul([self._stack(name) for name in first], tokens, experts, bounds)
-            inside = inner(self.activation, outputs).contiguous()
-            return grouped_matmul([self._stack(last)], inside, experts, bounds)[0]
+            if self.source is not None:
+                return self.source.run(self, experts, tokens, bounds)
+            for projection in self.layer.projections:
+                for expert in experts:
+                    self.packed(expert, projection)  # checked when it is first needed
+            return self.multiply(self._stack, experts, tokens, bounds)
         except NotFiniteError:  # NaN spreads as in dense experts
-            return self._run_in_turn(experts, tokens, bounds)
+            return self._run_in_turn(experts, tokens.to(torch.float32), bounds)
+
+    def multiply(
+        self, stack: Callable[[str], MatrixStack], experts: list[int], tokens: Tensor, bounds: list[int]
+    ) -> Tensor:
+        """Send tokens[bounds[i] : bounds[i + 1]] through the stacks' matrices experts[i], on the CPU; in float32.
+
+        Raises
+        ------
+        NotFiniteError
+            As `grouped_matmul`.
+        """
+        first, (last,) = self.layer.stages
+        tokens = tokens.to(torch.float32).contiguous()
+        sizes = [end - start for start, end in pairwise(bounds)]
+        outputs = grouped_matmul([stack(name) for name in first], tokens, experts, bounds)
+        # an expert at a time: torch's activations round an element at a tensor's end otherwise than one in its middle
+        groups = zip(*(torch.split(output, sizes) for output in outputs), strict=True)
+        inside = torch.cat([inner(self.activation, group) for group in groups])
+        return grouped_matmul([stack(last)], inside, experts, bounds)[0]
 
     def _run_in_turn(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         parts = zip(experts, pairwise(bounds), strict=True)
@@ -290,6 +338,8 @@ class PackedExperts(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
+        if self.source is not None:
+            return self  # what lies where is the source's to decide
         # `.to(dtype)` casts float buffers, but levels are data: they travel as integers of the same size
         floats = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
         for name, buffer in floats.items():
@@ -307,7 +357,7 @@ class PackedExperts(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": {}, "_buffers_of": {}}  # a copy has buffers of its own
+        return {**self.__dict__, "_checked": {}, "_buffers_of": {}, "source": None}  # a copy has buffers of its own
 
     def _forget(self) -> None:
         self._checked.clear()

@@ -97,6 +97,10 @@ class Family(Protocol):
         """Transformers' class of an experts module that is slow to build, even without weights."""
 
     @property
+    def router(self) -> str:
+        """Name, beside the experts module, of what holds the router's weight, shape (experts, width)."""
+
+    @property
     def seq2seq(self) -> bool:
         """Whether the model has an encoder and a decoder."""
 
@@ -185,6 +189,7 @@ class SwitchTransformers:
     model_type = "switch_transformers"
     seq2seq = True
     experts_class = "SwitchTransformersExperts"
+    router = "router.classifier"
 
     def tied(self, config: Any) -> frozenset[str]:
         embeddings = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
@@ -310,6 +315,7 @@ class Causal:
     is_sparse: Callable[[Any, int], bool] = _all_layers
     seq2seq = False
     experts_class = None  # its experts are two tensors a layer
+    router = "gate"
 
     def tied(self, config: Any) -> frozenset[str]:
         return _tied_head(config)

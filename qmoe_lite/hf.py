@@ -106,7 +106,16 @@ class QMoEQuantizer(HfQuantizer):
         return True
 
 
-def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None) -> Any:
+def load(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    expert_cache: int | str | list[int | str] | None = None,
+    ram_cache: int | str | None = None,
+    offload: str | None = None,
+    devices: list[str] | None = None,
+) -> Any:
     """Load a compressed model.
 
     Parameters
@@ -117,12 +126,20 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
         "auto" and "cpu" both mean the CPU in this version.
     dtype : torch dtype, optional
         Of everything but the experts; by default as config.json says.
+    expert_cache, ram_cache : int or str, optional
+        Bytes, or sizes such as "4GiB", that experts may take where they are multiplied, and in memory.
+    offload : "ram", "disk" or None
+        Where the other experts are. With none of these three, nothing limits them: the experts are mapped from the
+        files, and the system keeps in memory what it has room for.
+    devices : list of str, optional
+        GPUs to spread the experts over, such as ["cuda:0", "cuda:1"]; `expert_cache` may then be a list too.
 
     Returns
     -------
     transformers.PreTrainedModel
         In evaluation mode; its experts modules are `PackedExperts` whose codes are mapped from the files. The same as
-        `AutoModelForCausalLM.from_pretrained(directory)`, or AutoModelForSeq2SeqLM's.
+        `AutoModelForCausalLM.from_pretrained(directory)`, or AutoModelForSeq2SeqLM's, and `offload.attach` where a
+        budget is given.
 
     Raises
     ------
@@ -130,9 +147,12 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
         No compressed model, or a tensor is missing.
     FormatError
         A damaged file, or one of a newer format.
+    SettingError
+        As `offload.attach`.
     """
     from qmoe_lite.checkpoint import find_model
     from qmoe_lite.experts import quantization_of
+    from qmoe_lite.offload import attach
     from qmoe_lite.skeletons import auto_class, experts_replaced, open_checkpoint
 
     if str(device) not in ("auto", "cpu"):
@@ -142,8 +162,11 @@ def load(directory: str | Path, *, device: str | torch.device = "auto", dtype: t
     quantization_of(checkpoint)
     try:
         with experts_replaced(family):  # thousands of dense experts take seconds to build, even on meta
-            return auto_class(family).from_pretrained(path, dtype=dtype or "auto")
+            model = auto_class(family).from_pretrained(path, dtype=dtype or "auto")
     except QMoEError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is refused by transformers: {first_line(error)}.") from error
+    if offload is not None or expert_cache is not None or ram_cache is not None or devices is not None:
+        attach(model, expert_cache=expert_cache, ram_cache=ram_cache, offload=offload, devices=devices)
+    return model

@@ -260,3 +260,37 @@ def gram(x):
     x = np.asarray(x, dtype=np.float64)
     columns = x.shape[1]
     return np.array([[float((x[:, i] * x[:, j]).sum()) for j in range(columns)] for i in range(columns)])
+
+
+def fading_cache(slots, half_life, requests):
+    """Hits of a cache that lets go of the expert whose uses, each halved every `half_life` steps, add up to least.
+
+    `requests` are lists of experts, one list a step; of one step's experts none is let go for another. Exact: Python's
+    fractions for whole half-lives; a half-life of 0 is LRU, None is LFU.
+    """
+    from fractions import Fraction
+
+    held, uses, hits = [], {}, 0
+    for now, wanted in enumerate(requests):
+        for expert in wanted:
+            uses.setdefault(expert, []).append(now)
+        there = [expert for expert in wanted if expert in held]
+        hits += len(there)
+        for expert in wanted:
+            if expert in held:
+                continue
+            if len(held) == slots:
+                candidates = [e for e in held if e not in wanted]
+                if not candidates:
+                    break
+
+                def worth(e, now=now):
+                    if half_life is None:
+                        return len(uses[e])
+                    if half_life == 0:
+                        return max(uses[e])
+                    return sum(Fraction(1, 2 ** (now - t)) for t in uses[e])  # half_life 1
+
+                held.remove(min(candidates, key=worth))
+            held.append(expert)
+    return hits

@@ -10,6 +10,7 @@ FOLDERS = {"qmoe_lite": "qmoe_lite", "cuda": "qmoe_lite.cuda", "cli": "qmoe_lite
 # each line may import from the lines above it, and from its own
 ORDER = (
     ("errors", "settings"),
+    ("_expert_cache", "_expert_reader"),
     ("_words", "_vectors", "_stream", "_walk", "_products", "_columns", "codewords"),
     ("codebook",),
     ("grid", "hessian", "packed", "digits"),
@@ -17,6 +18,8 @@ ORDER = (
     ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
     ("validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
+    ("_ram_tier",),
+    ("offload",),
     ("hf",),
     ("_hook", "_cache"),
     ("report",),

@@ -1,0 +1,196 @@
+"""Reads experts' codes from a model's files into memory of ours: exactly the bytes asked for, by threads.
+
+A file is opened once, so one that is deleted later can still be read. Nothing is mapped: a file that got shorter is an
+error at the read, where a map would end the process. Where the file system allows it the page cache is passed by
+(O_DIRECT); else what was read is dropped from it, so that a budget of memory is what is used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qmoe_lite.errors import CheckpointError, QMoEError
+
+PAGE = 4096  # bytes; what O_DIRECT wants places, lengths and addresses to be multiples of
+THREADS = 4
+
+
+def room(length: int) -> int:
+    """Bytes that `WeightFile.read_into` may need for so many: it reads whole pages, from before to behind them."""
+    return -(-length // PAGE) * PAGE + PAGE
+
+
+def page_memory(size: int) -> NDArray[np.uint8]:
+    """Anonymous memory that begins on a page; none of it is resident before it is touched."""
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=np.uint8)
+
+
+class WeightFile:
+    """One open file of a model.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.direct = True
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._direct_file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError:  # the file system knows no O_DIRECT
+                self.direct, self._direct_file = False, -1
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}. Fetch the file again.") from error
+        self.size = os.fstat(self._file).st_size
+
+    def check_size(self) -> None:
+        """Raise CheckpointError if the file has become shorter: touching a map of it would end the process."""
+        if (size := os.fstat(self._file).st_size) < self.size:
+            raise self._shrunk(size)
+
+    def _shrunk(self, size: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} had {self.size} bytes and now has {size}: it was cut while the model ran. "
+            "Restore the file and load the model again."
+        )
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """Read some bytes through the page cache, and drop them from it."""
+        data = bytearray(length)
+        self._read_cached(memoryview(data), offset)
+        return data
+
+    def read_into(self, memory: NDArray[np.uint8], offset: int, length: int) -> int:
+        """Read into memory that begins on a page and has `room(length)` bytes; give where in it the bytes begin.
+
+        Raises
+        ------
+        CheckpointError
+            The file has become shorter, or cannot be read.
+        """
+        skip = offset % PAGE
+        if self.direct:
+            whole = -(-(skip + length) // PAGE) * PAGE
+            try:
+                done = os.preadv(self._direct_file, [memory[:whole].data], offset - skip)
+            except OSError:  # a file system that promised O_DIRECT and does not keep it
+                self.direct = False
+            else:
+                if done >= skip + length:
+                    return skip
+        self._read_cached(memory[skip : skip + length].data, offset)
+        return skip
+
+    def _read_cached(self, view: memoryview, offset: int) -> None:
+        done = 0
+        try:
+            while done < len(view):
+                step = os.preadv(self._file, [view[done:]], offset + done)
+                if step == 0:
+                    raise self._shrunk(os.fstat(self._file).st_size)
+                done += step
+            os.posix_fadvise(self._file, offset, len(view), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}. Check the disk.") from error
+
+    def close(self) -> None:
+        for file in (self._file, self._direct_file):
+            if file >= 0:
+                os.close(file)
+        self._file = self._direct_file = -1
+
+
+@dataclass(eq=False)
+class Read:
+    """One expert's codes on their way into a slot: `work` gives their bytes; `error` is set if they did not arrive."""
+
+    work: Callable[[], int]
+    urgent: bool
+    nbytes: int = 0
+    started: bool = False
+    done: bool = False
+    error: QMoEError | None = field(default=None)
+
+
+class Readers:
+    """Threads that do reads: urgent ones first, else in the order in which they were asked for."""
+
+    def __init__(self, threads: int = THREADS) -> None:
+        self._changed = threading.Condition()
+        self._urgent: deque[Read] = deque()
+        self._later: deque[Read] = deque()
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, daemon=True, name=f"experts-{i}") for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, read: Read) -> None:
+        with self._changed:
+            (self._urgent if read.urgent else self._later).append(read)
+            self._changed.notify_all()
+
+    def hurry(self, read: Read) -> None:
+        """Let a read that could wait come before the others."""
+        with self._changed:
+            if not read.urgent and not read.started:
+                self._later.remove(read)
+                self._urgent.append(read)
+            read.urgent = True
+
+    def cancel(self, read: Read) -> bool:
+        """Take back a read that no thread has begun; tell whether that was so."""
+        with self._changed:
+            if read.started:
+                return False
+            (self._urgent if read.urgent else self._later).remove(read)
+            return True
+
+    def wait(self, reads: list[Read]) -> None:
+        """Wait until one of them is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or any(read.done for read in reads))
+
+    def close(self) -> None:
+        """Finish the reads that have begun, drop the others, end the threads."""
+        with self._changed:
+            self._closed = True
+            self._urgent.clear()
+            self._later.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._urgent or self._later)
+                if self._closed:
+                    return
+                read = (self._urgent or self._later).popleft()
+                read.started = True
+            try:
+                read.nbytes = read.work()
+            except QMoEError as error:
+                read.error = error
+            except Exception as error:  # would be lost with the thread, and the model wait for ever
+                read.error = QMoEError(f"an expert could not be read: {error!r}. Please report this as a bug.")
+            with self._changed:
+                read.done = True
+                self._changed.notify_all()

@@ -1,0 +1,548 @@
+"""Run a model whose experts do not fit: they wait on disk or in memory, and those in use take turns in a cache.
+
+    disk  ->  memory (`ram_cache`)  ->  GPU (`expert_cache`), where there is one
+
+Nothing in the model's own code changes. Before an experts module runs, a forward pre-hook sees which experts its tokens
+go through: it begins to read the missing ones and, by the next layer's router, those that are likely next. The module
+then gets its experts from the `Runner`: those that are there are multiplied while others arrive. What is computed does
+not depend on the budget, bit for bit, on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qmoe_lite._expert_cache import HALF_LIFE
+from qmoe_lite._expert_reader import WeightFile
+from qmoe_lite._ram_tier import Layer, RamTier, slot_layout
+from qmoe_lite.checkpoint import Checkpoint, write_json
+from qmoe_lite.errors import CheckpointError, OutputError, QMoEError, SettingError
+from qmoe_lite.experts import PackedExperts, quantization_of
+from qmoe_lite.packed import PackedMatrix
+from qmoe_lite.skeletons import open_checkpoint
+
+COUNTS_FILE = "expert_counts.json"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_MOST_GUESSED_FROM = 64  # tokens; a longer prompt asks for nearly all experts of a layer anyway
+
+
+def parse_size(size: int | str, name: str = "size") -> int:
+    """Turn 4294967296, "4GiB" or "4.3 GB" into bytes.
+
+    Raises
+    ------
+    SettingError
+        It is no size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(size).upper())
+    if not found or found[2] not in _UNITS or isinstance(size, bool):
+        raise SettingError(f"{name} is {size!r}; expected bytes or a size such as 4GiB or 500MB.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def show_size(size: float) -> str:
+    """Write bytes for people, in units of 10^6 or 10^9."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+@dataclass
+class Statistics:
+    """What a `Runner` has done since it was made.
+
+    Attributes
+    ----------
+    passes, tokens : int
+        Passes of the model, and positions that went through them.
+    seconds : float
+        Time inside the model's forward passes.
+    hits, misses : int
+        Experts that a layer asked for, each once a pass, and that were, or were not, where they are multiplied.
+    ram_hits, ram_misses : int
+        On a GPU: of its misses, those that were in memory, and those that had to come from disk.
+    late : int
+        Of the misses, those whose reading a guess had begun already.
+    disk_bytes, copied_bytes : int
+        Codes read from disk to memory, and copied from memory to GPUs.
+    stall_seconds : float
+        Time in which nothing could be multiplied because no expert had arrived.
+    predicted, predicted_right : int
+        Experts that the next layer's router named beforehand, and those of them that the layer then asked for.
+    prefetched, prefetch_hits : int
+        Experts that were read because they were predicted, and those of them that were asked for.
+    cache_bytes, ram_bytes, index_bytes : int
+        Memory set aside for experts where they are multiplied; on a GPU, in memory besides; for row lengths and levels.
+    direct : bool
+        Reads pass the page cache by; else what was read is dropped from it.
+    notes : list of str
+        What had to be done otherwise than asked for.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    ram_hits: int = 0
+    ram_misses: int = 0
+    late: int = 0
+    disk_bytes: int = 0
+    copied_bytes: int = 0
+    stall_seconds: float = 0.0
+    predicted: int = 0
+    predicted_right: int = 0
+    prefetched: int = 0
+    prefetch_hits: int = 0
+    cache_bytes: int = 0
+    ram_bytes: int = 0
+    index_bytes: int = 0
+    direct: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were there."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Positions, those of prompts among them, over time inside the model."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"hit_rate": self.hit_rate, "tokens_per_second": self.tokens_per_second}
+
+    def lines(self) -> list[str]:
+        """Say it in a few lines."""
+        way = "past the page cache" if self.direct else "through the page cache, dropped from it after"
+        found = [
+            f"{self.tokens} tokens, {self.passes} passes, {self.seconds:.2f} s: {self.tokens_per_second:.1f} tokens/s",
+            f"experts: {self.hits} hits, {self.misses} misses ({self.hit_rate:.1%} hits); cache "
+            f"{show_size(self.cache_bytes)}, row lengths and levels {show_size(self.index_bytes)}",
+        ]
+        if self.ram_bytes:
+            found.append(
+                f"memory: {self.ram_hits} of the misses were in its {show_size(self.ram_bytes)}, "
+                f"{self.ram_misses} were not; {show_size(self.copied_bytes)} copied to the GPU"
+            )
+        found.append(f"disk: {show_size(self.disk_bytes)} read {way}; waited {self.stall_seconds:.2f} s for experts")
+        if self.predicted:
+            found.append(
+                f"next layer guessed: {self.predicted_right / self.predicted:.1%} of {self.predicted} right; "
+                f"{self.prefetched} read ahead, {self.prefetch_hits} of them used"
+            )
+        return found + [f"note: {note}" for note in self.notes]
+
+
+class _Hook:
+    """A forward hook that lives as long as its runner does; a copy of the model has none."""
+
+    def __init__(self, runner: Runner | None, name: str) -> None:
+        self._runner = None if runner is None else weakref.ref(runner)
+        self._name = name
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> None:
+        runner = None if self._runner is None else self._runner()
+        if runner is not None:
+            getattr(runner, self._name)(module, *arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._name)
+
+
+class Runner:
+    """Brings experts to where they are multiplied; made by `attach`.
+
+    Attributes
+    ----------
+    statistics : Statistics
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        *,
+        ram_cache: int | None,
+        half_life: float,
+        prefetch: bool,
+        remember: bool,
+    ) -> None:
+        self.statistics = Statistics()
+        self._lock = threading.RLock()
+        self._prefetch = prefetch
+        self._trace: TextIO | None = None
+        self._files = {path: WeightFile(path) for path in (checkpoint.directory / name for name in checkpoint.files)}
+        found = [module for module in model.modules() if isinstance(module, PackedExperts)]
+        if not found:
+            raise SettingError("the model has no compressed experts: there is nothing to offload.")
+        family = found[0].family
+        order = {layer.experts: number for number, layer in enumerate(family.layers(model.config))}
+        found.sort(key=lambda module: order[module.layer.experts])
+        self._layers: list[Layer] = []
+        for module in found:
+            first = sum(layer.experts.num_experts for layer in self._layers)
+            self._layers.append(Layer(module, first, checkpoint, self._files))
+        self._number_of = {layer.experts.layer.experts: number for number, layer in enumerate(self._layers)}
+        stacks = [layer.experts.layer.experts.split(".")[0] for layer in self._layers]
+        self._openings = {stacks.index(stack) for stack in stacks}  # the first layer of the encoder, of the decoder
+        self._routers = [_router(model, layer.experts) for layer in self._layers]
+        self._ram = RamTier(self._layers, self._slots(ram_cache), half_life)
+        self._guess: tuple[int, list[int], list[int]] | None = None  # layer, predicted experts, those being read
+        self._started = 0.0
+        self._hooks = [
+            model.register_forward_pre_hook(_Hook(self, "_begin_pass")),
+            model.register_forward_hook(_Hook(self, "_end_pass")),
+        ]
+        for module in found:
+            self._hooks.append(module.register_forward_pre_hook(_Hook(self, "_before")))
+            module.source = self
+        cache = self._ram.cache
+        # also when the model is forgotten, or the process ends
+        self._end = weakref.finalize(self, _shut, self._ram, self._files, checkpoint if remember else None)
+        if remember and (uses := _load_counts(checkpoint, len(cache.uses))) is not None:
+            cache.remember(uses)
+            self._ram.warm_up()
+        self._count()
+
+    def _slots(self, ram_cache: int | None) -> int:
+        """Slots that a budget in bytes has room for; raise SettingError for less than one."""
+        index = sum(layer.index_bytes for layer in self._layers)
+        experts = sum(layer.experts.num_experts for layer in self._layers)
+        _, size = slot_layout(self._layers)
+        self.statistics.index_bytes = index
+        if ram_cache is None:
+            return experts
+        slots = min((ram_cache - index) // size, experts)
+        if slots < 1:
+            raise SettingError(
+                f"the cache is {ram_cache} bytes; row lengths and levels of all experts take {index}, and one expert "
+                f"{size}. Give at least {index + size}."
+            )
+        return int(slots)
+
+    # what the hooks call
+
+    def _begin_pass(self, model: nn.Module, arguments: Any) -> None:
+        for file in self._files.values():
+            file.check_size()
+        with self._lock:
+            self._ram.cache.tick()
+            self.statistics.passes += 1
+            self._started = time.perf_counter()
+
+    def _end_pass(self, model: nn.Module, arguments: Any, result: Any) -> None:
+        with self._lock:
+            self.statistics.seconds += time.perf_counter() - self._started
+            self._count()
+
+    def _before(self, module: PackedExperts, arguments: tuple[Tensor, ...]) -> None:
+        """Begin to read what the layer asks for, then what the next one may."""
+        if module.source is not self:
+            return
+        hidden, *routing = arguments
+        index, _ = module.family.routing(routing)
+        with self._lock:
+            number = self._number_of[module.layer.experts]
+            layer = self._layers[number]
+            if number in self._openings:
+                self.statistics.tokens += len(hidden)
+            if self._trace is not None:
+                self._write_trace(self._trace, number, index)
+            asked = torch.unique(index[(index >= 0) & (index < module.num_experts)]).tolist()
+            wanted = [layer.first + expert for expert in asked]
+            self._ram.open(layer)
+            self._ram.release()
+            self._end_guess(number, wanted)
+            for expert in wanted:
+                there = self._ram.ready(expert)
+                self.statistics.hits += there
+                self.statistics.misses += not there
+                self._ram.cache.use(expert)
+            self._ram.want(wanted)
+            if self._prefetch and len(hidden) <= _MOST_GUESSED_FROM:
+                self._predict(number + 1, hidden)
+
+    def _end_guess(self, number: int, wanted: list[int]) -> None:
+        """Count what a guess was worth; let go of what is not wanted."""
+        if self._guess is not None:
+            layer, predicted, begun = self._guess
+            if layer == number:
+                asked = set(wanted)
+                self.statistics.predicted += len(predicted)
+                self.statistics.predicted_right += len(asked.intersection(predicted))
+                used = asked.intersection(begun)
+                self.statistics.prefetch_hits += len(used)
+                self.statistics.late += sum(not self._ram.ready(expert) for expert in used)
+            self._guess = None
+        self._ram.end_guess(wanted)
+
+    def _predict(self, number: int, hidden: Tensor) -> None:
+        """Ask the next layer's router about this layer's input, and begin to read what it names."""
+        # an encoder's last layer says nothing of the decoder's first
+        if number >= len(self._layers) or number in self._openings or self._routers[number] is None:
+            return
+        layer = self._layers[number].experts.layer
+        weight = self._routers[number].detach()  # type: ignore[union-attr]
+        logits = hidden.detach().to(weight.dtype) @ weight.T
+        votes = logits.topk(layer.top_k).indices.flatten().bincount(minlength=layer.count)
+        order = votes.argsort(descending=True)[: int((votes > 0).sum())]
+        predicted = [self._layers[number].first + expert for expert in order.tolist()]
+        self._ram.open(self._layers[number])
+        begun = self._ram.guess(predicted)
+        self.statistics.prefetched += len(begun)
+        self._guess = number, predicted, begun
+
+    # what an experts module calls
+
+    def packed(self, experts: PackedExperts, expert: int, projection: str) -> PackedMatrix:
+        """Give an own copy of one expert's matrix, checked."""
+        with self._lock:
+            layer = self._layers[self._number_of[experts.layer.experts]]
+            number = layer.first + expert
+            self._ram.open(layer)
+            found: list[PackedMatrix] = []
+
+            def take(_: list[int]) -> None:
+                view = layer.packed(expert, projection)
+                found.append(replace(view, codes=view.codes.clone()))  # the slot will be another expert's
+
+            self._in_waves(layer, [number], take)
+            return found[0]
+
+    def run(self, experts: PackedExperts, numbers: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
+        """Send tokens[bounds[i] : bounds[i + 1]] through expert numbers[i]; float32."""
+        with self._lock:
+            layer = self._layers[self._number_of[experts.layer.experts]]
+            self._ram.open(layer)
+            out = torch.empty(len(tokens), experts.layer.shapes[layer.projections[-1]][0])
+            groups = {number: slice(bounds[i], bounds[i + 1]) for i, number in enumerate(numbers)}
+
+            def multiply(wave: list[int]) -> None:
+                slices = [groups[expert] for expert in wave]
+                ends = np.cumsum([0, *(s.stop - s.start for s in slices)]).tolist()
+                own = tokens if len(wave) == len(numbers) else torch.cat([tokens[s] for s in slices])
+                result = experts.multiply(layer.stack, wave, own, ends)
+                for s, part in zip(slices, torch.split(result, [s.stop - s.start for s in slices]), strict=True):
+                    out[s] = part
+
+            self._in_waves(layer, [layer.first + expert for expert in numbers], multiply)
+            return out
+
+    def _in_waves(self, layer: Layer, numbers: list[int], compute: Callable[[list[int]], None]) -> None:
+        """Call `compute` with the layer's own numbers of experts as they arrive, until all had their turn."""
+        left = numbers
+        try:
+            while left:
+                self._ram.want(left)
+                ready = [number for number in left if self._ram.ready(number)]
+                if not ready:
+                    self._ram.wait(left)
+                    continue
+                own = [number - layer.first for number in ready]
+                for expert in own:
+                    layer.validate(expert)
+                compute(own)
+                self._ram.release(ready)
+                done = set(ready)
+                left = [number for number in left if number not in done]
+        except BaseException:
+            self._ram.release()
+            raise
+
+    # what the user calls
+
+    def trace(self, path: str | Path) -> None:
+        """Record from now on which experts each layer asks for, as JSON lines.
+
+        The first line describes the model: {"model_type", "layers": [names], "experts", "top_k"}; each other one is
+        {"pass", "layer": number, "experts": [[those of a token], ..]}. `bench offload` replays such files.
+
+        Raises
+        ------
+        OutputError
+            The file cannot be written.
+        """
+        layers = [layer.experts.layer for layer in self._layers]
+        try:
+            file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
+        head = {
+            "model_type": self._layers[0].experts.family.model_type,
+            "layers": [layer.experts for layer in layers],
+            "experts": layers[0].count,
+            "top_k": layers[0].top_k,
+        }
+        with self._lock:
+            if self._trace is not None:
+                self._trace.close()
+            self._trace = file
+            file.write(json.dumps(head) + "\n")
+
+    def _write_trace(self, trace: TextIO, number: int, index: Tensor) -> None:
+        line = {"pass": self.statistics.passes, "layer": number, "experts": index.tolist()}
+        try:
+            trace.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self._trace = None
+            raise OutputError(f"{trace.name} cannot be written: {error.strerror}. The trace ends here.") from error
+
+    def close(self) -> None:
+        """Let the model run from its files' maps again; write the counts and the end of the trace."""
+        with self._lock:
+            for hook in self._hooks:
+                hook.remove()
+            for layer in self._layers:
+                layer.experts.source = None
+            self._end()
+            if self._trace is not None:
+                self._trace.close()
+                self._trace = None
+
+    def _count(self) -> None:
+        statistics, ram = self.statistics, self._ram
+        statistics.disk_bytes, statistics.stall_seconds = ram.read_bytes, ram.stall_seconds
+        statistics.cache_bytes = ram.cache.slots * ram.slot_bytes
+        statistics.direct = all(file.direct for file in self._files.values())
+
+
+def _shut(ram: RamTier, files: dict[Path, WeightFile], checkpoint: Checkpoint | None) -> None:
+    ram.close()
+    for file in files.values():
+        file.close()
+    if checkpoint is not None:
+        _save_counts(checkpoint, ram.cache.uses)
+
+
+def _router(model: nn.Module, experts: PackedExperts) -> Tensor | None:
+    """Weight of the router that stands beside an experts module, (experts, width)."""
+    parent = experts.layer.experts.rpartition(".")[0]
+    weight = model.get_submodule(f"{parent}.{experts.family.router}").weight
+    return weight if isinstance(weight, Tensor) and len(weight) == experts.num_experts else None
+
+
+def attach(
+    model: Any,
+    *,
+    expert_cache: int | str | Sequence[int | str] | None = None,
+    ram_cache: int | str | None = None,
+    offload: str | None = None,
+    devices: Sequence[str] | None = None,
+    half_life: float = HALF_LIFE,
+    prefetch: bool = True,
+    remember: bool = True,
+) -> Runner:
+    """Let a compressed model's experts come from disk as they are needed, within a budget of memory.
+
+    Parameters
+    ----------
+    model : transformers model
+        As `load` or from_pretrained gives it.
+    expert_cache : int or str, optional
+        Bytes, or a size such as "4GiB", for experts where they are multiplied. On the CPU that is memory.
+    ram_cache : int or str, optional
+        Bytes of memory for experts. By default all that `offload` asks for.
+    offload : "ram", "disk" or None
+        Where the experts are that have no place where they are multiplied: in memory, all of them, or on disk.
+        By default "disk" where a budget of memory is given, else "ram".
+    devices : sequence of str, optional
+        GPUs; this version has none to offer.
+    half_life : float
+        Passes of the model after which the use of an expert counts half when one has to give way.
+    prefetch : bool
+        Read the experts that the next layer's router would choose, ahead of the layer.
+    remember : bool
+        Keep the experts' use counts beside the model (in the user's cache directory where that is read-only), and
+        begin with those that were used most before.
+
+    Returns
+    -------
+    Runner
+
+    Raises
+    ------
+    SettingError
+        No compressed model, one that has a runner, sizes that exclude each other or have no room for one expert.
+    CheckpointError
+        The model's directory is gone.
+    """
+    if offload not in (None, "ram", "disk"):
+        raise SettingError(f"offload is {offload!r}; expected 'ram' or 'disk'.")
+    if runner_of(model) is not None:
+        raise SettingError("the model has a runner already. Close it first: qmoe_lite.offload.runner_of(model).close()")
+    path = Path(getattr(model, "name_or_path", "") or "")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"the model's directory {path} is not there: experts are read from it. Load it again.")
+    if devices is not None:
+        raise SettingError(f"devices is {list(devices)}; this version runs experts on the CPU. Leave it out.")
+    if expert_cache is not None and not isinstance(expert_cache, int | str):
+        raise SettingError("expert_cache is a list; there is one memory on the CPU. Give one size.")
+    budgets = {
+        name: parse_size(size, name)
+        for name, size in (("expert_cache", expert_cache), ("ram_cache", ram_cache))
+        if size is not None
+    }
+    if len(set(budgets.values())) > 1:
+        raise SettingError("expert_cache and ram_cache are the same memory on the CPU. Give one of them.")
+    budget = next(iter(budgets.values()), None)
+    if offload == "ram" and budget is not None:
+        raise SettingError("offload='ram' holds all experts in memory, a budget only some. Give one of them.")
+    _, checkpoint = open_checkpoint(path)
+    quantization_of(checkpoint)
+    return Runner(model, checkpoint, ram_cache=budget, half_life=half_life, prefetch=prefetch, remember=remember)
+
+
+def runner_of(model: nn.Module) -> Runner | None:
+    """The runner that a model's experts come from, or None."""
+    for module in model.modules():
+        if isinstance(module, PackedExperts) and isinstance(module.source, Runner):
+            return module.source
+    return None
+
+
+def _counts_files(checkpoint: Checkpoint) -> list[Path]:
+    """Where the counts may be: beside the model, else in the user's cache directory."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qmoe-lite"
+    return [checkpoint.directory / COUNTS_FILE, cache / f"{checkpoint.fingerprint()[:32]}.{COUNTS_FILE}"]
+
+
+def _load_counts(checkpoint: Checkpoint, experts: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+    for file in _counts_files(checkpoint):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            counts = np.array(found["counts"], dtype=np.float64)
+            if found["model"] == checkpoint.fingerprint() and counts.shape == (experts,) and (counts >= 0).all():
+                return counts
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or of another model: it is only a hint
+            continue
+    return None
+
+
+def _save_counts(checkpoint: Checkpoint, uses: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    """Keep half of what was counted: older runs fade."""
+    if not uses.any():
+        return
+    content = {"model": checkpoint.fingerprint(), "counts": np.round(uses / 2, 3).tolist()}
+    for file in _counts_files(checkpoint):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, content)
+        except (OSError, QMoEError):  # a hint is not worth an error at the end of a run
+            continue
+        return
