@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from qmoe_lite.cli._options import (
+    Dtype,
+    DtypeOption,
+    MaxNewTokensOption,
+    ModelArgument,
+    PrefillChunkOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
 
 if TYPE_CHECKING:
     from qmoe_lite.generation import Generation
 
-DTYPES = ("float32", "bfloat16")
+HEADING = 76  # columns that a prompt gets above its text
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Compressed directory, or a dense model's directory or name.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to go on from; - reads standard input.")] = None,
+    model: ModelArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to go on from; - reads standard input. Several are one batch.", show_default=False),
+    ] = None,
     prompt_file: Annotated[
-        str | None,
-        typer.Option(help="UTF-8 file with the prompt; - reads standard input. One last newline is dropped."),
+        list[str] | None,
+        typer.Option(
+            help="UTF-8 file with a prompt, less one last newline; - reads standard input. Several are one batch.",
+            show_default=False,
+        ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Where the text is cut, if the model does not end it.", min=1)
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token: the same text each time. Above 0 draws.", min=0)
-    ] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest tokens of this probability. [default: all]", max=1)
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw among this many of the likeliest tokens. [default: all]", min=1)
-    ] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 lowers what stands there already.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides the draws.", min=0)] = 0,
+    max_new_tokens: MaxNewTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    seed: SeedOption = 0,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -44,29 +55,35 @@ def generate(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message before the prompt; needs --chat.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of everything but compressed experts: float32 or bfloat16.")] = "float32",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end, and no stream.")] = False,
+    prefill_chunk: PrefillChunkOption = 1024,
+    dtype: DtypeOption = Dtype.float32,
+    stats: Annotated[bool, typer.Option("--stats", help="Print the speed, on standard error.")] = False,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON document at the end, and no stream; for several prompts an array."),
+    ] = False,
 ) -> None:
     """Let a model go on from a prompt; the text appears as it is made.
 
-    The model's generation_config.json decides only which tokens end the text. Speed goes to standard error.
+    Without --prompt and --prompt-file the prompt is what is piped in. The model's generation_config.json decides only
+    which tokens end the text.
 
     Example: qmoe generate switch-qmoe --prompt "The list <extra_id_0> sorted."
     """
-    if (prompt is None) == (prompt_file is None):
+    if prompt and prompt_file:
         raise typer.BadParameter("give either --prompt or --prompt-file")
+    if not prompt and not prompt_file:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("give --prompt or --prompt-file, or pipe the prompt in")
+        prompt = ["-"]
     if system is not None and not chat:
         raise typer.BadParameter("--system needs --chat")
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype is {dtype}; expected {' or '.join(DTYPES)}")
     from qmoe_lite.cli import _output
 
-    shown = _Shown()
     try:
-        text = _read_prompt(prompt, prompt_file)
+        texts = [_read_prompt(text) for text in prompt or []] + [_read_file(name) for name in prompt_file or []]
         from qmoe_lite.cli._models import open_model
-        from qmoe_lite.generation import Sampling
-        from qmoe_lite.generation import generate as run
+        from qmoe_lite.generation import Sampling, generate_batch
 
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         sampling.check()
@@ -74,71 +91,129 @@ def generate(
         loaded, tokenizer = open_model(model, dtype)
         if chat is None and getattr(tokenizer, "chat_template", None):
             _output.note("qmoe: this model has a chat template. --chat applies it, --no-chat silences this line.")
-        write = None if json else shown.write
-        made = run(loaded, tokenizer, text, chat=bool(chat), system=system, sampling=sampling, write=write)
+        options: dict[str, Any] = {"chat": bool(chat), "system": system}
+        options |= {"sampling": sampling, "prefill_chunk": prefill_chunk}
+        with _Shown(texts) as shown:
+            write = None if json else shown.write
+            made = generate_batch(loaded, tokenizer, texts, write=write, **options)
     except KeyboardInterrupt:
-        shown.end_line()
         _output.note("qmoe: interrupted.")
         raise typer.Exit(130) from None
     if json:
-        _print_json(text, made)
-        return
-    shown.end_line(always=True)
-    why = "ended by the model" if made.finish_reason == "eos" else "cut by --max-new-tokens"
-    _output.note(
-        f"qmoe: {len(made.token_ids)} tokens in {made.seconds:.2f} s, {made.tokens_per_second:.1f} tokens/s, "
-        f"the first after {made.first_token_seconds:.2f} s; {why}"
-    )
+        documents = [_document(text, one) for text, one in zip(texts, made, strict=True)]
+        _output.print_json(documents if len(documents) > 1 else documents[0])
+    else:
+        _note_cuts(made)
+    if stats:
+        tokens, seconds = sum(len(one.token_ids) for one in made), max(one.seconds for one in made)
+        first = min(one.first_token_seconds for one in made)
+        _output.note(
+            f"qmoe: {tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s, "
+            f"the first after {first:.2f} s"
+        )
 
 
 class _Shown:
-    """What stands on standard output so far."""
+    """Texts on standard output: the first one as it is made, the next ones as soon as those before them have ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: list[str]) -> None:
+        self._prompts = prompts
+        self._waiting = ["" for _ in prompts]
+        self._ended: set[int] = set()
+        self._now = 0
+        self._begun = False
         self._last = ""
 
-    def write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        self._last = text[-1:]
+    def write(self, number: int, text: str) -> None:
+        """Take the next piece of a prompt's text; an empty one ends it."""
+        self._waiting[number] += text
+        if not text:
+            self._ended.add(number)
+        while self._now < len(self._prompts):
+            self._print_waiting()
+            if self._now not in self._ended:
+                break
+            self._end_line(always=True)
+            self._now += 1
+            self._begun = False
 
-    def end_line(self, always: bool = False) -> None:
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Show what there is of texts that have not ended, as after Ctrl-C, and end the line."""
+        while self._now < len(self._prompts):
+            if self._waiting[self._now] or self._begun:
+                self._print_waiting()
+                self._end_line()
+            self._now += 1
+            self._begun = False
+
+    def _print_waiting(self) -> None:
+        if not self._begun:
+            self._begun = True
+            if len(self._prompts) > 1:
+                line = (self._prompts[self._now].strip().splitlines() or [""])[0]
+                heading = line if len(line) <= HEADING else f"{line[: HEADING - 3]}..."
+                self._print(f"{chr(10) if self._now else ''}[{self._now + 1}] {heading}\n")
+                self._last = ""
+        self._print(self._waiting[self._now])
+        self._waiting[self._now] = ""
+
+    def _end_line(self, always: bool = False) -> None:
         if self._last != "\n" and (self._last or always):
-            self.write("\n")
+            self._print("\n")
+        self._last = ""
+
+    def _print(self, text: str) -> None:
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._last = text[-1]
 
 
-def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+def _read_prompt(prompt: str) -> str:
     from qmoe_lite.errors import TextError
 
+    if prompt == "-":
+        return _read_file("-")
     try:
-        if "-" in (prompt, prompt_file):
-            name, data = "standard input", sys.stdin.buffer.read()
-        elif prompt_file is not None:
-            name, data = prompt_file, Path(prompt_file).read_bytes()
-        else:
-            assert prompt is not None
-            name = "the prompt"
-            prompt.encode("utf-8")  # bytes of an argument that are not UTF-8 stand in it as lone surrogates
-            return prompt
+        prompt.encode("utf-8")  # bytes of an argument that are not UTF-8 stand in it as lone surrogates
+    except UnicodeError as error:
+        raise TextError("the prompt is not UTF-8 text. Convert it, e.g. with iconv.") from error
+    return prompt
+
+
+def _read_file(name: str) -> str:
+    from qmoe_lite.errors import TextError
+
+    place = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeError as error:
-        raise TextError(f"{name} is not UTF-8 text. Convert it, e.g. with iconv.") from error
+        raise TextError(f"{place} is not UTF-8 text. Convert it, e.g. with iconv.") from error
     except OSError as error:
-        raise TextError(f"{prompt_file} cannot be read: {error.strerror}. Name a text file.") from error
+        raise TextError(f"{place} cannot be read: {error.strerror}. Name a text file.") from error
 
 
-def _print_json(prompt: str, made: Generation) -> None:
+def _note_cuts(made: list[Generation]) -> None:
     from qmoe_lite.cli import _output
 
-    _output.print_json(
-        {
-            "prompt": prompt,
-            "text": made.text,
-            "tokens": len(made.token_ids),
-            "prompt_tokens": made.prompt_tokens,
-            "finish_reason": made.finish_reason,
-            "seconds": made.seconds,
-            "first_token_seconds": made.first_token_seconds,
-            "tokens_per_second": made.tokens_per_second,
-        }
-    )
+    cut = [str(number) for number, one in enumerate(made, 1) if one.finish_reason == "length"]
+    if cut:
+        which = f" ({', '.join(cut)} of {len(made)})" if len(made) > 1 else ""
+        _output.note(f"qmoe: cut by --max-new-tokens{which}.")
+
+
+def _document(prompt: str, made: Generation) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": made.text,
+        "tokens": len(made.token_ids),
+        "prompt_tokens": made.prompt_tokens,
+        "finish_reason": made.finish_reason,
+        "seconds": made.seconds,
+        "first_token_seconds": made.first_token_seconds,
+        "tokens_per_second": made.tokens_per_second,
+    }

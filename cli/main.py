@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import bench_, compress_, demo, doctor, eval_, generate, inspect_
+from qmoe_lite.cli import bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve
 from qmoe_lite.errors import QMoEError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command("demo")(demo.demo)
 app.command("compress")(compress_.compress)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
 app.add_typer(bench_.app, name="bench")

@@ -6,71 +6,25 @@ import io
 import itertools
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from reciters import TEMPLATE, byte_tokenizer, chain, make_random, reciter, save_endless
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    GenerationConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from qmoe_lite.cli._models import open_model
+from qmoe_lite.cli.generate import _Shown
 from qmoe_lite.errors import NotFiniteError, SettingError
-from qmoe_lite.generation import Sampling, encode_prompt, generate
+from qmoe_lite.generation import Sampling, encode_prompt, generate, generate_batch
 
 RECITED = " 中é\t😀\nz"  # no byte twice, so that each byte has one successor
-TEMPLATE = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}{{ 'x' if add_generation_prompt }}"
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": None,
-}
-
-
-def byte_tokenizer(**options: object) -> PreTrainedTokenizerFast:
-    """One token a byte, as a byte-level BPE without merges; no pad token, no begin token."""
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab={**vocabulary, "</s>": 256, "<|end|>": 257}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", extra_special_tokens=["<|end|>"], **options)
-
-
-def reciter(successors: dict[int, int], vocabulary: int, positions: int = 1000) -> MixtralForCausalLM:
-    """A Mixtral whose next token depends on the last one alone: blocks add nothing, the head is a table."""
-    width = -(-vocabulary // 8) * 8
-    config = {**SMALL, "hidden_size": width, "num_hidden_layers": 1, "max_position_embeddings": positions}
-    model = MixtralForCausalLM(
-        MixtralConfig(vocab_size=vocabulary, intermediate_size=8, num_local_experts=2, **config)
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(vocabulary, width))
-        for token, successor in successors.items():
-            model.lm_head.weight[successor, token] = 1.0
-    return model
-
-
-def chain(*ids: int) -> dict[int, int]:
-    return dict(itertools.pairwise(ids))
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +35,6 @@ def reciting():
     model = reciter(chain(*ids, 256), len(tokenizer))
     model.generation_config.eos_token_id = [257, 256]
     return model, tokenizer
-
-
-def save_endless(directory: Path, **options: object) -> Path:
-    """Save a model that writes "y y y .." for ever after an x."""
-    tokenizer = byte_tokenizer(**options)
-    space, x, y = tokenizer(" xy")["input_ids"]
-    reciter({x: space, space: y, y: space}, len(tokenizer), positions=1 << 20).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +49,10 @@ def chatty(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
-def causal(request):
+def random_causal(request):
     """A random causal model, and a tokenizer without a begin token."""
-    torch.manual_seed(3)
     tokenizer = tiny.make_tokenizer()
-    sizes = {**SMALL, "vocab_size": len(tokenizer), "intermediate_size": 24, "eos_token_id": tokenizer.eos_token_id}
-    if request.param == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(num_local_experts=4, initializer_range=0.3, **sizes)).eval(), tokenizer
-    sizes |= {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "head_dim": 8,
-        "initializer_range": 0.3,
-    }
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).eval(), tokenizer
+    return make_random(request.param, tokenizer), tokenizer
 
 
 @pytest.fixture
@@ -141,8 +75,8 @@ def opened(monkeypatch):
     """The models that commands open, each after `opened.then(model)`."""
     found = SimpleNamespace(models=[], then=lambda model: None)
 
-    def open_and_keep(name, *options):
-        model, tokenizer = open_model(name, *options)
+    def open_and_keep(*options):
+        model, tokenizer = open_model(*options)
         found.models.append(model)
         found.then(model)
         return model, tokenizer
@@ -159,8 +93,8 @@ def theirs(model, ids: list[int], **options: object) -> list[int]:
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
-def test_tokens_are_those_of_transformers_generate(causal, drawn):
-    model, tokenizer = causal
+def test_tokens_are_those_of_transformers_generate(random_causal, drawn):
+    model, tokenizer = random_causal
     prompt = "router expert token"
     ids = tokenizer(prompt)["input_ids"]
     if drawn:
@@ -183,8 +117,8 @@ def test_seq2seq_tokens_are_those_of_transformers_generate(switch, compressed, p
     assert made.prompt_tokens == 4
 
 
-def test_the_same_seed_draws_the_same_text_and_another_seed_another(causal):
-    model, tokenizer = causal
+def test_the_same_seed_draws_the_same_text_and_another_seed_another(random_causal):
+    model, tokenizer = random_causal
 
     def drawn(seed):
         return generate(model, tokenizer, "router", sampling=Sampling(30, temperature=1.0, seed=seed)).token_ids
@@ -201,8 +135,8 @@ def test_without_top_k_every_token_can_be_drawn():
     assert len(set(made.token_ids)) > 200
 
 
-def test_a_generation_config_neither_warns_nor_interferes(causal, warned):
-    model, tokenizer = causal
+def test_a_generation_config_neither_warns_nor_interferes(random_causal, warned):
+    model, tokenizer = random_causal
     wanted = generate(model, tokenizer, "router expert", sampling=Sampling(20))
     before = model.generation_config
     loud = {"do_sample": True, "temperature": 0.3, "top_k": 3, "num_beams": 3, "max_length": 5, "min_p": 0.2}
@@ -312,6 +246,92 @@ def test_the_expert_capacity_stays_as_it_is(switch):
     assert {router.expert_capacity for router in routers} == {2}
 
 
+PROMPTS = ["router expert token", "gate", tiny.make_text(5, 23), tiny.make_text(6, 12)]
+
+
+@pytest.fixture(params=[*tiny.CAUSAL, "switch"])
+def any_compressed(request, compressed, compressed_causal):
+    """A compressed model of each family, in which one word often ends a text early."""
+    directory = compressed[0] if request.param == "switch" else compressed_causal(request.param)
+    model, tokenizer = open_model(str(directory))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("token")]
+    return model, tokenizer
+
+
+def test_a_batch_gives_what_its_prompts_give_alone(any_compressed):
+    model, tokenizer = any_compressed
+    sampling = Sampling(12)
+    alone = [generate(model, tokenizer, prompt, sampling=sampling) for prompt in PROMPTS]
+    seen = ["" for _ in PROMPTS]
+    ended = []
+
+    def write(number, text):
+        assert number not in ended
+        seen[number] += text
+        if not text:
+            ended.append(number)
+
+    for chunk in (1024, 7):
+        made = generate_batch(model, tokenizer, PROMPTS, sampling=sampling, prefill_chunk=chunk, write=write)
+        for wanted, found, text in zip(alone, made, seen, strict=True):
+            assert (found.token_ids, found.text, text) == (wanted.token_ids, wanted.text, wanted.text)
+            assert (found.prompt_tokens, found.finish_reason) == (wanted.prompt_tokens, wanted.finish_reason)
+        assert sorted(ended) == [0, 1, 2, 3]
+        seen, ended[:] = ["" for _ in PROMPTS], []
+
+
+def test_padding_counts_for_no_repetition_penalty(random_causal):
+    """Padded with the end token, a short prompt would be kept from ending."""
+    model, tokenizer = random_causal
+    sampling = Sampling(12, repetition_penalty=2.0)
+    alone = [generate(model, tokenizer, prompt, sampling=sampling).token_ids for prompt in PROMPTS]
+    assert [made.token_ids for made in generate_batch(model, tokenizer, PROMPTS, sampling=sampling)] == alone
+
+
+def test_texts_of_a_batch_end_one_by_one(reciting):
+    model, tokenizer = reciting
+    seen = []
+    made = generate_batch(model, tokenizer, ["x", "z"], write=lambda *piece: seen.append(piece))
+    assert [(one.text, one.finish_reason) for one in made] == [(RECITED, "eos"), ("", "eos")]
+    assert made[1].token_ids == (256,)
+    assert seen[:2] == [(0, " "), (1, "")]
+    assert seen[-1] == (0, "")
+    assert made[1].seconds < made[0].seconds
+
+
+def test_a_long_prompt_is_taken_in_chunks_and_gives_the_same_logits(random_causal):
+    model, tokenizer = random_causal
+    prompt = tiny.make_text(2, 45)
+    widths, logits = [], []
+    hooks = [
+        model.model.register_forward_pre_hook(
+            lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+        ),
+        model.register_forward_hook(lambda _, __, out: logits.append(out.logits[0, -1])),
+    ]
+    try:
+        whole = generate(model, tokenizer, prompt, sampling=Sampling(3))
+        assert widths == [45, 1, 1]
+        wanted, logits[:], widths[:] = logits[0], [], []
+        chunked = generate(model, tokenizer, prompt, sampling=Sampling(3), prefill_chunk=10)
+        assert widths == [10, 10, 10, 10, 5, 1, 1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(logits[4], wanted, rtol=1e-4, atol=1e-4)
+    assert chunked.token_ids == whole.token_ids
+
+
+def test_the_prompt_at_fault_is_named(reciting):
+    model, tokenizer = reciting
+    with pytest.raises(SettingError, match=r"^prompt 2 of 3: the prompt is empty"):
+        generate_batch(model, tokenizer, ["x", "", "x"])
+    with pytest.raises(SettingError, match="there is no prompt"):
+        generate_batch(model, tokenizer, [])
+    with pytest.raises(SettingError, match="prefill_chunk is 0"):
+        generate(model, tokenizer, "x", prefill_chunk=0)
+
+
 def test_a_model_that_puts_out_nan_is_an_error(reciting):
     _, tokenizer = reciting
     model = reciter({}, len(tokenizer))
@@ -340,8 +360,8 @@ def test_sampling_names_the_option_that_is_out_of_range(options, message):
         Sampling(**options).check()
 
 
-def test_prompt_and_new_tokens_must_fit_the_positions(causal):
-    model, tokenizer = causal
+def test_prompt_and_new_tokens_must_fit_the_positions(random_causal):
+    model, tokenizer = random_causal
     assert generate(model, tokenizer, "router " * 60, sampling=Sampling(4)).prompt_tokens == 60
     with pytest.raises(SettingError, match="60 tokens, and 5 new ones do not fit: the model has 64"):
         generate(model, tokenizer, "router " * 60, sampling=Sampling(5))
@@ -392,15 +412,56 @@ def test_a_template_that_refuses_a_message_is_named(reciting):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "compressed"])
-def test_the_command_prints_the_text_and_one_line_about_speed(run, switch, compressed, packed):
+def test_the_command_prints_the_text_and_its_speed_when_asked(run, switch, compressed, packed):
     directory = compressed[0] if packed else switch
-    code, printed, noted = run("generate", directory, "--prompt", "router <extra_id_0>", "--max-new-tokens", 6)
-    assert code == 0, noted
+    arguments = ["generate", directory, "--prompt", "router <extra_id_0>", "--max-new-tokens", 6]
+    code, printed, noted = run(*arguments)
+    assert (code, noted) == (0, "qmoe: cut by --max-new-tokens.\n")
     model, tokenizer = open_model(str(directory))
     assert printed == generate(model, tokenizer, "router <extra_id_0>", sampling=Sampling(6)).text + "\n"
-    assert len(noted.splitlines()) == 1
-    assert "6 tokens in" in noted
-    assert "cut by --max-new-tokens" in noted
+    code, again, noted = run(*arguments, "--stats")
+    assert (code, again) == (0, printed)
+    assert re.fullmatch(r"qmoe: 6 tokens in \d+\.\d\d s, \d+\.\d tokens/s, the first after .* s", noted.splitlines()[1])
+
+
+def test_several_prompts_stand_one_below_the_other(run, endless):
+    long = "y" * 80
+    code, printed, noted = run(
+        "generate", endless, "--prompt", "x", "--prompt", f"\n{long}\nx", "--max-new-tokens", 4, "--stats"
+    )
+    assert (code, printed) == (0, f"[1] x\n y y\n\n[2] {long[:73]}...\n y y\n")
+    assert noted.startswith("qmoe: cut by --max-new-tokens (1, 2 of 2).\nqmoe: 8 tokens in ")
+
+
+def test_several_prompts_give_a_json_array(run, endless, tmp_path):
+    (tmp_path / "a").write_text("x\n")
+    (tmp_path / "b").write_text(" x")
+    files = ["--prompt-file", tmp_path / "a", "--prompt-file", tmp_path / "b"]
+    code, printed, noted = run("generate", endless, *files, "--max-new-tokens", 4, "--json")
+    assert (code, noted) == (0, "")
+    assert [(one["prompt"], one["text"], one["prompt_tokens"]) for one in json.loads(printed)] == [
+        ("x", " y y", 1),
+        (" x", " y y", 2),
+    ]
+
+
+def test_a_text_waits_until_those_before_it_have_ended(capsys):
+    shown = _Shown(["a", "b", "c"])
+    shown.write(1, "two ")
+    shown.write(2, "three")
+    assert capsys.readouterr().out == "[1] a\n"
+    shown.write(1, "")
+    shown.write(0, "one")
+    assert capsys.readouterr().out == "one"
+    shown.write(0, "")
+    assert capsys.readouterr().out == "\n\n[2] b\ntwo \n\n[3] c\nthree"
+
+
+def test_an_interrupt_shows_what_other_prompts_have(capsys):
+    with _Shown(["a", "b", "c"]) as shown:
+        shown.write(0, "one")
+        shown.write(2, "three")
+    assert capsys.readouterr().out == "[1] a\none\n\n[3] c\nthree\n"
 
 
 def test_the_command_prints_one_json_document(run, endless):
@@ -436,10 +497,10 @@ def test_the_model_runs_in_the_dtype_that_was_asked_for(run, switch, compressed,
     assert printed == made.text + "\n"
 
 
-@pytest.mark.parametrize("option", ["--prompt", "--prompt-file"])
-def test_a_dash_reads_standard_input(run, endless, monkeypatch, option):
+@pytest.mark.parametrize("options", [["--prompt", "-"], ["--prompt-file", "-"], []])
+def test_a_dash_or_no_prompt_at_all_reads_standard_input(run, endless, monkeypatch, options):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é x\n".encode())))
-    code, printed, noted = run("generate", endless, option, "-", "--json", "--max-new-tokens", 2)
+    code, printed, noted = run("generate", endless, *options, "--json", "--max-new-tokens", 2)
     assert code == 0, noted
     assert json.loads(printed)["prompt"] == "é x"
 
@@ -486,7 +547,8 @@ def test_bad_input_is_one_line_and_exit_code_1(run, tmp_path, endless, switch, a
         ["--prompt", "x", "--max-new-tokens", "0"],
     ],
 )
-def test_wrong_usage_is_exit_code_2(run, endless, arguments):
+def test_wrong_usage_is_exit_code_2(run, endless, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     code, printed, noted = run("generate", endless, *arguments)
     assert (code, printed) == (2, "")
     assert "--" in noted
