@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite._products import STEP_IN_BYTES
 from qmoe_lite._walk import LANES, walk_rows
 from qmoe_lite.codewords import (
     MAX_WEIGHTS,
@@ -191,26 +192,40 @@ class Codebook:
         """A tuple as long as the fields of an entry that a kernel reads; only its length counts, and is compiled."""
         return (0,) * next(count for count in _FIELD_COUNTS if count >= self.max_nonzeros)
 
+    def gather_table(self, tokens: int) -> NDArray[Any]:
+        """The table as the gather kernel of so many tokens reads it.
+
+        Returns
+        -------
+        uint32 array, shape (2**bits,), where the fields leave room in it, else uint64
+            The fields, first one lowest; above them the weights as a step in x: in bytes (4 * digits * tokens each)
+            where `_products.STEP_IN_BYTES` says so, else in slots (digits each).
+        """
+        if tokens not in self._gather_tables:
+            scale = self.digits * (4 * tokens if len(self.fields) in STEP_IN_BYTES else 1)
+            self._gather_tables[tokens] = self._fields_first(self.table >> np.uint64(8), scale)
+        return self._gather_tables[tokens]
+
     @cached_property
-    def scaled_table(self) -> NDArray[Any]:
-        """The table with `digits * weights` in byte 0; zeros behind the fields, uint32 where that leaves nothing."""
-        return self._narrow(self.table + (self.table & np.uint64(255)) * np.uint64(self.digits - 1))
+    def _gather_tables(self) -> dict[int, NDArray[Any]]:
+        return {}
 
     @cached_property
     def split_table(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The table with positions for fields, and another with their slots, both in the fields' bytes; as narrow."""
-        positions, slots = self.table & np.uint64(255), np.zeros_like(self.table)
-        for shift in range(8, 64, 8):
-            fields = self.table >> np.uint64(shift) & np.uint64(255)
+        """Two tables of the same dtype: positions for fields and above them the weights; the slots for fields."""
+        positions, slots = np.zeros_like(self.table), np.zeros_like(self.table)
+        for shift in range(0, 56, 8):
+            fields = self.table >> np.uint64(shift + 8) & np.uint64(255)
             positions |= fields // np.uint64(self.digits) << np.uint64(shift)
             slots |= fields % np.uint64(self.digits) << np.uint64(shift)
-        return self._narrow(positions), self._narrow(slots)
+        return self._fields_first(positions, 1), self._fields_first(slots, 0)
 
-    def _narrow(self, table: NDArray[np.uint64]) -> NDArray[Any]:
-        width = len(self.fields)
-        if width <= 3:
-            return (table & np.uint64((1 << 8 * width + 8) - 1)).astype(np.uint32)
-        return table & np.uint64((1 << min(8 * width + 8, 64)) - 1)
+    def _fields_first(self, fields: NDArray[np.uint64], scale: int) -> NDArray[Any]:
+        """Put `scale` times an entry's weights behind as many of seven fields as kernels look at."""
+        above = np.uint64(8 * len(self.fields))
+        lengths = (self.table & np.uint64(255)) * np.uint64(scale)
+        table = fields & ((np.uint64(1) << above) - np.uint64(1)) | lengths << above
+        return table.astype(np.uint32) if len(self.fields) <= 3 else table
 
     @cached_property
     def longest(self) -> int:

@@ -138,22 +138,35 @@ def grouped_matmul(
     """
     columns = stacks[0].columns
     y = [torch.empty(len(x), stack.levels.shape[1]) for stack in stacks]
-    # one matrix needs no copy
-    levels = [(s.levels[experts] if len(s.levels) > 1 else s.levels).float().numpy() for s in stacks]
     digits = stacks[0].codebook.digits
+    symmetric = all(stack.levels.shape[2] == 1 for stack in stacks)
+    levels = [_levels(stack, experts, symmetric) for stack in stacks]
     padded = columns + 4 * max(stack.codebook.longest for stack in stacks) + 4  # what a row's last codewords may reach
     for lanes, all_jobs in _jobs(experts, bounds).items():
         gathered = lanes in GATHER_TOKENS
-        group, offset = (digits * lanes, (digits - 2) * lanes) if gathered else (lanes, 0)
+        group = digits * lanes if gathered else lanes
+        offset, negated = (0, lanes) if symmetric else ((digits - 2) * lanes, -1)
+        if not gathered:
+            offset, negated = 0, -1
         step = max(1, EXPANDED_BYTES // (4 * padded * group))
         for start in range(0, len(all_jobs), step):
             jobs = all_jobs[start : start + step]
             expanded = np.empty((len(jobs), padded, group), dtype=np.float32)
-            if not _products.expand_kernel(x.numpy(), jobs, offset, expanded):
+            if not _products.expand_kernel(x.numpy(), jobs, offset, negated, expanded):
                 raise NotFiniteError("x holds NaN or values over 1e33; expected activations. Use the dense matrix.")
             for stack, own, out in zip(stacks, levels, y, strict=True):
                 (_gather if gathered else _block)(stack, jobs, own, lanes, expanded, out.numpy())
     return y
+
+
+def _levels(stack: MatrixStack, experts: list[int], symmetric: bool) -> NDArray[np.float32]:
+    """Give the levels of some of a stack's matrices, both of a symmetric row's where others have two."""
+    levels = stack.levels[experts] if len(stack.levels) > 1 else stack.levels  # one matrix needs no copy
+    levels = levels.float()
+    if levels.shape[2] == 1 and not symmetric:
+        levels = torch.cat([-levels, levels], -1)
+    of_experts: NDArray[np.float32] = levels.numpy()
+    return of_experts
 
 
 def _gather(
@@ -165,14 +178,16 @@ def _gather(
     y: NDArray[np.float32],
 ) -> None:
     book = stack.codebook
-    sums = max(4, 1 << ((book.digits - 1) * tokens - 1).bit_length())  # fewer than 16 bytes are no faster
+    sums = tokens * (1 if levels.shape[2] == 1 else 1 << (book.digits - 2).bit_length())
+    if sums > 1:
+        sums = max(4, sums)  # fewer than 16 bytes take a load of their own before the addition
     chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // CHUNK_BYTES), stack.columns // CHUNK_COLUMNS))
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
     # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take seconds to compile
     bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
     lengths = bits, book.fields, (0,) * tokens, (0,) * sums
     _products.gather_kernel(
-        *matrices, book.scaled_table, *lengths, jobs, _task_rows(stack), levels, expanded, stack.columns, chunks, y
+        *matrices, book.gather_table(tokens), *lengths, jobs, _task_rows(stack), levels, expanded, chunks, y
     )
 
 
