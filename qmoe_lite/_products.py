@@ -37,6 +37,7 @@ from qmoe_lite._vectors import (
 )
 
 EXPERT, CHOICE, FIRST, COUNT = range(4)  # columns of `jobs`: expert, its place in `levels`, first token, tokens
+TASK_ROWS = 64  # even
 STEP_IN_BYTES = (2, 4)  # fields of an entry of `Codebook.gather_table` that leave room for the step in x in bytes
 _COLUMNS = 64  # expanded at a time
 _LARGEST = np.float32(1e33)  # sums of so many columns cannot overflow before a level makes them small
@@ -48,7 +49,8 @@ def expand_kernel(
 ) -> bool:
     """Lay x (N, C) out for each job: out (J, C + padding, group), tokens side by side from `offset` on, else zeros.
 
-    Unless `negated` is -1, -x is laid from there on. Returns whether all of x that the jobs name is finite, and not so large that sums of it might not be.
+    Unless `negated` is -1, -x lies from there on. Returns whether all of x that the jobs name is finite, and not so
+    large that sums of it might not be.
     """
     pieces = (out.shape[1] + _COLUMNS - 1) // _COLUMNS
     spoilt = 0
@@ -114,12 +116,19 @@ def _group(row: np.uint64, shift: np.uint64, group: int, bits: Any) -> np.uint64
 
 
 @njit(forceinline=True, error_model="numpy")
-def _first_codeword(row_codewords: NDArray[Any], fewest: NDArray[np.int32], expert: int, row: int) -> Any:
-    """Number of a row's first codeword within its expert."""
-    before = np.int64(fewest[expert]) * row
-    for earlier in range(row):
-        before += np.int64(row_codewords[expert, earlier])
-    return before
+def _first_codewords(row_codewords: NDArray[Any], fewest: NDArray[np.int32], jobs: NDArray[np.int64]) -> Any:
+    """Number of each task's first codeword within its expert: (J, tasks of a job)."""
+    rows = row_codewords.shape[1]
+    firsts = np.empty((len(jobs), (rows + TASK_ROWS - 1) // TASK_ROWS), dtype=np.int64)
+    for job in range(len(jobs)):
+        expert, before = jobs[job, EXPERT], np.int64(0)
+        for block in range(firsts.shape[1]):
+            firsts[job, block] = before
+            own = row_codewords[expert, block * TASK_ROWS : (block + 1) * TASK_ROWS]
+            before += np.int64(fewest[expert]) * len(own)
+            for count in own:
+                before += np.int64(count)
+    return firsts
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -216,17 +225,16 @@ def _gather_rows(
     slots: NDArray[np.float32],
     chunks: int,
     first: int,
-    task_rows: int,
+    codeword: int,
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y[tokens of the job, first : first + task_rows]."""
+    """Fill y[tokens of the job, first : first + TASK_ROWS]; `codeword` is the number of the first row's first."""
     expert = job[EXPERT]
-    rows = min(task_rows, levels.shape[1] - first)
+    rows = min(TASK_ROWS, levels.shape[1] - first)
     bit, left = np.empty(rows + 1, dtype=np.uint64), np.empty(rows, dtype=np.uint64)
     place = np.full(rows, address_of(slots))
     sums = np.zeros(rows * len(lanes), dtype=np.float32)
     stream = address_of(codes) + np.uint64(offset)
-    codeword = _first_codeword(row_codewords, fewest, expert, first)
     for i in range(rows):
         count = np.int64(row_codewords[expert, first + i]) + fewest[expert]
         bit[i], left[i] = np.uint64(codeword) * code_bits(bits), (count + 3) // 4
@@ -275,7 +283,6 @@ def gather_kernel(
     tokens: tuple[int, ...],
     lanes: tuple[int, ...],
     jobs: NDArray[np.int64],
-    task_rows: int,
     levels: NDArray[np.float32],
     slots: NDArray[np.float32],
     chunks: int,
@@ -290,7 +297,8 @@ def gather_kernel(
     equal shares of their codewords, so that x stays in the first-level cache: all rows of a task in one, then in the
     next.
     """
-    blocks = (levels.shape[1] + task_rows - 1) // task_rows
+    firsts = _first_codewords(row_codewords, fewest, jobs)
+    blocks = firsts.shape[1]
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
         _gather_rows(
@@ -307,8 +315,8 @@ def gather_kernel(
             levels,
             slots[task // blocks],
             chunks,
-            task % blocks * task_rows,
-            task_rows,
+            task % blocks * TASK_ROWS,
+            firsts[task // blocks, task % blocks],
             y,
         )
 
@@ -408,16 +416,16 @@ def _block_rows(
     digits: int,
     x_columns: NDArray[np.float32],
     first: int,
-    task_rows: int,
+    codeword: int,
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y[tokens of the job, first : first + task_rows]."""
+    """Fill y[tokens of the job, first : first + TASK_ROWS]; `codeword` is the number of the first row's first."""
     expert = job[EXPERT]
-    rows = min(task_rows, levels.shape[1] - first)
-    sums = np.empty((task_rows, len(lanes)), dtype=np.float32)
+    rows = min(TASK_ROWS, levels.shape[1] - first)
+    sums = np.empty((TASK_ROWS, len(lanes)), dtype=np.float32)
     values = np.empty((2, digits), dtype=np.float32)
     stream = address_of(codes) + np.uint64(offset)
-    bit = np.uint64(_first_codeword(row_codewords, fewest, expert, first) * bits)
+    bit = np.uint64(codeword * bits)
     for i in range(0, rows, 2):
         end0 = bit + np.uint64((np.int64(row_codewords[expert, first + i]) + fewest[expert]) * bits)
         end1 = end0  # a row of no codewords beside the last of an odd number
@@ -458,14 +466,14 @@ def block_kernel(
     fields: tuple[int, ...],
     lanes: tuple[int, ...],
     jobs: NDArray[np.int64],
-    task_rows: int,
     levels: NDArray[np.float32],
     digits: int,
     x_columns: NDArray[np.float32],
     y: NDArray[np.float32],
 ) -> None:
     """Fill y (N, R) for jobs of up to len(lanes) tokens; x_columns (J, C + padding, lanes) from `expand_kernel`."""
-    blocks = (levels.shape[1] + task_rows - 1) // task_rows
+    firsts = _first_codewords(row_codewords, fewest, jobs)
+    blocks = firsts.shape[1]
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
         _block_rows(
@@ -482,7 +490,7 @@ def block_kernel(
             levels,
             digits,
             x_columns[task // blocks],
-            task % blocks * task_rows,
-            task_rows,
+            task % blocks * TASK_ROWS,
+            firsts[task // blocks, task % blocks],
             y,
         )

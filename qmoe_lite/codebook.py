@@ -51,7 +51,7 @@ class Codebook:
     counts : tuple of int
         Digit counts in ascending digit order: (n(-1), n(0), n(+1)) for ternary, (n(0), .., n(3)) for two-bit digits.
     bits : int
-        Bits of a codeword: 8 to 12, the paper's 16.
+        Bits of a codeword: 8 to 13, the paper's 16.
 
     Notes
     -----
@@ -71,9 +71,9 @@ class Codebook:
         try:
             object.__setattr__(self, "bits", operator.index(self.bits))
         except TypeError as error:
-            raise SettingError(f"bits is {self.bits!r}; expected an integer from 8 to 12.") from error
-        if self.kind == "tunstall" and not 8 <= self.bits <= 12:
-            raise SettingError(f"bits is {self.bits}; expected 8 to 12 (10 serves most models).")
+            raise SettingError(f"bits is {self.bits!r}; expected an integer from 8 to 13.") from error
+        if self.kind == "tunstall" and not 8 <= self.bits <= 13:
+            raise SettingError(f"bits is {self.bits}; expected 8 to 13 (10 serves most models).")
         if self.kind == "paper" and (self.counts, self.bits) != (PAPER_COUNTS, PAPER_BITS):
             raise CodebookError(
                 f"the paper's dictionary has counts {list(self.counts)} and {self.bits} bits; expected "
@@ -89,7 +89,7 @@ class Codebook:
         counts : three or four int, none negative, not all zero
             [n(-1), n(0), n(+1)] for ternary digits, [n(0), n(1), n(2), n(3)] for two-bit digits.
         bits : int, default 10
-            Bits of a codeword, 8 to 12: 2**bits codewords at most.
+            Bits of a codeword, 8 to 13: 2**bits codewords at most.
 
         Raises
         ------
@@ -115,7 +115,7 @@ class Codebook:
 
     @classmethod
     def choose(cls, counts: Iterable[int], digits: NDArray[np.int8] | None = None) -> Codebook:
-        """Build the Tunstall code of 8 to 12 bits that serves such digits best.
+        """Build the Tunstall code of 8 to 13 bits that serves such digits best.
 
         Parameters
         ----------
@@ -132,20 +132,28 @@ class Codebook:
 
         Notes
         -----
-        Of the codes within 2% of the smallest rate it is the one nearest to 10 bits, whose products are the fastest
-        (a table of 8 KB, two nonzeros an entry), and the shorter of two as near. A model's digits are not independent:
-        their rates differ from the expected ones by up to 6%, and in another way at each number of bits.
+        Of the codes of 8 to 12 bits within 2% of the smallest rate it is the one nearest to 10 bits, whose products are
+        the fastest (a table of 4 KB, two nonzeros an entry), and the shorter of two as near. Where that has 12 bits,
+        one of 13 is taken if it is smaller: with 95% zeros it takes 2% less, and its products are as fast. A model's
+        digits are not independent: their rates differ from the expected ones by up to 6%, and in another way at each
+        number of bits.
 
         Examples
         --------
         >>> Codebook.choose([115, 1770, 115]).bits, Codebook.choose([25, 950, 25]).bits
-        (10, 12)
+        (10, 13)
         """
         counts = tuple(counts)
-        codebooks = [cls.fit(counts, bits) for bits in range(8, 13)]
-        rates = [book.expected_bits_per_weight() if digits is None else book.rate(digits) for book in codebooks]
-        good = [book for book, rate in zip(codebooks, rates, strict=True) if rate <= _RATE_MARGIN * min(rates)]
-        return min(good, key=lambda book: (abs(book.bits - 10), book.bits))
+
+        def rate_of(book: Codebook) -> float:
+            return book.expected_bits_per_weight() if digits is None else book.rate(digits)
+
+        rates = {book: rate_of(book) for book in (cls.fit(counts, bits) for bits in range(8, 13))}
+        good = [book for book, rate in rates.items() if rate <= _RATE_MARGIN * min(rates.values())]
+        chosen = min(good, key=lambda book: (abs(book.bits - 10), book.bits))
+        if chosen.bits == 12 and rate_of(longer := cls.fit(counts, 13)) < rates[chosen]:
+            return longer
+        return chosen
 
     @staticmethod
     def paper() -> Codebook:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from qmoe_lite.validation import prepare
 GATHER_TOKENS = (1, 2, 4)  # tokens whose sums of each level are gathered in one walk
 BLOCK_TOKENS = (8, 16, 32, 64)  # tokens whose sums stay in registers, a multiplication for each nonzero
 USUAL_BITS = 10
-CHUNK_BYTES = 28 << 10  # of the slots of x that are walked at a time: they stay in a first-level cache of 32 KiB
+CACHE_BYTES = 28 << 10  # of a first-level cache of 32 KiB, for the table and the slots of x that are walked at a time
+CHUNK_BYTES = 16 << 10  # of slots at least, whatever the table takes
 CHUNK_COLUMNS = 512  # at least, or the stops cost more than the cache saves
 EXPANDED_BYTES = 16 << 20  # of x laid out for the kernels at a time
 TILE_VALUES = 1 << 20  # float32 values decoded at a time for many tokens: 4 MiB, 256 rows of 4096
@@ -65,10 +67,10 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     or over 1e33: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
-    prepare(packed)
+    stack = _stack_of(packed)
     tokens = _tokens(x, packed)
     try:
-        y = grouped_matmul([MatrixStack.of(packed)], tokens, [0], [0, len(tokens)])[0]
+        y = grouped_matmul([stack], tokens, [0], [0, len(tokens)])[0]
     except NotFiniteError:
         y = _tile_product(packed, tokens)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
@@ -101,10 +103,21 @@ class MatrixStack:
 
     @classmethod
     def of(cls, packed: PackedMatrix) -> MatrixStack:
-        """A stack of one."""
+        """A stack of one; its levels are a float32 copy."""
         fewest, offsets = np.array([packed.fewest_codewords], dtype=np.int32), np.zeros(1, dtype=np.int64)
         codes, row_codewords = packed.codes.numpy(), packed.row_codewords.numpy()[None]
-        return cls(codes, offsets, row_codewords, fewest, packed.levels[None], packed.codebook, packed.columns)
+        return cls(codes, offsets, row_codewords, fewest, packed.levels.float()[None], packed.codebook, packed.columns)
+
+
+_stacks: WeakKeyDictionary[PackedMatrix, MatrixStack] = WeakKeyDictionary()
+
+
+def _stack_of(packed: PackedMatrix) -> MatrixStack:
+    """Validate a matrix and give it as a stack; kept with it, since making one takes as long as a small product."""
+    if (stack := _stacks.get(packed)) is None:
+        prepare(packed)
+        stack = _stacks[packed] = MatrixStack.of(packed)
+    return stack
 
 
 def grouped_matmul(
@@ -144,10 +157,10 @@ def grouped_matmul(
     padded = columns + 4 * max(stack.codebook.longest for stack in stacks) + 4  # what a row's last codewords may reach
     for lanes, all_jobs in _jobs(experts, bounds).items():
         gathered = lanes in GATHER_TOKENS
-        group = digits * lanes if gathered else lanes
-        offset, negated = (0, lanes) if symmetric else ((digits - 2) * lanes, -1)
-        if not gathered:
-            offset, negated = 0, -1
+        group, offset, negated = lanes, 0, -1
+        if gathered:
+            group = digits * lanes
+            offset, negated = (0, lanes) if symmetric else ((digits - 2) * lanes, -1)
         step = max(1, EXPANDED_BYTES // (4 * padded * group))
         for start in range(0, len(all_jobs), step):
             jobs = all_jobs[start : start + step]
@@ -181,14 +194,14 @@ def _gather(
     sums = tokens * (1 if levels.shape[2] == 1 else 1 << (book.digits - 2).bit_length())
     if sums > 1:
         sums = max(4, sums)  # fewer than 16 bytes take a load of their own before the addition
-    chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // CHUNK_BYTES), stack.columns // CHUNK_COLUMNS))
+    table = book.gather_table(tokens)
+    chunk_bytes = max(CHUNK_BYTES, CACHE_BYTES - table.nbytes)
+    chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // chunk_bytes), stack.columns // CHUNK_COLUMNS))
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
     # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take seconds to compile
     bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
     lengths = bits, book.fields, (0,) * tokens, (0,) * sums
-    _products.gather_kernel(
-        *matrices, book.gather_table(tokens), *lengths, jobs, _task_rows(stack), levels, expanded, chunks, y
-    )
+    _products.gather_kernel(*matrices, table, *lengths, jobs, levels, expanded, chunks, y)
 
 
 def _block(
@@ -208,17 +221,11 @@ def _block(
         book.fields,
         (0,) * tokens,
         jobs,
-        _task_rows(stack),
         levels,
         book.digits,
         expanded,
         y,
     )
-
-
-def _task_rows(stack: MatrixStack) -> int:
-    """Rows of a task, even: 64, or so many that there are 256 tasks, since each counts the codewords before it."""
-    return max(64, 2 * -(-stack.levels.shape[1] // 512))
 
 
 def _jobs(experts: list[int], bounds: list[int]) -> dict[int, NDArray[np.int64]]:
