@@ -25,7 +25,7 @@ from qmoe_lite.experts import PARTS, PackedExperts
 from qmoe_lite.inspection import short_name
 
 ZEROS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.885, 0.92, 0.95, 0.97)
-BITS = (8, 9, 10, 11, 12)
+BITS = (8, 9, 10, 11, 12, 13)
 WIDTHS = (768, 2048, 2080, 6144, 14336)
 WIDTH = 2048  # of the rows where one width must do
 WEIGHTS = 4_300_800

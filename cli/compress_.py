@@ -29,7 +29,7 @@ def compress(
     sequence_length: SequenceLengthOption = 512,
     codeword_bits: Annotated[
         int | None,
-        typer.Option(help="Bits of a codeword. [default: what serves each layer and projection best]", min=8, max=12),
+        typer.Option(help="Bits of a codeword. [default: what serves each layer and projection best]", min=8, max=13),
     ] = None,
     dampening: Annotated[float, typer.Option(help="Added to a Hessian's diagonal, as a share of its mean.")] = 0.1,
     validation_samples: Annotated[

@@ -1,12 +1,17 @@
 """The kernels of the product: a row's codewords are walked once for some tokens, whose sums stay in registers.
 
 A job is a group of tokens that go through one expert; a task is a block of a job's rows, and tasks are spread over the
-threads. Two rows are walked at a time: the processor adds the one while it waits for the other's table entries.
+threads.
 
 Few tokens (`gather`): x is laid out in groups of `digits * tokens` floats a column that hold zeros and once the tokens'
 values, so that what lies at a nonzero's slot IS what it adds to the sums of each level and token: one load and addition
-a nonzero, no sign, no multiplication. An absent nonzero points at the zero slot.
-More tokens (`block`): a nonzero adds its level times the tokens' values.
+a nonzero, no sign, no multiplication. An absent nonzero points at the zero slot. Where a row has one level, the group
+holds the values negated too, and there is one sum a token. Rows are walked one by one: only the place in x waits for
+the codeword before, one addition, and the processor looks tens of codewords ahead. Sixteen codewords of b bits are 2 b
+bytes, so that a row keeps its shift within a byte. Compiled for one token and level and 10 bits, a codeword of 15
+weights takes 9 instructions: 2 for its code, 4 for the entry and its parts, 2 for the nonzeros, 1 for the place.
+More tokens (`block`): a nonzero adds its level times the tokens' values. Two rows are walked at a time: the processor
+adds the one while it waits for the other's table entries.
 """
 
 from __future__ import annotations
@@ -25,33 +30,43 @@ from qmoe_lite._vectors import (
     code_bits,
     load_32_at,
     load_64_at,
-    prefetch,
+    prefetch_first,
+    prefetch_second,
     store,
     zeros,
 )
 
 EXPERT, CHOICE, FIRST, COUNT = range(4)  # columns of `jobs`: expert, its place in `levels`, first token, tokens
+TASK_ROWS = 64  # even
+STEP_IN_BYTES = (2, 4)  # fields of an entry of `Codebook.gather_table` that leave room for the step in x in bytes
 _COLUMNS = 64  # expanded at a time
 _LARGEST = np.float32(1e33)  # sums of so many columns cannot overflow before a level makes them small
 
 
 @njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
-def expand_kernel(x: NDArray[np.float32], jobs: NDArray[np.int64], offset: int, out: NDArray[np.float32]) -> bool:
+def expand_kernel(
+    x: NDArray[np.float32], jobs: NDArray[np.int64], offset: int, negated: int, out: NDArray[np.float32]
+) -> bool:
     """Lay x (N, C) out for each job: out (J, C + padding, group), tokens side by side from `offset` on, else zeros.
 
-    Returns whether all of x that the jobs name is finite, and not so large that sums of it might not be.
+    Unless `negated` is -1, -x lies from there on. Returns whether all of x that the jobs name is finite, and not so
+    large that sums of it might not be.
     """
     pieces = (out.shape[1] + _COLUMNS - 1) // _COLUMNS
     spoilt = 0
     for task in prange(len(jobs) * pieces):
         job = task // pieces
         start = task % pieces * _COLUMNS
-        spoilt += _expand_piece(x[:, start : start + _COLUMNS], jobs[job], offset, out[job, start : start + _COLUMNS])
+        spoilt += _expand_piece(
+            x[:, start : start + _COLUMNS], jobs[job], offset, negated, out[job, start : start + _COLUMNS]
+        )
     return spoilt == 0
 
 
 @njit(forceinline=True, error_model="numpy")
-def _expand_piece(x: NDArray[np.float32], job: NDArray[np.int64], offset: int, out: NDArray[np.float32]) -> int:
+def _expand_piece(
+    x: NDArray[np.float32], job: NDArray[np.int64], offset: int, negated: int, out: NDArray[np.float32]
+) -> int:
     first, count, columns = job[FIRST], job[COUNT], x.shape[1]
     spoilt = 0
     out[:] = 0
@@ -60,6 +75,8 @@ def _expand_piece(x: NDArray[np.float32], job: NDArray[np.int64], offset: int, o
         for column in range(columns):
             value = row[column]
             out[column, offset + token] = value
+            if negated >= 0:
+                out[column, negated + token] = -value
             spoilt += not abs(value) <= _LARGEST
     return spoilt
 
@@ -72,9 +89,13 @@ def _entry(table: np.uint64, code: np.uint64, fields: tuple[int, ...]) -> np.uin
 
 
 @njit(forceinline=True, error_model="numpy")
-def _field(entry: np.uint64, i: int, fields: tuple[int, ...]) -> np.uint64:
-    field = entry >> np.uint64(8 * i + 8)
-    return field if i == len(fields) - 1 else field & np.uint64(255)  # nothing is behind the last
+def _field(entry: np.uint64, i: int) -> np.uint64:
+    return (entry >> np.uint64(8 * i)) & np.uint64(255)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _step(entry: np.uint64, fields: tuple[int, ...]) -> np.uint64:
+    return entry >> np.uint64(8 * len(fields))
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -88,12 +109,26 @@ def _word(codes: np.uint64, bit: np.uint64) -> np.uint64:
 
 
 @njit(forceinline=True, error_model="numpy")
-def _first_codeword(row_codewords: NDArray[Any], fewest: NDArray[np.int32], expert: int, row: int) -> Any:
-    """Number of a row's first codeword within its expert."""
-    before = np.int64(fewest[expert]) * row
-    for earlier in range(row):
-        before += np.int64(row_codewords[expert, earlier])
-    return before
+def _group(row: np.uint64, shift: np.uint64, group: int, bits: Any) -> np.uint64:
+    """Four codewords: group 0, 1, 2 or 3 of the sixteen that begin `shift` bits behind the address `row`."""
+    bit = np.uint64(4 * group) * code_bits(bits)
+    return load_64_at(row + (bit >> np.uint64(3))) >> (shift + (bit & np.uint64(7)))
+
+
+@njit(forceinline=True, error_model="numpy")
+def _first_codewords(row_codewords: NDArray[Any], fewest: NDArray[np.int32], jobs: NDArray[np.int64]) -> Any:
+    """Number of each task's first codeword within its expert: (J, tasks of a job)."""
+    rows = row_codewords.shape[1]
+    firsts = np.empty((len(jobs), (rows + TASK_ROWS - 1) // TASK_ROWS), dtype=np.int64)
+    for job in range(len(jobs)):
+        expert, before = jobs[job, EXPERT], np.int64(0)
+        for block in range(firsts.shape[1]):
+            firsts[job, block] = before
+            own = row_codewords[expert, block * TASK_ROWS : (block + 1) * TASK_ROWS]
+            before += np.int64(fewest[expert]) * len(own)
+            for count in own:
+                before += np.int64(count)
+    return firsts
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -109,8 +144,10 @@ def _gather_codeword(
     slot_bytes = np.uint64(4 * len(tokens))
     entry = _entry(table, code, fields)
     for i in range(len(fields)):
-        total = add_at(total, place + slot_bytes * _field(entry, i, fields))
-    return place + slot_bytes * (entry & np.uint64(255)), total
+        total = add_at(total, place + slot_bytes * _field(entry, i))
+    if len(fields) in STEP_IN_BYTES:
+        return place + _step(entry, fields), total
+    return place + slot_bytes * _step(entry, fields), total
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -135,58 +172,41 @@ def _gather_four(
 
 
 @njit(forceinline=True, error_model="numpy")
-def _gather_pair(
+def _gather_row(
     codes: np.uint64,
+    bit: np.uint64,
+    groups: np.uint64,
+    ahead: np.uint64,
     table: np.uint64,
-    state: NDArray[np.uint64],
-    at: int,
-    end: np.uint64,
     bits: Any,
     fields: tuple[int, ...],
     tokens: tuple[int, ...],
     lanes: tuple[int, ...],
+    place: np.uint64,
     sums: np.uint64,
-) -> None:
-    """Walk two rows until their codewords are used up or the place `end` is reached; add to the 2 * lanes at `sums`.
+) -> np.uint64:
+    """Walk groups of four codewords from `bit` on; add to the lanes at `sums`, and give the place behind them.
 
-    state[at : at + 6]: of each row the next bit, groups of four codewords left, the place in x. Where the last group
-    has fewer than four, what follows it in the stream is added too: it finds the zeros behind x.
+    Where the row's last group has fewer than four, what follows it in the stream is added too: it finds the zeros
+    behind x. What lies `ahead` bytes behind each codeword is asked for.
     """
-    step = np.uint64(4) * code_bits(bits)
-    bit0, left0, place0 = state[at], state[at + 1], state[at + 2]
-    bit1, left1, place1 = state[at + 3], state[at + 4], state[at + 5]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(lanes)
-    both = min(left0, left1)
-    left0 -= both
-    left1 -= both
-    while both > np.uint64(0) and place0 < end:
-        place0, a0, a1, a2, a3 = _gather_four(_word(codes, bit0), table, bits, fields, tokens, place0, a0, a1, a2, a3)
-        place1, b0, b1, b2, b3 = _gather_four(_word(codes, bit1), table, bits, fields, tokens, place1, b0, b1, b2, b3)
-        bit0 += step
-        bit1 += step
-        both -= np.uint64(1)
-    first_longer = left0 > np.uint64(0)
-    left0 += both
-    left1 += both
-    store(sums, add_at(add(add(a0, a1), add(a2, a3)), sums))
-    other = sums + np.uint64(4 * len(lanes))
-    store(other, add_at(add(add(b0, b1), add(b2, b3)), other))
-    if both == np.uint64(0):  # at most one row has more
-        bit, left, place, longer = bit1, left1, place1, other
-        if first_longer:
-            bit, left, place, longer = bit0, left0, place0, sums
-        a0 = a1 = a2 = a3 = zeros(lanes)
-        while left > np.uint64(0) and place < end:
-            place, a0, a1, a2, a3 = _gather_four(_word(codes, bit), table, bits, fields, tokens, place, a0, a1, a2, a3)
-            bit += step
-            left -= np.uint64(1)
-        store(longer, add_at(add(add(a0, a1), add(a2, a3)), longer))
-        if first_longer:
-            bit0, left0, place0 = bit, left, place
-        else:
-            bit1, left1, place1 = bit, left, place
-    state[at], state[at + 1], state[at + 2] = bit0, left0, place0
-    state[at + 3], state[at + 4], state[at + 5] = bit1, left1, place1
+    a = b = c = d = zeros(lanes)
+    row, shift = codes + (bit >> np.uint64(3)), bit & np.uint64(7)
+    sixteen = np.uint64(2) * code_bits(bits)
+    end = row + sixteen * (groups >> np.uint64(2))
+    while row != end:
+        prefetch_second(row + ahead)
+        place, a, b, c, d = _gather_four(_group(row, shift, 0, bits), table, bits, fields, tokens, place, a, b, c, d)
+        place, a, b, c, d = _gather_four(_group(row, shift, 1, bits), table, bits, fields, tokens, place, a, b, c, d)
+        place, a, b, c, d = _gather_four(_group(row, shift, 2, bits), table, bits, fields, tokens, place, a, b, c, d)
+        place, a, b, c, d = _gather_four(_group(row, shift, 3, bits), table, bits, fields, tokens, place, a, b, c, d)
+        row += sixteen
+    bit = shift
+    for _ in range(groups & np.uint64(3)):
+        place, a, b, c, d = _gather_four(_word(row, bit), table, bits, fields, tokens, place, a, b, c, d)
+        bit += np.uint64(4) * code_bits(bits)
+    store(sums, add_at(add(add(a, b), add(c, d)), sums))
+    return place
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -203,52 +223,46 @@ def _gather_rows(
     job: NDArray[np.int64],
     levels: NDArray[np.float32],
     slots: NDArray[np.float32],
-    columns: int,
     chunks: int,
     first: int,
-    task_rows: int,
+    codeword: int,
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y[tokens of the job, first : first + task_rows]."""
+    """Fill y[tokens of the job, first : first + TASK_ROWS]; `codeword` is the number of the first row's first."""
     expert = job[EXPERT]
-    rows = min(task_rows, levels.shape[1] - first)
-    pairs = (rows + 1) // 2
-    state = np.empty(6 * pairs, dtype=np.uint64)
-    sums = np.empty(2 * pairs * len(lanes), dtype=np.float32)
-    stream, x_start = address_of(codes) + np.uint64(offset), address_of(slots)
-    codeword = _first_codeword(row_codewords, fewest, expert, first)
-    begin = codeword
+    rows = min(TASK_ROWS, levels.shape[1] - first)
+    bit, left = np.empty(rows + 1, dtype=np.uint64), np.empty(rows, dtype=np.uint64)
+    place = np.full(rows, address_of(slots))
+    sums = np.zeros(rows * len(lanes), dtype=np.float32)
+    stream = address_of(codes) + np.uint64(offset)
     for i in range(rows):
         count = np.int64(row_codewords[expert, first + i]) + fewest[expert]
-        state[3 * i], state[3 * i + 1], state[3 * i + 2] = (
-            np.uint64(codeword) * code_bits(bits),
-            (count + 3) // 4,
-            x_start,
-        )
+        bit[i], left[i] = np.uint64(codeword) * code_bits(bits), (count + 3) // 4
         codeword += count
-    if rows % 2:
-        state[3 * rows + 1] = 0  # beside the last row of an odd number: nothing
-    for i in range(len(sums)):
-        sums[i] = 0
-    # the codes of the next rows are asked for while these are walked: chunks read them in an order no processor guesses
-    ahead = stream + (np.uint64(codeword) * code_bits(bits) >> np.uint64(3))
-    lines = (codeword - begin) * np.int64(code_bits(bits)) // (8 * 64 * pairs * chunks) + 1 if chunks > 1 else 0
+    bit[rows] = np.uint64(codeword) * code_bits(bits)
+    # the next task's codes are asked for while these are walked: chunks read them in an order no processor guesses
+    ahead = (bit[rows] - bit[0]) >> np.uint64(3)
     for chunk in range(chunks):
-        end = x_start + np.uint64(4 * slots.shape[1] * (columns * (chunk + 1) // chunks))
-        if chunk == chunks - 1:
-            end = ~np.uint64(0)
-        for pair in range(pairs):
-            for line in range(lines):
-                prefetch(ahead + np.uint64(64 * line))
-            ahead += np.uint64(64 * lines)
-            both = address_of(sums) + np.uint64(8 * len(lanes) * pair)
-            _gather_pair(stream, address_of(table), state, 6 * pair, end, bits, fields, tokens, lanes, both)
+        share = np.uint64((1 << 16) // (chunks - chunk))
+        for i in range(rows):
+            following = stream + (bit[i + 1] >> np.uint64(3))
+            prefetch_first(following)
+            prefetch_first(following + np.uint64(64))
+            groups = left[i]
+            if chunk < chunks - 1:  # whole sixteens: so many for most rows that the processor foresees the loop's end
+                groups = (groups * share >> np.uint64(16)) & ~np.uint64(3)
+            own = address_of(sums) + np.uint64(4 * len(lanes) * i)
+            place[i] = _gather_row(
+                stream, bit[i], groups, ahead, address_of(table), bits, fields, tokens, lanes, place[i], own
+            )
+            bit[i] += np.uint64(4) * groups * code_bits(bits)
+            left[i] -= groups
     width, choice = len(tokens), job[CHOICE]
     for token in range(job[COUNT]):
         for i in range(rows):
             row, at = first + i, len(lanes) * i + token
-            if levels.shape[2] == 1:  # symmetric
-                total = levels[choice, row, 0] * (sums[at + width] - sums[at])
+            if levels.shape[2] == 1:  # symmetric: the sum holds the negated ones already
+                total = levels[choice, row, 0] * sums[at]
             elif levels.shape[2] == 2:
                 total = levels[choice, row, 0] * sums[at] + levels[choice, row, 1] * sums[at + width]
             else:
@@ -269,21 +283,22 @@ def gather_kernel(
     tokens: tuple[int, ...],
     lanes: tuple[int, ...],
     jobs: NDArray[np.int64],
-    task_rows: int,
     levels: NDArray[np.float32],
     slots: NDArray[np.float32],
-    columns: int,
     chunks: int,
     y: NDArray[np.float32],
 ) -> None:
     """Fill y (N, R) for jobs of up to len(tokens) tokens.
 
-    codes (bytes,), offsets (E + 1,), row_codewords (E, R), fewest (E,): the matrices. levels (choices, R, L). slots
-    (J, C + padding, digits * tokens) from `expand_kernel` with offset (digits - 2) * tokens. Of the tuples only the
-    length counts (bits: see `code_bits`); task_rows is even; `lanes` is at least (digits - 1) * tokens. x is walked in
-    `chunks` that fit the first-level cache: all rows of a task in one, then in the next.
+    codes (bytes,), offsets (E + 1,), row_codewords (E, R), fewest (E,): the matrices. table: `Codebook.gather_table`.
+    levels (choices, R, L). slots (J, C + padding, digits * tokens) from `expand_kernel`: L = 1, offset 0 and negated
+    from `tokens` on, and `lanes` is at least `tokens`; else offset (digits - 2) * tokens, and `lanes` is at least
+    (digits - 1) * tokens. Of the tuples only the length counts (bits: see `code_bits`). Rows are walked in `chunks`,
+    equal shares of their codewords, so that x stays in the first-level cache: all rows of a task in one, then in the
+    next.
     """
-    blocks = (levels.shape[1] + task_rows - 1) // task_rows
+    firsts = _first_codewords(row_codewords, fewest, jobs)
+    blocks = firsts.shape[1]
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
         _gather_rows(
@@ -299,10 +314,9 @@ def gather_kernel(
             job,
             levels,
             slots[task // blocks],
-            columns,
             chunks,
-            task % blocks * task_rows,
-            task_rows,
+            task % blocks * TASK_ROWS,
+            firsts[task // blocks, task % blocks],
             y,
         )
 
@@ -322,9 +336,9 @@ def _add_codeword(
     column_bytes = np.uint64(4 * len(lanes))
     entry, of_entry = _entry(positions, code, fields), _entry(slots, code, fields)
     for i in range(len(fields)):
-        level = levels + np.uint64(4) * _field(of_entry, i, fields)
-        total = add_multiple_at(total, level, place + column_bytes * _field(entry, i, fields))
-    return place + column_bytes * (entry & np.uint64(255)), total
+        level = levels + np.uint64(4) * _field(of_entry, i)
+        total = add_multiple_at(total, level, place + column_bytes * _field(entry, i))
+    return place + column_bytes * _step(entry, fields), total
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -402,16 +416,16 @@ def _block_rows(
     digits: int,
     x_columns: NDArray[np.float32],
     first: int,
-    task_rows: int,
+    codeword: int,
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y[tokens of the job, first : first + task_rows]."""
+    """Fill y[tokens of the job, first : first + TASK_ROWS]; `codeword` is the number of the first row's first."""
     expert = job[EXPERT]
-    rows = min(task_rows, levels.shape[1] - first)
-    sums = np.empty((task_rows, len(lanes)), dtype=np.float32)
+    rows = min(TASK_ROWS, levels.shape[1] - first)
+    sums = np.empty((TASK_ROWS, len(lanes)), dtype=np.float32)
     values = np.empty((2, digits), dtype=np.float32)
     stream = address_of(codes) + np.uint64(offset)
-    bit = np.uint64(_first_codeword(row_codewords, fewest, expert, first) * bits)
+    bit = np.uint64(codeword * bits)
     for i in range(0, rows, 2):
         end0 = bit + np.uint64((np.int64(row_codewords[expert, first + i]) + fewest[expert]) * bits)
         end1 = end0  # a row of no codewords beside the last of an odd number
@@ -452,14 +466,14 @@ def block_kernel(
     fields: tuple[int, ...],
     lanes: tuple[int, ...],
     jobs: NDArray[np.int64],
-    task_rows: int,
     levels: NDArray[np.float32],
     digits: int,
     x_columns: NDArray[np.float32],
     y: NDArray[np.float32],
 ) -> None:
     """Fill y (N, R) for jobs of up to len(lanes) tokens; x_columns (J, C + padding, lanes) from `expand_kernel`."""
-    blocks = (levels.shape[1] + task_rows - 1) // task_rows
+    firsts = _first_codewords(row_codewords, fewest, jobs)
+    blocks = firsts.shape[1]
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
         _block_rows(
@@ -476,7 +490,7 @@ def block_kernel(
             levels,
             digits,
             x_columns[task // blocks],
-            task % blocks * task_rows,
-            task_rows,
+            task % blocks * TASK_ROWS,
+            firsts[task // blocks, task % blocks],
             y,
         )

@@ -80,16 +80,31 @@ def load_64_at(typing: Any, address: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
+def _prefetch(builder: Any, address: Any, locality: int) -> None:
+    pointer = ir.IntType(8).as_pointer()
+    function = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+    name = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
+    read, level, data = (ir.Constant(_INT32, value) for value in (0, locality, 1))
+    builder.call(name, [builder.inttoptr(address, pointer), read, level, data])
+
+
 @intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
+def prefetch_first(typing: Any, address: Any) -> Any:
+    """Ask for a line of memory in the first-level cache; any address, even one outside every array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _prefetch(builder, arguments[0], 3)
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
+
+
+@intrinsic
+def prefetch_second(typing: Any, address: Any) -> Any:
     """Ask for a line of memory in the second-level cache; any address, even one outside every array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        function = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
-        name = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
-        read, second_level, data = (ir.Constant(_INT32, value) for value in (0, 2, 1))
-        builder.call(name, [builder.inttoptr(arguments[0], pointer), read, second_level, data])
+        _prefetch(builder, arguments[0], 2)
         return context.get_dummy_value()
 
     return types.void(types.uint64), generate

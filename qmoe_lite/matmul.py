@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from qmoe_lite.validation import prepare
 GATHER_TOKENS = (1, 2, 4)  # tokens whose sums of each level are gathered in one walk
 BLOCK_TOKENS = (8, 16, 32, 64)  # tokens whose sums stay in registers, a multiplication for each nonzero
 USUAL_BITS = 10
-CHUNK_BYTES = 28 << 10  # of the slots of x that are walked at a time: they stay in a first-level cache of 32 KiB
+CACHE_BYTES = 28 << 10  # of a first-level cache of 32 KiB, for the table and the slots of x that are walked at a time
+CHUNK_BYTES = 16 << 10  # of slots at least, whatever the table takes
 CHUNK_COLUMNS = 512  # at least, or the stops cost more than the cache saves
 EXPANDED_BYTES = 16 << 20  # of x laid out for the kernels at a time
 TILE_VALUES = 1 << 20  # float32 values decoded at a time for many tokens: 4 MiB, 256 rows of 4096
@@ -67,14 +69,15 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     or over 1e33: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
-    prepare(packed)
     if packed.codes.is_cuda:
         from qmoe_lite.cuda import matmul as twin
 
+        prepare(packed)
         return twin.decode_matmul(packed, x)
+    stack = _stack_of(packed)
     tokens = _tokens(x, packed)
     try:
-        y = grouped_matmul([MatrixStack.of(packed)], tokens, [0], [0, len(tokens)])[0]
+        y = grouped_matmul([stack], tokens, [0], [0, len(tokens)])[0]
     except NotFiniteError:
         y = _tile_product(packed, tokens)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
@@ -107,10 +110,21 @@ class MatrixStack:
 
     @classmethod
     def of(cls, packed: PackedMatrix) -> MatrixStack:
-        """A stack of one."""
+        """A stack of one; its levels are a float32 copy."""
         fewest, offsets = np.array([packed.fewest_codewords], dtype=np.int32), np.zeros(1, dtype=np.int64)
         codes, row_codewords = packed.codes.numpy(), packed.row_codewords.numpy()[None]
-        return cls(codes, offsets, row_codewords, fewest, packed.levels[None], packed.codebook, packed.columns)
+        return cls(codes, offsets, row_codewords, fewest, packed.levels.float()[None], packed.codebook, packed.columns)
+
+
+_stacks: WeakKeyDictionary[PackedMatrix, MatrixStack] = WeakKeyDictionary()
+
+
+def _stack_of(packed: PackedMatrix) -> MatrixStack:
+    """Validate a matrix and give it as a stack; kept with it, since making one takes as long as a small product."""
+    if (stack := _stacks.get(packed)) is None:
+        prepare(packed)
+        stack = _stacks[packed] = MatrixStack.of(packed)
+    return stack
 
 
 def grouped_matmul(
@@ -144,22 +158,35 @@ def grouped_matmul(
     """
     columns = stacks[0].columns
     y = [torch.empty(len(x), stack.levels.shape[1]) for stack in stacks]
-    # one matrix needs no copy
-    levels = [(s.levels[experts] if len(s.levels) > 1 else s.levels).float().numpy() for s in stacks]
     digits = stacks[0].codebook.digits
+    symmetric = all(stack.levels.shape[2] == 1 for stack in stacks)
+    levels = [_levels(stack, experts, symmetric) for stack in stacks]
     padded = columns + 4 * max(stack.codebook.longest for stack in stacks) + 4  # what a row's last codewords may reach
     for lanes, all_jobs in _jobs(experts, bounds).items():
         gathered = lanes in GATHER_TOKENS
-        group, offset = (digits * lanes, (digits - 2) * lanes) if gathered else (lanes, 0)
+        group, offset, negated = lanes, 0, -1
+        if gathered:
+            group = digits * lanes
+            offset, negated = (0, lanes) if symmetric else ((digits - 2) * lanes, -1)
         step = max(1, EXPANDED_BYTES // (4 * padded * group))
         for start in range(0, len(all_jobs), step):
             jobs = all_jobs[start : start + step]
             expanded = np.empty((len(jobs), padded, group), dtype=np.float32)
-            if not _products.expand_kernel(x.numpy(), jobs, offset, expanded):
+            if not _products.expand_kernel(x.numpy(), jobs, offset, negated, expanded):
                 raise NotFiniteError("x holds NaN or values over 1e33; expected activations. Use the dense matrix.")
             for stack, own, out in zip(stacks, levels, y, strict=True):
                 (_gather if gathered else _block)(stack, jobs, own, lanes, expanded, out.numpy())
     return y
+
+
+def _levels(stack: MatrixStack, experts: list[int], symmetric: bool) -> NDArray[np.float32]:
+    """Give the levels of some of a stack's matrices, both of a symmetric row's where others have two."""
+    levels = stack.levels[experts] if len(stack.levels) > 1 else stack.levels  # one matrix needs no copy
+    levels = levels.float()
+    if levels.shape[2] == 1 and not symmetric:
+        levels = torch.cat([-levels, levels], -1)
+    of_experts: NDArray[np.float32] = levels.numpy()
+    return of_experts
 
 
 def _gather(
@@ -171,15 +198,17 @@ def _gather(
     y: NDArray[np.float32],
 ) -> None:
     book = stack.codebook
-    sums = max(4, 1 << ((book.digits - 1) * tokens - 1).bit_length())  # fewer than 16 bytes are no faster
-    chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // CHUNK_BYTES), stack.columns // CHUNK_COLUMNS))
+    sums = tokens * (1 if levels.shape[2] == 1 else 1 << (book.digits - 2).bit_length())
+    if sums > 1:
+        sums = max(4, sums)  # fewer than 16 bytes take a load of their own before the addition
+    table = book.gather_table(tokens)
+    chunk_bytes = max(CHUNK_BYTES, CACHE_BYTES - table.nbytes)
+    chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // chunk_bytes), stack.columns // CHUNK_COLUMNS))
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
     # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take seconds to compile
     bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
     lengths = bits, book.fields, (0,) * tokens, (0,) * sums
-    _products.gather_kernel(
-        *matrices, book.scaled_table, *lengths, jobs, _task_rows(stack), levels, expanded, stack.columns, chunks, y
-    )
+    _products.gather_kernel(*matrices, table, *lengths, jobs, levels, expanded, chunks, y)
 
 
 def _block(
@@ -199,17 +228,11 @@ def _block(
         book.fields,
         (0,) * tokens,
         jobs,
-        _task_rows(stack),
         levels,
         book.digits,
         expanded,
         y,
     )
-
-
-def _task_rows(stack: MatrixStack) -> int:
-    """Rows of a task, even: 64, or so many that there are 256 tasks, since each counts the codewords before it."""
-    return max(64, 2 * -(-stack.levels.shape[1] // 512))
 
 
 def _jobs(experts: list[int], bounds: list[int]) -> dict[int, NDArray[np.int64]]:

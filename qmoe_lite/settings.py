@@ -24,7 +24,7 @@ class Settings:
     sequence_length : int
         Tokens of a sample.
     codeword_bits : int or None
-        8 to 12; None chooses for each layer and projection, by what its digits take: see `Codebook.choose`.
+        8 to 13; None chooses for each layer and projection, by what its digits take: see `Codebook.choose`.
     dampening : float
         Added to the Hessian's diagonal, as a fraction of its mean ("percdamp" in GPTQ). QMoE, section 3.2: 0.1.
     block_size : int
@@ -76,7 +76,7 @@ class Settings:
             ("recipe", self.recipe in RECIPES, "one of " + ", ".join(RECIPES)),
             ("samples", self.samples is None or self.samples >= 1, "at least 1"),
             ("sequence_length", self.sequence_length >= 16, "at least 16"),
-            ("codeword_bits", self.codeword_bits is None or 8 <= self.codeword_bits <= 12, "8 to 12"),
+            ("codeword_bits", self.codeword_bits is None or 8 <= self.codeword_bits <= 13, "8 to 13"),
             ("dampening", 0 < self.dampening <= 1, "above 0, at most 1"),
             ("block_size", self.block_size >= 1, "at least 1"),
             ("group_bytes", self.group_bytes >= 1, "at least 1"),

@@ -101,17 +101,16 @@ def entropy(shares):
 
 def chosen_by_rule(rates):
     """Bits that the rule takes, from rates by bits."""
-    for bits in (10, 9, 11, 8, 12):
-        if rates[bits] <= 1.02 * min(rates.values()):
-            return bits
-    raise AssertionError
+    least = min(rates[bits] for bits in range(8, 13))
+    chosen = next(bits for bits in (10, 9, 11, 8, 12) if rates[bits] <= 1.02 * least)
+    return min((12, 13), key=rates.__getitem__) if chosen == 12 else chosen
 
 
 @pytest.mark.parametrize("zeros", [0.3, 0.5, 0.7, 0.8, 0.85, 0.885, 0.92, 0.93, 0.95, 0.97, 0.99])
 def test_the_code_nearest_to_10_bits_within_2_percent_of_the_smallest_rate_is_chosen(zeros):
     counts = ternary_counts(zeros)
     digits = draw_digits(np.random.default_rng(3), counts, (250, 4096))
-    codebooks = {bits: Codebook.fit(counts, bits) for bits in range(8, 13)}
+    codebooks = {bits: Codebook.fit(counts, bits) for bits in range(8, 14)}
     expected = {bits: book.expected_bits_per_weight() for bits, book in codebooks.items()}
     measured = {bits: book.rate(digits) for bits, book in codebooks.items()}
     assert Codebook.choose(counts) == codebooks[chosen_by_rule(expected)]
@@ -119,8 +118,8 @@ def test_the_code_nearest_to_10_bits_within_2_percent_of_the_smallest_rate_is_ch
 
 
 def test_choices_range_over_all_sizes():
-    counts = [ternary_counts(zeros) for zeros in (0.97, 0.885, 0.92, 0.95)]
-    assert [Codebook.choose(each).bits for each in counts] == [8, 10, 11, 12]
+    counts = [ternary_counts(zeros) for zeros in (0.97, 0.885, 0.92, 0.935, 0.95)]
+    assert [Codebook.choose(each).bits for each in counts] == [8, 10, 11, 12, 13]
     assert Codebook.choose([10, 30, 50, 10]).digits == 4
 
 
@@ -141,19 +140,16 @@ def test_choose_refuses_what_fit_and_rate_refuse():
         Codebook.choose([1, 8, 1], np.full((2, 2), 3, dtype=np.int8))
 
 
-# the code grows into strings of 84 weights at .95, where it may not grow on
-@pytest.mark.parametrize(
-    ("zeros", "most"), [*((z, 1.08) for z in (0.80, 0.82, 0.85, 0.87, 0.885, 0.9, 0.92, 0.93, 0.94)), (0.95, 1.095)]
-)
-def test_codes_of_independent_digits_are_close_to_their_entropy(zeros, most):
+@pytest.mark.parametrize("zeros", [0.80, 0.82, 0.85, 0.87, 0.885, 0.9, 0.92, 0.93, 0.94, 0.95])
+def test_codes_of_independent_digits_are_within_8_percent_of_their_entropy(zeros):
     counts = ternary_counts(zeros)
     digits = draw_digits(np.random.default_rng(5), counts, (1500, 2048))
-    assert Codebook.choose(counts, digits).rate(digits) < most * entropy(counts)
+    assert Codebook.choose(counts, digits).rate(digits) < 1.08 * entropy(counts)
 
 
 # all that is stored of a matrix with two bfloat16 levels a row
 @pytest.mark.parametrize(
-    ("zeros", "columns", "most"), [(0.885, 768, 0.725), (0.885, 2080, 0.69), (0.885, 6144, 0.673), (0.95, 2048, 0.39)]
+    ("zeros", "columns", "most"), [(0.885, 768, 0.725), (0.885, 2080, 0.69), (0.885, 6144, 0.673), (0.95, 2048, 0.383)]
 )
 def test_stored_bits_of_independent_digits(zeros, columns, most):
     counts = ternary_counts(zeros)
@@ -220,9 +216,9 @@ def test_unusable_counts_are_refused(counts):
         Codebook.fit(counts)
 
 
-@pytest.mark.parametrize("bits", [7, 13, 16, 0, -8, 10.0, "10", None])
+@pytest.mark.parametrize("bits", [7, 14, 16, 0, -8, 10.0, "10", None])
 def test_bits_out_of_range_are_refused(bits):
-    with pytest.raises(SettingError, match="8 to 12"):
+    with pytest.raises(SettingError, match="8 to 13"):
         Codebook.fit([1, 8, 1], bits)
 
 
@@ -280,24 +276,27 @@ def test_rate_refuses_what_encode_refuses():
         (Codebook.paper(), 3, 4),
     ],
 )
-def test_the_kernels_tables_hold_the_tables_fields_and_nothing_behind(codebook, fields, width):
+def test_the_kernels_tables_hold_fields_first_and_above_them_the_weights(codebook, fields, width):
     assert len(codebook.fields) == fields
-    positions, slots, scaled = *codebook.split_table, codebook.scaled_table
-    assert [table.itemsize for table in (positions, slots, scaled)] == [width] * 3
-    positions, slots, scaled = (table.astype(np.uint64) for table in (positions, slots, scaled))
-    lengths = codebook.table & np.uint64(255)
-    assert (positions & np.uint64(255) == lengths).all()
-    assert (scaled & np.uint64(255) == np.uint64(codebook.digits) * lengths).all()
+    positions, slots = codebook.split_table
+    gathers = {tokens: codebook.gather_table(tokens) for tokens in (1, 4)}
+    assert [table.itemsize for table in (positions, slots, *gathers.values())] == [width] * 4
+    positions, slots = positions.astype(np.uint64), slots.astype(np.uint64)
+    lengths, above = codebook.table & np.uint64(255), np.uint64(8 * fields)
+    assert (positions >> above == lengths).all()
+    assert not (slots >> above).any()
     assert lengths.max() == codebook.longest
-    for shift in range(8, 8 * fields + 8, 8):
-        position, slot, field, same = (
-            t >> np.uint64(shift) & np.uint64(255) for t in (positions, slots, codebook.table, scaled)
+    for tokens, table in gathers.items():
+        slot_bytes = 4 * tokens if fields in (2, 4) else 1  # else there is no room for them
+        assert (table.astype(np.uint64) >> above == np.uint64(codebook.digits * slot_bytes) * lengths).all()
+    for shift in range(0, 8 * fields, 8):
+        position, slot, *same = (
+            t.astype(np.uint64) >> np.uint64(shift) & np.uint64(255) for t in (positions, slots, *gathers.values())
         )
+        field = codebook.table >> np.uint64(shift + 8) & np.uint64(255)
         assert (np.uint64(codebook.digits) * position + slot == field).all()
         assert (slot < codebook.digits).all()
-        assert (same == field).all()
-    if fields < 7:
-        assert not any((table >> np.uint64(8 * fields + 8)).any() for table in (positions, slots, scaled))
+        assert all((each == field).all() for each in same)
 
 
 @pytest.mark.parametrize(

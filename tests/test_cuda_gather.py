@@ -28,6 +28,7 @@ CODEBOOKS = {
     "ternary-10": (TERNARY, 1),
     "ternary-10-two-levels": (TERNARY, 2),
     "ternary-12": (Codebook.fit(static.COUNTS, bits=12), 2),
+    "ternary-13": (Codebook.fit(static.COUNTS, bits=13), 1),
     "two-bit": (Codebook.fit([885, 50, 40, 25]), 3),
     "four-fields": (Codebook.fit([150, 700, 150]), 1),
     "seven-fields": (Codebook.fit([1, 1, 1], bits=9), 2),

@@ -158,13 +158,6 @@ def test_activations_whose_sum_overflows_before_its_level_come_out_finite(tokens
     assert np.allclose(decode_matmul(packed, x), 63 * 2e34, rtol=1e-5)
 
 
-def test_a_matrix_of_very_many_rows_is_cut_into_larger_tasks():
-    digits, levels, packed = draw(TERNARY, 1, 33000, 5)
-    x = np.random.default_rng(8).standard_normal((1, 5)).astype(np.float32)
-    assert matmul._task_rows(MatrixStack.of(packed)) > 64
-    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
-
-
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 @pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
 def test_one_and_two_threads_give_the_same_bytes(codebook, width, tokens):
@@ -260,10 +253,31 @@ def test_groups_are_multiplied_as_each_would_be_alone(codebook, width, monkeypat
         torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("symmetric_first", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5])
+def test_rows_of_one_and_of_two_levels_are_multiplied_in_one_call(symmetric_first, tokens):
+    matrices = [draw(TERNARY, width, 70, 300, width)[2] for width in (1, 2)][:: 1 if symmetric_first else -1]
+    x = torch.from_numpy(np.random.default_rng(9).standard_normal((tokens, 300)).astype(np.float32))
+    for packed, y in zip(
+        matrices, matmul.grouped_matmul([*map(MatrixStack.of, matrices)], x, [0], [0, tokens]), strict=True
+    ):
+        torch.testing.assert_close(y, x @ packed.dense().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 9, 11, 12, 13])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_codewords_of_any_length_are_cut_where_they_begin(bits, tokens):
+    """Sixteen at a time, then four at a time, from every bit of a byte; the usual 10 bits are compiled in."""
+    digits, levels, packed = draw(Codebook.fit([115, 1770, 115], bits=bits), 1, 20, 1500, seed=bits)
+    x = np.random.default_rng(bits).standard_normal((tokens, 1500)).astype(np.float32)
+    assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
 def test_columns_walked_in_stretches_give_the_whole_product(codebook, width, tokens, monkeypatch):
     """Rows of very different codeword counts side by side; an odd number of rows; the last task not full."""
+    monkeypatch.setattr(matmul, "CACHE_BYTES", 0)
     monkeypatch.setattr(matmul, "CHUNK_BYTES", 1 << 10)
     monkeypatch.setattr(matmul, "CHUNK_COLUMNS", 50)
     digits, levels, _ = draw(codebook, width, 131, 1000, seed=tokens)
