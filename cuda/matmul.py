@@ -169,21 +169,21 @@ def run_experts(
     name = activation if isinstance(activation, str) else None
     wanted = 1 if index.numel() <= 2 * experts else WIDTHS[0]
     stages = [tuple(first)] if name else [(each,) for each in first]
-    variants = [
-        _variant(matrices, wanted, name if i < len(stages) else None) for i, matrices in enumerate([*stages, (last,)])
-    ]
-    if None in variants:
+    variants = [_variant(matrices, wanted, name) for matrices in stages]
+    variants.append(_variant((last,), wanted, None))
+    found = [variant for variant in variants if variant is not None]
+    if len(found) < len(variants):
         return None
-    width = min(variant.tokens for variant in variants)
+    width = min(variant.tokens for variant in found)
+    *before, after = (replace(variant, tokens=width) for variant in found)
     groups = _single_groups(index) if width == 1 else _groups(index, experts, width)
     outputs = []
-    for matrices, variant in zip(stages, variants, strict=False):  # the last one is the last projection's
+    for matrices, variant in zip(stages, before, strict=True):
         outputs.append(torch.empty(index.numel(), matrices[0].rows, device=x.device))
-        _gather(matrices, replace(variant, tokens=width), x, groups, slots, None, outputs[-1])
+        _gather(matrices, variant, x, groups, slots, None, outputs[-1])
     inside = outputs[0] if isinstance(activation, str) else activation(outputs).contiguous()
     y = torch.empty(index.numel(), last.rows, device=x.device)
-    factors = weights.float().reshape(-1).contiguous()
-    _gather((last,), replace(variants[-1], tokens=width), inside, groups, 1, factors, y)
+    _gather((last,), after, inside, groups, 1, weights.float().reshape(-1).contiguous(), y)
     return y.view(len(x), slots, last.rows).sum(1)
 
 
@@ -508,10 +508,8 @@ def _row_sums(
     while spread and index < stop:
         quad = load_quad(words, index)
         place = np.uint32(first + np.uint32(quad[0] & np.uint32(0xFFFF)) * unit)
-        number = np.int32(0)
-        while number < each:
+        for number in range(each):
             place, total = _add_all_columns(quad, number, place, total, parts, shape)
-            number = np.int32(number + 1)
         index = np.int32(index + step)
     quad = load_quad(words, np.int32(index if index < stop else 0))
     while index < stop:

@@ -57,7 +57,8 @@ def gather_variants() -> dict[str, Variant]:
     cases["10 bits, 7 nonzeros"] = (Codebook.fit((1, 1, 1)),), 1, 1, None
     cases["paper"] = (Codebook.paper(),), 2, 1, None
     found = {
-        name: choose_variant(books, levels, columns, *rest, limit) for name, (books, levels, *rest) in cases.items()
+        name: choose_variant(books, levels, columns, tokens, activation, limit)
+        for name, (books, levels, tokens, activation) in cases.items()
     }
     return {name: variant for name, variant in found.items() if variant is not None}
 

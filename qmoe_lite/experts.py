@@ -329,7 +329,8 @@ class PackedExperts(nn.Module):
             if activation is None:
                 activation = functools.partial(inner, self.activation)
             packets = [self._packets(name) for name in first]
-            out = twin.run_experts(packets, self._packets(last), activation, hidden_states, index, weights)
+            x = (hidden_states.float() if hidden_states.dtype == torch.float64 else hidden_states).contiguous()
+            out = twin.run_experts(packets, self._packets(last), activation, x, index, weights)
             if out is not None:
                 return out
         assigned = Assignment.group(index, weights, self.layer.count)

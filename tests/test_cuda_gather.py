@@ -308,6 +308,17 @@ def test_variant_fits_the_gpu(name):
 
 
 @needs_compiler
+def test_half_precision_compiles_to_the_same_loop():
+    variant = static.gather_variants()["10 bits"]
+    signatures = matmul.gather_kernel(variant).signatures
+    numbers = [0, *(i for i, each in enumerate(signatures) if each.count("float16*") == 4)]  # levels twice, x and y
+    assert len(numbers) == 2
+    codes = [compiled(variant, (8, 0), number) for number in numbers]
+    sizes = [static.row_loops(code.cubin, code.name, (8, 0)).packet for code in codes]
+    assert abs(sizes[0] - sizes[1]) <= 4
+
+
+@needs_compiler
 @pytest.mark.parametrize("bits", range(8, 13))
 def test_a_weight_takes_few_instructions(bits):
     codebook = Codebook.fit(static.COUNTS, bits)
