@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
-def open_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Placement:
+    """Where a compressed model's experts are kept: what of `qmoe_lite.load`'s options the user gave."""
+
+    expert_cache: str | None = None
+    ram_cache: str | None = None
+    offload: str | None = None
+    devices: str | None = None  # separated by commas
+
+    def given(self) -> dict[str, Any]:
+        """Give the arguments for `load`."""
+        found: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.devices is not None:
+            found["devices"] = [name.strip() for name in self.devices.split(",")]
+        return found
+
+
+def open_model(name: str, dtype: str = "float32", placement: Placement | None = None) -> tuple[Any, Any]:
     """Load a compressed or dense model, with its tokenizer; `dtype` is that of all but compressed experts."""
     import torch
 
@@ -22,7 +42,10 @@ def open_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         if quantized.get("quant_method") != "qmoe":
             method = quantized.get("quant_method")
             raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
-        return load(path, dtype=getattr(torch, dtype)), tokenizer
+        return load(path, dtype=getattr(torch, dtype), **(placement.given() if placement else {})), tokenizer
+    if placement and placement.given():
+        option = next(iter(placement.given())).replace("_", "-")
+        raise SettingError(f"{path} is a dense model, and --{option} is for compressed ones. Compress it first.")
     model, info = auto_class(family).from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
     # transformers fills what a checkpoint lacks with random numbers and goes on
     if lost := sorted(set(info["missing_keys"]) - family.tied(model.config)):
@@ -30,3 +53,25 @@ def open_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise CheckpointError(f"{path} lacks {lost[0]}{more}. Is it the whole model?")
     family.tie(model, checkpoint)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def watched(model: Any, stats: bool = False, trace: str | None = None) -> Iterator[None]:
+    """Record the routing while the model is used; in the end print what its runner counted, and close it."""
+    from qmoe_lite.cli import _output
+    from qmoe_lite.errors import SettingError
+    from qmoe_lite.offload import runner_of
+
+    runner = runner_of(model)
+    if trace is not None:
+        if runner is None:
+            raise SettingError("--trace records what a cache is asked for. Give --expert-cache or --offload too.")
+        runner.trace(trace)
+    try:
+        yield
+    finally:
+        if runner is not None:
+            if stats:
+                for line in runner.statistics.lines():
+                    _output.note(f"qmoe: {line}")
+            runner.close()

@@ -15,6 +15,13 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Offload(StrEnum):
+    """Where the experts are that have no place where they are multiplied."""
+
+    ram = "ram"
+    disk = "disk"
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 SequenceLengthOption = Annotated[int, typer.Option(help="Tokens of a sample.")]
 DeviceOption = Annotated[
@@ -38,4 +45,28 @@ RepetitionPenaltyOption = Annotated[float, typer.Option(help="Above 1 lowers wha
 SeedOption = Annotated[int, typer.Option(help="Decides the draws.", min=0)]
 PrefillChunkOption = Annotated[
     int, typer.Option(help="Tokens of a long prompt taken at once: fewer need less memory, more go faster.", min=1)
+]
+
+# where experts are kept: all commands that run a compressed model for long
+ExpertCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for experts where they are multiplied, such as 4GiB. [default: no limit]", metavar="SIZE"
+    ),
+]
+RamCacheOption = Annotated[
+    str | None,
+    typer.Option(help="Memory for experts beside a GPU's, such as 16GiB. [default: no limit]", metavar="SIZE"),
+]
+OffloadOption = Annotated[
+    Offload | None, typer.Option(help="Where the other experts are. [default: disk with a limit of memory, else ram]")
+]
+DevicesOption = Annotated[
+    str | None, typer.Option(help="GPUs to spread the experts over, such as cuda:0,cuda:1.", metavar="NAMES")
+]
+StatsOption = Annotated[
+    bool, typer.Option("--stats", help="Print speed, and the experts' cache hits, on standard error.")
+]
+TraceOption = Annotated[
+    str | None, typer.Option(help="Write which experts each token goes through, as JSON lines.", metavar="FILE")
 ]

@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe_lite.cli._options import (
+    DevicesOption,
     Dtype,
     DtypeOption,
+    ExpertCacheOption,
     MaxNewTokensOption,
     ModelArgument,
+    OffloadOption,
     PrefillChunkOption,
+    RamCacheOption,
     RepetitionPenaltyOption,
     SeedOption,
+    StatsOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
+    TraceOption,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +46,12 @@ def chat(
     seed: SeedOption = 0,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
-    stats: Annotated[bool, typer.Option("--stats", help="Print the speed of each answer.")] = False,
+    expert_cache: ExpertCacheOption = None,
+    ram_cache: RamCacheOption = None,
+    offload: OffloadOption = None,
+    devices: DevicesOption = None,
+    stats: StatsOption = False,
+    trace: TraceOption = None,
 ) -> None:
     """Talk with a causal model, line by line.
 
@@ -52,14 +63,14 @@ def chat(
     from qmoe_lite.cli import _output
 
     try:
-        from qmoe_lite.cli._models import open_model
+        from qmoe_lite.cli._models import Placement, open_model, watched
         from qmoe_lite.conversation import Conversation
         from qmoe_lite.generation import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         sampling.check()
         _output.quiet_transformers()
-        loaded, tokenizer = open_model(model, dtype)
+        loaded, tokenizer = open_model(model, dtype, Placement(expert_cache, ram_cache, offload, devices))
         conversation = Conversation(loaded, tokenizer, system=system, sampling=sampling, prefill_chunk=prefill_chunk)
     except KeyboardInterrupt:
         _output.note("qmoe: interrupted.")
@@ -69,11 +80,12 @@ def chat(
     if sys.stdin.isatty():
         _edit_lines()
         _output.note("qmoe: /reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
-    for question in _questions():
-        if question == "/reset":
-            conversation.reset()
-        elif question.strip() or not conversation.templated:
-            _answer(conversation, question, stats)
+    with watched(loaded, stats, trace):
+        for question in _questions():
+            if question == "/reset":
+                conversation.reset()
+            elif question.strip() or not conversation.templated:
+                _answer(conversation, question, stats)
 
 
 def _edit_lines() -> None:

@@ -9,16 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.cli._options import (
+    DevicesOption,
     Dtype,
     DtypeOption,
+    ExpertCacheOption,
     MaxNewTokensOption,
     ModelArgument,
+    OffloadOption,
     PrefillChunkOption,
+    RamCacheOption,
     RepetitionPenaltyOption,
     SeedOption,
+    StatsOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
+    TraceOption,
 )
 
 if TYPE_CHECKING:
@@ -57,7 +63,12 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message before the prompt; needs --chat.")] = None,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
-    stats: Annotated[bool, typer.Option("--stats", help="Print the speed, on standard error.")] = False,
+    expert_cache: ExpertCacheOption = None,
+    ram_cache: RamCacheOption = None,
+    offload: OffloadOption = None,
+    devices: DevicesOption = None,
+    stats: StatsOption = False,
+    trace: TraceOption = None,
     json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON document at the end, and no stream; for several prompts an array."),
@@ -82,18 +93,18 @@ def generate(
 
     try:
         texts = [_read_prompt(text) for text in prompt or []] + [_read_file(name) for name in prompt_file or []]
-        from qmoe_lite.cli._models import open_model
+        from qmoe_lite.cli._models import Placement, open_model, watched
         from qmoe_lite.generation import Sampling, generate_batch
 
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         sampling.check()
         _output.quiet_transformers()
-        loaded, tokenizer = open_model(model, dtype)
+        loaded, tokenizer = open_model(model, dtype, Placement(expert_cache, ram_cache, offload, devices))
         if chat is None and getattr(tokenizer, "chat_template", None):
             _output.note("qmoe: this model has a chat template. --chat applies it, --no-chat silences this line.")
         options: dict[str, Any] = {"chat": bool(chat), "system": system}
         options |= {"sampling": sampling, "prefill_chunk": prefill_chunk}
-        with _Shown(texts) as shown:
+        with watched(loaded, stats, trace), _Shown(texts) as shown:
             write = None if json else shown.write
             made = generate_batch(loaded, tokenizer, texts, write=write, **options)
     except KeyboardInterrupt:

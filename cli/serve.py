@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.cli._options import Dtype, DtypeOption, ModelArgument, PrefillChunkOption
+from qmoe_lite.cli._options import (
+    DevicesOption,
+    Dtype,
+    DtypeOption,
+    ExpertCacheOption,
+    ModelArgument,
+    OffloadOption,
+    PrefillChunkOption,
+    RamCacheOption,
+    StatsOption,
+    TraceOption,
+)
 
 
 def serve(
@@ -17,6 +28,12 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
+    expert_cache: ExpertCacheOption = None,
+    ram_cache: RamCacheOption = None,
+    offload: OffloadOption = None,
+    devices: DevicesOption = None,
+    stats: StatsOption = False,
+    trace: TraceOption = None,
 ) -> None:
     """Answer OpenAI's HTTP interface with a causal model; Ctrl-C ends it.
 
@@ -27,17 +44,18 @@ def serve(
     """
     server = _server_class()
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import open_model
+    from qmoe_lite.cli._models import Placement, open_model, watched
     from qmoe_lite.errors import SettingError
 
     _output.quiet_transformers()
-    loaded, tokenizer = open_model(model, dtype)
+    loaded, tokenizer = open_model(model, dtype, Placement(expert_cache, ram_cache, offload, devices))
     if loaded.config.is_encoder_decoder:
         raise SettingError(f"{model} is an encoder-decoder model; OpenAI's interface is for causal ones.")
     if not getattr(tokenizer, "chat_template", None):
         _output.note("qmoe: this model has no chat template: /v1/completions works, /v1/chat/completions does not.")
     loaded.generation_config.prefill_chunk_size = prefill_chunk
-    with _serving(loaded, tokenizer), suppress(KeyboardInterrupt):  # raised again when the server has shut down
+    # Ctrl-C is raised again when the server has shut down
+    with watched(loaded, stats, trace), _serving(loaded, tokenizer), suppress(KeyboardInterrupt):
         server(force_model=model, host=host, port=port)
 
 
