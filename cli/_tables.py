@@ -85,6 +85,7 @@ def print_rates(report: RatesReport) -> None:
             ]
             for r in report.rates
         ),
+        tight=True,
     )
     _output.print_text("b: bits of a codeword, the code fitted to the counts; auto: what qmoe chooses.\n")
     _table(

@@ -64,9 +64,9 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     Notes
     -----
     Same bytes for any number of Numba threads. Up to four tokens: codeword k of a row is added to sum k % 4 of each
-    level, in one or more stretches of columns; each level's sum is multiplied at the end. More tokens: level times
-    activation is added nonzero by nonzero, in the row's order, rounded once each. Activations that are not finite,
-    or over 1e33: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
+    level, of both where a row has one level, in one or more stretches of the row; each sum is multiplied at the end.
+    More tokens: level times activation is added nonzero by nonzero, in the row's order, rounded once each. Activations
+    that are not finite, or over 1e33: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
     if packed.codes.is_cuda:
