@@ -18,6 +18,7 @@ from torch import Tensor
 from qmoe_lite.cuda.launch import as_tensor, cuda, kernel
 from qmoe_lite.errors import ShapeError
 from qmoe_lite.grid import RoundingTable
+from qmoe_lite.hessian import full_float32
 
 ROWS = 32  # per block
 COLUMNS = 128  # solved at a time; wider blocks are walked in steps
@@ -37,7 +38,7 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     """CUDA twin of :func:`qmoe_lite.solver.solve_block`.
 
     The grid is (tiles of 32 rows, E). A block of more than 128 columns is solved in steps of 128 with a matrix product
-    between, which the caller keeps out of TF32. Corrections are subtracted in the CPU's order, but a multiplication and
+    between, in full float32. Corrections are subtracted in the CPU's order, but a multiplication and
     a subtraction are rounded once together, so a digit near a threshold may differ. Errors are rounded as a division
     is. Columns whose rows lie next to each other, as on the CPU, and a factor whose columns do are read where they are.
 
@@ -68,7 +69,8 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
         sizes = rows, end - start, values.shape[-1]
         _block_kernel.launch(grid, _THREADS, *map(_flat, parts), values, thresholds, symbols, *steps, *sizes)
         if end < columns:
-            errors[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors[:, start:end], alpha=-1)
+            with full_float32():
+                errors[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors[:, start:end], alpha=-1)
     return digits.mT, errors.mT
 
 
