@@ -220,8 +220,8 @@ def _block_kernel(
     while first < width:
         cuda.syncthreads()
         buffer = np.uint32((first & _PANEL) * _THREADS)
-        if warp != 0:  # the first two panels are there; of others these warps' columns are all that is needed
-            if first > 0:
+        if warp != 0:  # the first two panels are there; of others no column of the first warp is needed
+            if 0 < first < 32 * warp + 32 - _PANEL:
                 _load_panel(factor, corner, factor_pitch, np.int32(first + _PANEL), width, factors, thread)
         else:
             own = _index(np.uint32(first * ROWS + lane))
@@ -262,11 +262,15 @@ def _block_kernel(
             for column in range(_index(_SIDE)):
                 for i in range(_index(_SIDE)):
                     rest[_index(_SIDE) * column + i] = tile[own + _index(ROWS) * column + i]
-            for _ in range(_PANEL // 2):
+            step = np.int32(0)
+            while step < _PANEL:
                 _subtract_outer(rest, tile, error_at, factors, factor_at)
                 _subtract_outer(rest, tile, error_at + _index(ROWS), factors, factor_at + _index(_THREADS))
-                error_at += _index(2 * ROWS)
-                factor_at += _index(2 * _THREADS)
+                _subtract_outer(rest, tile, error_at + _index(2 * ROWS), factors, factor_at + _index(2 * _THREADS))
+                _subtract_outer(rest, tile, error_at + _index(3 * ROWS), factors, factor_at + _index(3 * _THREADS))
+                error_at += _index(4 * ROWS)
+                factor_at += _index(4 * _THREADS)
+                step = np.int32(step + 4)
             for column in range(_index(_SIDE)):
                 for i in range(_index(_SIDE)):
                     tile[own + _index(ROWS) * column + i] = rest[_index(_SIDE) * column + i]
