@@ -30,6 +30,7 @@ _SIDE = 4  # rows, and columns, that a lane has of the columns after a panel
 _SQUARE = _SIDE * _SIDE
 _TILE = _THREADS * ROWS
 _FACTORS = 2 * _PANEL * _THREADS + _PANEL  # two panels; a lane reads a little more than it needs
+_WIDEST = 1 << 24  # pitch, so that places within a tile fit 32 bits
 _ALL = 0xFFFFFFFF
 _index = np.uint64  # a place without a sign: numba's test for a negative one keeps loads from being joined
 
@@ -57,9 +58,9 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     errors = torch.empty((experts, columns, rows), device=source.device)
     digits = torch.empty(errors.shape, dtype=torch.int8, device=source.device)
     source = source.mT
-    if columns > COLUMNS or (rows > 1 and source.stride(2) != 1):
+    if columns > COLUMNS or (rows > 1 and source.stride(2) != 1) or source.stride(1) > _WIDEST:
         source = errors.copy_(source)
-    if columns > 1 and upper.stride(2) != 1:
+    if (columns > 1 and upper.stride(2) != 1) or upper.stride(1) > _WIDEST:
         upper = upper.contiguous()
     grid = -(-rows // ROWS), experts
     for start in range(0, columns, COLUMNS):
@@ -97,7 +98,7 @@ def _load_panel(factor: Any, corner: Any, pitch: Any, first: int, width: int, fa
     """Copy rows `first` to first + 15 of a column of the factor to shared memory; behind the last row, that one."""
     read = cuda.local.array(_PANEL, np.float32)  # all before the first is written: they are waited for once
     last = np.int32(width - 1)
-    column = corner + _index(np.uint32(min(thread, last)))
+    column = corner + _index(np.uint32(min(np.int32(thread), last)))
     for i in range(_PANEL):
         line = np.uint32(min(np.int32(first + i), last))
         read[i] = factor[column + _index(np.uint32(line * pitch))]
@@ -259,9 +260,9 @@ def _block_kernel(
             error_at += _index(np.uint32(first * ROWS))
             factor_at += _index(buffer)
             rest = cuda.local.array(_SQUARE, np.float32)
-            for column in range(_index(_SIDE)):
+            for there in range(_index(_SIDE)):
                 for i in range(_index(_SIDE)):
-                    rest[_index(_SIDE) * column + i] = tile[own + _index(ROWS) * column + i]
+                    rest[_index(_SIDE) * there + i] = tile[own + _index(ROWS) * there + i]
             step = np.int32(0)
             while step < _PANEL:
                 _subtract_outer(rest, tile, error_at, factors, factor_at)
@@ -271,8 +272,8 @@ def _block_kernel(
                 error_at += _index(4 * ROWS)
                 factor_at += _index(4 * _THREADS)
                 step = np.int32(step + 4)
-            for column in range(_index(_SIDE)):
+            for there in range(_index(_SIDE)):
                 for i in range(_index(_SIDE)):
-                    tile[own + _index(ROWS) * column + i] = rest[_index(_SIDE) * column + i]
+                    tile[own + _index(ROWS) * there + i] = rest[_index(_SIDE) * there + i]
             after = np.int32(after + _PANEL * _WARPS)
         first = np.int32(first + _PANEL)
