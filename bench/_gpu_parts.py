@@ -21,7 +21,7 @@ from qmoe_lite.cli._output import print_text
 from qmoe_lite.cli._tables import _table
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.codec import encode as cpu_encode
-from qmoe_lite.cuda import codec, launch, matmul
+from qmoe_lite.cuda import codec, launch, matmul, solver
 from qmoe_lite.errors import QMoEError
 from qmoe_lite.grid import MinMaxTernary
 from qmoe_lite.hessian import factorise
@@ -72,6 +72,10 @@ def measure_launch(quick: bool, end: float) -> Iterator[Row]:
     }
     for name, call in calls.items():
         yield {"call": name, "host_us": _host_us(call)}
+    again = launch.Kernel(_one_array_kernel.py_func, _one_array_kernel.signatures)
+    start = time.perf_counter()
+    again.launch(1, 32, arrays[0], 1)
+    yield {"call": "a kernel's first launch, compiled before", "host_us": (time.perf_counter() - start) * 1e6}
     source = torch.full((COPY_BYTES,), 165, dtype=torch.uint8, device=_DEVICE)
     target = torch.empty_like(source)
     seconds = _event_us([lambda: target.copy_(source)]) / 1e6
@@ -138,6 +142,8 @@ def _time_solvers(experts: int, rows: int, columns: int) -> Row:
     batched = batched_loop(weight, factor, levels)
     same = (gptq(weight, hessian, grid, dampening=plain.DAMPENING).weight == batched).float().mean().item()
     single = plain.column_loop(weight[0], factor[0], levels[0])[0]
+    table, width = grid.rounding(levels), min(columns, plain.BLOCK)
+    first = weight[..., :width].mT.contiguous().mT, factor[:, :width, :width], table  # as the solver lays it out
     for name, share in (("ours", same), ("one by one", (single == batched[0]).float().mean().item())):
         if not share >= plain.SAME:
             message = f"{name}: {share:.2%} of the digits of {rows} x {columns} are the torch loop's; "
@@ -147,6 +153,7 @@ def _time_solvers(experts: int, rows: int, columns: int) -> Row:
         "columns": columns,
         "experts": experts,
         "same": same,
+        "block_us": _event_us([lambda: solver.solve_block(*first)]),
         "ours_ms": _call_ms(lambda: gptq(weight, hessian, grid, dampening=plain.DAMPENING)),
         "ours_factorisation_ms": _call_ms(lambda: factorise(hessian, plain.DAMPENING)),
         "torch_factorisation_ms": _call_ms(lambda: [plain.inverse_factor(matrix) for matrix in hessian]),
@@ -364,7 +371,8 @@ def show_solver(rows: list[Row]) -> None:
     titles = ("ours", "torch loop\nbatched", "\nsingle", "ratio to\nbatched", "\nsingle")
     _table(f"ms for {rows[0]['experts']} experts", ("rows x\ncolumns", "", *titles), cells, text=2)
     for r in rows:
-        print_text(f"{r['rows']} x {r['columns']}: {r['same']:.3%} of the digits are the torch loop's.")
+        shape = f"{r['rows']} x {r['columns']}"
+        print_text(f"{shape}: {r['same']:.3%} of the digits are the torch loop's; {r['block_us']:.1f} us a block.")
     print_text("Our columns include the outputs' error. Single: one expert's time, times all.\n")
 
 

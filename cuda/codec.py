@@ -23,26 +23,27 @@ WARPS = 4  # per block where a warp has a row
 BLOCKS = 8  # per multiprocessor at most: each loads the table
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: a store copies a bit pattern
 _ALL = 0xFFFFFFFF
+_TOP_BIT = np.uint64(1 << 63)
 
 
 def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     """CUDA twin of :func:`qmoe_lite.codec.encode`: the same bytes, from and to one GPU.
 
-    One thread a row counts its codewords and, after a scan, writes them; one thread packs eight of them.
+    One thread a row counts its codewords and, after a scan, writes them, both from nonzero to nonzero as the CPU does,
+    eight digits in a word; one thread packs eight codewords.
     """
     digits, levels = as_tensor(digits, "digits"), as_tensor(levels, "levels").clone()
     _check_digits(digits, codebook)
     _check_levels(levels, digits, codebook)
     rows, columns = digits.shape
-    automaton = _device_automaton(codebook, digits.device)
-    sizes = -codebook.lowest_digit, rows, columns
+    walk = _digit_words(digits), *_device_steps(codebook, digits.device)
     counts = torch.empty(rows, dtype=torch.int32, device=digits.device)
-    _count_codewords_kernel.launch(-(-rows // THREADS), THREADS, digits, *automaton, counts, *sizes)
+    _count_codewords_kernel.launch(-(-rows // WARP), WARP, *walk, counts, rows, columns)
     starts = _scan(counts)
     total = int(starts[-1])
     groups = -(-total // 8)
     indices = torch.zeros(groups * 8, dtype=torch.int16, device=digits.device).view(torch.uint16)
-    _encode_kernel.launch(-(-rows // THREADS), THREADS, digits, *automaton, starts, indices, *sizes)
+    _encode_kernel.launch(-(-rows // WARP), WARP, *walk, starts, indices, rows, columns)
     codes = torch.zeros(groups * codebook.bits + PADDING_BYTES, dtype=torch.uint8, device=digits.device)
     _pack_kernel.launch(-(-groups // THREADS), THREADS, indices, codes, codebook.bits, groups)
     codes = codes[: stream_bytes(total, codebook.bits)]
@@ -120,8 +121,16 @@ def device_table(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _device_automaton(codebook: Codebook, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.from_numpy(part).to(device) for part in codebook.automaton)
+def _device_steps(codebook: Codebook, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(part).to(device) for part in codebook.steps)
+
+
+def _digit_words(digits: Tensor) -> Tensor:
+    """Return digits (R, C) eight in a word, zeros behind each row's last: uint64, shape (R, ceil(C / 8))."""
+    padded = torch.nn.functional.pad(digits, (0, -digits.shape[1] % 8))
+    if padded.storage_offset() % 8 or padded.data_ptr() % 8:
+        padded = padded.clone()
+    return padded.view(torch.uint64)
 
 
 def _scan(counts: Tensor) -> Tensor:
@@ -181,59 +190,66 @@ def warp_scan(value: np.int32, lane: np.int32) -> np.int32:
     return value
 
 
-@kernel("int8*, int32*, int32*, int32*, int32*, int32, int32, int32")
-def _count_codewords_kernel(
-    digits: Any,
-    next_state: Any,
-    emitted: Any,
-    tail_code: Any,
-    counts: Any,
-    offset: int,
-    rows: int,
-    columns: int,
-) -> None:
-    """Codewords per row of digits (R, C) into counts (R,)."""
-    row = cuda.grid(1)
-    if row < rows:
-        start = np.int64(row) * columns
-        count = np.int32(0)
-        state = np.int32(0)
-        for column in range(columns):
-            step = state + digits[start + column] + offset
-            if emitted[step] >= 0:
-                count = np.int32(count + 1)
-            state = next_state[step]
-        if tail_code[state] >= 0:
-            count = np.int32(count + 1)
-        counts[row] = count
+@njit(inline="always")
+def _step(word: Any, left: Any, entry: Any, entries: Any) -> Any:
+    """Take one to eight digits of the `left` in a word: zeros that end no codeword, and one more.
+
+    Returns what remains of the word, how many digits that is, and the entry of the step; see
+    `qmoe_lite.codewords.Steps`. The state and the zeros that may be passed are the last entry's.
+    """
+    zeros = np.uint32(cuda.ffs(np.uint64(word | _TOP_BIT)) - 1) >> np.uint32(3)
+    zeros = min(np.uint32(zeros), np.uint32(entry >> np.uint64(19)) & np.uint32(31), np.uint32(left - np.uint32(1)))
+    word = np.uint64(word >> np.uint64(zeros << np.uint32(3)))
+    state = np.uint32(entry >> np.uint64(32))
+    entry = entries[np.uint32(state + np.uint32(zeros << np.uint32(2)) + (np.uint32(word) & np.uint32(3)))]
+    return np.uint64(word >> np.uint64(8)), np.uint32(left - zeros - np.uint32(1)), entry
 
 
-@kernel("int8*, int32*, int32*, int32*, int64*, uint16*, int32, int32, int32")
-def _encode_kernel(
-    digits: Any,
-    next_state: Any,
-    emitted: Any,
-    tail_code: Any,
-    starts: Any,
-    indices: Any,
-    offset: int,
-    rows: int,
-    columns: int,
-) -> None:
-    """Write the codes of digits (R, C) to indices, each row from its own start on."""
+@njit(inline="always")
+def _completes(entry: Any) -> Any:
+    return np.uint32(entry >> np.uint64(24)) & np.uint32(1)
+
+
+@kernel("uint64*, uint64*, uint16*, int32*, int32, int32")
+def _count_codewords_kernel(words: Any, entries: Any, tails: Any, counts: Any, rows: int, columns: int) -> None:
+    """Codewords per row of digits, words (R, ceil(C / 8)), into counts (R,)."""
     row = cuda.grid(1)
     if row < rows:
-        start = np.int64(row) * columns
+        width = np.int32((columns + 7) >> 3)
+        start = np.int64(row) * width
+        count = np.uint32(0)
+        entry = np.uint64(0)
+        for place in range(width):
+            word = words[start + place]
+            left = np.uint32(min(8, columns - 8 * place))
+            while left > 0:
+                word, left, entry = _step(word, left, entry, entries)
+                count = np.uint32(count + _completes(entry))
+        if entry >> np.uint64(32) != 0:
+            count = np.uint32(count + 1)
+        counts[row] = np.int32(count)
+
+
+@kernel("uint64*, uint64*, uint16*, int64*, uint16*, int32, int32")
+def _encode_kernel(words: Any, entries: Any, tails: Any, starts: Any, indices: Any, rows: int, columns: int) -> None:
+    """Write the codes of digits, words (R, ceil(C / 8)), to indices, each row from its own start on."""
+    row = cuda.grid(1)
+    if row < rows:
+        width = np.int32((columns + 7) >> 3)
+        start = np.int64(row) * width
         k = starts[row]
-        state = np.int32(0)
-        for column in range(columns):
-            step = state + digits[start + column] + offset
-            if emitted[step] >= 0:
-                indices[k] = emitted[step]
-                k += 1
-            state = next_state[step]
-        if tail_code[state] >= 0:
-            indices[k] = tail_code[state]
+        entry = np.uint64(0)
+        for place in range(width):
+            word = words[start + place]
+            left = np.uint32(min(8, columns - 8 * place))
+            while left > 0:
+                word, left, entry = _step(word, left, entry, entries)
+                if _completes(entry):
+                    indices[k] = np.uint16(entry & np.uint64(0xFFFF))
+                    k += 1
+        state = np.uint32(entry >> np.uint64(32))
+        if state != 0:
+            indices[k] = tails[state >> np.uint32(2)]
 
 
 @kernel("uint16*, uint8*, int32, int32")

@@ -134,8 +134,7 @@ def _compound_parts(value: Any, seen: set[int]) -> Iterator[bytes]:
     if isinstance(value, FunctionType):
         yield b"function"
         closure = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        for each in (value.__code__, value.__defaults__, closure):
-            yield from _parts(each, seen)
+        yield from _parts((value.__code__, value.__defaults__, closure), seen)
         for name in _names(value.__code__):
             if name in value.__globals__:
                 found = value.__globals__[name]
@@ -148,8 +147,7 @@ def _compound_parts(value: Any, seen: set[int]) -> Iterator[bytes]:
                             yield from _parts(getattr(found, attribute), seen)
     elif isinstance(value, CodeType):
         yield value.co_code
-        for each in (value.co_consts, value.co_names, value.co_varnames, value.co_freevars, value.co_name):
-            yield from _parts(each, seen)
+        yield from _parts((value.co_consts, value.co_names, value.co_varnames, value.co_freevars, value.co_name), seen)
     elif is_dataclass(value):
         yield from _parts(type(value), seen)
         for field in fields(value):

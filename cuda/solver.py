@@ -18,6 +18,7 @@ from torch import Tensor
 from qmoe_lite.cuda.launch import as_tensor, cuda, kernel
 from qmoe_lite.errors import ShapeError
 from qmoe_lite.grid import RoundingTable
+from qmoe_lite.hessian import full_float32
 
 ROWS = 32  # per block
 COLUMNS = 128  # solved at a time; wider blocks are walked in steps
@@ -29,6 +30,7 @@ _SIDE = 4  # rows, and columns, that a lane has of the columns after a panel
 _SQUARE = _SIDE * _SIDE
 _TILE = _THREADS * ROWS
 _FACTORS = 2 * _PANEL * _THREADS + _PANEL  # two panels; a lane reads a little more than it needs
+_WIDEST = 1 << 24  # pitch, so that places within a tile fit 32 bits
 _ALL = 0xFFFFFFFF
 _index = np.uint64  # a place without a sign: numba's test for a negative one keeps loads from being joined
 
@@ -37,7 +39,7 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     """CUDA twin of :func:`qmoe_lite.solver.solve_block`.
 
     The grid is (tiles of 32 rows, E). A block of more than 128 columns is solved in steps of 128 with a matrix product
-    between, which the caller keeps out of TF32. Corrections are subtracted in the CPU's order, but a multiplication and
+    between, in full float32. Corrections are subtracted in the CPU's order, but a multiplication and
     a subtraction are rounded once together, so a digit near a threshold may differ. Errors are rounded as a division
     is. Columns whose rows lie next to each other, as on the CPU, and a factor whose columns do are read where they are.
 
@@ -56,9 +58,9 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     errors = torch.empty((experts, columns, rows), device=source.device)
     digits = torch.empty(errors.shape, dtype=torch.int8, device=source.device)
     source = source.mT
-    if columns > COLUMNS or (rows > 1 and source.stride(2) != 1):
+    if columns > COLUMNS or (rows > 1 and source.stride(2) != 1) or source.stride(1) > _WIDEST:
         source = errors.copy_(source)
-    if columns > 1 and upper.stride(2) != 1:
+    if (columns > 1 and upper.stride(2) != 1) or upper.stride(1) > _WIDEST:
         upper = upper.contiguous()
     grid = -(-rows // ROWS), experts
     for start in range(0, columns, COLUMNS):
@@ -68,7 +70,8 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
         sizes = rows, end - start, values.shape[-1]
         _block_kernel.launch(grid, _THREADS, *map(_flat, parts), values, thresholds, symbols, *steps, *sizes)
         if end < columns:
-            errors[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors[:, start:end], alpha=-1)
+            with full_float32():
+                errors[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors[:, start:end], alpha=-1)
     return digits.mT, errors.mT
 
 
@@ -95,7 +98,7 @@ def _load_panel(factor: Any, corner: Any, pitch: Any, first: int, width: int, fa
     """Copy rows `first` to first + 15 of a column of the factor to shared memory; behind the last row, that one."""
     read = cuda.local.array(_PANEL, np.float32)  # all before the first is written: they are waited for once
     last = np.int32(width - 1)
-    column = corner + _index(np.uint32(min(thread, last)))
+    column = corner + _index(np.uint32(min(np.int32(thread), last)))
     for i in range(_PANEL):
         line = np.uint32(min(np.int32(first + i), last))
         read[i] = factor[column + _index(np.uint32(line * pitch))]
@@ -218,8 +221,8 @@ def _block_kernel(
     while first < width:
         cuda.syncthreads()
         buffer = np.uint32((first & _PANEL) * _THREADS)
-        if warp != 0:  # the first two panels are there; of others these warps' columns are all that is needed
-            if first > 0:
+        if warp != 0:  # the first two panels are there; of others no column of the first warp is needed
+            if 0 < first < 32 * warp + 32 - _PANEL:
                 _load_panel(factor, corner, factor_pitch, np.int32(first + _PANEL), width, factors, thread)
         else:
             own = _index(np.uint32(first * ROWS + lane))
@@ -257,16 +260,20 @@ def _block_kernel(
             error_at += _index(np.uint32(first * ROWS))
             factor_at += _index(buffer)
             rest = cuda.local.array(_SQUARE, np.float32)
-            for column in range(_index(_SIDE)):
+            for there in range(_index(_SIDE)):
                 for i in range(_index(_SIDE)):
-                    rest[_index(_SIDE) * column + i] = tile[own + _index(ROWS) * column + i]
-            for _ in range(_PANEL // 2):
+                    rest[_index(_SIDE) * there + i] = tile[own + _index(ROWS) * there + i]
+            step = np.int32(0)
+            while step < _PANEL:
                 _subtract_outer(rest, tile, error_at, factors, factor_at)
                 _subtract_outer(rest, tile, error_at + _index(ROWS), factors, factor_at + _index(_THREADS))
-                error_at += _index(2 * ROWS)
-                factor_at += _index(2 * _THREADS)
-            for column in range(_index(_SIDE)):
+                _subtract_outer(rest, tile, error_at + _index(2 * ROWS), factors, factor_at + _index(2 * _THREADS))
+                _subtract_outer(rest, tile, error_at + _index(3 * ROWS), factors, factor_at + _index(3 * _THREADS))
+                error_at += _index(4 * ROWS)
+                factor_at += _index(4 * _THREADS)
+                step = np.int32(step + 4)
+            for there in range(_index(_SIDE)):
                 for i in range(_index(_SIDE)):
-                    tile[own + _index(ROWS) * column + i] = rest[_index(_SIDE) * column + i]
+                    tile[own + _index(ROWS) * there + i] = rest[_index(_SIDE) * there + i]
             after = np.int32(after + _PANEL * _WARPS)
         first = np.int32(first + _PANEL)

@@ -1,12 +1,10 @@
-"""Fields of a table entry, and rounding: the scalar core that the CPU kernels and their CUDA twins share.
+"""Fields of a table entry: the scalar core that the CPU kernels and their CUDA twins share.
 
 An entry is a uint64. Byte 0 is the number of weights; bytes 1 to 7 are one field per nonzero, `digits * position +
 slot`, where an absent nonzero is the zero slot of position 0. Scalars in, scalars out, unsigned throughout.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -34,13 +32,3 @@ def field_position(field: np.uint32, digits: int) -> np.uint32:
 def field_slot(field: np.uint32, position: np.uint32, digits: int) -> np.uint32:
     """Return a field's slot, given its position; `digits - 1` is the zero slot."""
     return np.uint32(field - position * np.uint32(digits))
-
-
-@njit(inline="always")
-def level_index(value: np.float32, thresholds: Any) -> int:
-    """Return how many of `thresholds`, an array or a tuple of K - 1, lie strictly below `value`."""
-    index = 0
-    for threshold in thresholds:
-        if value > threshold:
-            index += 1
-    return index

@@ -321,34 +321,45 @@ def _relative_error(weight: Tensor, digits: Tensor, levels: Tensor, hessian: Ten
     `lost` is the numerator, float64 (E,); it is computed here where it is not finite.
     """
     error = torch.zeros(len(weight), device=weight.device)
-    for expert in range(len(weight)):
-        metric = None if hessian is None else hessian[expert if len(hessian) > 1 else 0]
+    tiny = torch.finfo(torch.float32).tiny
+    for part in _turns(len(weight), weight.device):
+        metric = None if hessian is None else hessian[part if len(hessian) > 1 else 0]
         # the ratio does not feel these two factors, and without them float32 may overflow
-        unit = weight[expert].abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        largest = torch.ones_like(unit) if metric is None else metric.diagonal().max()
-        spread = largest.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-        whole = _quadratic(weight[expert] / unit / spread, metric)
-        if torch.isfinite(lost[expert]):
-            numerator = lost[expert] / unit.double() ** 2 / spread.double() ** 2
-        else:
-            difference = weight[expert] / unit / spread - dequantize(digits[expert], levels[expert]) / unit / spread
-            numerator = _quadratic(difference, metric)
-        error[expert] = torch.where(whole > 0, numerator / whole, 0.0).clamp(min=0)
+        unit = weight[part].abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
+        largest = unit.new_ones(()) if metric is None else metric.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+        spread = largest.clamp(min=tiny).sqrt()[..., None, None]
+        scaled = weight[part] / unit / spread
+        whole = _quadratic(scaled, metric)
+        numerator = lost[part] / (unit.double() ** 2 * spread.double() ** 2)[..., 0, 0]
+        if not torch.isfinite(lost[part]).all():
+            difference = scaled - dequantize(digits[part], levels[part]) / unit / spread
+            numerator = torch.where(torch.isfinite(lost[part]), numerator, _quadratic(difference, metric))
+        error[part] = torch.where(whole > 0, numerator / whole, 0.0).clamp(min=0)
     return error
 
 
+def _turns(experts: int, device: torch.device) -> list[int] | list[slice]:
+    """Say which experts are looked at together: one on the CPU, whose temporaries stay small; all on a GPU."""
+    return list(range(experts)) if device.type == "cpu" else [slice(None)]
+
+
 def _quadratic(rows: Tensor, hessian: Tensor | None) -> Tensor:
-    """Return the sum over rows (R, C) of x H x^T, H symmetric, from its lower triangle of blocks; float64 scalar."""
+    """Return the sum over rows (..., R, C) of x H x^T, from the symmetric H's lower triangle of blocks; float64 (...).
+
+    H is (C, C), or (E, C, C) for rows (E, R, C).
+    """
     if hessian is None:
-        return (rows.double() ** 2).sum()
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        return (rows.double() ** 2).sum(dim=(-2, -1))
+    total = torch.zeros(rows.shape[:-2], dtype=torch.float64, device=rows.device)
     columns = rows.shape[-1]
+    add_product = Tensor.addmm_ if rows.ndim == 2 else Tensor.baddbmm_
+    hessian = hessian.expand(*rows.shape[:-2], -1, -1)
     with full_float32():
         for start in range(0, columns, _QUADRATIC_BLOCK):
             end = min(start + _QUADRATIC_BLOCK, columns)
-            product = rows[:, start:end] @ hessian[start:end, start:end]
-            product.addmm_(rows[:, end:], hessian[end:, start:end], alpha=2)
-            total += (rows[:, start:end] * product).sum(dtype=torch.float64)
+            product = rows[..., start:end] @ hessian[..., start:end, start:end]
+            add_product(product, rows[..., end:], hessian[..., end:, start:end], alpha=2)
+            total += (rows[..., start:end] * product).sum(dim=(-2, -1), dtype=torch.float64)
     return total
 
 

@@ -91,6 +91,9 @@ class Cuda:
         assert axes == 1
         return np.int32(self.gridDim.x * self.blockDim.x)
 
+    def ffs(self, word):
+        return np.uint32((int(word) & -int(word)).bit_length())
+
     def fma(self, a, b, c):
         assert {type(a), type(b), type(c)} == {np.float32}
         return np.float32(np.float64(a) * np.float64(b) + np.float64(c))  # the product is exact

@@ -70,6 +70,15 @@ def test_encode_gives_the_reference_s_bytes(emulated, codebook, shape):
     assert packed.count_codewords().tolist() == row_codewords
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4, 8])
+def test_digits_may_begin_at_any_byte(emulated, offset):
+    digits = draw(TERNARY, (5, 64))
+    given = torch.ones(offset + digits.size, dtype=torch.int8)[offset:].view(5, 64)
+    given.copy_(torch.from_numpy(digits))
+    ours = codec.encode(given, draw_levels(TERNARY, 5), TERNARY)
+    assert torch.equal(ours.codes, cpu_codec.encode(digits, draw_levels(TERNARY, 5), TERNARY).codes)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("codebook", CODEBOOKS, ids=NAMES)
 def test_decode_gives_the_digits_that_the_reference_reads(emulated, codebook, shape):

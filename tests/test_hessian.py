@@ -96,10 +96,18 @@ def test_dampen_adds_a_share_of_each_matrix_s_own_mean_diagonal():
     np.testing.assert_allclose(hs.dampen(group[0], 0.5).numpy(), naive.dampen(group[0].numpy(), 0.5))
 
 
+@pytest.fixture(params=["one by one", "together"])
+def factorise(request):
+    """What the CPU does, and what a GPU does."""
+    if request.param == "one by one":
+        return hs.factorise
+    return lambda hessian, dampening, block=128: hs._factorise_together(hessian, dampening, block)
+
+
 @pytest.mark.parametrize("columns", [1, 27, 28, 29, 63])
-def test_the_factor_is_the_upper_triangle_whose_square_is_the_inverse(columns):
+def test_the_factor_is_the_upper_triangle_whose_square_is_the_inverse(factorise, columns):
     hessian = torch.stack([torch.from_numpy(naive.gram(inputs(80, columns, seed))).float() for seed in (0, 1)])
-    factor, info = hs.factorise(hessian, 0.1)
+    factor, info = factorise(hessian, 0.1)
     assert info.tolist() == [0, 0]
     for matrix, upper in zip(hessian, factor, strict=True):
         assert torch.equal(upper, upper.triu())
@@ -108,10 +116,10 @@ def test_the_factor_is_the_upper_triangle_whose_square_is_the_inverse(columns):
 
 
 @pytest.mark.parametrize(("columns", "block"), [(29, 1), (29, 8), (63, 29), (100, 64), (500, 128), (450, 449)])
-def test_the_blocks_of_the_factor_give_the_hessian_back(columns, block):
+def test_the_blocks_of_the_factor_give_the_hessian_back(factorise, columns, block):
     hessian = torch.from_numpy(naive.gram(inputs(columns // 4, columns))).float()
     garbage = hessian.triu() + torch.full((columns, columns), 1e30).tril(-1)
-    factor, info = hs.factorise(garbage[None], 0.1, block)
+    factor, info = factorise(garbage[None], 0.1, block)
     assert info.item() == 0, "below the diagonal nothing is read"
     root = torch.zeros(columns, columns, dtype=torch.float64)
     for start in range(0, columns, block):
@@ -126,23 +134,23 @@ def test_the_blocks_of_the_factor_give_the_hessian_back(columns, block):
 
 @pytest.mark.parametrize("block", [1, 7, 40, 100, 128])
 @pytest.mark.parametrize("bad", [0, 3, 59, 60, 99])
-def test_info_counts_the_minors_from_the_last_column(block, bad):
+def test_info_counts_the_minors_from_the_last_column(factorise, block, bad):
     diagonal = torch.ones(100)
     diagonal[bad] = -1
-    factor, info = hs.factorise(torch.diag(diagonal)[None], 0.0, block)
+    factor, info = factorise(torch.diag(diagonal)[None], 0.0, block)
     assert info.tolist() == [100 - bad]
     assert torch.equal(factor[0], torch.eye(100))
 
 
-def test_a_bad_matrix_is_told_by_its_info_and_touches_no_neighbour():
+def test_a_bad_matrix_is_told_by_its_info_and_touches_no_neighbour(factorise):
     good = torch.from_numpy(naive.gram(inputs(80, 29))).float()
     indefinite, infinite, nan = -good, good.clone(), good.clone()
     infinite[3, 3], nan[28, 0] = torch.inf, torch.nan
     group = torch.stack((good, indefinite, good, torch.zeros(29, 29), infinite, nan, good))
-    factor, info = hs.factorise(group, 0.1)
+    factor, info = factorise(group, 0.1)
     assert [code != 0 for code in info.tolist()] == [False, True, False, True, True, True, False]
     assert info[4:6].tolist() == [hs.NOT_FINITE] * 2
-    alone, _ = hs.factorise(good[None], 0.1)
+    alone, _ = factorise(good[None], 0.1)
     for index in (0, 2, 6):
         assert torch.equal(factor[index], alone[0])
     for index in (1, 3, 4, 5):

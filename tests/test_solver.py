@@ -154,6 +154,22 @@ def test_a_block_is_taken_and_given_in_any_layout():
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("kind", ["own", "shared", "none"])
+def test_the_error_of_all_experts_at_once_is_that_of_each(monkeypatch, kind):
+    weight, hessian = problem(4, 9, 230)
+    weight[2] *= 2.0**40
+    weight[3] = 0
+    known = {"own": hessian, "shared": hessian[:1], "none": None}[kind]
+    table = MinMaxTernary().rounding(levels := MinMaxTernary().fit(weight))
+    digits = nearest_digits(weight, table)
+    lost = torch.tensor([torch.nan, 0.5, torch.inf, 0.0], dtype=torch.float64)
+    each = solver._relative_error(weight, digits, levels, known, lost)
+    monkeypatch.setattr(solver, "_turns", lambda experts, device: [slice(None)])
+    torch.testing.assert_close(solver._relative_error(weight, digits, levels, known, lost), each)
+    assert each[0] > 0
+    assert each[3] == 0
+
+
 def test_the_error_does_not_overflow_where_weights_and_inputs_are_large():
     weight, hessian = problem(1, 5, 29)
     plain = gptq(weight, hessian, MinMaxTernary())

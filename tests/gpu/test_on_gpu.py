@@ -5,11 +5,13 @@ A failure shows the seed; QMOE_TEST_SEED repeats it. `python bench/gpu.py` runs 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import naive
 import numpy as np
@@ -17,11 +19,14 @@ import pytest
 import torch
 from checks import draw_digits
 
+import qmoe_lite as qm
 from qmoe_lite import codec as cpu_codec
 from qmoe_lite import solver as cpu_solver
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.cuda import codec, launch, matmul, solver
-from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit
+from qmoe_lite.errors import FormatError, SettingError
+from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
+from qmoe_lite.hessian import factorise
 
 if not launch.available():
     pytest.skip(f"needs a GPU: {launch.reason()}", allow_module_level=True)
@@ -304,6 +309,82 @@ def test_gptq_finds_the_cpu_s_digits(name, shape):
     assert (ours.digits.cpu() == cpu.digits).float().mean() >= 0.995
     torch.testing.assert_close(ours.levels.cpu(), cpu.levels)
     torch.testing.assert_close(ours.error.cpu(), cpu.error, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 29, 300])
+def test_hessians_are_factorised_as_on_the_cpu(columns):
+    _, hessian = weights_and_hessians(4, 1, columns)
+    hessian[1] = -hessian[1]
+    hessian[2, 0, 0] = torch.nan
+    ours, info = factorise(hessian.to(DEVICE), 0.1)
+    cpu, expected = factorise(hessian, 0.1)
+    assert torch.equal(info, expected)
+    for start in range(0, columns, 128):  # below the diagonal of blocks lies anything
+        part = slice(start, start + 128)
+        torch.testing.assert_close(
+            ours[:, : start + 128, part].cpu(), cpu[:, : start + 128, part], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_errors_are_rounded_as_quotients():
+    weight = torch.randn(50, 100, 1) * 10.0 ** torch.randint(-9, 9, (50, 1, 1))
+    factor = (1 + torch.rand(50, 1, 1)) * 2.0 ** torch.randint(-9, 9, (50, 1, 1))
+    nothing = torch.zeros(50, 100, 1, device=DEVICE)
+    table = RoundingTable(nothing, nothing[..., :0], nothing.to(torch.int8))
+    _, errors = solver.solve_block(weight.to(DEVICE), factor.to(DEVICE), table)
+    assert torch.equal(errors.cpu(), weight / factor)
+
+
+def test_a_wide_block_is_multiplied_in_full_float32_whatever_is_allowed(monkeypatch):
+    weight, factor, table = problem(2, 40, 300)
+    expected = solver.solve_block(weight, factor, table)
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = solver.solve_block(weight, factor, table)
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_public_functions_take_the_twins():
+    digits, packed, on_gpu, dense = pack(TERNARY, (33, 500))
+    x = torch.randn(2, 500)
+    ours = qm.encode(torch.from_numpy(digits).to(DEVICE), packed.levels.to(DEVICE), TERNARY)
+    assert ours.device == DEVICE
+    assert torch.equal(ours.codes.cpu(), packed.codes)
+    read = dataclasses.replace(on_gpu, _validated=False)
+    assert torch.equal(qm.decode(read)[0].cpu(), torch.from_numpy(digits))
+    assert read._validated
+    assert torch.equal(on_gpu.dense(torch.float64).cpu(), dense)
+    assert_product(qm.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
+    with pytest.raises(SettingError, match="x is on cpu"):
+        qm.decode_matmul(on_gpu, x)
+    with pytest.raises(SettingError, match="the matrix on the CPU"):
+        qm.decode_matmul(packed, x.to(DEVICE))
+    damaged = dataclasses.replace(read, codes=read.codes.clone().fill_(255), _validated=False)
+    with pytest.raises(FormatError):
+        qm.decode(damaged)
+
+
+def test_a_thread_of_its_own_may_launch():
+    _, _, on_gpu, dense = pack(TERNARY, (33, 500))
+    with ThreadPoolExecutor(4) as pool:
+        for found in [pool.submit(codec.decode_dense, on_gpu, torch.float64) for _ in range(16)]:
+            assert torch.equal(found.result().cpu(), dense)
+
+
+def test_a_compiled_kernel_is_found_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    digits, _, on_gpu, _ = pack(TERNARY, (33, 500))
+    for compiled in (1, 0):
+        kernel = launch.Kernel(codec._decode_kernel.py_func, codec._decode_kernel.signatures)
+        calls, ptx = [], kernel.ptx
+        kernel.ptx = lambda *arguments, calls=calls, ptx=ptx: calls.append(1) or ptx(*arguments)
+        monkeypatch.setattr(codec, "_decode_kernel", kernel)
+        assert torch.equal(codec.decode(on_gpu)[0].cpu(), torch.from_numpy(digits))
+        assert len(calls) == compiled
+    assert list(tmp_path.rglob("*"))
 
 
 def later(stream, *changes):
