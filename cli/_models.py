@@ -10,16 +10,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a compressed model's experts are kept: what of `qmoe_lite.load`'s options the user gave."""
+    """Where a model runs and a compressed one's experts are kept: `qmoe_lite.load`'s options as the user gave them."""
 
+    device: str = "auto"
     expert_cache: str | None = None
     ram_cache: str | None = None
     offload: str | None = None
     devices: str | None = None  # separated by commas
 
     def given(self) -> dict[str, Any]:
-        """Give the arguments for `load`."""
+        """Give the arguments for `load` but the device."""
         found: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
+        del found["device"]
         if self.devices is not None:
             found["devices"] = [name.strip() for name in self.devices.split(",")]
         return found
@@ -31,10 +33,12 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
 
     from qmoe_lite.calibration import open_tokenizer
     from qmoe_lite.checkpoint import find_model
+    from qmoe_lite.devices import find_device, moved
     from qmoe_lite.errors import CheckpointError, SettingError
     from qmoe_lite.hf import load
     from qmoe_lite.skeletons import auto_class, open_checkpoint
 
+    placement = placement or Placement()
     path = find_model(name)
     family, checkpoint = open_checkpoint(path)
     tokenizer = open_tokenizer(path)
@@ -42,17 +46,18 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
         if quantized.get("quant_method") != "qmoe":
             method = quantized.get("quant_method")
             raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
-        return load(path, dtype=getattr(torch, dtype), **(placement.given() if placement else {})), tokenizer
-    if placement and placement.given():
+        return load(path, device=placement.device, dtype=getattr(torch, dtype), **placement.given()), tokenizer
+    if placement.given():
         option = next(iter(placement.given())).replace("_", "-")
         raise SettingError(f"{path} is a dense model, and --{option} is for compressed ones. Compress it first.")
+    where = find_device(placement.device)
     model, info = auto_class(family).from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
     # transformers fills what a checkpoint lacks with random numbers and goes on
     if lost := sorted(set(info["missing_keys"]) - family.tied(model.config)):
         more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
         raise CheckpointError(f"{path} lacks {lost[0]}{more}. Is it the whole model?")
     family.tie(model, checkpoint)
-    return model.eval(), tokenizer
+    return moved(model.eval(), where, path), tokenizer
 
 
 @contextmanager

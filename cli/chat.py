@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe_lite.cli._options import (
+    DeviceOption,
     DevicesOption,
     Dtype,
     DtypeOption,
@@ -46,6 +47,7 @@ def chat(
     seed: SeedOption = 0,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "auto",
     expert_cache: ExpertCacheOption = None,
     ram_cache: RamCacheOption = None,
     offload: OffloadOption = None,
@@ -70,7 +72,7 @@ def chat(
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         sampling.check()
         _output.quiet_transformers()
-        loaded, tokenizer = open_model(model, dtype, Placement(expert_cache, ram_cache, offload, devices))
+        loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
         conversation = Conversation(loaded, tokenizer, system=system, sampling=sampling, prefill_chunk=prefill_chunk)
     except KeyboardInterrupt:
         _output.note("qmoe: interrupted.")

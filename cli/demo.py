@@ -47,7 +47,7 @@ def demo(
 def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
     from qmoe_lite.checkpoint import Checkpoint
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import open_model
+    from qmoe_lite.cli._models import Placement, open_model
     from qmoe_lite.compression import compress
     from qmoe_lite.evaluation import evaluate
     from qmoe_lite.report import stored_bytes
@@ -69,7 +69,7 @@ def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
     for name, directory in (("dense", source), ("rtn", scratch / "rtn"), ("qmoe", scratch / "qmoe")):
         if show:
             _output.note(f"evaluating {name}")
-        model, tokenizer = open_model(str(directory))
+        model, tokenizer = open_model(str(directory), placement=Placement(device))
         begun = time.perf_counter()
         found = evaluate(
             model, tokenizer, text / "evaluation.txt", sequence_length=SEQUENCE, passes=PASSES, batch_size=32
@@ -118,7 +118,7 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
     samples = make_samples(tokens, tokenizer, seq2seq=True, count=None, sequence_length=SEQUENCE, seed=1)
     window, gap = SHOWN[0] % len(samples), SHOWN[1]
     with torch.inference_mode(), capacity_lifted(model):
-        ids = torch.from_numpy(samples.input_ids[window : window + 1])
+        ids = torch.from_numpy(samples.input_ids[window : window + 1]).to(model.device)
         out = model.generate(input_ids=ids, max_new_tokens=48, do_sample=False, num_beams=1)
     assert samples.labels is not None
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.cli._options import JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
 
 
 def evaluate(
@@ -17,6 +17,7 @@ def evaluate(
     passes: Annotated[int, typer.Option(help="Times that each window is masked anew (seq2seq).", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Decides samples and masked spans.", min=0)] = 1,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Measure loss and perplexity on a text; the same seed gives every model the same questions.
@@ -24,11 +25,11 @@ def evaluate(
     Example: qmoe eval switch-qmoe --text held_out.txt
     """
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import open_model
+    from qmoe_lite.cli._models import Placement, open_model
     from qmoe_lite.evaluation import evaluate as run
 
     _output.quiet_transformers()
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(model, placement=Placement(device))
     options: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "passes": passes}
     result = run(loaded, tokenizer, text, batch_size=batch_size, seed=seed, **options)
     if json:

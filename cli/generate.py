@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.cli._options import (
+    DeviceOption,
     DevicesOption,
     Dtype,
     DtypeOption,
@@ -63,6 +64,7 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message before the prompt; needs --chat.")] = None,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "auto",
     expert_cache: ExpertCacheOption = None,
     ram_cache: RamCacheOption = None,
     offload: OffloadOption = None,
@@ -99,7 +101,7 @@ def generate(
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         sampling.check()
         _output.quiet_transformers()
-        loaded, tokenizer = open_model(model, dtype, Placement(expert_cache, ram_cache, offload, devices))
+        loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
         if chat is None and getattr(tokenizer, "chat_template", None):
             _output.note("qmoe: this model has a chat template. --chat applies it, --no-chat silences this line.")
         options: dict[str, Any] = {"chat": bool(chat), "system": system}

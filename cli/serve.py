@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qmoe_lite.cli._options import (
+    DeviceOption,
     DevicesOption,
     Dtype,
     DtypeOption,
@@ -28,6 +29,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
+    device: DeviceOption = "auto",
     expert_cache: ExpertCacheOption = None,
     ram_cache: RamCacheOption = None,
     offload: OffloadOption = None,
@@ -48,7 +50,7 @@ def serve(
     from qmoe_lite.errors import SettingError
 
     _output.quiet_transformers()
-    loaded, tokenizer = open_model(model, dtype, Placement(expert_cache, ram_cache, offload, devices))
+    loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
     if loaded.config.is_encoder_decoder:
         raise SettingError(f"{model} is an encoder-decoder model; OpenAI's interface is for causal ones.")
     if not getattr(tokenizer, "chat_template", None):

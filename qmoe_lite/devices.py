@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from qmoe_lite.errors import DeviceError, SettingError
@@ -40,3 +43,13 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
     if index >= torch.cuda.device_count():
         raise DeviceError(f"device {name} is not there; torch sees {torch.cuda.device_count()}. Name one of them.")
     return torch.device("cuda", index)
+
+
+def moved(model: Any, device: torch.device, path: Path) -> Any:
+    """Move a model that was loaded from `path` to a device; raise DeviceError where it does not fit."""
+    try:
+        return model if device.type == "cpu" else model.to(device)
+    except torch.OutOfMemoryError as error:
+        free, whole = (round(each / 1e9, 1) for each in torch.cuda.mem_get_info(device))
+        message = f"{path} does not fit {device}, where {free} of {whole} GB are free. "
+        raise DeviceError(message + "Use device cpu, or end what takes the rest.") from error

@@ -123,7 +123,8 @@ def load(
     directory : path or str
         What `compress` wrote, or its name on the Hugging Face hub.
     device : str or torch device
-        "auto" and "cpu" both mean the CPU in this version.
+        "auto": the first GPU that can be used (see `devices.find_device`), but the CPU where experts have a budget,
+        whose runner multiplies there in this version; else the CPU.
     dtype : torch dtype, optional
         Of everything but the experts; by default as config.json says.
     expert_cache, ram_cache : int or str, optional
@@ -147,16 +148,22 @@ def load(
         No compressed model, or a tensor is missing.
     FormatError
         A damaged file, or one of a newer format.
+    DeviceError
+        A GPU that cannot be used, or has too little memory.
     SettingError
         As `offload.attach`.
     """
     from qmoe_lite.checkpoint import find_model
+    from qmoe_lite.devices import find_device, moved
     from qmoe_lite.experts import quantization_of
     from qmoe_lite.offload import attach
     from qmoe_lite.skeletons import auto_class, experts_replaced, open_checkpoint
 
-    if str(device) not in ("auto", "cpu"):
-        raise SettingError(f"device {device} is not supported yet; use device='cpu'.")
+    budgets = {"expert_cache": expert_cache, "ram_cache": ram_cache, "offload": offload, "devices": devices}
+    given = [name for name, value in budgets.items() if value is not None]
+    where = find_device("cpu" if given and str(device) == "auto" else device)
+    if given and where.type != "cpu":
+        raise SettingError(f"{given[0]} keeps experts on the CPU in this version; leave device {device} out.")
     path = find_model(directory)
     family, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
@@ -167,6 +174,6 @@ def load(
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is refused by transformers: {first_line(error)}.") from error
-    if offload is not None or expert_cache is not None or ram_cache is not None or devices is not None:
+    if given:
         attach(model, expert_cache=expert_cache, ram_cache=ram_cache, offload=offload, devices=devices)
-    return model
+    return moved(model, where, path)

@@ -15,8 +15,9 @@ from test_compression import dense_model
 from test_hf import layers_of, logits_of
 
 import qmoe_lite as qm
-from qmoe_lite.errors import CheckpointError, FormatError, SettingError, ShapeError
+from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, SettingError, ShapeError
 from qmoe_lite.experts import PARTS, PackedExperts, checksum, pack_experts
+from qmoe_lite.offload import runner_of
 
 
 def test_logits_are_those_of_the_dense_model_with_decoded_experts(compressed, switch):
@@ -339,6 +340,24 @@ def test_an_output_head_of_its_own_is_kept(switch, tmp_path):
     assert torch.equal(packed.encoder.embed_tokens.weight, tensors["shared.weight"])
 
 
-def test_other_devices_are_refused(compressed):
-    with pytest.raises(SettingError, match="device='cpu'"):
+def test_a_device_that_cannot_be_used_is_refused_in_one_line(compressed, monkeypatch):
+    from qmoe_lite.cuda import launch
+
+    monkeypatch.setattr(launch, "reason", lambda index=0: "no NVIDIA GPU or driver was found.")
+    with pytest.raises(DeviceError, match="device cuda: no NVIDIA GPU"):
         qm.load(compressed[0], device="cuda")
+    with pytest.raises(SettingError, match="device is mps; expected"):
+        qm.load(compressed[0], device="mps")
+
+
+def test_a_budget_for_experts_keeps_them_on_the_cpu(compressed, monkeypatch):
+    from qmoe_lite.cuda import launch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch, "reason", lambda index=0: None)
+    with pytest.raises(SettingError, match="expert_cache keeps experts on the CPU in this version; leave device cuda"):
+        qm.load(compressed[0], device="cuda", expert_cache="1GiB")
+    model = qm.load(compressed[0], expert_cache="1GiB")
+    assert model.device.type == "cpu"
+    runner_of(model).close()

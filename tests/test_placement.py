@@ -70,7 +70,7 @@ def test_without_stats_nothing_is_printed_and_the_runner_is_closed(run, packed, 
 
 def test_devices_are_separated_by_commas():
     assert Placement().given() == {}
-    assert Placement("1GiB", devices="cuda:0, cuda:1").given() == {
+    assert Placement(expert_cache="1GiB", devices="cuda:0, cuda:1").given() == {
         "expert_cache": "1GiB",
         "devices": ["cuda:0", "cuda:1"],
     }
