@@ -249,12 +249,12 @@ def _copies(nbytes: int, first: Any, clone: Callable[[Any], Any]) -> list[Any]:
     return [first, *(clone(first) for _ in range(min(2 * cache // nbytes, _MOST_COPIES - 1)))]
 
 
-def _compare(y: Tensor, dense: Tensor, x: Tensor) -> float:
+def _compare(y: Tensor, dense: Tensor, x: Tensor, name: str = "decode_matmul") -> float:
     """Return the largest error over the largest result; raise QMoEError where it is no rounding error."""
     expected = x.double() @ dense.double().T
     error = float((y.double() - expected).abs().max() / expected.abs().max())
     if not error <= _TOLERANCE:
-        message = f"decode_matmul of {tuple(dense.shape)} and {len(x)} tokens differs by {error:.1e}"
+        message = f"{name} of {tuple(dense.shape)} and {len(x)} tokens differs by {error:.1e}"
         raise QMoEError(message + "; please report this as a bug.")
     return error
 
@@ -385,8 +385,8 @@ def show_coder(rows: list[Row]) -> None:
 
 
 PARTS = {
-    "launch": Part(measure_launch, show_launch, 60),
-    "matmul": Part(measure_matmul, show_matmul, 170),
-    "solver": Part(measure_solver, show_solver, 110),
-    "coder": Part(measure_coder, show_coder, 60),
+    "launch": Part(measure_launch, show_launch, 25),
+    "matmul": Part(measure_matmul, show_matmul, 90),
+    "solver": Part(measure_solver, show_solver, 45),
+    "coder": Part(measure_coder, show_coder, 25),
 }

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -28,15 +29,24 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
+from qmoe_lite.bench import _gpu_choice, _gpu_demo, _gpu_layer, _gpu_paper, _gpu_parts  # noqa: E402
 from qmoe_lite.bench._common import machine_line  # noqa: E402
-from qmoe_lite.bench._gpu_parts import PARTS, Row, one_line  # noqa: E402
+from qmoe_lite.bench._gpu_parts import Row, one_line  # noqa: E402
 from qmoe_lite.cli._output import print_text  # noqa: E402
 from qmoe_lite.cuda import launch  # noqa: E402
 
-BUDGET = 450.0  # seconds for all of it
-TEST_SECONDS = 200.0
+BUDGET = 450.0  # seconds for all of it: the tests' and the parts', each of which may take what those before it left
+TEST_SECONDS = 105.0
+_TESTERS = 6  # processes that the tests are shared among, at most: most of their time a kernel is compiled
 _LEAST = 15.0  # seconds that a part is begun with
 _PACKAGES = ("torch", "numba", "numba-cuda", "cuda-core")
+_KNOWN = _gpu_parts.PARTS | {
+    "layer": _gpu_layer.PART,
+    "paper": _gpu_paper.PART,
+    "choice": _gpu_choice.PART,
+    "demo": _gpu_demo.PART,
+}
+PARTS = {name: _KNOWN[name] for name in ("matmul", "layer", "solver", "launch", "paper", "coder", "choice", "demo")}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,11 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="FILE.json and FILE.txt [default: bench/results/<GPU's name>]")
     parser.add_argument("--debug", action="store_true", help="show the output and the traceback of what fails")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=BUDGET, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not launch.available():
         sys.stderr.write(f"bench/gpu.py: {launch.reason()}\n")
         return 1
+    if given.share:
+        return run_tests(*given.share)
     if given.part:
         return measure_part(given.part, given.quick, given.seconds)
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
@@ -69,16 +82,18 @@ def run(quick: bool, out: Path, debug: bool, seconds: float) -> int:
     shown = _Tee(sys.stdout)
     with redirect_stdout(shown):
         print_text(f"{report['gpu']}; {report['machine']}\n")
-        for name in ("tests", *PARTS):
+        own = {"tests": TEST_SECONDS} | {name: part.seconds for name, part in PARTS.items()}
+        for number, name in enumerate(own):
             left = begun + seconds - time.monotonic()
             if left < _LEAST:
                 report["skipped"].append(name)
                 continue
+            limit = max(min(left, own[name]), left - sum(list(own.values())[number + 1 :]))
             try:
                 if name == "tests":
-                    _test(report, min(left, TEST_SECONDS), debug)
+                    _test(report, limit, debug)
                 else:
-                    _measure(report, name, quick, min(left, PARTS[name].seconds), debug)
+                    _measure(report, name, quick, limit, debug)
             except Exception as error:  # the other parts are worth having
                 _fail(report, name, one_line(error), traceback.format_exc(), debug)
             _write(report, out, shown.getvalue())
@@ -109,16 +124,48 @@ def measure_part(name: str, quick: bool, seconds: float) -> int:
     return 0
 
 
+def run_tests(number: int, shares: int) -> int:
+    """Run one of so many shares of tests/gpu in this process; return pytest's exit code."""
+    import pytest
+
+    class Share:
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            items[:] = share_of(items, number, shares)
+
+    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--noconftest", "--tb=short", "-rfE"]
+    return int(pytest.main([*options, "tests/gpu"], plugins=[Share()]))
+
+
+def share_of(items: list[Any], number: int, shares: int) -> list[Any]:
+    """Return a share of each test function's cases: neighbours, which need the same kernels."""
+    cases: dict[Any, list[Any]] = {}
+    for item in items:
+        cases.setdefault(item.function, []).append(item)
+    found = []
+    for turn, some in enumerate(cases.values()):
+        place = (number + turn) % shares  # so that functions of one case are spread
+        found += some[place * len(some) // shares : (place + 1) * len(some) // shares]
+    return found
+
+
 def _test(report: Row, seconds: float, debug: bool) -> None:
     """Run tests/gpu and note how they went."""
-    code, out, err = _in_process(_tests_command(), seconds)
-    lines = out.strip().splitlines()
-    summary = lines[-1].strip("= ") if lines else _last_line(err)
+    shares = max(1, min(_TESTERS, (os.cpu_count() or 1) // 2))
+    with ThreadPoolExecutor(shares) as pool:
+        ran = list(pool.map(lambda number: _in_process(_tests_command(number, shares), seconds), range(shares)))
+    lines = [line for _, out, _ in ran for line in out.splitlines()]
+    counts: dict[str, int] = {}
+    for _, out, err in ran:
+        found = re.findall(r"(\d+) ([a-z]+)", _last_line(out).partition(" in ")[0])
+        for number, outcome in found or [("1", "share ended without a result: " + _last_line(err))]:
+            counts[outcome] = counts.get(outcome, 0) + int(number)
+    summary = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
     report["tests"] = {"summary": summary, "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
-    if code is None:
-        _fail(report, "tests", f"did not end within {seconds:.0f} s", out + err, debug)
-    elif code != 0 or " passed" not in f" {summary}":
-        _fail(report, "tests", summary, out + err, debug)
+    details = "".join(out + err for _, out, err in ran)
+    if any(code is None for code, _, _ in ran):
+        _fail(report, "tests", f"did not end within {seconds:.0f} s", details, debug)
+    elif any(code for code, _, _ in ran) or not counts.get("passed"):
+        _fail(report, "tests", summary, details, debug)
     else:
         print_text(f"tests/gpu: {summary}\n")
     for line in report["tests"]["failed"][:20]:
@@ -154,9 +201,8 @@ def _part_command(name: str, quick: bool, seconds: float) -> list[str]:
     return [*call, "--quick"] if quick else call
 
 
-def _tests_command() -> list[str]:
-    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--noconftest", "--tb=short", "-rfE"]
-    return [sys.executable, "-m", "pytest", *options, "tests/gpu"]
+def _tests_command(number: int, shares: int) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "--share", str(number), str(shares)]
 
 
 def _in_process(command: list[str], seconds: float) -> tuple[int | None, str, str]:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qmoe_lite.bench._common import machine_line
+from qmoe_lite.bench._gpu_paper import paper_kernel
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.cuda import codec, launch, matmul, packets, solver, static
 from qmoe_lite.cuda.static import COUNTS
@@ -40,6 +41,7 @@ WIDTH = 4096  # columns of a row whose instructions are spread over its weights
 _REGISTERS, _FRAME, _STACK = 0x2F, 0x11, 0x12  # attributes of an .nv.info section
 _NOP = 0x918
 _MODULES = (solver, codec, packets)
+_PAPER = "the paper's kernel"
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,10 @@ def measure() -> KernelsReport:
 
 
 def all_kernels() -> list[tuple[launch.Kernel, str]]:
-    """Return every kernel of the library with each of its signatures, and `PRODUCTS` with x in bfloat16."""
+    """Return the library's kernels with each of their signatures, `PRODUCTS` with x in bfloat16, and the paper's."""
     kernels = [each for module in _MODULES for each in vars(module).values() if isinstance(each, launch.Kernel)]
     known = [(kernel, signature) for kernel in dict.fromkeys(kernels) for signature in kernel.signatures]
-    return known + [_gather(_variant(product)) for product in PRODUCTS]
+    return [*known, *(_gather(_variant(product)) for product in PRODUCTS), (paper_kernel, paper_kernel.signatures[0])]
 
 
 def _variant(product: str) -> matmul.Variant:
@@ -239,6 +241,19 @@ def per_weight(product: str, capability: tuple[int, int], columns: int) -> tuple
     return static.per_weight(static.row_loops(code.cubin, code.name, capability), _codebook(product), columns)
 
 
+def paper_per_weight(capability: tuple[int, int]) -> float:
+    """Return the warp instructions a weight of the paper's algorithm: of its loop over codewords alone.
+
+    That loads one activation a codeword, and is the loop that takes the fewest instructions for it: others span it.
+    """
+    code = compiled(paper_kernel, paper_kernel.signatures[0], capability)
+    words = static.machine_words(code.cubin, code.name)
+    spans = [words[first : last + 1] for first, last in static.loops(code.cubin, code.name, capability)]
+    loads = [sum(map(static.is_shared_load, span)) for span in spans]
+    codeword = min(len(span) / count for span, count in zip(spans, loads, strict=True) if count)
+    return codeword * Codebook.paper().expected_bits_per_weight() / Codebook.paper().bits
+
+
 def estimate(
     gpu: Gpu, rows: int, columns: int, packet_weights: float, instructions: float, shared_loads: float
 ) -> Estimate:
@@ -266,6 +281,9 @@ def _figures(kernel: launch.Kernel, signature: str, capability: tuple[int, int])
     code = compiled(kernel, signature, capability)
     of = resources(code)
     product = next((each for each in PRODUCTS if _gather(_variant(each))[0] is kernel), None)
+    each = per_weight(product, capability, WIDTH)[0] if product and PRODUCTS[product][2] == 1 else None
+    if kernel is paper_kernel:
+        product, each = _PAPER, paper_per_weight(capability)
     return KernelFigures(
         product or _title(kernel, signature),
         "sm_{}{}".format(*capability),
@@ -275,7 +293,7 @@ def _figures(kernel: launch.Kernel, signature: str, capability: tuple[int, int])
         code.ptx.count(".f64"),
         widest_load(code.ptx),
         instructions(code),
-        per_weight(product, capability, WIDTH)[0] if product and PRODUCTS[product][2] == 1 else None,
+        each,
     )
 
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numba
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from qmoe_lite.codebook import Codebook
 from qmoe_lite.codec import encode
 from qmoe_lite.errors import QMoEError, SettingError
 from qmoe_lite.experts import PackedExperts, pack_experts
-from qmoe_lite.families import family_of
+from qmoe_lite.families import family_of, inner
 
 LAYERS: dict[str, tuple[str, dict[str, int]]] = {  # model type, and what its configuration must say
     "qwen3-30b-a3b": (
@@ -33,11 +32,17 @@ LAYERS: dict[str, tuple[str, dict[str, int]]] = {  # model type, and what its co
         "olmoe",
         {"hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8},
     ),
+    "mixtral-8x7b": (
+        "mixtral",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
 }
 TOKENS = (1, 4, 16, 64, 256)
 PEERS = ("eager", "grouped_mm")  # transformers' own ways of running experts; batched_mm copies them for each token
 ZEROS = 0.885
 _ROUTINGS, _SECONDS, _FEWEST = 16, 0.6, 5
+
+Routings = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -98,33 +103,35 @@ def measure(
     if min(tokens) < 1:
         raise SettingError(f"tokens is {min(tokens)}; expected at least 1.")
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if threads is None else threads
+    generator = torch.Generator().manual_seed(seed)
     with limited_threads(threads), torch.inference_mode():
-        rng = np.random.default_rng(seed)
-        ours, dense, bits = _build(layer, rng)
-        speeds = tuple(_measure_tokens(ours, dense, count, rng) for count in tokens)
+        ours, dense, bits = _build(layer, generator)
+        speeds = tuple(_measure_tokens(ours, dense, count, generator) for count in tokens)
     return LayerReport(layer, speeds, bits, threads, seed, machine_line("torch", "transformers", "numba"))
 
 
-def _build(layer: str, rng: np.random.Generator) -> tuple[PackedExperts, nn.Module, float]:
-    """Make our experts, transformers' in bfloat16, and tell the bits of a weight of ours."""
+def _build(layer: str, generator: torch.Generator) -> tuple[PackedExperts, nn.Module, float]:
+    """Make our experts and transformers' in bfloat16 on the generator's device; tell the bits of a weight of ours."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, sizes = LAYERS[layer]
     config = AutoConfig.for_model(
         model_type, num_hidden_layers=1, vocab_size=8, num_attention_heads=8, num_key_value_heads=8, **sizes
     )
-    family = family_of(model_type)
+    family, device = family_of(model_type), generator.device
     place = family.layers(config)[0]
     books: dict[str, Codebook] = {}
     parts = {}
     for name, (rows, columns) in place.shapes.items():
         matrices = []
+        levels = torch.tensor([[-0.02, 0.03]] * rows, dtype=torch.bfloat16, device=device)
         for _ in range(place.count):
-            draws = rng.random((rows, columns), dtype=np.float32)
+            draws = torch.rand(rows, columns, generator=generator, device=device)
             half = (1 - ZEROS) / 2
-            digits = (draws > 1 - half).astype(np.int8) - (draws < half).astype(np.int8)
-            books.setdefault(name, Codebook.fit([int((digits == digit).sum()) for digit in (-1, 0, 1)]))
-            matrices.append(encode(digits, torch.tensor([[-0.02, 0.03]] * rows, dtype=torch.bfloat16), books[name]))
+            digits = (draws > 1 - half).to(torch.int8) - (draws < half).to(torch.int8)
+            if name not in books:
+                books[name] = Codebook.fit([int((digits == digit).sum()) for digit in (-1, 0, 1)])
+            matrices.append(encode(digits, levels, books[name]).to("cpu"))
         parts[name] = pack_experts(matrices)
     ours = PackedExperts(family, place, books, config)
     for name, tensors in parts.items():
@@ -132,22 +139,25 @@ def _build(layer: str, rng: np.random.Generator) -> tuple[PackedExperts, nn.Modu
     stored = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    dense = skeleton.get_submodule(place.experts).to_empty(device="cpu")
+    dense = skeleton.get_submodule(place.experts).to_empty(device=device).requires_grad_(False)
     for parameter in dense.parameters():
         for expert in parameter:
-            expert.copy_(torch.from_numpy(rng.standard_normal(expert.shape, dtype=np.float32)).mul_(0.02))
-    return ours, dense, 8 * stored / place.weights
+            expert.copy_(torch.randn(expert.shape, generator=generator, device=device).mul_(0.02))
+    return ours.to(device), dense, 8 * stored / place.weights
 
 
-def _measure_tokens(ours: PackedExperts, dense: nn.Module, count: int, rng: np.random.Generator) -> LayerSpeed:
-    config: Any = dense.config
-    experts, width = config.num_experts_per_tok, config.hidden_size
-    x = torch.from_numpy(rng.standard_normal((count, width), dtype=np.float32)).bfloat16()
-    routings = []
-    for _ in range(_ROUTINGS):
-        chosen = np.stack([rng.permutation(ours.num_experts)[:experts] for _ in range(count)])
-        routings.append((torch.from_numpy(chosen), torch.full((count, experts), 1 / experts, dtype=torch.bfloat16)))
-    _compare(ours, x[:4], *(part[:4] for part in routings[0]))
+def _draw_tokens(ours: PackedExperts, count: int, routings: int, generator: torch.Generator) -> tuple[Tensor, Routings]:
+    """Draw tokens in bfloat16, and each routing's experts and weights."""
+    width, slots = ours.layer.shapes[ours.layer.projections[0]][1], ours.layer.top_k
+    x = torch.randn(count, width, generator=generator, device=generator.device).bfloat16()
+    shares = torch.full((count, slots), 1 / slots, dtype=torch.bfloat16, device=generator.device)
+    draws = (torch.rand(count, ours.num_experts, generator=generator, device=generator.device) for _ in range(routings))
+    return x, [(each.argsort(1)[:, :slots].contiguous(), shares) for each in draws]
+
+
+def _measure_tokens(ours: PackedExperts, dense: nn.Module, count: int, generator: torch.Generator) -> LayerSpeed:
+    x, routings = _draw_tokens(ours, count, _ROUTINGS, generator)
+    _compare(ours, x[:4].float(), *(part[:4] for part in routings[0]))
     calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"ours": ours}
     for way in PEERS:
         calls[way] = _way(dense, way)
@@ -177,17 +187,14 @@ def _way(dense: Any, way: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _compare(ours: PackedExperts, x: Tensor, index: Tensor, weights: Tensor) -> None:
-    """Raise QMoEError unless ours agrees with its own experts dequantised."""
-    x, weights = x.float(), weights.float()
-    expected = torch.zeros_like(x)
-    for token, (chosen, shares) in enumerate(zip(index.tolist(), weights, strict=True)):
-        for expert, share in zip(chosen, shares, strict=True):
-            first, (last,) = ours.layer.stages
-            gate, *rest = (x[token] @ ours.dense(expert, name).T for name in first)
-            inside = ours.activation(gate)
-            for other in rest:
-                inside = inside * other
-            expected[token] += share * (inside @ ours.dense(expert, last).T)
+    """Raise QMoEError unless ours agrees with its own experts dequantised, but for rounding to the dtype of x."""
+    exact, weights = x.float(), weights.float()
+    expected = torch.zeros_like(exact)
+    first, (last,) = ours.layer.stages
+    for expert in sorted(set(index.flatten().tolist())):
+        token, slot = torch.nonzero(index == expert, as_tuple=True)
+        inside = inner(ours.activation, [exact[token] @ ours.dense(expert, name).T for name in first])
+        expected.index_add_(0, token, weights[token, slot, None] * (inside @ ours.dense(expert, last).T))
     error = float((ours(x, index, weights) - expected).abs().max() / expected.abs().max())
-    if not error <= 1e-4:
+    if not error <= max(1e-4, torch.finfo(x.dtype).eps):
         raise QMoEError(f"the layer differs from its dense experts by {error:.1e}; please report this as a bug.")

@@ -257,7 +257,7 @@ def print_kernels(report: KernelsReport) -> None:
     _output.print_text(f"memory. a weight: warp instructions in rows of {WIDTH} columns at P(0) = .885.")
     _output.print_text()
     _table(
-        f"A model of one token's product, no measurement: us, packets of {report.bits_per_weight:.2f} bits a weight",
+        f"A model of one token's product, unmeasured: us, packets of {report.bits_per_weight:.2f} bits a weight",
         ("GPU", "rows x columns", "our\nbytes", "instruc-\ntions", "shared\nloads", "bf16\nbytes", "ratio"),
         (
             [

@@ -77,7 +77,7 @@ def matmul(
 
 @app.command("layer")
 def layer(
-    name: Annotated[str, typer.Option("--layer", help="qwen3-30b-a3b or olmoe-1b-7b.")] = "qwen3-30b-a3b",
+    name: Annotated[str, typer.Option("--layer", help="qwen3-30b-a3b, olmoe-1b-7b or mixtral-8x7b.")] = "qwen3-30b-a3b",
     tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens of a call; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
     ] = None,

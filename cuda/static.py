@@ -95,6 +95,11 @@ def is_wide_load(word: int) -> bool:
     return word & _OPCODE == _LOAD_GLOBAL and word >> _WIDTH_PLACE & 7 == _WIDTH_128
 
 
+def is_shared_load(word: int) -> bool:
+    """Tell whether an instruction loads from shared memory."""
+    return word & _OPCODE == _LOAD_SHARED
+
+
 def row_loops(cubin: bytes, name: str, capability: tuple[int, int]) -> Loops:
     """Return the instructions of a one-matrix kernel's loops.
 
@@ -114,7 +119,7 @@ def row_loops(cubin: bytes, name: str, capability: tuple[int, int]) -> Loops:
     assert len(packets) == 1, f"{name} has {len(packets)} loops over packets; expected one"
     (first, last) = packets[0]
     row = min((loop for loop in found if all(inside(each, loop) for each in walks)), key=size)
-    shared = sum(word & _OPCODE == _LOAD_SHARED for word in words[first : last + 1])
+    shared = sum(map(is_shared_load, words[first : last + 1]))
     return Loops(last - first + 1, shared, size(row) - sum(map(size, walks)))
 
 

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from checks import draw_digits
 
 if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("greenlet") is None:
     pytest.skip("needs numba-cuda and greenlet; pip install 'qmoe-lite[dev]'", allow_module_level=True)
 
 import emulator
+import naive
 
+from qmoe_lite.bench import _gpu_choice, _gpu_demo, _gpu_layer, _gpu_paper, gptq, gpu, layer
 from qmoe_lite.bench import _gpu_parts as parts
-from qmoe_lite.bench import gptq, gpu
+from qmoe_lite.codebook import Codebook
+from qmoe_lite.codec import encode
 from qmoe_lite.cuda import codec, launch, matmul
-from qmoe_lite.errors import QMoEError
+from qmoe_lite.errors import QMoEError, ShapeError
+from qmoe_lite.experts import PackedExperts
 
 ROOT = Path(__file__).parents[1]
 FOR_EVER = float("inf")
+PAPER = Codebook.paper()
+
+
+def on_a_gpu(experts, x, index, weights):
+    """What `PackedExperts.forward` does where its buffers are on a GPU."""
+    return experts._forward_on_gpu(x, index, weights).to(x.dtype)
+
+
+def demo_without_a_gpu(*arguments):
+    """A program that answers as a `qmoe demo` does that knows --device."""
+    result = {"dense": {"loss": 3.0}, "rtn": {"loss": 4.0}, "qmoe": {"loss": 3.25}, "recovered": 0.75, "seconds": 9.5}
+    answers = {("--help",): "Options: --device TEXT", ("--device", "cuda", "--json"): json.dumps(result)}
+    return [sys.executable, "-c", f"print({answers[arguments]!r})"]
 
 
 @pytest.fixture
@@ -45,16 +67,24 @@ def emulated(monkeypatch):
     monkeypatch.setattr(parts, "COPY_BYTES", 1 << 10)
     monkeypatch.setattr(parts, "_MOST_COPIES", 3)
     monkeypatch.setattr(gptq, "SHAPES", ((7, 150),))
+    sizes = {"hidden_size": 24, "moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
+    monkeypatch.setattr(layer, "LAYERS", {name: ("qwen3_moe", sizes) for name in _gpu_layer.LAYERS})
+    monkeypatch.setattr(PackedExperts, "forward", on_a_gpu)
+    monkeypatch.setattr(_gpu_choice, "TOKENS", (2, 3))
+    monkeypatch.setattr(_gpu_choice, "LANES", (4, 32))
+    monkeypatch.setattr(_gpu_paper, "WARPS", (1, 2))
+    monkeypatch.setattr(_gpu_demo, "_command", demo_without_a_gpu)
+    monkeypatch.setattr(matmul, "WARPS", (1, 2))
     properties = type("Properties", (), {"L2_cache_size": 1 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
 
-@pytest.mark.parametrize("name", list(parts.PARTS))
+@pytest.mark.parametrize("name", list(gpu.PARTS))
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, capsys, name, quick):
-    rows = list(parts.PARTS[name].measure(quick, FOR_EVER))
+    rows = list(gpu.PARTS[name].measure(quick, FOR_EVER))
     assert json.loads(json.dumps(rows)) == rows
-    parts.PARTS[name].show(rows)
+    gpu.PARTS[name].show(rows)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     for row in rows:
@@ -69,9 +99,62 @@ def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, cap
         assert "0.67x" in printed, "the first of three figures over the other two's smaller"
 
 
+@pytest.mark.parametrize("columns", [1, 27, 60, 331])
+@pytest.mark.parametrize("warps", [1, 3])
+def test_the_paper_s_kernel_gives_the_naive_product(monkeypatch, columns, warps):
+    emulator.install(monkeypatch, seed=columns)
+    digits = draw_digits(np.random.default_rng(columns), PAPER.counts, (4, columns))
+    digits[1:3] = [[1], [-1]]
+    levels, x = torch.randn(4, 2).bfloat16(), torch.randn(columns).bfloat16()
+    y = _gpu_paper.paper_product(_gpu_paper.paper_matrix(encode(digits, levels, PAPER)), x, warps)
+    expected = naive.matmul(digits, levels.tolist(), x.float().numpy()[None])[0]
+    sizes = np.abs(naive.dequantize(digits, levels.tolist())) @ np.abs(x.float().numpy())
+    assert (np.abs(y.float().numpy() - expected) <= 2**-8 * np.abs(expected) + 1e-5 * sizes).all()
+
+
+def test_the_paper_s_table_is_the_published_one():
+    table = _gpu_paper.published_table().astype("<u4").tobytes()
+    assert hashlib.sha256(table).hexdigest() == "c09862c453fe122634070a475357ff81a679aff65829d84a56f806c02a54ed45"
+
+
+def test_x_too_wide_for_the_paper_s_kernel_is_refused(monkeypatch):
+    emulator.install(monkeypatch, seed=0)
+    packed = encode(np.zeros((1, 13_000), dtype=np.int8), torch.ones(1, 2).bfloat16(), PAPER)
+    with pytest.raises(ShapeError, match="x has 13000 columns"):
+        _gpu_paper.paper_product(_gpu_paper.paper_matrix(packed), torch.zeros(13_000).bfloat16())
+
+
+def test_a_demo_without_the_option_and_one_that_fails_are_told_apart(monkeypatch, capsys):
+    monkeypatch.setattr(_gpu_demo, "_command", lambda *_: [sys.executable, "-c", "print('Usage: qmoe demo')"])
+    rows = list(_gpu_demo.measure_demo(False, FOR_EVER))
+    _gpu_demo.show_demo(rows)
+    assert capsys.readouterr().out == "qmoe demo has no option --device: not run.\n\n"
+    monkeypatch.setattr(_gpu_demo, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no GPU')"])
+    with pytest.raises(QMoEError, match="qmoe demo: no GPU"):
+        list(_gpu_demo.measure_demo(False, FOR_EVER))
+    monkeypatch.setattr(_gpu_demo, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    with pytest.raises(QMoEError, match="did not end within 1 s"):
+        list(_gpu_demo.measure_demo(False, time.monotonic()))
+
+
+def test_choices_are_those_that_the_product_makes(emulated, capsys):
+    rows = list(_gpu_choice.measure_choice(False, FOR_EVER))
+    assert matmul.GATHERED_TOKENS == 32
+    assert [sorted(row["by_lanes"]) for row in rows if "by_lanes" in row] == [["32", "4"]]
+    packed, _ = parts._matrix(3, 200)
+    assert rows[0]["chosen"] == matmul.choose_lanes(len(matmul.make_packets(packed).words) / 3, 3, 1)
+    assert [row["tokens"] for row in rows[1:]] == [2, 3]
+    assert all(row["gathers"] for row in rows[1:])
+    swapped = [row | {"gathered_us": row["tiles_us"], "tiles_us": row["gathered_us"]} for row in rows[1:]]
+    _gpu_choice.show_choice([*rows[:1], *rows[1:]])
+    assert "for none of up to 3 tokens; chosen above 32" in capsys.readouterr().out
+    _gpu_choice.show_choice([*rows[:1], *swapped])
+    assert "from 2 tokens on" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_the_time_is_named(emulated):
-    for name in ("matmul", "solver", "coder"):
-        rows = list(parts.PARTS[name].measure(False, time.monotonic() + 1))
+    for name in ("matmul", "layer", "solver", "paper", "coder", "choice"):
+        rows = list(gpu.PARTS[name].measure(False, time.monotonic() + 1))
         assert rows
         assert all(list(row) == ["skipped"] for row in rows)
 
@@ -81,6 +164,18 @@ def test_nothing_is_timed_that_is_wrong(emulated, monkeypatch):
     monkeypatch.setattr(matmul, "decode_matmul", lambda packed, x: 1.1 * right(packed, x))
     with pytest.raises(QMoEError, match=r"decode_matmul of \(3, 200\)"):
         list(parts.measure_matmul(True, FOR_EVER))
+    with pytest.raises(QMoEError, match=r"same_codes of \(3, 200\)"):
+        list(_gpu_paper.measure_paper(True, FOR_EVER))
+    with pytest.raises(QMoEError, match=r"decode_matmul of \(3, 200\)"):
+        list(_gpu_choice.measure_choice(True, FOR_EVER))
+    run_experts = matmul.run_experts
+    monkeypatch.setattr(matmul, "run_experts", lambda *given: 1.1 * run_experts(*given))
+    with pytest.raises(QMoEError, match="the layer differs"):
+        list(_gpu_layer.measure_layer(True, FOR_EVER))
+    monkeypatch.setattr(_gpu_paper, "paper_product", lambda matrix, x, warps: torch.zeros(3))
+    monkeypatch.setattr(matmul, "decode_matmul", right)
+    with pytest.raises(QMoEError, match=r"paper_1 of \(3, 200\)"):
+        list(_gpu_paper.measure_paper(True, FOR_EVER))
     monkeypatch.setattr(codec, "decode", lambda packed: (torch.zeros(3, 200, dtype=torch.int8), packed.levels))
     with pytest.raises(QMoEError, match="decode of 3 x 200"):
         list(parts.measure_coder(True, FOR_EVER))
@@ -129,9 +224,10 @@ def driver(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu, "_part_command", command)
     monkeypatch.setattr(
-        gpu, "_tests_command", lambda: [sys.executable, "-c", programs.get("tests", "print('9 passed')")]
+        gpu, "_tests_command", lambda *_: [sys.executable, "-c", programs.get("tests", "print('9 passed in 3 s')")]
     )
     monkeypatch.setattr(gpu, "_LEAST", 0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
     def run(seconds=60.0, debug=False, **given):
         programs.update(given)
@@ -183,18 +279,55 @@ def test_a_part_that_fails_costs_no_other(driver, capsys):
 def test_skipped_tests_are_no_proof(driver):
     code, report = driver(tests="print('1 skipped in 2 s')")
     assert code == 1
-    assert report["failed"]["tests"] == "1 skipped in 2 s"
+    assert report["failed"]["tests"] == "1 skipped"
+
+
+def test_each_part_has_its_seconds_and_what_was_left_over(driver, monkeypatch):
+    limits = {}
+    monkeypatch.setattr(gpu, "_test", lambda report, seconds, debug: limits.update(tests=seconds))
+    monkeypatch.setattr(gpu, "_measure", lambda report, name, quick, seconds, debug: limits.update({name: seconds}))
+    driver(seconds=gpu.BUDGET)
+    own = {"tests": gpu.TEST_SECONDS} | {name: part.seconds for name, part in gpu.PARTS.items()}
+    assert sum(own.values()) == gpu.BUDGET < 480
+    assert list(limits) == list(own)
+    assert limits["tests"] == pytest.approx(own["tests"], abs=5)
+    assert limits["matmul"] == pytest.approx(own["tests"] + own["matmul"], abs=5), "the tests took no time"
+    assert limits["demo"] == pytest.approx(gpu.BUDGET, abs=5)
+    limits.clear()
+    driver(seconds=50.0)
+    assert all(limit <= 50 for limit in limits.values())
+
+
+def test_tests_are_shared_among_processes_and_counted_together(driver, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    _, report = driver()
+    assert report["tests"]["summary"] == "27 passed"
+    code, report = driver(tests="raise ValueError('no share')")
+    assert code == 1
+    assert report["failed"]["tests"] == "3 share ended without a result: ValueError: no share"
+
+
+@pytest.mark.parametrize("shares", [1, 3, 7])
+def test_every_test_is_in_one_share(shares):
+    items = [
+        types.SimpleNamespace(function=name, case=case) for name in "abc" for case in range(10 if name > "a" else 1)
+    ]
+    shared = [gpu.share_of(items, number, shares) for number in range(shares)]
+    assert sorted((item.function, item.case) for some in shared for item in some) == [
+        (item.function, item.case) for item in items
+    ]
+    assert max(map(len, shared)) - min(map(len, shared)) <= 3
 
 
 def test_a_part_that_hangs_is_ended_and_the_rest_is_skipped(driver):
     begun = time.monotonic()
     hang = f"import time\nprint('{ROW}', flush=True)\ntime.sleep(100)"
-    code, report = driver(seconds=3.0, launch=hang)
-    assert time.monotonic() - begun < 20
+    code, report = driver(seconds=6.0, launch=hang)
+    assert time.monotonic() - begun < 30
     assert code == 1
     assert report["failed"]["launch"].startswith("did not end within")
     assert report["parts"]["launch"] == [json.loads(ROW)]
-    assert report["skipped"] == ["matmul", "solver", "coder"]
+    assert report["skipped"] == ["paper", "coder", "choice", "demo"]
 
 
 def test_a_part_in_its_own_process_says_rows_and_its_error(monkeypatch, capsys):
@@ -202,7 +335,7 @@ def test_a_part_in_its_own_process_says_rows_and_its_error(monkeypatch, capsys):
         yield {"call": "a"}
         raise QMoEError("no\nmore")
 
-    monkeypatch.setitem(parts.PARTS, "launch", parts.Part(measure, parts.show_launch, 1))
+    monkeypatch.setitem(gpu.PARTS, "launch", parts.Part(measure, parts.show_launch, 1))
     assert gpu.measure_part("launch", True, 1.0) == 1
     printed = capsys.readouterr()
     assert [json.loads(line) for line in printed.out.splitlines()] == [{"call": "a"}, {"failed": "QMoEError: no"}]

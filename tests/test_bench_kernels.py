@@ -88,7 +88,19 @@ def test_a_row_s_end_counts_in_full(printed):
     assert narrow > 3 * wide
     shown = [row["instructions_per_weight"] for row in report["kernels"]]
     assert wide in shown
-    assert len([each for each in shown if each is not None]) == 8, "four products of one token, twice"
+    assert len([each for each in shown if each is not None]) == 10, "four products of one token and the paper's, twice"
+
+
+def test_the_paper_s_algorithm_takes_a_loop_for_each_codeword(printed):
+    table, _ = printed
+    ours = kernels.per_weight("product: 2 levels", (9, 0), kernels.WIDTH)[0]
+    for capability in kernels.CAPABILITIES:
+        codeword = kernels.paper_per_weight(capability) * 16 / 0.735
+        assert 12 < codeword < 30, (
+            "a shuffle, two loads, an entry taken apart, a multiplication: no less, and not twice"
+        )
+        assert kernels.paper_per_weight(capability) > 4 * ours
+    assert table.count("the paper's kernel") == 1
 
 
 def test_without_the_static_option_the_command_says_where_measurements_are(run):

@@ -33,7 +33,8 @@ def test_kernel_fits_the_gpu(kernel, signature, capability):
 
 def test_every_kernel_of_the_folder_is_compiled_here():
     source = "".join(path.read_text(encoding="utf-8") for path in Path(launch.__file__).parent.glob("*.py"))
-    assert len(re.findall(r"^ *@kernel\(", source, re.MULTILINE)) == len({k.py_func.__name__ for k, _ in KERNELS})
+    of_the_folder = {k.py_func.__name__ for k, _ in KERNELS if k.py_func.__module__.startswith("qmoe_lite.cuda.")}
+    assert len(re.findall(r"^ *@kernel\(", source, re.MULTILINE)) == len(of_the_folder)
 
 
 def test_float64_would_be_noticed():

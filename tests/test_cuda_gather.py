@@ -12,6 +12,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from checks import naive_packets
 
 pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread; pip install 'qmoe-lite[dev]'")
 
@@ -92,27 +93,6 @@ def test_activations_too_wide_for_shared_memory_meet_decoded_tiles(emulated, mon
     monkeypatch.setattr(matmul, "gather_kernel", None)
     x = torch.randn(2, 700)
     assert_close(matmul.decode_matmul(packed, x), digits, levels, x)
-
-
-def naive_packets(packed):
-    """Words (packets, 4) and row starts by the format's description, one codeword after another."""
-    book, bits = packed.codebook, packed.codebook.bits
-    stream = int.from_bytes(packed.codes.numpy().tobytes(), "little")
-    lengths = [int(entry) & 255 for entry in book.table]
-    shortest = min(range(len(lengths)), key=lambda code: (lengths[code] == 0, lengths[code]))
-    words, starts, at = [], [0], 0
-    for count in packed.count_codewords().tolist():
-        codes = [stream >> bits * (at + i) & (1 << bits) - 1 for i in range(count)]
-        at += count
-        column, each = 0, 112 // bits
-        codes += [shortest] * (-count % each)
-        for first in range(0, len(codes), each):
-            own = codes[first : first + each]
-            packet = column + sum(code << 16 + bits * i for i, code in enumerate(own))
-            words.append([packet >> 32 * i & 0xFFFFFFFF for i in range(4)])
-            column += sum(lengths[code] for code in own)
-        starts.append(len(words))
-    return words, starts
 
 
 @pytest.mark.parametrize("columns", [1, 29, 331])

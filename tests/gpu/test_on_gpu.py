@@ -12,18 +12,20 @@ import os
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import naive
 import numpy as np
 import pytest
 import torch
-from checks import draw_digits
+from checks import draw_digits, naive_packets
+from torch.nn import functional
 
 import qmoe_lite as qm
 from qmoe_lite import codec as cpu_codec
 from qmoe_lite import solver as cpu_solver
 from qmoe_lite.codebook import Codebook
-from qmoe_lite.cuda import codec, launch, matmul, solver
+from qmoe_lite.cuda import codec, launch, matmul, packets, solver
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
 from qmoe_lite.hessian import factorise
@@ -505,3 +507,245 @@ def test_the_second_gpu_is_used_where_the_arrays_are():
     assert_product(y, dense, x)
     ours = codec.encode(torch.from_numpy(digits).to(other), packed.levels.to(other), TERNARY)
     assert torch.equal(ours.codes.cpu(), packed.codes)
+
+
+@pytest.mark.parametrize("shape", [*SMALL, (70, 1000)], ids=str)
+@pytest.mark.parametrize("codebook", CODEBOOKS, ids=repr)
+def test_packets_are_those_of_the_description(codebook, shape):
+    _, packed, on_gpu, _ = pack(codebook, shape)
+    made = packets.make_packets(on_gpu)
+    words, starts = naive_packets(packed)
+    assert made.words.view(torch.int32).cpu().numpy().view(np.uint32).tolist() == words
+    assert made.starts.tolist() == starts
+
+
+@pytest.mark.parametrize("lanes", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("warps", [1, 3, 16])
+def test_any_number_of_lanes_may_share_a_row_and_of_warps_a_block(monkeypatch, lanes, warps):
+    monkeypatch.setattr(matmul, "choose_lanes", lambda *_: lanes)
+    monkeypatch.setattr(matmul, "WARPS", (warps, warps))
+    for codebook, width in ((TERNARY, 2), (TWO_BIT, 3)):
+        _, _, on_gpu, dense = pack(codebook, (257, 3001), width)
+        for tokens in (1, 3):
+            x = torch.randn(tokens, 3001)
+            assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_block_may_ask_for_more_shared_memory_than_it_has_at_once(tokens):
+    columns = 12_000 if tokens == 1 else 4_000
+    _, _, on_gpu, dense = pack(TERNARY, (40, columns))
+    needed = matmul.Book(TERNARY.bits, len(TERNARY.fields)).shared_bytes + 4 * tokens * columns
+    assert launch.SHARED_BYTES < needed < launch.shared_limit(DEVICE)
+    x = torch.randn(tokens, columns)
+    assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
+
+
+def test_x_that_shared_memory_cannot_hold_meets_decoded_tiles(monkeypatch):
+    monkeypatch.setattr(matmul, "gather_kernel", None)
+    monkeypatch.setattr(launch, "shared_limit", lambda device: 48 << 10)
+    _, _, on_gpu, dense = pack(TERNARY, (3, 65535))
+    x = torch.randn(2, 65535)
+    assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
+
+
+EXPERTS, OUTSIDE, INSIDE, SLOTS = 6, 300, 129, 3
+BOOKS = {1: (TERNARY, SHORT, SPARSE), 2: (SHORT, TERNARY, EVEN), 3: (TWO_BIT, Codebook.fit([8, 1, 1, 1], 8), TWO_BIT)}
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+}
+HIDDEN_ACT = {"gelu_tanh": "gelu_new"}  # what configurations call it
+
+
+@functools.cache
+def layer(width, count=3):
+    """Packed experts (on the CPU) of gate, up and last projection, or of two of them, and their dense matrices."""
+    shapes = [(INSIDE, OUTSIDE)] * (count - 1) + [(OUTSIDE, INSIDE)]
+    drawn = []
+    for codebook, shape in zip(BOOKS[width][3 - count :], shapes, strict=True):
+        made = [pack(codebook, shape, width) for _ in range(EXPERTS)]
+        drawn.append(([packed for _, packed, _, _ in made], torch.stack([dense for *_, dense in made])))
+    return drawn
+
+
+def needed(name):
+    """Return a module of the library that needs packages which the kernels do not; skip the test without them."""
+    return pytest.importorskip(f"qmoe_lite.{name}", exc_type=ImportError)
+
+
+def layer_packets(width, count=3):
+    """Return the packets of the same layer's projections, and their dense matrices."""
+    experts_module = needed("experts")
+    found = []
+    for matrices, dense in layer(width, count):
+        stored = {name: part.to(DEVICE) for name, part in experts_module.pack_experts(matrices).items()}
+        found.append((packets.stack_packets(stored, matrices[0].codebook, matrices[0].columns), dense))
+    return found
+
+
+def draw_routing(tokens):
+    """Experts and weights; some pairs dropped: -1, or a number that no expert has."""
+    index = torch.rand(tokens, EXPERTS).argsort(1)[:, :SLOTS]
+    index[0, 0] = -1
+    index[-1, -1] = EXPERTS
+    return index, torch.rand(tokens, SLOTS)
+
+
+def dense_experts(first, last, activation, x, index, weights):
+    """Each token through each of its experts in float64; and what the sums of sizes come to."""
+    out, sizes = (torch.zeros(len(x), last.shape[1], dtype=torch.float64) for _ in range(2))
+    x, weights = x.double().cpu(), weights.double().cpu()
+    for token, chosen in enumerate(index.tolist()):
+        for slot, expert in enumerate(chosen):
+            if 0 <= expert < EXPERTS:
+                gate, *others = (matrices[expert] @ x[token] for matrices in first)
+                bounds = [matrices[expert].abs() @ x[token].abs() for matrices in first]
+                inside = activation(gate)
+                for other in others:
+                    inside = inside * other
+                out[token] += weights[token, slot] * (last[expert] @ inside)
+                sizes[token] += weights[token, slot] * (last[expert].abs() @ functools.reduce(torch.mul, bounds))
+    return out, sizes
+
+
+def assert_experts(y, expected):
+    out, sizes = expected
+    bound = 2 * FLOAT32 * sizes + ROUNDING[y.dtype] * out.abs() + 1e-30
+    worst = ((y.double().cpu() - out).abs() / bound).max().item()
+    assert worst <= 1, f"{worst:.2f} times the bound"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(1, torch.float32), (2, torch.bfloat16), (2, torch.float16), (3, torch.bfloat16), (3, torch.float32)],
+    ids=str,
+)
+def test_a_layer_s_experts_are_the_dense_ones(width, dtype, activation, tokens):
+    (gate, gates), (up, ups), (down, downs) = layer_packets(width)
+    assert gate.codebook.bits != up.codebook.bits
+    x = (torch.randn(tokens, OUTSIDE) / 8).to(dtype)
+    index, weights = draw_routing(tokens)
+    on_gpu = x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+    expected = dense_experts([gates, ups], downs, ACTIVATIONS[activation], x, index, weights)
+    assert_experts(matmul.run_experts([gate, up], down, activation, *on_gpu), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_layer_without_gates_or_with_torch_s_activation_is_the_dense_one(width, tokens):
+    (wi, wis), (wo, wos) = layer_packets(width, count=2)
+    x = torch.randn(tokens, OUTSIDE).bfloat16()
+    index, weights = draw_routing(tokens)
+    on_gpu = x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
+    expected = dense_experts([wis], wos, torch.relu, x, index, weights)
+    assert_experts(matmul.run_experts([wi], wo, "relu", *on_gpu), expected)
+    assert_experts(matmul.run_experts([wi], wo, lambda outputs: torch.relu(outputs[0]), *on_gpu), expected)
+
+
+def test_a_token_s_bytes_do_not_depend_on_the_others():
+    (gate, _), (up, _), (down, _) = layer_packets(2)
+    index, weights = (part.to(DEVICE) for part in draw_routing(40))
+    x = torch.randn(40, OUTSIDE, device=DEVICE).bfloat16()
+    whole = matmul.run_experts([gate, up], down, "silu", x, index, weights)
+    for start, stop in ((0, 1), (5, 8), (17, 40)):
+        some = [part[start:stop].contiguous() for part in (x, index, weights)]
+        assert torch.equal(matmul.run_experts([gate, up], down, "silu", *some), whole[start:stop])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_one_flawed_token_spreads_through_its_experts_alone(value):
+    (gate, gates), (up, ups), (down, downs) = layer_packets(2)
+    x = torch.randn(7, OUTSIDE)
+    x[3, 11] = value
+    index, weights = draw_routing(7)
+    y = matmul.run_experts([gate, up], down, "silu", x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)).cpu()
+    out, _ = dense_experts([gates, ups], downs, functional.silu, x, index, weights)
+    assert torch.equal(y.isfinite(), out.isfinite())
+    assert not y[3].isfinite().any()
+    assert y[[0, 1, 2, 4, 5, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_layer_can_be_captured_in_a_graph_and_routed_anew(tokens):
+    (gate, gates), (up, ups), (down, downs) = layer_packets(2)
+    x = torch.randn(tokens, OUTSIDE, device=DEVICE).bfloat16()
+    index, weights = (part.to(DEVICE) for part in draw_routing(tokens))
+    graph, y = captured(lambda: matmul.run_experts([gate, up], down, "silu", x, index, weights))
+    for _ in range(3):
+        x.copy_(torch.randn(tokens, OUTSIDE))
+        for part, drawn in zip((index, weights), draw_routing(tokens), strict=True):
+            part.copy_(drawn)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_experts(y, dense_experts([gates, ups], downs, functional.silu, x, index.cpu(), weights))
+
+
+def test_a_layer_wider_than_shared_memory_is_left_to_the_caller(monkeypatch):
+    (gate, _), (up, _), (down, _) = layer_packets(2)
+    monkeypatch.setattr(launch, "shared_limit", lambda device: 1024)
+    index, weights = (part.to(DEVICE) for part in draw_routing(2))
+    x = torch.randn(2, OUTSIDE, device=DEVICE)
+    assert matmul.run_experts([gate, up], down, "silu", x, index, weights) is None
+
+
+def packed_experts(width, activation):
+    """Return a layer's module as a loaded model has it, on the GPU."""
+    sizes = {"hidden_size": OUTSIDE, "moe_intermediate_size": INSIDE, "num_experts": EXPERTS, "num_hidden_layers": 1}
+    sparse = {"mlp_only_layers": [], "decoder_sparse_step": 1, "num_experts_per_tok": SLOTS}
+    config = SimpleNamespace(hidden_act=HIDDEN_ACT.get(activation, activation), **sizes, **sparse)
+    experts_module, family = needed("experts"), needed("families").family_of("qwen3_moe")
+    place = family.layers(config)[0]
+    parts = dict(zip(place.projections, layer(width), strict=True))
+    books = {name: matrices[0].codebook for name, (matrices, _) in parts.items()}
+    experts = experts_module.PackedExperts(family, place, books, config)
+    for name, (matrices, _) in parts.items():
+        experts.fill(name, experts_module.pack_experts(matrices))
+    return experts.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize(("width", "activation"), [(1, "silu"), (2, "gelu"), (3, "gelu_tanh"), (2, "relu")])
+def test_packed_experts_on_a_gpu_are_the_dense_ones(width, activation, tokens, dtype):
+    experts = packed_experts(width, activation)
+    x = (torch.randn(tokens, OUTSIDE) / 8).to(dtype)
+    index, weights = draw_routing(tokens)
+    with torch.no_grad():
+        y = experts(x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE))
+    first, last = [dense for _, dense in layer(width)[:2]], layer(width)[2][1]
+    assert y.dtype == dtype
+    assert y.device == DEVICE
+    assert_experts(y, dense_experts(first, last, ACTIVATIONS[activation], x, index, weights))
+
+
+def test_packed_experts_one_after_another_give_the_same(monkeypatch):
+    experts = packed_experts(2, "silu")
+    x = torch.randn(40, OUTSIDE, device=DEVICE)
+    index, weights = (part.to(DEVICE) for part in draw_routing(40))
+    with torch.no_grad():
+        together = experts(x, index, weights)
+        monkeypatch.setattr("qmoe_lite.experts.GPU_PAIRS", 0)
+        apart = experts(x, index, weights)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5 * float(together.abs().max()))
+    (gradient,) = torch.autograd.grad(experts(x.requires_grad_(), index, weights).sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+
+
+def test_packed_experts_can_be_captured_in_a_graph():
+    experts = packed_experts(2, "silu")
+    x = torch.randn(3, OUTSIDE, device=DEVICE).bfloat16()
+    index, weights = (part.to(DEVICE) for part in draw_routing(3))
+    with torch.no_grad():
+        graph, y = captured(lambda: experts(x, index, weights))
+    x.copy_(torch.randn(3, OUTSIDE))
+    index.copy_(draw_routing(3)[0])
+    graph.replay()
+    torch.cuda.synchronize()
+    first, last = [dense for _, dense in layer(2)[:2]], layer(2)[2][1]
+    assert_experts(y, dense_experts(first, last, functional.silu, x, index.cpu(), weights))
