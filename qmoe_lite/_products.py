@@ -250,7 +250,7 @@ def _gather_rows(
             prefetch_first(following + np.uint64(64))
             groups = left[i]
             if chunk < chunks - 1:  # whole sixteens: so many for most rows that the processor foresees the loop's end
-                groups = (groups * share >> np.uint64(16)) & ~np.uint64(3)
+                groups = ((groups * share >> np.uint64(16)) + np.uint64(2)) & ~np.uint64(3)
             own = address_of(sums) + np.uint64(4 * len(lanes) * i)
             place[i] = _gather_row(
                 stream, bit[i], groups, ahead, address_of(table), bits, fields, tokens, lanes, place[i], own
