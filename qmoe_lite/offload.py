@@ -37,6 +37,8 @@ from qmoe_lite.skeletons import open_checkpoint
 COUNTS_FILE = "expert_counts.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_LEAST_TRUST = 0.5  # a wrong guess delays as many bytes as a right one brings early
+_TRUST_GUESSES = 16.0  # layers over which that share is taken
 _MOST_GUESSED_FROM = 64  # tokens; a longer prompt asks for nearly all experts of a layer anyway
 
 
@@ -205,6 +207,7 @@ class Runner:
         self._ram = RamTier(self._layers, self._slots(ram_cache), half_life)
         self._guess: tuple[int, list[int], list[int]] | None = None  # layer, predicted experts, those being read
         self._started = 0.0
+        self._trust = 1.0  # the share of guesses that were right lately
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self, "_begin_pass")),
             model.register_forward_hook(_Hook(self, "_end_pass")),
@@ -285,7 +288,9 @@ class Runner:
             if layer == number:
                 asked = set(wanted)
                 self.statistics.predicted += len(predicted)
-                self.statistics.predicted_right += len(asked.intersection(predicted))
+                right = len(asked.intersection(predicted))
+                self.statistics.predicted_right += right
+                self._trust += (right / max(len(predicted), 1) - self._trust) / _TRUST_GUESSES
                 used = asked.intersection(begun)
                 self.statistics.prefetch_hits += len(used)
                 self.statistics.late += sum(not self._ram.ready(expert) for expert in used)
@@ -304,7 +309,7 @@ class Runner:
         order = votes.argsort(descending=True)[: int((votes > 0).sum())]
         predicted = [self._layers[number].first + expert for expert in order.tolist()]
         self._ram.open(self._layers[number])
-        begun = self._ram.guess(predicted)
+        begun = self._ram.guess(predicted) if self._trust >= _LEAST_TRUST else []
         self.statistics.prefetched += len(begun)
         self._guess = number, predicted, begun
 
@@ -466,7 +471,8 @@ def attach(
     half_life : float
         Passes of the model after which the use of an expert counts half when one has to give way.
     prefetch : bool
-        Read the experts that the next layer's router would choose, ahead of the layer.
+        Read the experts that the next layer's router would choose, ahead of the layer; not while fewer than half of
+        such guesses come true.
     remember : bool
         Keep the experts' use counts beside the model (in the user's cache directory where that is read-only), and
         begin with those that were used most before.
