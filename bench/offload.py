@@ -201,7 +201,7 @@ def _measure(
     def run(kind: str, routing: str, budget: float | None, count: int, before: int) -> dict[str, Any]:
         size = None if budget is None else round(budget * packed)
         found = _alone(run_contender, kind, place, size, count, before, trace if routing == "switch" else None, seed)
-        statistics_ = found.get("statistics")
+        timed = found.get("timed")
         runs.append(
             Run(
                 kind,
@@ -211,8 +211,8 @@ def _measure(
                 found["load_seconds"],
                 found["anonymous_bytes"],
                 found["file_bytes"],
-                statistics_ and statistics_["hit_rate"],
-                statistics_ and statistics_["disk_bytes"] / statistics_["tokens"],
+                timed and timed["hits"] / (timed["hits"] + timed["misses"]),
+                timed and timed["disk_bytes"] / count,
             )
         )
         return found

@@ -266,12 +266,12 @@ class PackedExperts(nn.Module):
         width = self.layer.shapes[self.layer.projections[0]][1]
         if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             raise ShapeError(f"hidden_states is {tuple(hidden_states.shape)}; expected (tokens, {width}). Reshape it.")
-        if hidden_states.device.type != "cpu":
+        if self.source is None and hidden_states.device.type != "cpu":
             raise SettingError(f"hidden_states is on {hidden_states.device}; these experts run on the CPU. Move it.")
         index, weights = self.family.routing(routing)
         assigned = Assignment.group(index, weights, self.layer.count)
         bounds = assigned.bounds[: self.layer.count + 1]  # a number beyond the last expert means none, as -1 does
-        out = torch.zeros(hidden_states.shape)
+        out = torch.zeros(hidden_states.shape, device=hidden_states.device)
         for start in range(bounds[0], bounds[-1], STRETCH):
             stop = min(start + STRETCH, bounds[-1])
             clipped = [min(max(bound, start), stop) - start for bound in bounds]

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, QMoEError, SettingError, first_line
+from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, QMoEError, first_line
 
 # imported anew in a process (reload, a fresh sys.modules), the classes take the place of the earlier ones
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop("qmoe", None)
@@ -82,8 +82,10 @@ class QMoEQuantizer(HfQuantizer):
         for name in dense:
             checkpoint.check(name)
         self._held = dense
+        self._weight_files = [checkpoint.directory / name for name in checkpoint.files]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from qmoe_lite._expert_reader import SizeGuard
         from qmoe_lite.experts import PackedExperts
         from qmoe_lite.families import family_of
 
@@ -94,6 +96,7 @@ class QMoEQuantizer(HfQuantizer):
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
         family_of(model.config.model_type).tie(model, self._held)
+        model.register_forward_pre_hook(SizeGuard(self._weight_files))
         return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:
@@ -123,7 +126,8 @@ def load(
     directory : path or str
         What `compress` wrote, or its name on the Hugging Face hub.
     device : str or torch device
-        "auto" and "cpu" both mean the CPU in this version.
+        Of everything but the experts, and of these too unless `devices` names others. "auto" means the CPU in this
+        version.
     dtype : torch dtype, optional
         Of everything but the experts; by default as config.json says.
     expert_cache, ram_cache : int or str, optional
@@ -150,13 +154,15 @@ def load(
     SettingError
         As `offload.attach`.
     """
+    from qmoe_lite._gpu_tier import CudaDevice
     from qmoe_lite.checkpoint import find_model
     from qmoe_lite.experts import quantization_of
     from qmoe_lite.offload import attach
     from qmoe_lite.skeletons import auto_class, experts_replaced, open_checkpoint
 
     if str(device) not in ("auto", "cpu"):
-        raise SettingError(f"device {device} is not supported yet; use device='cpu'.")
+        CudaDevice(str(device))  # raises where there is none
+        devices = devices or [str(device)]
     path = find_model(directory)
     family, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
@@ -169,4 +175,4 @@ def load(
         raise CheckpointError(f"{path} is refused by transformers: {first_line(error)}.") from error
     if offload is not None or expert_cache is not None or ram_cache is not None or devices is not None:
         attach(model, expert_cache=expert_cache, ram_cache=ram_cache, offload=offload, devices=devices)
-    return model
+    return model if str(device) in ("auto", "cpu") else model.to(device)  # all but the experts, which the runner holds
