@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from qmoe_lite.bench.kernels import KernelsReport
     from qmoe_lite.bench.layer import LayerReport
     from qmoe_lite.bench.matmul import MatmulReport, Speed
+    from qmoe_lite.bench.offload import OffloadReport
     from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, RatesReport
 
 
@@ -276,3 +277,74 @@ def print_kernels(report: KernelsReport) -> None:
     _output.print_text("Bytes over bandwidth, instructions over issue rate, shared loads at 3.53 passes")
     _output.print_text("each (random banks), all at the makers' peaks; the ratio takes the longest of")
     _output.print_text("ours. Launch, latency and what a block loads before it begins are left out.")
+
+
+def print_offload(report: OffloadReport) -> None:
+    """Print tokens a second and memory of all contenders, the parts of a token, and the cache policies."""
+    from qmoe_lite.cli import _output
+
+    slowest = {r.routing: r.tokens_per_second for r in report.runs if r.contender == "ours" and r.budget is not None}
+
+    def rows() -> Iterable[list[str]]:
+        for r in report.runs:
+            yield [
+                r.contender,
+                r.routing,
+                "all" if r.budget is None else f"{r.budget:.0%}",
+                f"{r.tokens_per_second:.2f}",
+                _ratio(slowest[r.routing], r.tokens_per_second),
+                "-" if r.hit_rate is None else f"{r.hit_rate:.1%}",
+                "-" if r.disk_bytes_per_token is None else f"{r.disk_bytes_per_token / 1e6:.1f}",
+                f"{r.load_seconds:.1f}",
+                f"{r.anonymous_bytes / 1e6:,.0f}",
+                f"{r.file_bytes / 1e6:,.0f}",
+            ]
+
+    _table(
+        f"{_plural(report.layers, 'layer')} of Qwen3-30B-A3B: experts {report.packed_bytes / 1e6:,.0f} MB, "
+        f"in bfloat16 {report.dense_bytes / 1e6:,.0f} MB",
+        (
+            "contender",
+            "routing",
+            "budget",
+            "token\n/s",
+            "least /\nthis",
+            "hits",
+            "MB read\n/token",
+            "load\ns",
+            "memory\nMB",
+            "maps\nMB",
+        ),
+        rows(),
+        text=2,
+        tight=True,
+    )
+    _output.print_text("least / this: ours with the smallest budget over this one. memory: anonymous,")
+    _output.print_text("above what the process had before. The page cache is dropped before each token.")
+    for note in report.notes:
+        _output.print_text(note)
+    _output.print_text()
+    if (parts := report.parts) is not None:
+        _table(
+            "One token, all in memory: milliseconds",
+            ("", "ours", "dense bf16", "ratio"),
+            (
+                [name, f"{ours:.2f}", f"{dense:.2f}", _ratio(dense, ours)]
+                for name, ours, dense in (
+                    ("experts", parts.ours_experts, parts.dense_experts),
+                    ("whole model", parts.ours_whole, parts.dense_whole),
+                )
+            ),
+            text=1,
+        )
+        _output.print_text(f"Experts take {parts.share:.0%} of the dense model; Amdahl's law then predicts")
+        _output.print_text(f"{parts.predicted:.2f}x for the whole.\n")
+    if report.policies:
+        names = {"0.0": "LRU", "inf": "LFU"}
+        lives = list(report.policies[0].hit_rates)
+        _table(
+            "Hits of a cache, by the passes after which a use counts half",
+            ("trace", "budget", *(names.get(life, f"{float(life):.0f}") for life in lives)),
+            ([p.trace, f"{p.budget:.0%}", *(f"{p.hit_rates[life]:.1%}" for life in lives)] for p in report.policies),
+            text=1,
+        )

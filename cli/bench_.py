@@ -117,6 +117,42 @@ def gptq(
     _show(measure(experts, threads, seed, SHAPES), json, _tables.print_gptq, plot, _plot.draw_gptq)
 
 
+@app.command("offload")
+def offload(
+    layers: Annotated[int, typer.Option(help="Of the model; the dense one takes 1.2 GB of disk each.", min=1)] = 2,
+    tokens: Annotated[int, typer.Option(help="Timed tokens of ours; slower contenders write fewer.", min=1)] = 24,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the experts' bytes; may be repeated. [default: 1, 0.5, 0.25, 0.1]"),
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Measure the dense model too.")] = True,
+    trace: Annotated[
+        list[str] | None, typer.Option(help="File of qmoe generate --trace, to compare cache policies on.")
+    ] = None,
+    directory: Annotated[str | None, typer.Option(help="Where there is room for the models.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides weights, routing and prompt.", min=0)] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Run a model that does not fit in memory, beside the dense one from disk and in memory.
+
+    Example: qmoe bench offload --layers 4 --budget 0.1
+    """
+    from qmoe_lite.bench.offload import BUDGETS, measure
+    from qmoe_lite.cli import _output, _tables
+
+    _output.quiet_transformers()
+    report = measure(
+        layers,
+        tokens,
+        tuple(budget or BUDGETS),
+        peers=peers,
+        traces=tuple(trace or ()),
+        directory=directory,
+        seed=seed,
+    )
+    _show(report, json, _tables.print_offload, None, None)
+
+
 @app.command("kernels")
 def kernels(
     static: Annotated[bool, typer.Option("--static", help="Compile them; needs no GPU.")] = False,

@@ -1,7 +1,7 @@
 """Which experts hold the slots of a cache, and which one gives way: bookkeeping only, no tensor.
 
 An expert is worth the sum over its uses of 2^(-age / half_life): frequency that fades. A half-life of 0 is LRU (the
-last use decides), an infinite one is LFU (all uses count alike); `qmoe bench offload --policies` compares them.
+last use decides), an infinite one is LFU (all uses count alike); `qmoe bench offload` compares them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-HALF_LIFE = 64.0  # passes of the model; the best of bench/offload.py's traces
+HALF_LIFE = 32.0  # passes of the model; the best of those that `qmoe bench offload` compares
 _SHORTEST = 1e-6  # stands for 0: an older use never outweighs a younger one
 
 

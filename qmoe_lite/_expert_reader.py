@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +116,27 @@ class WeightFile:
             if file >= 0:
                 os.close(file)
         self._file = self._direct_file = -1
+
+
+class SizeGuard:
+    """A forward pre-hook: raises CheckpointError where a file whose maps the model uses has become shorter.
+
+    Touching such a map would end the process. A copy of the model has tensors of its own, and nothing to guard.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._files = [WeightFile(path) for path in paths]
+
+    def __call__(self, module: Any, arguments: Any) -> None:
+        for file in self._files:
+            file.check_size()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SizeGuard, ([],)
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", []):
+            file.close()
 
 
 @dataclass(eq=False)

@@ -71,6 +71,12 @@ class Layer:
         sizes = np.diff(self.stored[projection])
         return int(sizes[(sizes >= 0) & (sizes <= self._places[projection]["codes"].length)].max(initial=0))
 
+    def part_sizes(self, projection: str) -> tuple[int, int, int]:
+        """Most bytes of one expert's codes, and its bytes of row lengths and of levels."""
+        places, experts = self._places[projection], self.experts.num_experts
+        others = [places[part].length // experts for part in ("row_codewords", "levels")]
+        return self.largest(projection), others[0], others[1]
+
     def _read(self, place: Place) -> Tensor:
         data = self._files[place.path].read(place.offset, place.length)
         return torch.frombuffer(data, dtype=place.dtype).view(place.shape)

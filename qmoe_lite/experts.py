@@ -308,7 +308,7 @@ class PackedExperts(nn.Module):
             return self._forward_on_gpu(hidden_states, index, weights).to(hidden_states.dtype)
         assigned = Assignment.group(index, weights, self.layer.count)
         bounds = assigned.bounds[: self.layer.count + 1]  # a number beyond the last expert means none, as -1 does
-        out = torch.zeros(hidden_states.shape)
+        out = torch.zeros(hidden_states.shape, device=hidden_states.device)
         for start in range(bounds[0], bounds[-1], STRETCH):
             stop = min(start + STRETCH, bounds[-1])
             clipped = [min(max(bound, start), stop) - start for bound in bounds]

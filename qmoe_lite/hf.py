@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, QMoEError, SettingError, first_line
+from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, QMoEError, first_line
 
 # imported anew in a process (reload, a fresh sys.modules), the classes take the place of the earlier ones
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop("qmoe", None)
@@ -82,8 +82,10 @@ class QMoEQuantizer(HfQuantizer):
         for name in dense:
             checkpoint.check(name)
         self._held = dense
+        self._weight_files = [checkpoint.directory / name for name in checkpoint.files]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from qmoe_lite._expert_reader import SizeGuard
         from qmoe_lite.experts import PackedExperts
         from qmoe_lite.families import family_of
 
@@ -94,6 +96,7 @@ class QMoEQuantizer(HfQuantizer):
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
         family_of(model.config.model_type).tie(model, self._held)
+        model.register_forward_pre_hook(SizeGuard(self._weight_files))
         return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:
@@ -123,8 +126,8 @@ def load(
     directory : path or str
         What `compress` wrote, or its name on the Hugging Face hub.
     device : str or torch device
-        "auto": the first GPU that can be used (see `devices.find_device`), but the CPU where experts have a budget,
-        whose runner multiplies there in this version; else the CPU.
+        Of everything but the experts, and of these too unless `devices` names others: "auto" is the first GPU that can
+        be used (see `devices.find_device`), but the CPU where experts have a budget; else the CPU.
     dtype : torch dtype, optional
         Of everything but the experts; by default as config.json says.
     expert_cache, ram_cache : int or str, optional
@@ -160,10 +163,10 @@ def load(
     from qmoe_lite.skeletons import auto_class, experts_replaced, open_checkpoint
 
     budgets = {"expert_cache": expert_cache, "ram_cache": ram_cache, "offload": offload, "devices": devices}
-    given = [name for name, value in budgets.items() if value is not None]
+    given = any(value is not None for value in budgets.values())
     where = find_device("cpu" if given and str(device) == "auto" else device)
     if given and where.type != "cpu":
-        raise SettingError(f"{given[0]} keeps experts on the CPU in this version; leave device {device} out.")
+        devices = devices or [str(where)]
     path = find_model(directory)
     family, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
@@ -176,4 +179,4 @@ def load(
         raise CheckpointError(f"{path} is refused by transformers: {first_line(error)}.") from error
     if given:
         attach(model, expert_cache=expert_cache, ram_cache=ram_cache, offload=offload, devices=devices)
-    return moved(model, where, path)
+    return moved(model, where, path)  # with a runner all but the experts, which it holds

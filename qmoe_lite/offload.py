@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qmoe_lite._expert_cache import HALF_LIFE
 from qmoe_lite._expert_reader import WeightFile
+from qmoe_lite._gpu_tier import CudaDevice, Device, GpuTier, share_layers
 from qmoe_lite._ram_tier import Layer, RamTier, slot_layout
 from qmoe_lite.checkpoint import Checkpoint, write_json
 from qmoe_lite.errors import CheckpointError, OutputError, QMoEError, SettingError
@@ -37,6 +38,8 @@ from qmoe_lite.skeletons import open_checkpoint
 COUNTS_FILE = "expert_counts.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_LEAST_TRUST = 0.5  # a wrong guess delays as many bytes as a right one brings early
+_TRUST_GUESSES = 16.0  # layers over which that share is taken
 _MOST_GUESSED_FROM = 64  # tokens; a longer prompt asks for nearly all experts of a layer anyway
 
 
@@ -179,6 +182,8 @@ class Runner:
         checkpoint: Checkpoint,
         *,
         ram_cache: int | None,
+        devices: Sequence[Device],
+        budgets: Sequence[int | None],
         half_life: float,
         prefetch: bool,
         remember: bool,
@@ -203,8 +208,13 @@ class Runner:
         self._openings = {stacks.index(stack) for stack in stacks}  # the first layer of the encoder, of the decoder
         self._routers = [_router(model, layer.experts) for layer in self._layers]
         self._ram = RamTier(self._layers, self._slots(ram_cache), half_life)
+        self._tiers: list[GpuTier] = []
+        self._tier_of: list[GpuTier | None] = [None] * len(self._layers)
+        if devices:
+            self._share(devices, budgets, half_life)
         self._guess: tuple[int, list[int], list[int]] | None = None  # layer, predicted experts, those being read
         self._started = 0.0
+        self._trust = 1.0  # the share of guesses that were right lately
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self, "_begin_pass")),
             model.register_forward_hook(_Hook(self, "_end_pass")),
@@ -236,13 +246,25 @@ class Runner:
             )
         return int(slots)
 
+    def _share(self, devices: Sequence[Device], budgets: Sequence[int | None], half_life: float) -> None:
+        """Give each GPU a run of layers, as long as its budget says."""
+        shares = share_layers(self._layers, [1 if budget is None else budget for budget in budgets])
+        for number, (device, budget) in enumerate(zip(devices, budgets, strict=True)):
+            own = [layer for layer, share in zip(self._layers, shares, strict=True) if share == number]
+            if not own:
+                self.statistics.notes.append(f"{device.name} is left out: there are fewer layers than GPUs.")
+                continue
+            notes = self.statistics.notes
+            self._tiers.append(GpuTier(device, own, len(self._ram.cache.uses), budget, half_life, notes))
+            for layer in own:
+                self._tier_of[self._layers.index(layer)] = self._tiers[-1]
+
     # what the hooks call
 
     def _begin_pass(self, model: nn.Module, arguments: Any) -> None:
-        for file in self._files.values():
-            file.check_size()
         with self._lock:
-            self._ram.cache.tick()
+            for cache in (self._ram.cache, *(tier.cache for tier in self._tiers)):
+                cache.tick()
             self.statistics.passes += 1
             self._started = time.perf_counter()
 
@@ -269,12 +291,19 @@ class Runner:
             self._ram.open(layer)
             self._ram.release()
             self._end_guess(number, wanted)
+            tier = self._tier_of[number]
+            missing = wanted if tier is None else [expert for expert in wanted if not tier.there(expert)]
+            in_memory = sum(map(self._ram.ready, missing))
             for expert in wanted:
-                there = self._ram.ready(expert)
-                self.statistics.hits += there
-                self.statistics.misses += not there
-                self._ram.cache.use(expert)
-            self._ram.want(wanted)
+                for cache in (self._ram.cache,) if tier is None else (self._ram.cache, tier.cache):
+                    cache.use(expert)
+            found = in_memory if tier is None else len(wanted) - len(missing)
+            self.statistics.hits += found
+            self.statistics.misses += len(wanted) - found
+            if tier is not None:
+                self.statistics.ram_hits += in_memory
+                self.statistics.ram_misses += len(missing) - in_memory
+            self._ram.want(missing)
             if self._prefetch and len(hidden) <= _MOST_GUESSED_FROM:
                 self._predict(number + 1, hidden)
 
@@ -285,7 +314,9 @@ class Runner:
             if layer == number:
                 asked = set(wanted)
                 self.statistics.predicted += len(predicted)
-                self.statistics.predicted_right += len(asked.intersection(predicted))
+                right = len(asked.intersection(predicted))
+                self.statistics.predicted_right += right
+                self._trust += (right / max(len(predicted), 1) - self._trust) / _TRUST_GUESSES
                 used = asked.intersection(begun)
                 self.statistics.prefetch_hits += len(used)
                 self.statistics.late += sum(not self._ram.ready(expert) for expert in used)
@@ -304,7 +335,9 @@ class Runner:
         order = votes.argsort(descending=True)[: int((votes > 0).sum())]
         predicted = [self._layers[number].first + expert for expert in order.tolist()]
         self._ram.open(self._layers[number])
-        begun = self._ram.guess(predicted)
+        tier = self._tier_of[number]
+        missing = predicted if tier is None else [expert for expert in predicted if not tier.there(expert)]
+        begun = self._ram.guess(missing) if self._trust >= _LEAST_TRUST else []
         self.statistics.prefetched += len(begun)
         self._guess = number, predicted, begun
 
@@ -330,6 +363,13 @@ class Runner:
         with self._lock:
             layer = self._layers[self._number_of[experts.layer.experts]]
             self._ram.open(layer)
+            tier = self._tier_of[self._number_of[experts.layer.experts]]
+            if tier is not None:
+                return self._run_there(tier, layer, numbers, tokens, bounds)
+            if tokens.device.type != "cpu":
+                raise SettingError(
+                    f"the model is on {tokens.device} and its experts on the CPU. Give devices, or move it."
+                )
             out = torch.empty(len(tokens), experts.layer.shapes[layer.projections[-1]][0])
             groups = {number: slice(bounds[i], bounds[i + 1]) for i, number in enumerate(numbers)}
 
@@ -343,6 +383,21 @@ class Runner:
 
             self._in_waves(layer, [layer.first + expert for expert in numbers], multiply)
             return out
+
+    def _run_there(self, tier: GpuTier, layer: Layer, numbers: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
+        """As `run`, on a GPU; with less memory where it runs out of it."""
+        moved = tokens.to(tier.device.device, torch.float32)
+        groups = {layer.first + expert: moved[bounds[i] : bounds[i + 1]] for i, expert in enumerate(numbers)}
+
+        def arriving(missing: list[int], take: Callable[[list[int]], None]) -> None:
+            self._in_waves(layer, missing, lambda own: take([layer.first + expert for expert in own]))
+
+        while True:
+            try:
+                done = tier.run(layer, groups, arriving)
+                return torch.cat([done[number] for number in groups]).to(tokens.device)
+            except torch.OutOfMemoryError:
+                tier.shrink()
 
     def _in_waves(self, layer: Layer, numbers: list[int], compute: Callable[[list[int]], None]) -> None:
         """Call `compute` with the layer's own numbers of experts as they arrive, until all had their turn."""
@@ -418,7 +473,12 @@ class Runner:
     def _count(self) -> None:
         statistics, ram = self.statistics, self._ram
         statistics.disk_bytes, statistics.stall_seconds = ram.read_bytes, ram.stall_seconds
-        statistics.cache_bytes = ram.cache.slots * ram.slot_bytes
+        memory = ram.cache.slots * ram.slot_bytes
+        statistics.cache_bytes, statistics.ram_bytes = memory, 0
+        if self._tiers:
+            statistics.cache_bytes = sum(tier.cache.slots * tier.slot_bytes for tier in self._tiers)
+            statistics.ram_bytes = memory
+            statistics.copied_bytes = sum(tier.copied_bytes for tier in self._tiers)
         statistics.direct = all(file.direct for file in self._files.values())
 
 
@@ -443,7 +503,7 @@ def attach(
     expert_cache: int | str | Sequence[int | str] | None = None,
     ram_cache: int | str | None = None,
     offload: str | None = None,
-    devices: Sequence[str] | None = None,
+    devices: Sequence[str | Device] | None = None,
     half_life: float = HALF_LIFE,
     prefetch: bool = True,
     remember: bool = True,
@@ -454,19 +514,22 @@ def attach(
     ----------
     model : transformers model
         As `load` or from_pretrained gives it.
-    expert_cache : int or str, optional
-        Bytes, or a size such as "4GiB", for experts where they are multiplied. On the CPU that is memory.
+    expert_cache : int or str, or a sequence of them, optional
+        Bytes, or a size such as "4GiB", for experts where they are multiplied: on the CPU that is memory, on GPUs
+        theirs, one size for all or one each. By default as many as the experts take.
     ram_cache : int or str, optional
         Bytes of memory for experts. By default all that `offload` asks for.
     offload : "ram", "disk" or None
         Where the experts are that have no place where they are multiplied: in memory, all of them, or on disk.
         By default "disk" where a budget of memory is given, else "ram".
     devices : sequence of str, optional
-        GPUs; this version has none to offer.
+        GPUs that multiply the experts, such as ["cuda:0", "cuda:1"]: each a run of layers, as long as its budget says.
+        The model itself stays where it is.
     half_life : float
         Passes of the model after which the use of an expert counts half when one has to give way.
     prefetch : bool
-        Read the experts that the next layer's router would choose, ahead of the layer.
+        Read the experts that the next layer's router would choose, ahead of the layer; not while fewer than half of
+        such guesses come true.
     remember : bool
         Keep the experts' use counts beside the model (in the user's cache directory where that is read-only), and
         begin with those that were used most before.
@@ -481,6 +544,8 @@ def attach(
         No compressed model, one that has a runner, sizes that exclude each other or have no room for one expert.
     CheckpointError
         The model's directory is gone.
+    DeviceError
+        A GPU that is not there, or has no memory for one expert.
     """
     if offload not in (None, "ram", "disk"):
         raise SettingError(f"offload is {offload!r}; expected 'ram' or 'disk'.")
@@ -489,23 +554,32 @@ def attach(
     path = Path(getattr(model, "name_or_path", "") or "")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"the model's directory {path} is not there: experts are read from it. Load it again.")
-    if devices is not None:
-        raise SettingError(f"devices is {list(devices)}; this version runs experts on the CPU. Leave it out.")
-    if expert_cache is not None and not isinstance(expert_cache, int | str):
-        raise SettingError("expert_cache is a list; there is one memory on the CPU. Give one size.")
-    budgets = {
-        name: parse_size(size, name)
-        for name, size in (("expert_cache", expert_cache), ("ram_cache", ram_cache))
-        if size is not None
-    }
-    if len(set(budgets.values())) > 1:
-        raise SettingError("expert_cache and ram_cache are the same memory on the CPU. Give one of them.")
-    budget = next(iter(budgets.values()), None)
-    if offload == "ram" and budget is not None:
+    gpus = [CudaDevice(device) if isinstance(device, str) else device for device in devices or ()]
+    sizes = [] if expert_cache is None else [expert_cache] if isinstance(expert_cache, int | str) else [*expert_cache]
+    budgets: list[int | None] = [parse_size(size, "expert_cache") for size in sizes]
+    memory = None if ram_cache is None else parse_size(ram_cache, "ram_cache")
+    if len(sizes) not in (0, 1, max(len(gpus), 1)):
+        raise SettingError(f"expert_cache has {len(sizes)} sizes for {max(len(gpus), 1)} devices. Give one for each.")
+    if not gpus:
+        if memory is not None and budgets and budgets[0] != memory:
+            raise SettingError("expert_cache and ram_cache are the same memory on the CPU. Give one of them.")
+        memory = memory if memory is not None or not budgets else budgets[0]
+    elif len(budgets) < len(gpus):
+        budgets = (budgets or [None]) * len(gpus)
+    if offload == "ram" and memory is not None:
         raise SettingError("offload='ram' holds all experts in memory, a budget only some. Give one of them.")
     _, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
-    return Runner(model, checkpoint, ram_cache=budget, half_life=half_life, prefetch=prefetch, remember=remember)
+    return Runner(
+        model,
+        checkpoint,
+        ram_cache=memory,
+        devices=gpus,
+        budgets=budgets,
+        half_life=half_life,
+        prefetch=prefetch,
+        remember=remember,
+    )
 
 
 def runner_of(model: nn.Module) -> Runner | None:

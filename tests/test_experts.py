@@ -350,14 +350,18 @@ def test_a_device_that_cannot_be_used_is_refused_in_one_line(compressed, monkeyp
         qm.load(compressed[0], device="mps")
 
 
-def test_a_budget_for_experts_keeps_them_on_the_cpu(compressed, monkeypatch):
+def test_a_budget_for_experts_keeps_them_on_the_cpu_unless_a_device_is_named(compressed, monkeypatch):
+    from qmoe_lite import offload
     from qmoe_lite.cuda import launch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(launch, "reason", lambda index=0: None)
-    with pytest.raises(SettingError, match="expert_cache keeps experts on the CPU in this version; leave device cuda"):
-        qm.load(compressed[0], device="cuda", expert_cache="1GiB")
     model = qm.load(compressed[0], expert_cache="1GiB")
     assert model.device.type == "cpu"
     runner_of(model).close()
+    asked = []
+    monkeypatch.setattr(offload, "attach", lambda model, **budgets: asked.append(budgets["devices"]))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: model)
+    qm.load(compressed[0], device="cuda", expert_cache="1GiB")
+    assert asked == [["cuda:0"]]

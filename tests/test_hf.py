@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import json
 import os
@@ -486,3 +487,46 @@ print(type(qmoe_lite.load(sys.argv[1]).model.layers[0].mlp.experts) is qmoe_lite
 """
     done = run_python(code, compressed_causal("mixtral"))
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("place", ["cpu", "auto", {"": "cpu"}])
+def test_accelerates_device_maps_of_the_cpu_give_the_same_model(compressed_causal, place):
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("accelerate is not installed")
+    path = compressed_causal("mixtral")
+    if place == "auto" and torch.cuda.is_available():
+        pytest.skip("auto means the GPU here")
+    model = AutoModelForCausalLM.from_pretrained(path, device_map=place, dtype=torch.float32)
+    assert torch.allclose(logits_of(model), logits_of(qm.load(path, dtype=torch.float32)), atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["cuda", {"": "disk"}, {"model": "cpu", "lm_head": "disk"}])
+def test_accelerates_other_device_maps_are_refused(compressed_causal, place):
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("accelerate is not installed")
+    with pytest.raises((DeviceError, ValueError), match=r"Use device_map='cpu'|offload"):
+        AutoModelForCausalLM.from_pretrained(compressed_causal("mixtral"), device_map=place)
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(compressed_causal, monkeypatch, tmp_path):
+    """Up to the upload itself, which is caught."""
+    from types import SimpleNamespace
+
+    from huggingface_hub import HfApi
+
+    path, uploaded = compressed_causal("mixtral"), []
+    model = qm.load(path)
+
+    def create_commit(self, *arguments, operations, **options):
+        for operation in operations:
+            target = tmp_path / "hub" / operation.path_in_repo
+            target.parent.mkdir(exist_ok=True)
+            with operation.as_file() as file:
+                target.write_bytes(file.read())
+            uploaded.append(operation.path_in_repo)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **options: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    model.push_to_hub("someone/model")
+    assert {"config.json", "model.safetensors"} <= set(uploaded)
+    assert torch.equal(logits_of(qm.load(tmp_path / "hub")), logits_of(model))

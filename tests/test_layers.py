@@ -20,6 +20,7 @@ ORDER = (
     ("devices", "validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
     ("_ram_tier",),
+    ("_gpu_tier",),
     ("offload",),
     ("hf",),
     ("_hook", "_cache"),
