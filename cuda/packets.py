@@ -76,6 +76,12 @@ def columns_behind(codebook: Codebook) -> int:
     return codebook.longest + codewords_each(codebook.bits) * codebook.min_weights
 
 
+def most_bytes(codebook: Codebook, codes: int, rows: int) -> int:
+    """Return the bytes that a matrix's packets and their starts take at most, given those of its codes."""
+    packets = 8 * codes // codebook.bits // codewords_each(codebook.bits) + rows
+    return PACKET_BITS // 8 * packets + 4 * (rows + 1)
+
+
 def make_packets(packed: PackedMatrix) -> Packets:
     """Return a validated matrix on a GPU as packets; waits for the GPU, which must count them."""
     counts = packed.count_codewords()

@@ -105,6 +105,8 @@ def test_packets_are_those_of_the_description(emulated, name, columns):
     assert made.words.tolist() == words
     assert made.starts.tolist() == starts
     assert (made.experts, made.rows, made.columns) == (1, 5, columns)
+    beside = made.nbytes - made.levels.nbytes
+    assert beside <= packets.most_bytes(codebook, packed.codes.numel(), 5) <= beside + 16 * (5 + 8)
 
 
 @pytest.mark.parametrize("name", ["ternary-10", "two-bit", "seven-fields", "paper"])
