@@ -337,8 +337,3 @@ def test_an_output_head_of_its_own_is_kept(switch, tmp_path):
     packed = qm.load(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(packed.lm_head.weight, tensors["lm_head.weight"])
     assert torch.equal(packed.encoder.embed_tokens.weight, tensors["shared.weight"])
-
-
-def test_other_devices_are_refused(compressed):
-    with pytest.raises(SettingError, match="device='cpu'"):
-        qm.load(compressed[0], device="cuda")
