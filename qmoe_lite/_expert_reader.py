@@ -51,12 +51,13 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.direct = True
+        self._file = self._direct_file = -1
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 self._direct_file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             except OSError:  # the file system knows no O_DIRECT
-                self.direct, self._direct_file = False, -1
+                self.direct = False
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}. Fetch the file again.") from error
         self.size = os.fstat(self._file).st_size
@@ -117,6 +118,9 @@ class WeightFile:
                 os.close(file)
         self._file = self._direct_file = -1
 
+    def __del__(self) -> None:
+        self.close()
+
 
 class SizeGuard:
     """A forward pre-hook: raises CheckpointError where a file whose maps the model uses has become shorter.
@@ -133,10 +137,6 @@ class SizeGuard:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SizeGuard, ([],)
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", []):
-            file.close()
 
 
 @dataclass(eq=False)

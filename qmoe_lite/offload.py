@@ -208,6 +208,8 @@ class Runner:
         self._openings = {stacks.index(stack) for stack in stacks}  # the first layer of the encoder, of the decoder
         self._routers = [_router(model, layer.experts) for layer in self._layers]
         self._ram = RamTier(self._layers, self._slots(ram_cache), half_life)
+        # also when the model is forgotten, the process ends, or what follows fails
+        self._end = weakref.finalize(self, _shut, self._ram, self._files, checkpoint if remember else None)
         self._tiers: list[GpuTier] = []
         self._tier_of: list[GpuTier | None] = [None] * len(self._layers)
         if devices:
@@ -223,8 +225,6 @@ class Runner:
             self._hooks.append(module.register_forward_pre_hook(_Hook(self, "_before")))
             module.source = self
         cache = self._ram.cache
-        # also when the model is forgotten, or the process ends
-        self._end = weakref.finalize(self, _shut, self._ram, self._files, checkpoint if remember else None)
         if remember and (uses := _load_counts(checkpoint, len(cache.uses))) is not None:
             cache.remember(uses)
             self._ram.warm_up()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +182,8 @@ def test_too_little_memory_at_the_start_makes_a_smaller_cache(directory, on_devi
 def test_budgets_that_do_not_fit_are_refused(directory):
     path = directory()
     model = qm.load(path, dtype=torch.float32)
+    gc.collect()  # what other tests left
+    before = set(threading.enumerate()), len(list(Path("/proc/self/fd").iterdir()))
     for options, match in (
         ({"devices": [FakeDevice()], "expert_cache": 100}, "expert_cache is 100 bytes on fake:0"),
         ({"devices": [FakeDevice()], "expert_cache": ["1MB", "1MB"]}, "2 sizes for 1 devices"),
@@ -187,6 +192,9 @@ def test_budgets_that_do_not_fit_are_refused(directory):
         with pytest.raises(SettingError, match=match):
             attach(model, remember=False, **options)
         assert runner_of(model) is None
+    gc.collect()
+    assert set(threading.enumerate()) <= before[0], "no thread is left"
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before[1], "no file is left open"
 
 
 def test_without_a_gpu_one_is_refused_in_one_line(directory):
