@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qmoe_lite._expert_cache import ExpertCache
 from qmoe_lite._ram_tier import Layer
+from qmoe_lite.codebook import Codebook
 from qmoe_lite.errors import DeviceError, SettingError
 from qmoe_lite.families import inner
 from qmoe_lite.packed import PackedMatrix
@@ -50,6 +51,9 @@ class Device(Protocol):
 
     def multiply(self, packed: PackedMatrix, x: Tensor) -> Tensor:
         """Compute W x there, in float32."""
+
+    def beside(self, codebook: Codebook, codes: int, rows: int) -> int:
+        """Bytes that `multiply` keeps there at most for a matrix, while it has a slot, given those of its codes."""
 
 
 class CudaDevice:
@@ -103,6 +107,11 @@ class CudaDevice:
         with torch.cuda.device(self.device):
             product: Tensor = decode_matmul(packed, x)
         return product
+
+    def beside(self, codebook: Codebook, codes: int, rows: int) -> int:
+        from qmoe_lite.cuda.packets import most_bytes
+
+        return most_bytes(codebook, codes, rows)
 
 
 @dataclass
@@ -158,16 +167,24 @@ class GpuTier:
         self.copied_bytes = 0
         self._experts, self._half_life = experts, half_life
         self.slot_bytes = max(_spread(layer)[1] for layer in layers)
+        self.expert_bytes = self.slot_bytes + max(map(self._beside, layers))
         wanted = sum(layer.experts.num_experts for layer in layers)
-        slots = wanted if budget is None else min(budget // self.slot_bytes, wanted)
+        slots = wanted if budget is None else min(budget // self.expert_bytes, wanted)
         if slots < 1:
             raise SettingError(
-                f"expert_cache is {budget} bytes on {device.name}, and one expert takes {self.slot_bytes}. "
+                f"expert_cache is {budget} bytes on {device.name}, and one expert takes {self.expert_bytes}. "
                 "Give more, or leave it out."
             )
         self._stages = [_Stage(device.stage(self.slot_bytes)) for _ in range(_STAGES)]
         self._turn = 0
         self._make(slots)
+
+    def _beside(self, layer: Layer) -> int:
+        experts = layer.experts
+        return sum(
+            self.device.beside(experts.codebooks[name], layer.part_sizes(name)[0], experts.layer.shapes[name][0])
+            for name in layer.projections
+        )
 
     def _make(self, slots: int) -> None:
         asked = slots

@@ -476,7 +476,7 @@ class Runner:
         memory = ram.cache.slots * ram.slot_bytes
         statistics.cache_bytes, statistics.ram_bytes = memory, 0
         if self._tiers:
-            statistics.cache_bytes = sum(tier.cache.slots * tier.slot_bytes for tier in self._tiers)
+            statistics.cache_bytes = sum(tier.cache.slots * tier.expert_bytes for tier in self._tiers)
             statistics.ram_bytes = memory
             statistics.copied_bytes = sum(tier.copied_bytes for tier in self._tiers)
         statistics.direct = all(file.direct for file in self._files.values())

@@ -65,6 +65,9 @@ class FakeDevice:
         self._used[packed.codes.data_ptr()] = 0  # until the next mark
         return qm.decode_matmul(packed, x)
 
+    def beside(self, codebook, codes, rows):
+        return 0
+
 
 @pytest.fixture
 def directory(request, compressed, tmp_path):
@@ -177,6 +180,20 @@ def test_too_little_memory_at_the_start_makes_a_smaller_cache(directory, on_devi
     assert torch.equal(outputs(model), expected)
     with pytest.raises(DeviceError, match="has no memory for one expert"):
         on_devices(path, [FakeDevice(memory=size - 1)], 8)
+
+
+def test_what_a_product_keeps_beside_an_expert_counts_too(directory, on_devices, monkeypatch):
+    path = directory()
+    alone = on_devices(path, [FakeDevice()], 8)[1]._tiers[0]
+    rows = []
+    monkeypatch.setattr(FakeDevice, "beside", lambda device, codebook, codes, n: rows.append(n) or alone.slot_bytes)
+    both = on_devices(path, [FakeDevice()], 8)[1]
+    (tier,) = both._tiers
+    assert min(rows) > 0
+    assert tier.slot_bytes == alone.slot_bytes
+    assert tier.expert_bytes % alone.slot_bytes == 0
+    assert tier.cache.slots == 8 * alone.expert_bytes // tier.expert_bytes < 8
+    assert both.statistics.cache_bytes <= 8 * alone.expert_bytes
 
 
 def test_budgets_that_do_not_fit_are_refused(directory):
