@@ -429,8 +429,8 @@ class PackedExperts(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_checked": {}, "_buffers_of": {}, "_packets_of": {}}  # a copy has buffers of its own
-        return {**self.__dict__, "_checked": {}, "_buffers_of": {}, "source": None}  # a copy has buffers of its own
+        # a copy has buffers of its own
+        return {**self.__dict__, "_checked": {}, "_buffers_of": {}, "_packets_of": {}, "source": None}
 
     def _forget(self) -> None:
         self._checked.clear()
