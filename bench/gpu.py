@@ -37,7 +37,7 @@ from qmoe_lite.cuda import launch  # noqa: E402
 
 BUDGET = 450.0  # seconds for all of it: the tests' and the parts', each of which may take what those before it left
 TEST_SECONDS = 105.0
-_TESTERS = 6  # processes that the tests are shared among, at most: most of their time a kernel is compiled
+_TESTERS = 12  # processes that the tests are shared among, at most: most of their time a kernel is compiled
 _LEAST = 15.0  # seconds that a part is begun with
 _PACKAGES = ("torch", "numba", "numba-cuda", "cuda-core")
 _KNOWN = _gpu_parts.PARTS | {
@@ -150,7 +150,7 @@ def share_of(items: list[Any], number: int, shares: int) -> list[Any]:
 
 def _test(report: Row, seconds: float, debug: bool) -> None:
     """Run tests/gpu and note how they went."""
-    shares = max(1, min(_TESTERS, (os.cpu_count() or 1) // 2))
+    shares = max(1, min(_TESTERS, (os.cpu_count() or 1) - 2))
     with ThreadPoolExecutor(shares) as pool:
         ran = list(pool.map(lambda number: _in_process(_tests_command(number, shares), seconds), range(shares)))
     lines = [line for _, out, _ in ran for line in out.splitlines()]

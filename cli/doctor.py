@@ -28,6 +28,7 @@ NEEDED_FOR = {  # what an optional package is for
     "datasets": "Calibration texts are read from files; data sets of the Hugging Face hub are not.",
     "matplotlib": "qmoe inspect cannot draw its --plot.",
     "numba-cuda": "The CPU path is used: GPU kernels are compiled with it.",
+    "serve": "qmoe serve does not run.",
 }
 CPU_PATH = "The CPU path is used."
 CUDA = 13  # version that the kernels are compiled for
@@ -179,22 +180,25 @@ def _packages() -> Iterator[Finding]:
     text = "" if status == "ok" else f"Python {ours['Requires-Python']} is needed: make a virtual environment of it."
     yield Finding("Python", platform.python_version(), status, True, text)
     extras = [extra for extra in ours.get_all("Provides-Extra") or [] if extra != "dev"]
+    needed: set[str] = set()
     for wanted in map(Requirement, ours.get_all("Requires-Dist") or []):
         if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            needed.add(wanted.name)
             yield _package(wanted, None)
             continue
         for extra in extras:
             if wanted.marker.evaluate({"extra": extra}):
-                yield _package(wanted, extra)
+                yield _package(wanted, extra, extra if wanted.name in needed else wanted.name)
 
 
-def _package(wanted: Requirement, extra: str | None) -> Finding:
+def _package(wanted: Requirement, extra: str | None, name: str = "") -> Finding:
     from importlib.metadata import PackageNotFoundError, version
 
-    name, required = wanted.name, extra is None
+    required = extra is None
+    name = name or wanted.name
     run = f"pip install '{name}{wanted.specifier}'" if extra is None else f"pip install 'qmoe-lite[{extra}]'"
     follows = NEEDED_FOR.get(name, "" if extra is None else f"qmoe-lite[{extra}] is not whole.")
-    module_name = name.replace("-", "_")
+    module_name = wanted.name.replace("-", "_")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -203,8 +207,10 @@ def _package(wanted: Requirement, extra: str | None) -> Finding:
         return Finding(name, _words(error), "broken", required, follows, f"{run} --force-reinstall")
     except (Exception, SystemExit) as error:
         return Finding(name, _words(error), "broken", required, follows, f"{run} --force-reinstall")
+    if lacking := _lacking(wanted):
+        return Finding(name, f"{lacking} is not installed", "missing", required, follows, run)
     try:
-        found = version(name)
+        found = version(wanted.name)
     except PackageNotFoundError:
         found = str(getattr(module, "__version__", ""))
     status = _status(found, wanted.specifier)
@@ -214,6 +220,26 @@ def _package(wanted: Requirement, extra: str | None) -> Finding:
     if status == "ok":
         return Finding(name, found, required=required)
     return Finding(name, found, status, required, f"{wanted.specifier} is needed. {follows}".strip(), run)
+
+
+def _lacking(wanted: Requirement) -> str | None:
+    """Return the first package that a requirement's own extras ask for and that is not installed."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    try:
+        declared = list(map(Requirement, requires(wanted.name) or [])) if wanted.extras else []
+    except PackageNotFoundError:
+        return None
+    for each in declared:
+        marker = each.marker
+        if marker and not marker.evaluate({"extra": ""}) and any(marker.evaluate({"extra": e}) for e in wanted.extras):
+            try:
+                version(each.name)
+            except PackageNotFoundError:
+                return each.name
+    return None
 
 
 def _status(found: str, wanted: SpecifierSet) -> str:

@@ -63,6 +63,10 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: the command may not have imported it
+            advice = "Use --device cpu, or let fewer tokens or samples go through at a time."
+            sys.stderr.write(f"qmoe: the GPU's memory is used up. {advice}\n")
+            sys.exit(1)
         text = (str(error).strip().splitlines() or [""])[0]
         sys.stderr.write(f"qmoe: unexpected {type(error).__name__}: {text} (run with --debug and report it)\n")
         sys.exit(1)

@@ -68,6 +68,8 @@ def reason(index: int = 0) -> str | None:
     if missing is not None:
         found = f"lib{missing} was not found; the GPU kernels are compiled with it. "
         return f"{found}{_INSTALL}, or set CUDA_HOME to a CUDA 13 toolkit."
+    if (index or 0) >= torch.cuda.device_count():
+        return f"GPU {index} is not there; torch sees {torch.cuda.device_count()}. Name one of them."
     capability = torch.cuda.get_device_capability(index)
     if capability < _OLDEST:
         found = f"GPU {index} has compute capability {'.'.join(map(str, capability))}; "
@@ -122,6 +124,12 @@ def shared_limit(device: torch.device) -> int:
     from cuda.core import Device
 
     return int(Device(device.index).properties.max_shared_memory_per_block_optin) - _STATIC_BYTES
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the current stream of a GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Kernel:
@@ -270,7 +278,7 @@ class _Ready:
         self.launch = _core().launch
         self.scalars = struct.Struct("=" + "".join(map(_FORMATS.__getitem__, scalars)))
         self.floats = [place for place, kind in enumerate(kinds) if kind == "float32"]  # the driver would take float64
-        self.opened = SHARED_BYTES  # of shared memory that a launch may ask for
+        self.opened = SHARED_BYTES - _STATIC_BYTES  # of shared memory that a launch may ask for, beside a kernel's own
 
 
 class _Entered(threading.local):

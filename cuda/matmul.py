@@ -222,13 +222,14 @@ def _tile_product(packed: PackedMatrix, tokens: Tensor) -> Tensor:
 
 def _gather_product(packed: PackedMatrix, tokens: Tensor) -> Tensor | None:
     """Product by adding nonzeros: tokens (T, C) -> (T, R) of the same dtype; None where x is too wide."""
-    matrices = (_packets(packed),)
     wanted = next(width for width in reversed(WIDTHS) if width >= min(len(tokens), WIDTHS[0]))
-    variant = _variant(matrices, wanted, None)
+    limit, levels = launch.shared_limit(tokens.device), packed.levels.shape[1]
+    variant = choose_variant((packed.codebook,), levels, packed.columns, wanted, None, limit)
     if variant is None:
         return None
     y = torch.empty(len(tokens), packed.shape[0], dtype=tokens.dtype, device=tokens.device)
-    _gather(matrices, variant, tokens, _groups_in_order(len(tokens), variant.tokens, tokens.device), 1, None, y)
+    groups = _groups_in_order(len(tokens), variant.tokens, tokens.device)
+    _gather((_packets(packed),), variant, tokens, groups, 1, None, y)
     return y
 
 
@@ -309,9 +310,10 @@ def _single_groups(index: Tensor) -> Groups:
 def _groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
     """Tokens of one matrix, `width` at a time."""
     groups = -(-tokens // width)
-    members = torch.arange(groups * width, dtype=torch.int32, device=device)
+    members = torch.arange(groups * width, dtype=torch.int32)
     members[tokens:] = -1
-    return torch.zeros(groups, dtype=torch.int32, device=device), members
+    # made on the CPU: it is there when the copy returns, whichever stream uses it, and no graph is filled with it
+    return torch.zeros(groups, dtype=torch.int32).to(device), members.to(device)
 
 
 def _groups(index: Tensor, experts: int, width: int) -> Groups:
@@ -378,7 +380,7 @@ def _bits16(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # of no bounded size: a graph keeps a table's address, and a model has hundreds of codebooks
 def device_words(codebook: Codebook, fields: int, device: torch.device) -> Tensor:
     """Return the codebook's table for a gather kernel of so many fields, on a GPU; kept there for the next call."""
     return torch.from_numpy(table_words(codebook, fields)).to(device)

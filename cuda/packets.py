@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.codebook import Codebook
+from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import THREADS, load_code
 from qmoe_lite.cuda.launch import cuda, kernel
 from qmoe_lite.errors import ShapeError
@@ -129,6 +130,7 @@ def repack(
     arrays = codes, first_bits, counts, starts, device_lengths(codebook, codes.device), words
     sizes = codebook.bits, filler(codebook), len(counts)
     _repack_kernel.launch(-(-len(counts) // THREADS), THREADS, *arrays, *sizes)
+    launch.finish(codes.device)  # they are kept, and may be used on another stream
     return Packets(words, starts, levels.reshape(len(counts), -1).contiguous(), codebook, rows, columns)
 
 
@@ -159,7 +161,7 @@ def filler(codebook: Codebook) -> int:
     return int(np.where(lengths > 0, lengths, 256).argmin())
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # as `matmul.device_words`
 def device_lengths(codebook: Codebook, device: torch.device) -> Tensor:
     """Return the weights of each codeword on a GPU, uint8; kept there for the next call."""
     return torch.from_numpy((codebook.table & np.uint64(255)).astype(np.uint8)).to(device)

@@ -20,14 +20,17 @@ from qmoe_lite.list_buffer import Assignment, ListBuffer
 from qmoe_lite.settings import Settings
 
 
-def _moved(call: Any, device: torch.device) -> Any:
-    """Give a block's call with its tensors (masks, position biases, rotary angles) on a device."""
+def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:
+    """Give a block's call with its tensors (masks, position biases, rotary angles) on a device, each copied once."""
+    known = {} if known is None else known
     if isinstance(call, Tensor):
-        return call.to(device)
+        if id(call) not in known:
+            known[id(call)] = call.to(device)
+        return known[id(call)]
     if isinstance(call, dict):
-        return {name: _moved(each, device) for name, each in call.items()}
+        return {name: _moved(each, device, known) for name, each in call.items()}
     if isinstance(call, tuple | list):
-        return type(call)(_moved(each, device) for each in call)
+        return type(call)(_moved(each, device, known) for each in call)
     return call
 
 
@@ -104,7 +107,8 @@ class BlockRunner:
                 continue
             recalled = None if memory is None else memory.read(part)
             embedded, call = self._family.enter(self._model, stack, torch.from_numpy(tokens[part]), recalled)
-            calls[size] = _moved(call, self._device)
+            if size not in calls:
+                calls[size] = _moved(call, self._device)
             hidden.write(part, embedded)
         if first:  # a resumed run needs what the first block hands on to the others, such as its position bias
             block, _ = self._load(stack.blocks[0])

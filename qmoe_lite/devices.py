@@ -40,8 +40,6 @@ def find_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cpu")
     if missing is not None:
         raise DeviceError(f"device {name}: {missing}")
-    if index >= torch.cuda.device_count():
-        raise DeviceError(f"device {name} is not there; torch sees {torch.cuda.device_count()}. Name one of them.")
     return torch.device("cuda", index)
 
 

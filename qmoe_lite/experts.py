@@ -299,11 +299,11 @@ class PackedExperts(nn.Module):
         width = self.layer.shapes[self.layer.projections[0]][1]
         if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             raise ShapeError(f"hidden_states is {tuple(hidden_states.shape)}; expected (tokens, {width}). Reshape it.")
-        index, weights = self.family.routing(routing)
         home = self.get_buffer(f"{self.layer.projections[0]}_codes").device
         if self.source is None and hidden_states.device != home:
             message = f"hidden_states is on {hidden_states.device}, the experts on {home}; expected one device. "
             raise SettingError(message + "Move the model, or what it is given.")
+        index, weights = self.family.routing(routing)
         if self.source is None and home.type != "cpu":
             return self._forward_on_gpu(hidden_states, index, weights).to(hidden_states.dtype)
         assigned = Assignment.group(index, weights, self.layer.count)
@@ -322,24 +322,40 @@ class PackedExperts(nn.Module):
         """Do it with the CUDA twins: two launches for few tokens, else expert after expert."""
         from qmoe_lite.cuda import matmul as twin
 
-        first, (last,) = self.layer.stages
-        learns = torch.is_grad_enabled() and hidden_states.requires_grad
+        learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad)
         if 0 < index.numel() <= GPU_PAIRS and not learns:
-            activation: Any = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__)
-            if activation is None:
-                activation = functools.partial(inner, self.activation)
-            packets = [self._packets(name) for name in first]
-            x = (hidden_states.float() if hidden_states.dtype == torch.float64 else hidden_states).contiguous()
-            out = twin.run_experts(packets, self._packets(last), activation, x, index, weights)
+            out = self._launch_pairs(hidden_states, index, weights)
             if out is not None:
                 return out
         assigned = Assignment.group(index, weights, self.layer.count)
+        sizes = [after - before for before, after in pairwise(assigned.bounds)][: self.layer.count]
+        alone = [expert for expert, size in enumerate(sizes) if size]
         out = torch.zeros(hidden_states.shape, device=hidden_states.device)
-        for expert in range(self.layer.count):
+        many = [expert for expert in alone if sizes[expert] > twin.GATHERED_TOKENS]
+        if not learns and len(many) < len(alone):  # few tokens are no reason to decode an expert
+            rest = torch.where(torch.isin(index, torch.tensor(many, device=index.device, dtype=index.dtype)), -1, index)
+            step = max(1, GPU_PAIRS // index.shape[1])
+            slices = [slice(start, start + step) for start in range(0, len(index), step)]
+            parts = [self._launch_pairs(hidden_states[some], rest[some], weights[some]) for some in slices]
+            found = [part for part in parts if part is not None]
+            if found and len(found) == len(parts):
+                out, alone = torch.cat(found), many
+        for expert in alone:  # one after another, each row once: the order of additions is always the same
             rows, shares = assigned.of_expert(expert)
-            if len(rows):  # an expert at a time: each row once, so the order of additions is always the same
-                out = out.index_add(0, rows, self.run_expert(expert, hidden_states[rows]).float() * shares[:, None])
+            out = out.index_add(0, rows, self.run_expert(expert, hidden_states[rows]).float() * shares[:, None])
         return out
+
+    def _launch_pairs(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """Send tokens through their experts in two launches; None where shared memory does not hold one token."""
+        from qmoe_lite.cuda import matmul as twin
+
+        first, (last,) = self.layer.stages
+        activation: Any = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__)
+        if activation is None:
+            activation = functools.partial(inner, self.activation)
+        packets = [self._packets(name) for name in first]
+        x = (hidden_states.float() if hidden_states.dtype == torch.float64 else hidden_states).contiguous()
+        return twin.run_experts(packets, self._packets(last), activation, x, index, weights)
 
     def _packets(self, projection: str) -> Any:
         """A projection as the GPU's kernels read it; made when it is first needed."""

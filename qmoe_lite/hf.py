@@ -48,12 +48,13 @@ class QMoEQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise DeviceError for a device_map with anything but the CPU.
 
-        "auto" names no device yet; where it finds a GPU, the experts say so at their first call.
+        "auto" names no device yet; where it finds a GPU, the experts are moved there with the rest.
         """
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         for place in places:
             if place is not None and str(place) not in ("auto", "cpu"):
-                raise DeviceError(f"device_map asks for {place}; this version runs on the CPU. Use device_map='cpu'.")
+                message = f"device_map asks for {place}; a compressed model is loaded on the CPU. "
+                raise DeviceError(message + "Use device_map='cpu' and model.to(..), or qmoe_lite.load(device=..).")
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any

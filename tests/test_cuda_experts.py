@@ -57,22 +57,25 @@ def test_the_gpu_s_forward_is_the_cpu_s(emulated, experts, tokens):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-6)
 
 
-@pytest.mark.parametrize("reason", ["many pairs", "a gradient", "a wide layer"])
+@pytest.mark.parametrize("reason", ["many pairs", "many tokens", "a gradient", "a router's gradient", "a wide layer"])
 def test_expert_after_expert_gives_the_same(emulated, monkeypatch, experts, reason):
     hidden, index, weights = drawn(experts, 2)
     expected = on_the_cpu(experts, hidden, index, weights)
     if reason == "many pairs":
         monkeypatch.setattr(experts_module, "GPU_PAIRS", 1)
+    elif reason == "many tokens":
+        monkeypatch.setattr(experts_module, "GPU_PAIRS", 1)
+        monkeypatch.setattr(matmul, "GATHERED_TOKENS", 0)
         monkeypatch.setattr(matmul, "run_experts", None)
-    elif reason == "a gradient":
-        monkeypatch.setattr(matmul, "run_experts", None)
-        hidden.requires_grad_()
-    else:
+    elif reason == "a wide layer":
         monkeypatch.setattr(matmul, "run_experts", lambda *_: None)
+    else:
+        monkeypatch.setattr(matmul, "run_experts", None)
+        (hidden if reason == "a gradient" else weights).requires_grad_()
     found = experts._forward_on_gpu(hidden, index, weights)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-6)
-    if reason == "a gradient":
-        (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-6)
+    if "gradient" in reason:
+        (gradient,) = torch.autograd.grad(found.sum(), hidden if reason == "a gradient" else weights)
         assert gradient.abs().sum() > 0
 
 

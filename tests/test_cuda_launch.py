@@ -32,6 +32,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(launch, "cuda", types.SimpleNamespace(is_available=lambda: True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(launch, "_missing_library", lambda: None)
     launch.reason.cache_clear()
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,8 +35,19 @@ def test_a_gpu_is_taken_where_the_kernels_can_use_it(gpus):
     assert find_device() == find_device("cuda") == torch.device("cuda", 0)
     assert find_device("cuda:1") == find_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert find_device("cpu") == torch.device("cpu")
-    with pytest.raises(DeviceError, match="cuda:2 is not there; torch sees 2"):
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    from qmoe_lite.cuda import launch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "cuda", SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setattr(launch, "_missing_library", lambda: None)
+    launch.reason.cache_clear()
+    with pytest.raises(DeviceError, match="device cuda:2: GPU 2 is not there; torch sees 2"):
         find_device("cuda:2")
+    launch.reason.cache_clear()
 
 
 def test_a_gpu_that_cannot_be_used_is_refused_by_name_and_passed_over_by_auto(gpus):
