@@ -7,8 +7,6 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-import torch
-
 from qmoe_lite.errors import SettingError
 from qmoe_lite.generation import (
     PREFILL_CHUNK,
@@ -72,7 +70,7 @@ class Conversation:
         self._text: list[int] = []  # without a template: all ids so far
         self._cached: list[int] = []  # the ids whose keys and values are in the cache
         self._cache: Any = None
-        torch.manual_seed(self._sampling.seed)
+        self._sampling.begin()
 
     def answer(
         self,

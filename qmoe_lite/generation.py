@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -49,6 +51,11 @@ class Sampling:
     top_k: int | None = None
     repetition_penalty: float = 1.0
     seed: int = 0
+
+    def begin(self) -> None:
+        """Set torch's global seed, where tokens are drawn."""
+        if self.temperature > 0:
+            torch.manual_seed(self.seed)
 
     def check(self) -> None:
         """Raise SettingError for a value outside its range, or for options that do nothing."""
@@ -275,7 +282,7 @@ def generate_batch(
                 raise
             raise SettingError(f"prompt {number} of {len(prompts)}: {error}") from error
         rows.append(ids)
-    torch.manual_seed(sampling.seed)
+    sampling.begin()
     return go_on(model, tokenizer, rows, sampling, prefill_chunk=prefill_chunk, fresh_line=chat, write=write)
 
 
@@ -326,7 +333,7 @@ def go_on(
     kept = {} if cache is None else {_cache_argument(model): cache}
     model.eval()
     started = time.perf_counter()
-    with torch.inference_mode(), _only(model, settings), _stopping(model, stop):
+    with _alone(model), torch.inference_mode(), _only(model, settings), _stopping(model, stop):
         try:
             model.generate(
                 input_ids=tokens.to(model.device),
@@ -368,6 +375,16 @@ def _pad(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]
 def _cache_argument(model: Any) -> str:
     """Give the name under which `generate` takes a cache: past_key_values up to transformers 5.23."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+_turns: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def _alone(model: Any) -> threading.RLock:
+    """A model writes one text at a time: settings and hooks that lie on it meanwhile are that text's."""
+    with _turns_lock:
+        return _turns.setdefault(model, threading.RLock())
 
 
 class _Stopped(Exception):

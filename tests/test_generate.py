@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -232,6 +233,20 @@ def test_sentinels_are_part_of_an_answer(switch):
 
     made = generate(model, tokenizer, "router <extra_id_0>")
     assert (made.text, made.finish_reason, len(made.token_ids)) == ("<extra_id_1> expert", "eos", 4)
+
+
+def test_two_threads_write_one_after_another_and_greedy_text_leaves_the_seed_alone(switch):
+    model, tokenizer = open_model(str(switch))
+    alone = generate(model, tokenizer, "router expert", sampling=Sampling(6))
+    own = model.generation_config
+    torch.manual_seed(11)
+    wanted = torch.rand(1)
+    torch.manual_seed(11)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda n: generate(model, tokenizer, "router expert", sampling=Sampling(n)), (6, 3, 6)))
+    assert [each.token_ids for each in made] == [alone.token_ids, alone.token_ids[:3], alone.token_ids]
+    assert model.generation_config is own
+    assert torch.equal(torch.rand(1), wanted)
 
 
 def test_the_expert_capacity_stays_as_it_is(switch):
