@@ -243,7 +243,7 @@ class RamTier:
     def end_guess(self, wanted: Sequence[int]) -> None:
         """Let go of the guesses; forget those that are not wanted and whose reading has not begun."""
         kept = set(wanted)
-        for number in self._guessed:
+        for number in list(self._guessed):
             self.cache.unpin(number)
             read = self._under_way.get(number)
             if number not in kept and read is not None and self._readers.cancel(read):
@@ -288,6 +288,7 @@ class RamTier:
     def _forget(self, number: int) -> bool:
         self._under_way.pop(number, None)
         self._wanted.discard(number)
+        self._guessed.discard(number)
         self.cache.drop(number)
         return True
 
@@ -299,7 +300,6 @@ class RamTier:
                 continue
             if read.error is not None:
                 failed = read.error if number in self._wanted else failed
-                self._guessed.discard(number)
                 self._forget(number)
             else:
                 self.reads += 1

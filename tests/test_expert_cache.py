@@ -60,6 +60,8 @@ def test_pinned_experts_keep_their_slots():
     assert [cache.slot(expert) for expert in range(3)] == [0, -1, 1]
     cache.drop(0)
     assert cache.admit(3) == (0, -1)
+    with pytest.raises(AssertionError, match="without a slot"):
+        cache.unpin(0)
 
 
 def test_uses_of_an_earlier_run_decide_what_is_hottest():

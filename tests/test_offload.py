@@ -9,6 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 
 import qmoe_lite as qm
 from qmoe_lite import offload
+from qmoe_lite._expert_reader import Read
 from qmoe_lite._ram_tier import slot_layout
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError, SettingError
 from qmoe_lite.offload import attach, parse_size, runner_of
@@ -235,6 +239,36 @@ def test_experts_that_are_guessed_right_are_hits(directory, limited):
     assert (found.prefetched, found.prefetch_hits) == (2, 2)
     assert found.hits + found.late == 2
     assert "100.0% of 2 right; 2 read ahead, 2 of them used" in "\n".join(found.lines())
+
+
+@contextmanager
+def busy(readers):
+    """All reading threads are at something else."""
+    gate = threading.Event()
+    for _ in readers._threads:
+        readers.submit(Read(lambda: gate.wait() and 0, True))
+    while readers._urgent:
+        time.sleep(0.001)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def test_a_guess_that_gave_way_unpins_no_others_slot(directory, limited):
+    _, runner = limited(directory(), 4)
+    ram = runner._ram
+    for layer in runner._layers:
+        ram.open(layer)
+    with busy(ram._readers):
+        assert ram.guess([6]) == [6]
+        ram.want([0, 1, 2, 3])  # the guess's slot is needed
+        assert ram.cache.slot(6) < 0
+        ram.end_guess([])
+        assert (ram.cache._pins == 2).all(), "a read and a want each"
+    while ram._under_way:
+        ram.wait([])
+    assert (ram.cache._pins == 1).all()
 
 
 def test_routing_is_recorded(directory, limited, tmp_path):
