@@ -201,7 +201,7 @@ class RamTier:
         QMoEError
             A read that had begun before has failed.
         """
-        self._collect()
+        self.collect()
         for number in numbers:
             if self.cache.slot(number) >= 0:
                 self._pin(number)
@@ -214,16 +214,24 @@ class RamTier:
                 self._pin(number)
 
     def wait(self, numbers: Sequence[int]) -> None:
-        """Wait until one of some experts has arrived, or, where none of them has a slot yet, until one may have."""
+        """Wait until one of some experts has arrived, or, where none of them has a slot yet, until one may have.
+
+        Raises
+        ------
+        QMoEError
+            Nothing is under way: it would be for ever. Or, as `want`.
+        """
         start = time.perf_counter()
         reads = [self._under_way[number] for number in numbers if number in self._under_way]
+        if not (reads or self._under_way):
+            raise QMoEError("all slots of the experts' memory are in use. Please report this as a bug.")
         self._readers.wait(reads or list(self._under_way.values()))
         self.stall_seconds += time.perf_counter() - start
-        self._collect()
+        self.collect()
 
-    def release(self, numbers: Sequence[int] | None = None) -> None:
-        """Let go of wanted experts, by default of all."""
-        for number in list(self._wanted) if numbers is None else numbers:
+    def release(self, numbers: Sequence[int] | None = None, but: Sequence[int] = ()) -> None:
+        """Let go of wanted experts, by default of all but some."""
+        for number in self._wanted.difference(but) if numbers is None else numbers:
             if number in self._wanted:
                 self._wanted.discard(number)
                 self.cache.unpin(number)
@@ -292,7 +300,7 @@ class RamTier:
         self.cache.drop(number)
         return True
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Take note of the reads that are done; raise what a wanted one ran into."""
         failed: QMoEError | None = None
         for number, read in list(self._under_way.items()):

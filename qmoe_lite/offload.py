@@ -290,6 +290,7 @@ class Runner:
             wanted = [layer.first + expert for expert in asked]
             self._ram.open(layer)
             self._ram.release()
+            self._ram.collect()  # a guess that has arrived is a hit
             self._end_guess(number, wanted)
             tier = self._tier_of[number]
             missing = wanted if tier is None else [expert for expert in wanted if not tier.there(expert)]
@@ -402,6 +403,7 @@ class Runner:
     def _in_waves(self, layer: Layer, numbers: list[int], compute: Callable[[list[int]], None]) -> None:
         """Call `compute` with the layer's own numbers of experts as they arrive, until all had their turn."""
         left = numbers
+        self._ram.release(but=numbers)  # what else was asked for before the layer ran may hold every slot
         try:
             while left:
                 self._ram.want(left)

@@ -22,7 +22,7 @@ import qmoe_lite as qm
 from qmoe_lite import offload
 from qmoe_lite._expert_reader import Read
 from qmoe_lite._ram_tier import slot_layout
-from qmoe_lite.errors import CheckpointError, FormatError, OutputError, SettingError
+from qmoe_lite.errors import CheckpointError, FormatError, OutputError, QMoEError, SettingError
 from qmoe_lite.offload import attach, parse_size, runner_of
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
@@ -147,6 +147,42 @@ def test_gradients_are_the_same(directory, limited):
     assert torch.equal(*gradients)
 
 
+def test_training_steps_end_with_fewer_slots_than_experts(directory, limited):
+    """In the second step the slots hold the last experts, and the first one is needed first."""
+    path = directory()
+    plain, (model, runner) = qm.load(path, dtype=torch.float32), limited(path, 2)
+    name = runner._layers[0].experts.layer.experts
+    index, weights = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.full((3, 2), 0.5)
+    for step in range(3):
+        gradients = []
+        for one in (plain, model):
+            x = torch.randn(3, 24, generator=torch.Generator().manual_seed(step)).requires_grad_(True)
+            one.get_submodule(name)(x, index, weights).square().sum().backward()
+            gradients.append(x.grad)
+        assert gradients[0].abs().max() > 0
+        assert torch.equal(*gradients)
+
+
+def test_a_prompt_in_stretches_runs_with_fewer_slots_than_experts(directory, limited, monkeypatch):
+    """The slots hold the last stretch's experts, and the first one is of others."""
+    monkeypatch.setattr("qmoe_lite.experts.STRETCH", 2)
+    path = directory()
+    plain, (model, runner) = qm.load(path, dtype=torch.float32), limited(path, 2)
+    name = runner._layers[0].experts.layer.experts
+    index, weights = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.full((3, 2), 0.5)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(2):
+            found, expected = (one.get_submodule(name)(x, index, weights) for one in (model, plain))
+            assert torch.equal(found, expected)
+
+
+def test_waiting_for_nothing_is_an_error(directory, limited):
+    _, runner = limited(directory(), 2)
+    with pytest.raises(QMoEError, match="report this as a bug"):
+        runner._ram.wait([0])
+
+
 def test_a_dequantised_expert_is_the_same(directory, limited):
     path = directory()
     plain, (model, runner) = qm.load(path), limited(path, 1)
@@ -232,12 +268,19 @@ def test_experts_that_are_guessed_right_are_hits(directory, limited):
         for layer in runner._layers:
             router = model.get_submodule(layer.experts.layer.experts.rpartition(".")[0]).gate.weight
             router.copy_(torch.arange(6.0)[:, None] * model.model.embed_tokens.weight.new_ones(24))
+        between = model.model.layers[1].input_layernorm
+
+        def arrive(*_):
+            for read in list(runner._ram._under_way.values()):
+                runner._ram._readers.wait([read])
+
+        between.register_forward_hook(arrive)
         model.model.embed_tokens.weight.fill_(1.0)
         model(input_ids=torch.tensor([[4]]))
     found = runner.statistics
     assert (found.predicted, found.predicted_right) == (2, 2)
     assert (found.prefetched, found.prefetch_hits) == (2, 2)
-    assert found.hits + found.late == 2
+    assert (found.misses, found.hits, found.late) == (2, 2, 0)
     assert "100.0% of 2 right; 2 read ahead, 2 of them used" in "\n".join(found.lines())
 
 
