@@ -161,6 +161,8 @@ class RamTier:
 
     Attributes
     ----------
+    readers : Readers
+        Whoever makes a tier closes them.
     read_bytes, reads : int
         Codes read so far.
     stall_seconds : float
@@ -175,7 +177,7 @@ class RamTier:
         self.stall_seconds = 0.0
         self._starts = starts
         self._memory = page_memory(slots * self.slot_bytes)
-        self._readers = Readers()
+        self.readers = Readers()
         self._under_way: dict[int, Read] = {}
         self._wanted: set[int] = set()
         self._guessed: set[int] = set()
@@ -187,6 +189,7 @@ class RamTier:
         return layer, number - layer.first
 
     def open(self, layer: Layer) -> None:
+        self._check_open()
         layer.open(self._memory)
 
     def ready(self, number: int) -> bool:
@@ -199,14 +202,15 @@ class RamTier:
         Raises
         ------
         QMoEError
-            A read that had begun before has failed.
+            A read that had begun before has failed, or the readers are closed.
         """
+        self._check_open()
         self.collect()
         for number in numbers:
             if self.cache.slot(number) >= 0:
                 self._pin(number)
                 if (read := self._under_way.get(number)) is not None:
-                    self._readers.hurry(read)
+                    self.readers.hurry(read)
         for number in numbers:
             if self.cache.slot(number) < 0:
                 if not self._begin(number, urgent=True):
@@ -225,8 +229,9 @@ class RamTier:
         reads = [self._under_way[number] for number in numbers if number in self._under_way]
         if not (reads or self._under_way):
             raise QMoEError("all slots of the experts' memory are in use. Please report this as a bug.")
-        self._readers.wait(reads or list(self._under_way.values()))
+        self.readers.wait(reads or list(self._under_way.values()))
         self.stall_seconds += time.perf_counter() - start
+        self._check_open()
         self.collect()
 
     def release(self, numbers: Sequence[int] | None = None, but: Sequence[int] = ()) -> None:
@@ -254,7 +259,7 @@ class RamTier:
         for number in list(self._guessed):
             self.cache.unpin(number)
             read = self._under_way.get(number)
-            if number not in kept and read is not None and self._readers.cancel(read):
+            if number not in kept and read is not None and self.readers.cancel(read):
                 self._forget(number)
         self._guessed.clear()
 
@@ -265,8 +270,9 @@ class RamTier:
                 self.open(self.place_of(number)[0])
                 self._begin(number, urgent=False)
 
-    def close(self) -> None:
-        self._readers.close()
+    def _check_open(self) -> None:
+        if self.readers.closed:
+            raise QMoEError("the runner was closed while its model ran. Run the model again.")
 
     def _pin(self, number: int) -> None:
         if number not in self._wanted:
@@ -277,7 +283,7 @@ class RamTier:
         given = self.cache.admit(number)
         while given is None:
             idle = (n for n, read in reversed(self._under_way.items()) if not read.urgent)
-            if not urgent or not any(self._readers.cancel(self._under_way[n]) and self._forget(n) for n in idle):
+            if not urgent or not any(self.readers.cancel(self._under_way[n]) and self._forget(n) for n in idle):
                 return False
             given = self.cache.admit(number)
         layer, expert = self.place_of(number)
@@ -290,7 +296,7 @@ class RamTier:
         read = Read(work, urgent)
         self._under_way[number] = read
         self.cache.pin(number)
-        self._readers.submit(read)
+        self.readers.submit(read)
         return True
 
     def _forget(self, number: int) -> bool:

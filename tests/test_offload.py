@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import os
@@ -272,7 +273,7 @@ def test_experts_that_are_guessed_right_are_hits(directory, limited):
 
         def arrive(*_):
             for read in list(runner._ram._under_way.values()):
-                runner._ram._readers.wait([read])
+                runner._ram.readers.wait([read])
 
         between.register_forward_hook(arrive)
         model.model.embed_tokens.weight.fill_(1.0)
@@ -303,7 +304,7 @@ def test_a_guess_that_gave_way_unpins_no_others_slot(directory, limited):
     ram = runner._ram
     for layer in runner._layers:
         ram.open(layer)
-    with busy(ram._readers):
+    with busy(ram.readers):
         assert ram.guess([6]) == [6]
         ram.want([0, 1, 2, 3])  # the guess's slot is needed
         assert ram.cache.slot(6) < 0
@@ -332,6 +333,66 @@ def test_routing_is_recorded(directory, limited, tmp_path):
     assert all(-1 <= expert < 4 for (expert,) in lines[0]["experts"])
     with pytest.raises(OutputError, match="cannot be written"):
         limited(path, 4)[1].trace(tmp_path / "no" / "trace")
+
+
+@pytest.mark.parametrize("step", ["header", "end"])
+def test_a_trace_on_a_full_disk_is_one_line(directory, limited, tmp_path, step):
+    model, runner = limited(directory(), 4)
+    if step == "header":
+        with pytest.raises(OutputError, match="/dev/full cannot be written: No space left"):
+            runner.trace("/dev/full")
+        assert runner._trace is None
+        outputs(model)
+        runner.close()
+        return
+    runner.trace(tmp_path / "trace")
+    runner._trace.close()
+    runner._trace = open("/dev/full", "w")  # noqa: SIM115
+    runner._trace.write("a line")
+    with pytest.raises(OutputError, match=r"/dev/full cannot be written: No .* The end of the trace"):
+        runner.close()
+    assert runner_of(model) is None
+    assert runner._ram.readers.closed
+    runner.close()
+
+
+def test_a_forgotten_model_ends_its_threads_and_closes_its_files(directory):
+    def open_now():
+        gc.collect()
+        return sorted(t.name for t in threading.enumerate()), len(os.listdir("/proc/self/fd"))
+
+    path = directory()
+    outputs(qm.load(path, dtype=torch.float32))  # what torch and numba start once
+    before = open_now()
+    model = qm.load(path, ram_cache="1MB", dtype=torch.float32)
+    outputs(model)
+    assert open_now() != before
+    del model
+    assert open_now() == before
+    assert (path / "expert_counts.json").is_file(), "and keeps its counts"
+
+
+def test_a_runner_whose_directory_is_gone_closes(directory):
+    path = directory()
+    model = qm.load(path, ram_cache="1MB")
+    runner = runner_of(model)
+    outputs(model)
+    shutil.rmtree(path)
+    runner.close()
+    assert runner._ram.readers.closed
+    assert runner_of(model) is None
+    assert not path.exists()
+
+
+def test_closing_beside_a_pass_is_one_line(directory, limited):
+    model, runner = limited(directory(), 2)
+    experts = runner._layers[0].experts
+    runner.close()
+    with pytest.raises(QMoEError, match="was closed while its model ran"):  # a pass that has the runner still
+        runner.run(experts, [0, 1], torch.ones(2, 24), [0, 1, 2])
+    with pytest.raises(QMoEError, match="was closed while its model ran"):
+        runner.packed(experts, 0, "gate_proj")
+    outputs(model)
 
 
 def test_the_next_start_is_warm(directory):
