@@ -240,7 +240,15 @@ class GpuTier:
         if given is None:
             return False
         self.cache.pin(number)
-        slot, base = self._held[given[0]], given[0] * self.slot_bytes
+        try:
+            self._fill(given[0], number, layer)
+        except BaseException:  # else it would look as if it were there
+            self.cache.drop(number)
+            raise
+        return True
+
+    def _fill(self, place: int, number: int, layer: Layer) -> None:
+        slot, base = self._held[place], place * self.slot_bytes
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % _STAGES
         if stage.copied is not None:
@@ -261,7 +269,6 @@ class GpuTier:
         slot.arrived = stage.copied = self.device.copy(stage.memory[:size], target, slot.used)
         slot.used = None
         self.copied_bytes += size
-        return True
 
     def compute(self, number: int, layer: Layer, tokens: Tensor) -> Tensor:
         """Send tokens, on the device, through an expert that has a slot."""

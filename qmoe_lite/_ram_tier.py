@@ -286,6 +286,7 @@ class RamTier:
             if not urgent or not any(self.readers.cancel(self._under_way[n]) and self._forget(n) for n in idle):
                 return False
             given = self.cache.admit(number)
+        self.cache.pin(number)
         layer, expert = self.place_of(number)
         base = given[0] * self.slot_bytes
 
@@ -295,8 +296,11 @@ class RamTier:
 
         read = Read(work, urgent)
         self._under_way[number] = read
-        self.cache.pin(number)
-        self.readers.submit(read)
+        try:
+            self.readers.submit(read)
+        except BaseException:  # else the slot would never be filled, and never given away
+            self._forget(number)
+            raise
         return True
 
     def _forget(self, number: int) -> bool:

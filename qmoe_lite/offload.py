@@ -585,6 +585,8 @@ def attach(
 ) -> Runner:
     """Let a compressed model's experts come from disk as they are needed, within a budget of memory.
 
+    Budgets hold for inference. While a model trains, copies of the experts that backward needs are held besides.
+
     Parameters
     ----------
     model : transformers model
@@ -593,10 +595,11 @@ def attach(
         Bytes, or a size such as "4GiB", for experts where they are multiplied: on the CPU that is memory, on GPUs
         theirs, one size for all or one each. By default as many as the experts take.
     ram_cache : int or str, optional
-        Bytes of memory for experts. By default all that `offload` asks for.
+        Bytes of memory for experts. By default as many as all experts take.
     offload : "ram", "disk" or None
-        Where the experts are that have no place where they are multiplied: in memory, all of them, or on disk.
-        By default "disk" where a budget of memory is given, else "ram".
+        Where the experts wait that have no place where they are multiplied. "ram": each is read from disk when it is
+        first needed and stays in memory. "disk": memory holds as many as its budget has room for, which must be given:
+        `ram_cache`, or `expert_cache` on the CPU. By default "disk" where there is such a budget, else "ram".
     devices : sequence of str, optional
         GPUs that multiply the experts, such as ["cuda:0", "cuda:1"]: each a run of layers, as long as its budget says.
         The model itself stays where it is.
@@ -616,7 +619,8 @@ def attach(
     Raises
     ------
     SettingError
-        No compressed model, one that has a runner, sizes that exclude each other or have no room for one expert.
+        No compressed model, one that has a runner, sizes that exclude each other or have no room for one expert, or
+        "disk" without a budget.
     CheckpointError
         The model's directory is gone.
     DeviceError
@@ -643,6 +647,9 @@ def attach(
         budgets = (budgets or [None]) * len(gpus)
     if offload == "ram" and memory is not None:
         raise SettingError("offload='ram' holds all experts in memory, a budget only some. Give one of them.")
+    if offload == "disk" and memory is None:
+        budget = "ram_cache" if gpus else "ram_cache or expert_cache"
+        raise SettingError(f"offload='disk' needs a budget of memory, or nothing is limited. Give {budget} too.")
     _, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
     return Runner(

@@ -171,6 +171,23 @@ def test_a_cache_that_cannot_get_smaller_is_one_line(directory, on_devices):
         outputs(model)
 
 
+def test_a_copy_that_fails_leaves_no_expert_behind(directory, on_devices, monkeypatch):
+    path, device = directory(), FakeDevice()
+    expected = outputs(qm.load(path, dtype=torch.float32))
+    model, runner = on_devices(path, [device], 3)
+
+    def fail(*_):
+        raise RuntimeError("fake copy error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "copy", fail)
+        with pytest.raises(RuntimeError, match="fake copy error"):
+            outputs(model)
+    assert len(runner._tiers[0].cache) == 0
+    assert runner._tiers[0].cache.unpinned == 3
+    assert torch.equal(outputs(model), expected)
+
+
 def test_too_little_memory_at_the_start_makes_a_smaller_cache(directory, on_devices):
     path = directory()
     expected = outputs(qm.load(path, dtype=torch.float32))

@@ -384,6 +384,38 @@ def test_a_runner_whose_directory_is_gone_closes(directory):
     assert not path.exists()
 
 
+def test_a_read_that_cannot_begin_takes_no_slot(directory, limited, monkeypatch):
+    model, runner = limited(directory(), 2)
+    expected = outputs(model)
+
+    def fail(_):
+        raise QMoEError("fake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._ram.readers, "submit", fail)
+        with pytest.raises(QMoEError, match="fake"):
+            outputs(model)
+    assert not runner._ram._under_way
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_warm_up_that_fails_leaves_the_model_as_it_was(directory, monkeypatch):
+    path = directory()
+    model = qm.load(path, ram_cache="1MB")
+    outputs(model)
+    runner_of(model).close()
+
+    def fail(_):
+        raise CheckpointError("fake")
+
+    before = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    monkeypatch.setattr("qmoe_lite._ram_tier.RamTier.warm_up", fail)
+    with pytest.raises(CheckpointError, match="fake"):
+        attach(model, ram_cache="1MB")
+    assert runner_of(model) is None
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()] == before
+
+
 def test_closing_beside_a_pass_is_one_line(directory, limited):
     model, runner = limited(directory(), 2)
     experts = runner._layers[0].experts
@@ -590,6 +622,7 @@ def test_options_that_exclude_each_other_are_refused(directory, switch):
     for options, match in (
         ({"ram_cache": "1MB", "expert_cache": "2MB"}, "the same memory on the CPU"),
         ({"ram_cache": "1MB", "offload": "ram"}, "Give one of them"),
+        ({"offload": "disk"}, "Give ram_cache or expert_cache too"),
         ({"offload": "tape"}, "expected 'ram' or 'disk'"),
         ({"ram_cache": "lots"}, "ram_cache is 'lots'"),
     ):
