@@ -223,6 +223,8 @@ class GpuTier:
         for stage in self._stages:
             if stage.copied is not None:
                 self.device.finish(stage.copied)
+        # a new slot knows of no use, and its first copy would not wait for what is still computed from the same memory
+        self.device.finish(self.device.mark())
         del self._memory, self._held  # the slots' views, too, keep the block
         self._make(slots // 2)
         self.cache.remember(uses)

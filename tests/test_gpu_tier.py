@@ -18,6 +18,10 @@ from qmoe_lite.errors import DeviceError, SettingError
 from qmoe_lite.offload import attach, runner_of
 
 
+class Mark(int):
+    """The event of the end of what was computed; a plain number is that of a copy."""
+
+
 class FakeDevice:
     """Copies nothing before their event is waited for, as a stream may; computes at once, on the CPU."""
 
@@ -32,6 +36,7 @@ class FakeDevice:
     def allocate(self, size):
         if size > self.memory:
             raise torch.OutOfMemoryError("fake out of memory")
+        assert not self._used, "memory is given back before what was computed from it is done"
         return torch.full((size,), 0x55, dtype=torch.uint8)
 
     def stage(self, size):
@@ -46,17 +51,21 @@ class FakeDevice:
         return self.copies
 
     def wait(self, event):
+        assert not isinstance(event, Mark), "what is computed is in order as it is"
         while self._pending and self._pending[0][0] <= event:
             _, source, target = self._pending.pop(0)
             target.copy_(source)
 
-    finish = wait
+    def finish(self, event):
+        if not isinstance(event, Mark):
+            return self.wait(event)
+        self._used = {at: mark for at, mark in self._used.items() if not 0 < mark <= event}
 
     def mark(self):
         self._marks += 1
         for at, mark in self._used.items():
             self._used[at] = mark or self._marks
-        return self._marks
+        return Mark(self._marks)
 
     def multiply(self, packed, x):
         self.products += 1
