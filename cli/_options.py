@@ -59,7 +59,11 @@ RamCacheOption = Annotated[
     typer.Option(help="Memory for experts beside a GPU's, such as 16GiB. [default: no limit]", metavar="SIZE"),
 ]
 OffloadOption = Annotated[
-    Offload | None, typer.Option(help="Where the other experts are. [default: disk with a limit of memory, else ram]")
+    Offload | None,
+    typer.Option(
+        help="Where the other experts wait: in memory once they were read, or on disk, which needs a limit of memory. "
+        "[default: disk with such a limit, else ram]"
+    ),
 ]
 DevicesOption = Annotated[
     str | None, typer.Option(help="GPUs to spread the experts over, such as cuda:0,cuda:1.", metavar="NAMES")

@@ -96,7 +96,9 @@ class ExpertCache:
 
     def unpin(self, expert: int) -> None:
         """Take back one `pin`."""
-        self._pins[self._slot_of[expert]] -= 1
+        slot = self._slot_of[expert]
+        assert slot >= 0, "an expert without a slot would unpin the last one's"
+        self._pins[slot] -= 1
 
     @property
     def unpinned(self) -> int:

@@ -223,6 +223,8 @@ class GpuTier:
         for stage in self._stages:
             if stage.copied is not None:
                 self.device.finish(stage.copied)
+        # a new slot knows of no use, and its first copy would not wait for what is still computed from the same memory
+        self.device.finish(self.device.mark())
         del self._memory, self._held  # the slots' views, too, keep the block
         self._make(slots // 2)
         self.cache.remember(uses)
@@ -240,7 +242,15 @@ class GpuTier:
         if given is None:
             return False
         self.cache.pin(number)
-        slot, base = self._held[given[0]], given[0] * self.slot_bytes
+        try:
+            self._fill(given[0], number, layer)
+        except BaseException:  # else it would look as if it were there
+            self.cache.drop(number)
+            raise
+        return True
+
+    def _fill(self, place: int, number: int, layer: Layer) -> None:
+        slot, base = self._held[place], place * self.slot_bytes
         stage = self._stages[self._turn]
         self._turn = (self._turn + 1) % _STAGES
         if stage.copied is not None:
@@ -261,7 +271,6 @@ class GpuTier:
         slot.arrived = stage.copied = self.device.copy(stage.memory[:size], target, slot.used)
         slot.used = None
         self.copied_bytes += size
-        return True
 
     def compute(self, number: int, layer: Layer, tokens: Tensor) -> Tensor:
         """Send tokens, on the device, through an expert that has a slot."""

@@ -161,6 +161,8 @@ class RamTier:
 
     Attributes
     ----------
+    readers : Readers
+        Whoever makes a tier closes them.
     read_bytes, reads : int
         Codes read so far.
     stall_seconds : float
@@ -175,7 +177,7 @@ class RamTier:
         self.stall_seconds = 0.0
         self._starts = starts
         self._memory = page_memory(slots * self.slot_bytes)
-        self._readers = Readers()
+        self.readers = Readers()
         self._under_way: dict[int, Read] = {}
         self._wanted: set[int] = set()
         self._guessed: set[int] = set()
@@ -187,6 +189,7 @@ class RamTier:
         return layer, number - layer.first
 
     def open(self, layer: Layer) -> None:
+        self._check_open()
         layer.open(self._memory)
 
     def ready(self, number: int) -> bool:
@@ -199,14 +202,15 @@ class RamTier:
         Raises
         ------
         QMoEError
-            A read that had begun before has failed.
+            A read that had begun before has failed, or the readers are closed.
         """
-        self._collect()
+        self._check_open()
+        self.collect()
         for number in numbers:
             if self.cache.slot(number) >= 0:
                 self._pin(number)
                 if (read := self._under_way.get(number)) is not None:
-                    self._readers.hurry(read)
+                    self.readers.hurry(read)
         for number in numbers:
             if self.cache.slot(number) < 0:
                 if not self._begin(number, urgent=True):
@@ -214,16 +218,25 @@ class RamTier:
                 self._pin(number)
 
     def wait(self, numbers: Sequence[int]) -> None:
-        """Wait until one of some experts has arrived, or, where none of them has a slot yet, until one may have."""
+        """Wait until one of some experts has arrived, or, where none of them has a slot yet, until one may have.
+
+        Raises
+        ------
+        QMoEError
+            Nothing is under way: it would be for ever. Or, as `want`.
+        """
         start = time.perf_counter()
         reads = [self._under_way[number] for number in numbers if number in self._under_way]
-        self._readers.wait(reads or list(self._under_way.values()))
+        if not (reads or self._under_way):
+            raise QMoEError("all slots of the experts' memory are in use. Please report this as a bug.")
+        self.readers.wait(reads or list(self._under_way.values()))
         self.stall_seconds += time.perf_counter() - start
-        self._collect()
+        self._check_open()
+        self.collect()
 
-    def release(self, numbers: Sequence[int] | None = None) -> None:
-        """Let go of wanted experts, by default of all."""
-        for number in list(self._wanted) if numbers is None else numbers:
+    def release(self, numbers: Sequence[int] | None = None, but: Sequence[int] = ()) -> None:
+        """Let go of wanted experts, by default of all but some."""
+        for number in self._wanted.difference(but) if numbers is None else numbers:
             if number in self._wanted:
                 self._wanted.discard(number)
                 self.cache.unpin(number)
@@ -243,10 +256,10 @@ class RamTier:
     def end_guess(self, wanted: Sequence[int]) -> None:
         """Let go of the guesses; forget those that are not wanted and whose reading has not begun."""
         kept = set(wanted)
-        for number in self._guessed:
+        for number in list(self._guessed):
             self.cache.unpin(number)
             read = self._under_way.get(number)
-            if number not in kept and read is not None and self._readers.cancel(read):
+            if number not in kept and read is not None and self.readers.cancel(read):
                 self._forget(number)
         self._guessed.clear()
 
@@ -257,8 +270,9 @@ class RamTier:
                 self.open(self.place_of(number)[0])
                 self._begin(number, urgent=False)
 
-    def close(self) -> None:
-        self._readers.close()
+    def _check_open(self) -> None:
+        if self.readers.closed:
+            raise QMoEError("the runner was closed while its model ran. Run the model again.")
 
     def _pin(self, number: int) -> None:
         if number not in self._wanted:
@@ -269,9 +283,10 @@ class RamTier:
         given = self.cache.admit(number)
         while given is None:
             idle = (n for n, read in reversed(self._under_way.items()) if not read.urgent)
-            if not urgent or not any(self._readers.cancel(self._under_way[n]) and self._forget(n) for n in idle):
+            if not urgent or not any(self.readers.cancel(self._under_way[n]) and self._forget(n) for n in idle):
                 return False
             given = self.cache.admit(number)
+        self.cache.pin(number)
         layer, expert = self.place_of(number)
         base = given[0] * self.slot_bytes
 
@@ -281,17 +296,21 @@ class RamTier:
 
         read = Read(work, urgent)
         self._under_way[number] = read
-        self.cache.pin(number)
-        self._readers.submit(read)
+        try:
+            self.readers.submit(read)
+        except BaseException:  # else the slot would never be filled, and never given away
+            self._forget(number)
+            raise
         return True
 
     def _forget(self, number: int) -> bool:
         self._under_way.pop(number, None)
         self._wanted.discard(number)
+        self._guessed.discard(number)
         self.cache.drop(number)
         return True
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Take note of the reads that are done; raise what a wanted one ran into."""
         failed: QMoEError | None = None
         for number, read in list(self._under_way.items()):
@@ -299,7 +318,6 @@ class RamTier:
                 continue
             if read.error is not None:
                 failed = read.error if number in self._wanted else failed
-                self._guessed.discard(number)
                 self._forget(number)
             else:
                 self.reads += 1

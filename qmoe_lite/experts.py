@@ -214,8 +214,8 @@ class PackedExperts(nn.Module):
             raise SettingError(
                 f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}."
             )
-        if self.source is not None:
-            return self.source.packed(self, expert, projection)
+        if (source := self.source) is not None:  # read once: another thread may close it
+            return source.packed(self, expert, projection)
         held = self._held(projection)
         if held["codes"].device.type != "cpu":
             self._check_on_host(projection)
@@ -374,8 +374,8 @@ class PackedExperts(nn.Module):
         if torch.is_grad_enabled() and tokens.requires_grad:
             return self._run_in_turn(experts, tokens, bounds)
         try:
-            if self.source is not None:
-                return self.source.run(self, experts, tokens, bounds)
+            if (source := self.source) is not None:
+                return source.run(self, experts, tokens, bounds)
             for projection in self.layer.projections:
                 for expert in experts:
                     self.packed(expert, projection)  # checked when it is first needed

@@ -134,8 +134,9 @@ def load(
     expert_cache, ram_cache : int or str, optional
         Bytes, or sizes such as "4GiB", that experts may take where they are multiplied, and in memory.
     offload : "ram", "disk" or None
-        Where the other experts are. With none of these three, nothing limits them: the experts are mapped from the
-        files, and the system keeps in memory what it has room for.
+        Where the other experts wait: each in memory once it was read, or on disk, within a budget that must be given.
+        With none of these three, nothing limits them: the experts are mapped from the files, and the system keeps in
+        memory what it has room for.
     devices : list of str, optional
         GPUs to spread the experts over, such as ["cuda:0", "cuda:1"]; `expert_cache` may then be a list too.
 

@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite._expert_cache import HALF_LIFE
-from qmoe_lite._expert_reader import WeightFile
+from qmoe_lite._expert_reader import Readers, WeightFile
 from qmoe_lite._gpu_tier import CudaDevice, Device, GpuTier, share_layers
 from qmoe_lite._ram_tier import Layer, RamTier, slot_layout
 from qmoe_lite.checkpoint import Checkpoint, write_json
@@ -208,8 +209,9 @@ class Runner:
         self._openings = {stacks.index(stack) for stack in stacks}  # the first layer of the encoder, of the decoder
         self._routers = [_router(model, layer.experts) for layer in self._layers]
         self._ram = RamTier(self._layers, self._slots(ram_cache), half_life)
-        # also when the model is forgotten, the process ends, or what follows fails
-        self._end = weakref.finalize(self, _shut, self._ram, self._files, checkpoint if remember else None)
+        counts = _Counts.of(checkpoint, self._ram.cache.uses) if remember else None
+        # also when the model is forgotten, the process ends, or what follows fails; so it must not hold the model
+        self._end = weakref.finalize(self, _shut, self._ram.readers, self._files, counts)
         self._tiers: list[GpuTier] = []
         self._tier_of: list[GpuTier | None] = [None] * len(self._layers)
         if devices:
@@ -217,6 +219,11 @@ class Runner:
         self._guess: tuple[int, list[int], list[int]] | None = None  # layer, predicted experts, those being read
         self._started = 0.0
         self._trust = 1.0  # the share of guesses that were right lately
+        if counts is not None and (uses := counts.load()) is not None:
+            self._ram.cache.remember(uses)
+            self._ram.warm_up()
+        self._count()
+        # last, so that what fails before leaves the model as it was
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self, "_begin_pass")),
             model.register_forward_hook(_Hook(self, "_end_pass")),
@@ -224,11 +231,6 @@ class Runner:
         for module in found:
             self._hooks.append(module.register_forward_pre_hook(_Hook(self, "_before")))
             module.source = self
-        cache = self._ram.cache
-        if remember and (uses := _load_counts(checkpoint, len(cache.uses))) is not None:
-            cache.remember(uses)
-            self._ram.warm_up()
-        self._count()
 
     def _slots(self, ram_cache: int | None) -> int:
         """Slots that a budget in bytes has room for; raise SettingError for less than one."""
@@ -275,11 +277,11 @@ class Runner:
 
     def _before(self, module: PackedExperts, arguments: tuple[Tensor, ...]) -> None:
         """Begin to read what the layer asks for, then what the next one may."""
-        if module.source is not self:
-            return
         hidden, *routing = arguments
         index, _ = module.family.routing(routing)
         with self._lock:
+            if module.source is not self:
+                return
             number = self._number_of[module.layer.experts]
             layer = self._layers[number]
             if number in self._openings:
@@ -290,6 +292,7 @@ class Runner:
             wanted = [layer.first + expert for expert in asked]
             self._ram.open(layer)
             self._ram.release()
+            self._ram.collect()  # a guess that has arrived is a hit
             self._end_guess(number, wanted)
             tier = self._tier_of[number]
             missing = wanted if tier is None else [expert for expert in wanted if not tier.there(expert)]
@@ -402,6 +405,7 @@ class Runner:
     def _in_waves(self, layer: Layer, numbers: list[int], compute: Callable[[list[int]], None]) -> None:
         """Call `compute` with the layer's own numbers of experts as they arrive, until all had their turn."""
         left = numbers
+        self._ram.release(but=numbers)  # what else was asked for before the layer ran may hold every slot
         try:
             while left:
                 self._ram.want(left)
@@ -437,7 +441,7 @@ class Runner:
         try:
             file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}. Name another file.") from error
+            raise _unwritable(path, error, "Name another file.") from error
         head = {
             "model_type": self._layers[0].experts.family.model_type,
             "layers": [layer.experts for layer in layers],
@@ -445,10 +449,17 @@ class Runner:
             "top_k": layers[0].top_k,
         }
         with self._lock:
-            if self._trace is not None:
-                self._trace.close()
+            try:
+                self._end_trace()
+                file.write(json.dumps(head) + "\n")
+                file.flush()
+            except OSError as error:
+                _abandon(file)
+                raise _unwritable(path, error, "Name another file.") from error
+            except BaseException:
+                _abandon(file)
+                raise
             self._trace = file
-            file.write(json.dumps(head) + "\n")
 
     def _write_trace(self, trace: TextIO, number: int, index: Tensor) -> None:
         line = {"pass": self.statistics.passes, "layer": number, "experts": index.tolist()}
@@ -456,19 +467,34 @@ class Runner:
             trace.write(json.dumps(line) + "\n")
         except OSError as error:
             self._trace = None
-            raise OutputError(f"{trace.name} cannot be written: {error.strerror}. The trace ends here.") from error
+            _abandon(trace)
+            raise _unwritable(trace.name, error, "The trace ends here.") from error
+
+    def _end_trace(self) -> None:
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            try:
+                trace.close()
+            except OSError as error:
+                raise _unwritable(trace.name, error, "The end of the trace is missing.") from error
 
     def close(self) -> None:
-        """Let the model run from its files' maps again; write the counts and the end of the trace."""
+        """Let the model run from its files' maps again; write the counts and the end of the trace.
+
+        Raises
+        ------
+        OutputError
+            The end of the trace cannot be written; all else is done.
+        """
         with self._lock:
             for hook in self._hooks:
                 hook.remove()
             for layer in self._layers:
                 layer.experts.source = None
-            self._end()
-            if self._trace is not None:
-                self._trace.close()
-                self._trace = None
+            try:
+                self._end()
+            finally:
+                self._end_trace()
 
     def _count(self) -> None:
         statistics, ram = self.statistics, self._ram
@@ -482,12 +508,61 @@ class Runner:
         statistics.direct = all(file.direct for file in self._files.values())
 
 
-def _shut(ram: RamTier, files: dict[Path, WeightFile], checkpoint: Checkpoint | None) -> None:
-    ram.close()
+def _unwritable(path: Any, error: OSError, remedy: str) -> OutputError:
+    return OutputError(f"{path} cannot be written: {error.strerror}. {remedy}")
+
+
+def _abandon(file: TextIO) -> None:
+    """Close a file that could not be written, once more in vain."""
+    with suppress(OSError):
+        file.close()
+
+
+@dataclass
+class _Counts:
+    """Use counts that outlive the process. Names are settled at the start: the model's directory may go."""
+
+    model: str
+    files: list[Path]  # beside the model, else in the user's cache directory
+    uses: np.ndarray[Any, np.dtype[np.float64]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, uses: np.ndarray[Any, np.dtype[np.float64]]) -> _Counts:
+        model = checkpoint.fingerprint()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qmoe-lite"
+        return cls(model, [checkpoint.directory / COUNTS_FILE, cache / f"{model[:32]}.{COUNTS_FILE}"], uses)
+
+    def load(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        for file in self.files:
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                counts = np.array(found["counts"], dtype=np.float64)
+                if found["model"] == self.model and counts.shape == self.uses.shape and (counts >= 0).all():
+                    return counts
+            except (OSError, ValueError, KeyError, TypeError):  # none yet, or of another model: it is only a hint
+                continue
+        return None
+
+    def save(self) -> None:
+        """Keep half of what was counted: older runs fade."""
+        if not self.uses.any() or not self.files[0].parent.is_dir():
+            return
+        content = {"model": self.model, "counts": np.round(self.uses / 2, 3).tolist()}
+        for file in self.files:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, content)
+            except (OSError, QMoEError):  # a hint is not worth an error at the end of a run
+                continue
+            return
+
+
+def _shut(readers: Readers, files: dict[Path, WeightFile], counts: _Counts | None) -> None:
+    readers.close()
     for file in files.values():
         file.close()
-    if checkpoint is not None:
-        _save_counts(checkpoint, ram.cache.uses)
+    if counts is not None:
+        counts.save()
 
 
 def _router(model: nn.Module, experts: PackedExperts) -> Tensor | None:
@@ -510,6 +585,8 @@ def attach(
 ) -> Runner:
     """Let a compressed model's experts come from disk as they are needed, within a budget of memory.
 
+    Budgets hold for inference. While a model trains, copies of the experts that backward needs are held besides.
+
     Parameters
     ----------
     model : transformers model
@@ -518,10 +595,11 @@ def attach(
         Bytes, or a size such as "4GiB", for experts where they are multiplied: on the CPU that is memory, on GPUs
         theirs, one size for all or one each. By default as many as the experts take.
     ram_cache : int or str, optional
-        Bytes of memory for experts. By default all that `offload` asks for.
+        Bytes of memory for experts. By default as many as all experts take.
     offload : "ram", "disk" or None
-        Where the experts are that have no place where they are multiplied: in memory, all of them, or on disk.
-        By default "disk" where a budget of memory is given, else "ram".
+        Where the experts wait that have no place where they are multiplied. "ram": each is read from disk when it is
+        first needed and stays in memory. "disk": memory holds as many as its budget has room for, which must be given:
+        `ram_cache`, or `expert_cache` on the CPU. By default "disk" where there is such a budget, else "ram".
     devices : sequence of str, optional
         GPUs that multiply the experts, such as ["cuda:0", "cuda:1"]: each a run of layers, as long as its budget says.
         The model itself stays where it is.
@@ -541,7 +619,8 @@ def attach(
     Raises
     ------
     SettingError
-        No compressed model, one that has a runner, sizes that exclude each other or have no room for one expert.
+        No compressed model, one that has a runner, sizes that exclude each other or have no room for one expert, or
+        "disk" without a budget.
     CheckpointError
         The model's directory is gone.
     DeviceError
@@ -568,6 +647,9 @@ def attach(
         budgets = (budgets or [None]) * len(gpus)
     if offload == "ram" and memory is not None:
         raise SettingError("offload='ram' holds all experts in memory, a budget only some. Give one of them.")
+    if offload == "disk" and memory is None:
+        budget = "ram_cache" if gpus else "ram_cache or expert_cache"
+        raise SettingError(f"offload='disk' needs a budget of memory, or nothing is limited. Give {budget} too.")
     _, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
     return Runner(
@@ -588,35 +670,3 @@ def runner_of(model: nn.Module) -> Runner | None:
         if isinstance(module, PackedExperts) and isinstance(module.source, Runner):
             return module.source
     return None
-
-
-def _counts_files(checkpoint: Checkpoint) -> list[Path]:
-    """Where the counts may be: beside the model, else in the user's cache directory."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qmoe-lite"
-    return [checkpoint.directory / COUNTS_FILE, cache / f"{checkpoint.fingerprint()[:32]}.{COUNTS_FILE}"]
-
-
-def _load_counts(checkpoint: Checkpoint, experts: int) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-    for file in _counts_files(checkpoint):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            counts = np.array(found["counts"], dtype=np.float64)
-            if found["model"] == checkpoint.fingerprint() and counts.shape == (experts,) and (counts >= 0).all():
-                return counts
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or of another model: it is only a hint
-            continue
-    return None
-
-
-def _save_counts(checkpoint: Checkpoint, uses: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-    """Keep half of what was counted: older runs fade."""
-    if not uses.any():
-        return
-    content = {"model": checkpoint.fingerprint(), "counts": np.round(uses / 2, 3).tolist()}
-    for file in _counts_files(checkpoint):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, content)
-        except (OSError, QMoEError):  # a hint is not worth an error at the end of a run
-            continue
-        return

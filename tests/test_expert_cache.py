@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import threading
 
 import naive
@@ -12,6 +14,7 @@ import pytest
 
 from qmoe_lite._expert_cache import ExpertCache, replay
 from qmoe_lite._expert_reader import PAGE, Read, Readers, WeightFile, page_memory, room
+from qmoe_lite.bench._offload_parts import memory_now
 from qmoe_lite.errors import CheckpointError, QMoEError
 
 
@@ -60,6 +63,8 @@ def test_pinned_experts_keep_their_slots():
     assert [cache.slot(expert) for expert in range(3)] == [0, -1, 1]
     cache.drop(0)
     assert cache.admit(3) == (0, -1)
+    with pytest.raises(AssertionError, match="without a slot"):
+        cache.unpin(0)
 
 
 def test_uses_of_an_earlier_run_decide_what_is_hottest():
@@ -129,6 +134,54 @@ def test_urgent_reads_come_first_and_cancelled_ones_never():
     assert order == ["b", "d", "c"]
     assert not readers.cancel(made["b"])
     readers.close()
+
+
+def test_its_memory_counts_as_anonymous():
+    before = memory_now("RssAnon")
+    memory = page_memory(64 << 20)
+    memory[:: PAGE // 2] = 1
+    assert memory_now("RssAnon") - before > 60 << 20
+
+
+def test_a_forked_process_is_told_to_load_the_model():
+    """In a process of its own, which has no other threads."""
+    code = """
+import os
+from qmoe_lite._expert_reader import Read, Readers
+from qmoe_lite.errors import QMoEError
+readers = Readers()
+if os.fork() == 0:
+    for call in (lambda: readers.submit(Read(lambda: 1, True)), lambda: readers.wait([])):
+        try:
+            call()
+        except QMoEError as error:
+            print(error, flush=True)
+    readers.close()
+    os._exit(0)
+os.wait()
+readers.close()
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert all("was forked" in line and "Load the model in it" in line for line in lines)
+
+
+def test_closed_readers_take_nothing_back():
+    gate, readers = threading.Event(), Readers(threads=1)
+    reads = [Read(lambda: gate.wait() and 1, True), Read(lambda: 1, False), Read(lambda: 1, False)]
+    for read in reads:
+        readers.submit(read)
+    ending = threading.Thread(target=readers.close)
+    ending.start()
+    while not readers.closed:
+        pass
+    readers.hurry(reads[1])
+    assert not readers.cancel(reads[2])
+    gate.set()
+    ending.join()
+    assert [read.done for read in reads[1:]] == [False, False]
 
 
 def test_what_a_read_runs_into_is_kept():

@@ -18,6 +18,10 @@ from qmoe_lite.errors import DeviceError, SettingError
 from qmoe_lite.offload import attach, runner_of
 
 
+class Mark(int):
+    """The event of the end of what was computed; a plain number is that of a copy."""
+
+
 class FakeDevice:
     """Copies nothing before their event is waited for, as a stream may; computes at once, on the CPU."""
 
@@ -32,6 +36,7 @@ class FakeDevice:
     def allocate(self, size):
         if size > self.memory:
             raise torch.OutOfMemoryError("fake out of memory")
+        assert not self._used, "memory is given back before what was computed from it is done"
         return torch.full((size,), 0x55, dtype=torch.uint8)
 
     def stage(self, size):
@@ -46,17 +51,21 @@ class FakeDevice:
         return self.copies
 
     def wait(self, event):
+        assert not isinstance(event, Mark), "what is computed is in order as it is"
         while self._pending and self._pending[0][0] <= event:
             _, source, target = self._pending.pop(0)
             target.copy_(source)
 
-    finish = wait
+    def finish(self, event):
+        if not isinstance(event, Mark):
+            return self.wait(event)
+        self._used = {at: mark for at, mark in self._used.items() if not 0 < mark <= event}
 
     def mark(self):
         self._marks += 1
         for at, mark in self._used.items():
             self._used[at] = mark or self._marks
-        return self._marks
+        return Mark(self._marks)
 
     def multiply(self, packed, x):
         self.products += 1
@@ -169,6 +178,23 @@ def test_a_cache_that_cannot_get_smaller_is_one_line(directory, on_devices):
     model, _ = on_devices(path, [FakeDevice(fails_at=range(1, 99))], 8)
     with pytest.raises(DeviceError, match="fake:0 is out of memory with room for one expert only"):
         outputs(model)
+
+
+def test_a_copy_that_fails_leaves_no_expert_behind(directory, on_devices, monkeypatch):
+    path, device = directory(), FakeDevice()
+    expected = outputs(qm.load(path, dtype=torch.float32))
+    model, runner = on_devices(path, [device], 3)
+
+    def fail(*_):
+        raise RuntimeError("fake copy error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "copy", fail)
+        with pytest.raises(RuntimeError, match="fake copy error"):
+            outputs(model)
+    assert len(runner._tiers[0].cache) == 0
+    assert runner._tiers[0].cache.unpinned == 3
+    assert torch.equal(outputs(model), expected)
 
 
 def test_too_little_memory_at_the_start_makes_a_smaller_cache(directory, on_devices):

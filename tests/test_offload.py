@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -17,8 +21,9 @@ from safetensors.torch import load_file
 
 import qmoe_lite as qm
 from qmoe_lite import offload
+from qmoe_lite._expert_reader import Read
 from qmoe_lite._ram_tier import slot_layout
-from qmoe_lite.errors import CheckpointError, FormatError, OutputError, SettingError
+from qmoe_lite.errors import CheckpointError, FormatError, OutputError, QMoEError, SettingError
 from qmoe_lite.offload import attach, parse_size, runner_of
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
@@ -143,6 +148,42 @@ def test_gradients_are_the_same(directory, limited):
     assert torch.equal(*gradients)
 
 
+def test_training_steps_end_with_fewer_slots_than_experts(directory, limited):
+    """In the second step the slots hold the last experts, and the first one is needed first."""
+    path = directory()
+    plain, (model, runner) = qm.load(path, dtype=torch.float32), limited(path, 2)
+    name = runner._layers[0].experts.layer.experts
+    index, weights = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.full((3, 2), 0.5)
+    for step in range(3):
+        gradients = []
+        for one in (plain, model):
+            x = torch.randn(3, 24, generator=torch.Generator().manual_seed(step)).requires_grad_(True)
+            one.get_submodule(name)(x, index, weights).square().sum().backward()
+            gradients.append(x.grad)
+        assert gradients[0].abs().max() > 0
+        assert torch.equal(*gradients)
+
+
+def test_a_prompt_in_stretches_runs_with_fewer_slots_than_experts(directory, limited, monkeypatch):
+    """The slots hold the last stretch's experts, and the first one is of others."""
+    monkeypatch.setattr("qmoe_lite.experts.STRETCH", 2)
+    path = directory()
+    plain, (model, runner) = qm.load(path, dtype=torch.float32), limited(path, 2)
+    name = runner._layers[0].experts.layer.experts
+    index, weights = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.full((3, 2), 0.5)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _ in range(2):
+            found, expected = (one.get_submodule(name)(x, index, weights) for one in (model, plain))
+            assert torch.equal(found, expected)
+
+
+def test_waiting_for_nothing_is_an_error(directory, limited):
+    _, runner = limited(directory(), 2)
+    with pytest.raises(QMoEError, match="report this as a bug"):
+        runner._ram.wait([0])
+
+
 def test_a_dequantised_expert_is_the_same(directory, limited):
     path = directory()
     plain, (model, runner) = qm.load(path), limited(path, 1)
@@ -228,13 +269,50 @@ def test_experts_that_are_guessed_right_are_hits(directory, limited):
         for layer in runner._layers:
             router = model.get_submodule(layer.experts.layer.experts.rpartition(".")[0]).gate.weight
             router.copy_(torch.arange(6.0)[:, None] * model.model.embed_tokens.weight.new_ones(24))
+        between = model.model.layers[1].input_layernorm
+
+        def arrive(*_):
+            for read in list(runner._ram._under_way.values()):
+                runner._ram.readers.wait([read])
+
+        between.register_forward_hook(arrive)
         model.model.embed_tokens.weight.fill_(1.0)
         model(input_ids=torch.tensor([[4]]))
     found = runner.statistics
     assert (found.predicted, found.predicted_right) == (2, 2)
     assert (found.prefetched, found.prefetch_hits) == (2, 2)
-    assert found.hits + found.late == 2
+    assert (found.misses, found.hits, found.late) == (2, 2, 0)
     assert "100.0% of 2 right; 2 read ahead, 2 of them used" in "\n".join(found.lines())
+
+
+@contextmanager
+def busy(readers):
+    """All reading threads are at something else."""
+    gate = threading.Event()
+    for _ in readers._threads:
+        readers.submit(Read(lambda: gate.wait() and 0, True))
+    while readers._urgent:
+        time.sleep(0.001)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def test_a_guess_that_gave_way_unpins_no_others_slot(directory, limited):
+    _, runner = limited(directory(), 4)
+    ram = runner._ram
+    for layer in runner._layers:
+        ram.open(layer)
+    with busy(ram.readers):
+        assert ram.guess([6]) == [6]
+        ram.want([0, 1, 2, 3])  # the guess's slot is needed
+        assert ram.cache.slot(6) < 0
+        ram.end_guess([])
+        assert (ram.cache._pins == 2).all(), "a read and a want each"
+    while ram._under_way:
+        ram.wait([])
+    assert (ram.cache._pins == 1).all()
 
 
 def test_routing_is_recorded(directory, limited, tmp_path):
@@ -255,6 +333,98 @@ def test_routing_is_recorded(directory, limited, tmp_path):
     assert all(-1 <= expert < 4 for (expert,) in lines[0]["experts"])
     with pytest.raises(OutputError, match="cannot be written"):
         limited(path, 4)[1].trace(tmp_path / "no" / "trace")
+
+
+@pytest.mark.parametrize("step", ["header", "end"])
+def test_a_trace_on_a_full_disk_is_one_line(directory, limited, tmp_path, step):
+    model, runner = limited(directory(), 4)
+    if step == "header":
+        with pytest.raises(OutputError, match="/dev/full cannot be written: No space left"):
+            runner.trace("/dev/full")
+        assert runner._trace is None
+        outputs(model)
+        runner.close()
+        return
+    runner.trace(tmp_path / "trace")
+    runner._trace.close()
+    runner._trace = open("/dev/full", "w")  # noqa: SIM115
+    runner._trace.write("a line")
+    with pytest.raises(OutputError, match=r"/dev/full cannot be written: No .* The end of the trace"):
+        runner.close()
+    assert runner_of(model) is None
+    assert runner._ram.readers.closed
+    runner.close()
+
+
+def test_a_forgotten_model_ends_its_threads_and_closes_its_files(directory):
+    def open_now():
+        gc.collect()
+        return sorted(t.name for t in threading.enumerate()), len(os.listdir("/proc/self/fd"))
+
+    path = directory()
+    outputs(qm.load(path, dtype=torch.float32))  # what torch and numba start once
+    before = open_now()
+    model = qm.load(path, ram_cache="1MB", dtype=torch.float32)
+    outputs(model)
+    assert open_now() != before
+    del model
+    assert open_now() == before
+    assert (path / "expert_counts.json").is_file(), "and keeps its counts"
+
+
+def test_a_runner_whose_directory_is_gone_closes(directory):
+    path = directory()
+    model = qm.load(path, ram_cache="1MB")
+    runner = runner_of(model)
+    outputs(model)
+    shutil.rmtree(path)
+    runner.close()
+    assert runner._ram.readers.closed
+    assert runner_of(model) is None
+    assert not path.exists()
+
+
+def test_a_read_that_cannot_begin_takes_no_slot(directory, limited, monkeypatch):
+    model, runner = limited(directory(), 2)
+    expected = outputs(model)
+
+    def fail(_):
+        raise QMoEError("fake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._ram.readers, "submit", fail)
+        with pytest.raises(QMoEError, match="fake"):
+            outputs(model)
+    assert not runner._ram._under_way
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_warm_up_that_fails_leaves_the_model_as_it_was(directory, monkeypatch):
+    path = directory()
+    model = qm.load(path, ram_cache="1MB")
+    outputs(model)
+    runner_of(model).close()
+
+    def fail(_):
+        raise CheckpointError("fake")
+
+    before = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    monkeypatch.setattr("qmoe_lite._ram_tier.RamTier.warm_up", fail)
+    with pytest.raises(CheckpointError, match="fake"):
+        attach(model, ram_cache="1MB")
+    assert runner_of(model) is None
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()] == before
+
+
+def test_closing_beside_a_pass_is_one_line(directory, limited):
+    model, runner = limited(directory(), 2)
+    experts = runner._layers[0].experts
+    runner.close()
+    with pytest.raises(QMoEError, match="was closed while its model ran"):  # a pass that has the runner still
+        runner.run(experts, [0, 1], torch.ones(2, 24), [0, 1, 2])
+    with pytest.raises(QMoEError, match="was closed while its model ran"):
+        runner.packed(experts, 0, "gate_proj")
+    outputs(model)
 
 
 def test_the_next_start_is_warm(directory):
@@ -452,6 +622,7 @@ def test_options_that_exclude_each_other_are_refused(directory, switch):
     for options, match in (
         ({"ram_cache": "1MB", "expert_cache": "2MB"}, "the same memory on the CPU"),
         ({"ram_cache": "1MB", "offload": "ram"}, "Give one of them"),
+        ({"offload": "disk"}, "Give ram_cache or expert_cache too"),
         ({"offload": "tape"}, "expected 'ram' or 'disk'"),
         ({"ram_cache": "lots"}, "ram_cache is 'lots'"),
     ):

@@ -82,6 +82,7 @@ def test_devices_are_separated_by_commas():
         (["--expert-cache", "much"], "expert_cache is 'much'; expected bytes or a size"),
         (["--expert-cache", "1"], "one expert"),
         (["--offload", "ram", "--ram-cache", "1GiB"], "Give one of them"),
+        (["--offload", "disk"], "offload='disk' needs a budget of memory"),
         (["--trace", "{tmp}/trace"], "Give --expert-cache or --offload too"),
         (["--offload", "ram", "--trace", "{tmp}"], "cannot be written"),
     ],
