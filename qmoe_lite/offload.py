@@ -400,7 +400,8 @@ class Runner:
                 done = tier.run(layer, groups, arriving)
                 return torch.cat([done[number] for number in groups]).to(tokens.device)
             except torch.OutOfMemoryError:
-                tier.shrink()
+                pass  # until here its traceback keeps the memory that is given back next
+            tier.shrink()
 
     def _in_waves(self, layer: Layer, numbers: list[int], compute: Callable[[list[int]], None]) -> None:
         """Call `compute` with the layer's own numbers of experts as they arrive, until all had their turn."""

@@ -30,6 +30,7 @@ class FakeDevice:
         self.products = self.copies = 0
         self._fails_at = set(fails_at)
         self._pending = []
+        self._block = None
         self._used = {}  # start of a target, to the mark after what was computed from it
         self._marks = 0
 
