@@ -299,7 +299,7 @@ def test_each_part_has_its_seconds_and_what_was_left_over(driver, monkeypatch):
 
 
 def test_tests_are_shared_among_processes_and_counted_together(driver, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
     _, report = driver()
     assert report["tests"]["summary"] == "27 passed"
     code, report = driver(tests="raise ValueError('no share')")
