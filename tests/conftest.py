@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -84,6 +85,20 @@ def compressed(tmp_path_factory, switch, text_file):
     out = tmp_path_factory.mktemp("compressed") / "out"
     report = compress(switch, out, calibration=text_file, samples=24, sequence_length=32, validation_samples=2)
     return out, report
+
+
+@pytest.fixture
+def directory(request, compressed, tmp_path):
+    """Give a function: model type -> a copy of its compressed directory, where counts may be written."""
+
+    def get(model_type="qwen3_moe"):
+        found = compressed[0]
+        if model_type != "switch_transformers":
+            found = request.getfixturevalue("compressed_causal")(model_type)
+        shutil.copytree(found, tmp_path / model_type)
+        return tmp_path / model_type
+
+    return get
 
 
 @pytest.fixture

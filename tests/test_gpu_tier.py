@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import threading
 from pathlib import Path
 
@@ -77,18 +76,6 @@ class FakeDevice:
 
     def beside(self, codebook, codes, rows):
         return 0
-
-
-@pytest.fixture
-def directory(request, compressed, tmp_path):
-    def get(model_type="qwen3_moe"):
-        found = compressed[0]
-        if model_type != "switch_transformers":
-            found = request.getfixturevalue("compressed_causal")(model_type)
-        shutil.copytree(found, tmp_path / model_type)
-        return tmp_path / model_type
-
-    return get
 
 
 @pytest.fixture

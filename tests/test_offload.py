@@ -30,20 +30,6 @@ FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
 
 
 @pytest.fixture
-def directory(request, compressed, tmp_path):
-    """Give a function: model type -> a copy of its compressed directory, where counts may be written."""
-
-    def get(model_type="qwen3_moe"):
-        found = compressed[0]
-        if model_type != "switch_transformers":
-            found = request.getfixturevalue("compressed_causal")(model_type)
-        shutil.copytree(found, tmp_path / model_type)
-        return tmp_path / model_type
-
-    return get
-
-
-@pytest.fixture
 def limited(request):
     """Give a function that loads a model with slots for so many experts; its runner is closed at the end."""
 
