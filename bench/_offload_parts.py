@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -38,12 +39,18 @@ SHAPE = {  # of Qwen3-30B-A3B, with fewer layers and a smaller vocabulary
     "norm_topk_prob": True,
 }
 ZEROS = 0.885
+KINDS = ("packed", "dense")
 _DISTINCT = 8  # matrices of each projection that are drawn; experts repeat them, at places of their own in the files
+PARTS = ("experts", "blocks", "attention", "head")  # of a token's time; blocks: experts and what routes to them
 _PROMPT = 96  # tokens: nearly every expert has been used, and checked, when the clock starts
 
 
-def make_models(directory: Path, shape: dict[str, Any], layers: int, vocabulary: int, seed: int) -> tuple[int, int]:
+def make_models(
+    directory: Path, shape: dict[str, Any], layers: int, vocabulary: int, seed: int, kinds: tuple[str, ...] = KINDS
+) -> tuple[int, int]:
     """Write one model twice: `directory`/packed, compressed, and `directory`/dense, the same weights in bfloat16.
+
+    `kinds` names those that are written.
 
     Returns
     -------
@@ -75,13 +82,11 @@ def make_models(directory: Path, shape: dict[str, Any], layers: int, vocabulary:
         if ".experts." not in name:
             drawn = torch.randn(target.shape, generator=generator).mul_(0.02) if target.dim() > 1 else 1.0
             others[name] = torch.zeros(target.shape, dtype=torch.bfloat16).add_(drawn)
-    sizes = []
-    for kind in ("packed", "dense"):
+    for kind in kinds:
         path = directory / kind
         path.mkdir(parents=True)
         weight_map = dict.fromkeys(others, "model-others.safetensors")
         save_file(others, path / "model-others.safetensors", {"format": "pt"})
-        size = 0
         for place in places:
             if kind == "packed":
                 tensors = {f"{place.experts}.{p}_{part}": t for p, parts in packed.items() for part, t in parts.items()}
@@ -94,8 +99,6 @@ def make_models(directory: Path, shape: dict[str, Any], layers: int, vocabulary:
             file = f"model-{place.block}.safetensors"
             save_file(tensors, path / file, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
-            size += sum(tensor.nbytes for tensor in tensors.values())
-        sizes.append(size)
         write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         settings = {
             "quant_method": "qmoe",
@@ -106,7 +109,9 @@ def make_models(directory: Path, shape: dict[str, Any], layers: int, vocabulary:
         extra = {"quantization_config": settings} if kind == "packed" else {}
         write_json(path / "config.json", {**config.to_dict(), **extra})
     os.sync()  # pages that are not on disk yet cannot be dropped
-    return sizes[0], sizes[1]
+    stored = sum(tensor.nbytes for parts in packed.values() for tensor in parts.values())
+    weights = sum(place.count * rows * columns for place in places for rows, columns in place.shapes.values())
+    return len(places) * stored, 2 * weights
 
 
 def drop_cached(directory: Path) -> None:
@@ -235,8 +240,8 @@ class DenseCache(nn.Module):
         return out
 
 
-def _load_dense_cache(directory: Path, budget: int) -> nn.Module:
-    """The dense model without its experts in memory."""
+def _load_dense(directory: Path, make: Callable[[int, Any, Any], nn.Module]) -> tuple[nn.Module, list[Any]]:
+    """Transformers' model in bfloat16 around experts modules that `make(number, place, config)` gives."""
     from transformers import AutoConfig
 
     from qmoe_lite.checkpoint import materialise
@@ -247,10 +252,39 @@ def _load_dense_cache(directory: Path, budget: int) -> nn.Module:
     modules = []
     for number, place in enumerate(family.layers(config)):
         parent, _, child = place.experts.rpartition(".")
-        modules.append(DenseCache(number, place))
+        modules.append(make(number, place, model.config))
         setattr(model.get_submodule(parent), child, modules[-1])
     materialise(model, "", checkpoint, torch.bfloat16)
     family.load_outside_blocks(model, checkpoint, torch.bfloat16)
+    return model.eval(), modules
+
+
+def _load_dense_in_memory(directory: Path) -> nn.Module:
+    """The dense model, its experts filled with what the compressed ones decode to: no files of it are needed."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    import qmoe_lite as qm
+
+    packed: Any = qm.load(directory)
+
+    def make(number: int, place: Any, config: Any) -> nn.Module:
+        with torch.device("meta"):
+            experts: Any = Qwen3MoeExperts(config).to(torch.bfloat16).requires_grad_(False)
+        experts.to_empty(device="cpu")
+        ours = packed.model.layers[number].mlp.experts
+        for expert in range(place.count):
+            gate_up = [ours.dense(expert, name, torch.bfloat16) for name in ("gate_proj", "up_proj")]
+            experts.gate_up_proj[expert] = torch.cat(gate_up)
+            experts.down_proj[expert] = ours.dense(expert, "down_proj", torch.bfloat16)
+        return experts  # type: ignore[no-any-return]
+
+    return _load_dense(directory, make)[0]
+
+
+def _load_dense_cache(directory: Path, budget: int) -> nn.Module:
+    """The dense model without its experts in memory."""
+    checkpoint = Checkpoint(directory)
+    model, modules = _load_dense(directory, lambda number, place, config: DenseCache(number, place))
     files = {directory / name: WeightFile(directory / name) for name in checkpoint.files}
     layers: Any = [_DenseLayer(m, m.place, m.place.count * m.number, checkpoint, files) for m in modules]
     size = sum(room(layers[0].largest(name)) for name in layers[0].projections)
@@ -258,7 +292,7 @@ def _load_dense_cache(directory: Path, budget: int) -> nn.Module:
     for module in modules:
         module.tier = tier
     model.register_forward_pre_hook(lambda module, arguments: tier.cache.tick())
-    return model.eval()
+    return model
 
 
 def load_contender(kind: str, directory: Path, budget: int | None) -> nn.Module:
@@ -277,7 +311,7 @@ def load_contender(kind: str, directory: Path, budget: int | None) -> nn.Module:
         assert budget is not None
         return _load_dense_cache(directory / "dense", budget)
     if kind == "dense":
-        return AutoModelForCausalLM.from_pretrained(directory / "dense", dtype=torch.bfloat16).eval()
+        return _load_dense_in_memory(directory / "packed")
     from transformers import AutoConfig
 
     places: dict[str, str] = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
@@ -316,15 +350,20 @@ def run_contender(
     start = time.perf_counter()
     model = load_contender(kind, directory, budget)
     found: dict[str, Any] = {"load_seconds": time.perf_counter() - start}
-    found["load_bytes"] = memory_now("RssAnon") - before
+    gc.collect()  # what loading left would count as this model's memory
     config: Any = model.config
     routing = Routing(config.num_experts, config.num_experts_per_tok, seed, trace)
-    inside = [0.0]
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        _time_inside(layer.mlp.experts, inside)  # type: ignore[union-attr]
-        layer.mlp.experts.register_forward_pre_hook(routing, prepend=True)  # type: ignore[union-attr]
+    inside = dict.fromkeys(PARTS, 0.0)
+    timed_model: Any = model
+    _time_inside(timed_model.lm_head, inside, "head")
+    for layer in timed_model.model.layers:
+        _time_inside(layer.mlp.experts, inside, "experts")
+        _time_inside(layer.mlp, inside, "blocks")
+        _time_inside(layer.self_attn, inside, "attention")
+        layer.mlp.experts.register_forward_pre_hook(routing, prepend=True)
     ids = torch.randint(8, config.vocab_size, (1, _PROMPT), generator=torch.Generator().manual_seed(seed))
-    times, shares, made = [], [], []
+    times, made = [], []
+    shares: dict[str, list[float]] = {name: [] for name in PARTS}
     peak: dict[str, int] = {}
     with _watched(peak):
         past: Any = None
@@ -335,16 +374,17 @@ def run_contender(
                 at_start = runner.statistics.to_json()
             if kind != "dense" and not (kind == "ours" and budget is None):
                 drop_cached(directory)
-            inside[0] = 0.0
+            inside.update(dict.fromkeys(PARTS, 0.0))
             start = time.perf_counter()
             with torch.no_grad():
                 result = model(input_ids=ids, cache=past, use_cache=True)
             ids, past = result.logits[:, -1:].argmax(-1), result.past_key_values
             times.append(time.perf_counter() - start)
-            shares.append(inside[0])
+            for name, spent in inside.items():
+                shares[name].append(spent)
             made.append(int(ids))
-    timed, parts = times[warm:], shares[warm:]
-    found |= {"tokens": made, "seconds": timed, "expert_seconds": parts}
+    found |= {"tokens": made, "seconds": times[warm:]}
+    found |= {"part_seconds": {name: spent[warm:] for name, spent in shares.items()}}
     found |= {"anonymous_bytes": peak.get("RssAnon", 0) - before, "file_bytes": peak.get("RssFile", 0)}
     if runner is not None:
         at_end = runner.statistics.to_json()
@@ -353,13 +393,13 @@ def run_contender(
     return found
 
 
-def _time_inside(module: nn.Module, total: list[float]) -> None:
+def _time_inside(module: nn.Module, total: dict[str, float], name: str) -> None:
     forward: Callable[..., Tensor] = module.forward
 
     def timed(*arguments: Any, **options: Any) -> Tensor:
         start = time.perf_counter()
         result = forward(*arguments, **options)
-        total[0] += time.perf_counter() - start
+        total[name] += time.perf_counter() - start
         return result
 
     module.forward = timed  # type: ignore[method-assign]

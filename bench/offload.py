@@ -26,13 +26,14 @@ import numpy as np
 
 from qmoe_lite._expert_cache import replay
 from qmoe_lite.bench._common import machine_line
-from qmoe_lite.bench._offload_parts import SHAPE, demo_trace, make_models, passes_of, run_contender
+from qmoe_lite.bench._offload_parts import KINDS, SHAPE, demo_trace, make_models, passes_of, run_contender
 from qmoe_lite.errors import OutputError, QMoEError, SettingError
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 HALF_LIVES = (0.0, 8.0, 32.0, 128.0, math.inf)  # passes; the first is LRU, the last LFU
 _REPLAYED = 1024  # tokens
-_SPARE = 1.3  # of the dense model's bytes must be free before it is loaded
+_WARM = 8  # tokens before the timed ones
+_SPARE = 1 << 30  # bytes that must be free beside the dense model's experts before it is made
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Run:
         Share of the compressed experts' bytes; None where nothing limits it.
     tokens_per_second : float
         Over the median token.
-    load_seconds : float
+    load_seconds : float or None
+        None for the dense model in memory, which is made there and not loaded.
     anonymous_bytes : int
         The most, above what the process had before it loaded the model.
     file_bytes : int
@@ -59,7 +61,7 @@ class Run:
     routing: str
     budget: float | None
     tokens_per_second: float
-    load_seconds: float
+    load_seconds: float | None
     anonymous_bytes: int
     file_bytes: int
     hit_rate: float | None = None
@@ -68,22 +70,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Parts:
-    """Milliseconds of a token, median, everything in memory: the experts, and the whole model."""
+    """Milliseconds of a token, everything in memory, by part of the model; the median token's.
 
-    ours_experts: float
-    ours_whole: float
-    dense_experts: float
-    dense_whole: float
+    Attributes
+    ----------
+    ours, dense : dict
+        "experts"; "blocks", which are experts and what routes to them; "attention"; "head"; and "whole", the model.
+    """
+
+    ours: dict[str, float]
+    dense: dict[str, float]
 
     @property
     def share(self) -> float:
         """Of the dense model's time that its experts take."""
-        return self.dense_experts / self.dense_whole
+        return self.dense["experts"] / self.dense["whole"]
 
     @property
     def predicted(self) -> float:
         """How many times as fast the whole must be, by Amdahl's law, if the experts alone differ."""
-        return 1 / (1 - self.share + self.share * self.ours_experts / self.dense_experts)
+        return 1 / (1 - self.share + self.share * self.ours["experts"] / self.dense["experts"])
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ def measure(
     budgets: tuple[float, ...] = BUDGETS,
     *,
     peers: bool = True,
+    disk: bool = True,
     vocabulary: int = 8192,
     traces: tuple[str, ...] = (),
     directory: str | None = None,
@@ -139,6 +146,8 @@ def measure(
     peers : bool
         Measure the dense model too: in memory if it fits, by accelerate's offload to disk, and through a cache of
         bfloat16 experts with the same bytes as ours.
+    disk : bool
+        Measure what reads experts from disk; else only both models in memory, and no dense one is written.
     traces : tuple of str
         Files of `Runner.trace`, to compare the ways of choosing who gives way on.
     directory : str, optional
@@ -155,15 +164,37 @@ def measure(
     """
     if layers < 1 or tokens < 1 or not budgets or not all(0 < budget <= 1 for budget in budgets):
         raise SettingError("layers and tokens must be at least 1, and budgets above 0, at most 1.")
+    if not peers and not disk:
+        raise SettingError("with neither peers nor disk there is nothing to measure. Leave one of them on.")
     shape = shape or SHAPE
     recorded = [(Path(name).name, *read_trace(Path(name))) for name in traces]
     place = Path(tempfile.mkdtemp(prefix="qmoe-offload-", dir=directory))
     try:
-        packed, dense = make_models(place, shape, layers, vocabulary, seed)
-        trace = demo_trace()
-        runs, parts, notes = _measure(place, packed, dense, tokens, budgets, peers, trace, seed)
+        kinds = KINDS if peers and disk else KINDS[:1]
+        packed, dense = make_models(place, shape, layers, vocabulary, seed, kinds)
+        trace = demo_trace() if disk else []
+        run = _Contest(place, packed, tokens, trace, seed)
+        if disk:
+            _measure_disk(run, budgets, peers)
+        parts = _measure_memory(run, dense) if peers else None
     finally:
         shutil.rmtree(place, ignore_errors=True)
+    policies = _replay_all(shape, layers, budgets, trace, recorded, seed) if disk else []
+    machine = machine_line("torch", "transformers", "numba")
+    return OffloadReport(
+        layers, packed, dense, tuple(run.runs), parts, tuple(policies), tuple(run.notes), seed, machine
+    )
+
+
+def _replay_all(
+    shape: dict[str, Any],
+    layers: int,
+    budgets: tuple[float, ...],
+    trace: list[list[int]],
+    recorded: list[tuple[str, int, list[list[list[int]]]]],
+    seed: int,
+) -> list[Policy]:
+    """Let caches of all half-lives serve even routing, the demo's, and recorded ones."""
     experts, top_k = shape["num_experts"], shape["num_experts_per_tok"]
     rng = np.random.default_rng(seed)
     even = [
@@ -179,69 +210,78 @@ def measure(
                 slots = max(1, round(budget * count))
                 rates = {str(half_life): replay(count, slots, half_life, passes) for half_life in HALF_LIVES}
                 policies.append(Policy(name, budget, rates))
-    machine = machine_line("torch", "transformers", "numba")
-    return OffloadReport(layers, packed, dense, tuple(runs), parts, tuple(policies), tuple(notes), seed, machine)
+    return policies
 
 
-def _measure(
-    place: Path,
-    packed: int,
-    dense: int,
-    tokens: int,
-    budgets: tuple[float, ...],
-    peers: bool,
-    trace: list[list[int]],
-    seed: int,
-) -> tuple[list[Run], Parts | None, list[str]]:
-    runs: list[Run] = []
-    notes: list[str] = []
-    expected: dict[str, list[int]] = {}
-    warm = 8
+class _Contest:
+    """Lets contenders write, and keeps what they did."""
 
-    def run(kind: str, routing: str, budget: float | None, count: int, before: int) -> dict[str, Any]:
-        size = None if budget is None else round(budget * packed)
-        found = _alone(run_contender, kind, place, size, count, before, trace if routing == "switch" else None, seed)
+    def __init__(self, place: Path, packed: int, tokens: int, trace: list[list[int]], seed: int) -> None:
+        self.runs: list[Run] = []
+        self.notes: list[str] = []
+        self.tokens = tokens
+        self._place, self._packed, self._trace, self._seed = place, packed, trace, seed
+
+    def __call__(
+        self,
+        kind: str,
+        routing: str,
+        budget: float | None,
+        tokens: int | None = None,
+        before: int = _WARM,
+        shown: bool = True,
+    ) -> dict[str, Any]:
+        count = tokens or self.tokens
+        size = None if budget is None else round(budget * self._packed)
+        forced = self._trace if routing == "switch" else None
+        found = _alone(run_contender, kind, self._place, size, count, before, forced, self._seed)
         timed = found.get("timed")
-        runs.append(
-            Run(
-                kind,
-                routing,
-                budget,
-                1 / statistics.median(found["seconds"]),
-                found["load_seconds"],
-                found["anonymous_bytes"],
-                found["file_bytes"],
-                timed and timed["hits"] / (timed["hits"] + timed["misses"]),
-                timed and timed["disk_bytes"] / count,
-            )
+        done = Run(
+            kind,
+            routing,
+            budget,
+            1 / statistics.median(found["seconds"]),
+            None if kind == "dense" else found["load_seconds"],
+            found["anonymous_bytes"],
+            found["file_bytes"],
+            timed and timed["hits"] / (timed["hits"] + timed["misses"]),
+            timed and timed["disk_bytes"] / count,
         )
+        if shown:
+            self.runs.append(done)
         return found
 
-    resident: dict[str, Any] = {}
+
+def _measure_disk(run: _Contest, budgets: tuple[float, ...], peers: bool) -> None:
+    """Ours with each budget, whose tokens are compared with those without one; then the peers."""
     for routing in ("even", "switch"):
-        found = run("ours", routing, None, tokens, warm)
-        resident.setdefault("ours", found)
-        expected[routing] = found["tokens"]
+        expected = run("ours", routing, None)["tokens"]
         for budget in budgets:
-            found = run("ours", routing, budget, tokens, warm)
-            if found["tokens"] != expected[routing]:
+            if run("ours", routing, budget)["tokens"] != expected:
                 raise QMoEError(f"a budget of {budget:.0%} gave other tokens; please report this as a bug.")
-    if peers:
-        for routing in ("even", "switch"):
-            run("dense cache", routing, min(budgets), max(2, tokens // 6), 1)
-        if importlib.util.find_spec("accelerate") is None:
-            notes.append("accelerate is not installed: its offload to disk was not measured.")
-        else:
-            run("accelerate", "even", None, 2, 1)
-        if _available() < _SPARE * dense:
-            notes.append(f"the dense model, {dense / 1e9:.1f} GB, does not fit in memory: it was not measured there.")
-        else:
-            resident["dense"] = run("dense", "even", None, tokens, warm)
-    parts = None
-    if "dense" in resident:
-        figures = (resident[kind][name] for kind in ("ours", "dense") for name in ("expert_seconds", "seconds"))
-        parts = Parts(*(1e3 * statistics.median(values) for values in figures))
-    return runs, parts, notes
+    if not peers:
+        return
+    for routing in ("even", "switch"):
+        run("dense cache", routing, min(budgets), max(2, run.tokens // 6), 1)
+    if importlib.util.find_spec("accelerate") is None:
+        run.notes.append("accelerate is not installed: its offload to disk was not measured.")
+    else:
+        run("accelerate", "even", None, 2, 1)
+
+
+def _measure_memory(run: _Contest, dense: int) -> Parts | None:
+    """Ours and the dense model in memory, after each other: both do not fit in many a machine."""
+    if _available() < dense + _SPARE:
+        run.notes.append(f"the dense model, {dense / 1e9:.1f} GB, does not fit in memory: it was not measured there.")
+        return None
+    # ours once more, just before: a machine's speed wanders
+    ours = run("ours", "even", None, shown=not run.runs)
+    return Parts(_milliseconds(ours), _milliseconds(run("dense", "even", None)))
+
+
+def _milliseconds(found: dict[str, Any]) -> dict[str, float]:
+    times = found["part_seconds"] | {"whole": found["seconds"]}
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
 def _alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

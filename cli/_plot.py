@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmoe_lite.bench.gptq import GptqReport
     from qmoe_lite.bench.layer import LayerReport
     from qmoe_lite.bench.matmul import MatmulReport
+    from qmoe_lite.bench.offload import OffloadReport, Parts
     from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, Rates, RatesReport
     from qmoe_lite.inspection import Inspection, StoredProjection
 
@@ -258,3 +259,61 @@ def draw_gptq(report: GptqReport, file: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small", frameon=False)
     _save(figure, file)
+
+
+def draw_offload(report: OffloadReport, file: Path) -> None:
+    """Draw tokens a second over the budget, and the parts of a token in memory, as far as measured; as `draw`."""
+    limited = any(run.budget is not None for run in report.runs)
+    figure = _figure(6.4, 3.6 * limited + 1.8 * (report.parts is not None))
+    heights = [3.6] * limited + [1.8] * (report.parts is not None)
+    panels = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+    if limited:
+        _over_budget(panels[0], report)
+    if report.parts is not None:
+        _parts_of_token(panels[-1], report.parts)
+    figure.suptitle(f"Qwen3-30B-A3B's shape, {report.layers} layers, one token at a time", fontsize="small")
+    _save(figure, file)
+
+
+def _over_budget(axes: Axes, report: OffloadReport) -> None:
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for run in report.runs:
+        if run.budget is not None:
+            curves.setdefault((run.contender, run.routing), []).append((100 * run.budget, run.tokens_per_second))
+        elif run.routing == "even":
+            colour, name = {"ours": ("C0", "ours, mapped"), "dense": ("C2", "dense bf16, in memory")}.get(
+                run.contender, ("C3", f"dense bf16, {run.contender} from disk")
+            )
+            axes.axhline(run.tokens_per_second, color=colour, linestyle=":", linewidth=1, label=name)
+    for (contender, routing), points in curves.items():
+        colour, name = ("C0", "ours") if contender == "ours" else ("C1", "bf16 experts, cached")
+        style = {"even": f"{colour}o-", "switch": f"{colour}x--"}[routing]
+        axes.plot(*zip(*sorted(points), strict=True), style, markersize=4, linewidth=1, label=f"{name}, {routing}")
+    ticks = sorted({place for points in curves.values() for place, _ in points})
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("memory for experts, of all compressed ones' bytes")
+    axes.set_ylabel("tokens a second")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _parts_of_token(axes: Axes, parts: Parts) -> None:
+    left = [0.0, 0.0]
+    both = parts.ours, parts.dense
+    pieces = {
+        "experts": [p["experts"] for p in both],
+        "attention": [p["attention"] for p in both],
+        "output head": [p["head"] for p in both],
+        "rest": [p["whole"] - p["experts"] - p["attention"] - p["head"] for p in both],
+    }
+    for name, widths in pieces.items():
+        axes.barh(["ours", "dense bf16"], widths, left=left, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds a token, all in memory")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -290,12 +290,12 @@ def print_offload(report: OffloadReport) -> None:
             yield [
                 r.contender,
                 r.routing,
-                "all" if r.budget is None else f"{r.budget:.0%}",
+                "none" if r.contender == "accelerate" else "all" if r.budget is None else f"{r.budget:.0%}",
                 f"{r.tokens_per_second:.2f}",
-                _ratio(slowest[r.routing], r.tokens_per_second),
+                _ratio(slowest[r.routing], r.tokens_per_second) if slowest else "-",
                 "-" if r.hit_rate is None else f"{r.hit_rate:.1%}",
                 "-" if r.disk_bytes_per_token is None else f"{r.disk_bytes_per_token / 1e6:.1f}",
-                f"{r.load_seconds:.1f}",
+                "-" if r.load_seconds is None else f"{r.load_seconds:.1f}",
                 f"{r.anonymous_bytes / 1e6:,.0f}",
                 f"{r.file_bytes / 1e6:,.0f}",
             ]
@@ -319,20 +319,25 @@ def print_offload(report: OffloadReport) -> None:
         text=2,
         tight=True,
     )
-    _output.print_text("least / this: ours with the smallest budget over this one. memory: anonymous,")
-    _output.print_text("above what the process had before. The page cache is dropped before each token.")
+    _output.print_text("memory: anonymous, above what the process had before.")
+    if slowest:
+        _output.print_text("least / this: ours with the smallest budget over this one.")
+        _output.print_text("The files are taken out of the page cache before each token.")
     for note in report.notes:
         _output.print_text(note)
     _output.print_text()
     if (parts := report.parts) is not None:
         _table(
             "One token, all in memory: milliseconds",
-            ("", "ours", "dense bf16", "ratio"),
+            ("", "ours", "dense bf16", "ratio", "share of\ndense"),
             (
-                [name, f"{ours:.2f}", f"{dense:.2f}", _ratio(dense, ours)]
+                [name, f"{ours:.2f}", f"{dense:.2f}", _ratio(dense, ours), f"{dense / parts.dense['whole']:.0%}"]
                 for name, ours, dense in (
-                    ("experts", parts.ours_experts, parts.dense_experts),
-                    ("whole model", parts.ours_whole, parts.dense_whole),
+                    ("MoE blocks", parts.ours["blocks"], parts.dense["blocks"]),
+                    ("  experts in them", parts.ours["experts"], parts.dense["experts"]),
+                    ("attention", parts.ours["attention"], parts.dense["attention"]),
+                    ("output head", parts.ours["head"], parts.dense["head"]),
+                    ("whole model", parts.ours["whole"], parts.dense["whole"]),
                 )
             ),
             text=1,

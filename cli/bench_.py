@@ -126,11 +126,15 @@ def offload(
         typer.Option(help="Share of the experts' bytes; may be repeated. [default: 1, 0.5, 0.25, 0.1]"),
     ] = None,
     peers: Annotated[bool, typer.Option(help="Measure the dense model too.")] = True,
+    disk: Annotated[
+        bool, typer.Option(help="Measure experts from disk; else both models in memory, and write no dense one.")
+    ] = True,
     trace: Annotated[
         list[str] | None, typer.Option(help="File of qmoe generate --trace, to compare cache policies on.")
     ] = None,
     directory: Annotated[str | None, typer.Option(help="Where there is room for the models.")] = None,
     seed: Annotated[int, typer.Option(help="Decides weights, routing and prompt.", min=0)] = 0,
+    plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
     """Run a model that does not fit in memory, beside the dense one from disk and in memory.
@@ -138,19 +142,21 @@ def offload(
     Example: qmoe bench offload --layers 4 --budget 0.1
     """
     from qmoe_lite.bench.offload import BUDGETS, measure
-    from qmoe_lite.cli import _output, _tables
+    from qmoe_lite.cli import _output, _plot, _tables
 
+    _check(plot)
     _output.quiet_transformers()
     report = measure(
         layers,
         tokens,
         tuple(budget or BUDGETS),
         peers=peers,
+        disk=disk,
         traces=tuple(trace or ()),
         directory=directory,
         seed=seed,
     )
-    _show(report, json, _tables.print_offload, None, None)
+    _show(report, json, _tables.print_offload, plot, _plot.draw_offload)
 
 
 @app.command("kernels")
