@@ -2,7 +2,8 @@
 
 Row lengths and levels of a layer (a few percent of its bytes) are read when it first runs, and stay: a cached expert is
 then only codes that lie somewhere in one array, which the product's kernels take as they are, so it is never copied.
-An expert's bytes are compared with their checksum at each read, and its codes are walked once, before the first use.
+An expert is compared with its checksum when it is first read, its codes with those of that time at each later read,
+and they are walked once, before the first use.
 
 Slots are given away while nobody holds them: a read that is under way, a layer that is about to multiply, and a guess
 for the next layer each pin theirs.
@@ -11,6 +12,7 @@ for the next layer each pin theirs.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +62,7 @@ class Layer:
         self._used: dict[str, NDArray[np.int64]] = {}  # bytes of each expert's stream
         self._stacks: dict[str, MatrixStack] = {}
         self._valid: dict[str, NDArray[np.bool_]] = {}
+        self._sums: dict[str, NDArray[np.int64]] = {}  # CRC-32 of the codes alone; -1 before they were first read
 
     @property
     def codes_bytes(self) -> int:
@@ -93,6 +96,7 @@ class Layer:
             codewords = row_codewords.sum(1, dtype=np.int64) + fewest.astype(np.int64) * rows
             self._used[projection] = np.array([stream_bytes(int(n), book.bits) for n in codewords])
             self._valid[projection] = np.zeros(self.experts.num_experts, dtype=bool)
+            self._sums[projection] = np.full(self.experts.num_experts, -1)
             self._held[projection] = held
             offsets = np.full(self.experts.num_experts, -1, dtype=np.int64)
             self._stacks[projection] = MatrixStack(
@@ -119,8 +123,12 @@ class Layer:
         target = memory[start : start + room(used)]
         offset = start + self._files[place.path].read_into(target, place.offset + first, used)
         self._stacks[projection].offsets[expert] = offset
-        packed = self.packed(expert, projection)
-        check_sum(packed, int(self._held[projection]["checksums"][expert]), self.experts.name_of(expert, projection))
+        crc, known = zlib.crc32(memory[offset : offset + used].data), self._sums[projection]
+        if crc != known[expert]:  # the whole matrix is what the file has a checksum of: slower, so only once
+            packed = self.packed(expert, projection)
+            name = self.experts.name_of(expert, projection)
+            check_sum(packed, int(self._held[projection]["checksums"][expert]), name)
+            known[expert] = crc
         return used
 
     def packed(self, expert: int, projection: str) -> PackedMatrix:

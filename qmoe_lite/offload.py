@@ -41,6 +41,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _LEAST_TRUST = 0.5  # a wrong guess delays as many bytes as a right one brings early
 _TRUST_GUESSES = 16.0  # layers over which that share is taken
+_DOUBTED = 8  # passes, one of which is guessed for while guesses are wrong: to see whether they get better
 _MOST_GUESSED_FROM = 64  # tokens; a longer prompt asks for nearly all experts of a layer anyway
 
 
@@ -330,6 +331,8 @@ class Runner:
         """Ask the next layer's router about this layer's input, and begin to read what it names."""
         # an encoder's last layer says nothing of the decoder's first
         if number >= len(self._layers) or number in self._openings or self._routers[number] is None:
+            return
+        if self._trust < _LEAST_TRUST and self.statistics.passes % _DOUBTED:
             return
         layer = self._layers[number].experts.layer
         weight = self._routers[number].detach()  # type: ignore[union-attr]
