@@ -291,7 +291,7 @@ def _over_budget(axes: Axes, report: OffloadReport) -> None:
         axes.plot(*zip(*sorted(points), strict=True), style, markersize=4, linewidth=1, label=f"{name}, {routing}")
     ticks = sorted({place for points in curves.values() for place, _ in points})
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks], minor=False)
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
