@@ -26,13 +26,21 @@ from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, Outpu
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
 _DTYPES = {  # what safetensors calls them
+    "BOOL": torch.bool,
     "U8": torch.uint8,
     "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
+    "F64": torch.float64,
 }
 _COPIED = re.compile(r".*(token|vocab|merges|spiece|special|generation_config|chat_template|\.model$|\.jinja$).*")
 
@@ -115,6 +123,8 @@ class Checkpoint:
                     self._checksums = content.get("metadata", {}).get("crc32", {})
                     if any("/" in name or not name for name in self._file_of.values()):
                         raise ValueError
+                    if not isinstance(self._checksums, dict):
+                        raise TypeError
                 except (ValueError, KeyError, AttributeError, TypeError) as error:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
@@ -159,6 +169,10 @@ class Checkpoint:
     def stored_name(self, name: str) -> str:
         """Name of a tensor in the files."""
         return self._stored[name]
+
+    def file_of(self, name: str) -> Path:
+        """Tell which file holds a tensor."""
+        return self.directory / self._file_of[self._stored[name]]
 
     @property
     def files(self) -> list[str]:
@@ -221,8 +235,7 @@ class Checkpoint:
             The tensor is missing, or the file is no safetensors file.
         """
         shape = self.shape(name)
-        stored = self._stored[name]
-        path = self.directory / self._file_of[stored]
+        stored, path = self._stored[name], self.file_of(name)
         if self._kind != "safetensors":
             raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
         if path not in self._headers:
@@ -233,24 +246,25 @@ class Checkpoint:
         first, end = header[stored]["data_offsets"]
         return Place(path, start + first, end - first, _DTYPES[header[stored]["dtype"]], shape)
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether `compress` put CRC-32 sums into the index. A model that transformers saved again has none."""
+        return bool(self._checksums)
+
+    def checksum(self, name: str) -> int | None:
+        """CRC-32 of a tensor's bytes by the index; None where it has none."""
+        return self._checksums.get(self._stored[name])
+
     def check(self, name: str) -> None:
-        """Compare a tensor with the CRC-32 that `compress` put into the index.
+        """Compare a tensor with the CRC-32 that `compress` put into the index, if it put any there.
 
         Raises
         ------
         FormatError
             They differ, or other tensors have one and this has none.
-
-        Notes
-        -----
-        A model that transformers saved again has no such sums, and nothing is compared.
         """
-        if not self._checksums:
-            return
-        stored = self._stored[name]
-        if self._checksums.get(stored) != crc32(self.tensor(name)):
-            path = self.directory / self._file_of[stored]
-            raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
+        if self.has_checksums:
+            compare_checksums(name, self.file_of(name), self.checksum(name), crc32(self.tensor(name)))
 
     def fingerprint(self) -> str:
         """Hash the configuration and the names, sizes and times of the weight files."""
@@ -302,6 +316,12 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
         filled[name] = value.to(dtype) if value.is_floating_point() else value
     module.load_state_dict(filled, assign=True, strict=False)
     module.requires_grad_(False)
+
+
+def compare_checksums(name: str, path: Path, expected: int | None, found: int) -> None:
+    """Raise FormatError where a tensor's CRC-32 is not the one in the index."""
+    if found != expected:
+        raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
 
 
 def crc32(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ ORDER = (
     ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
     ("devices", "validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
-    ("_ram_tier",),
+    ("_ram_tier", "_dense_checks"),
     ("_gpu_tier",),
     ("offload",),
     ("hf",),
