@@ -96,7 +96,7 @@ class Placeholder(nn.Module):
         super().__init__()
 
 
-_replacing = threading.RLock()
+_building = threading.RLock()
 
 
 @contextmanager
@@ -104,12 +104,15 @@ def experts_replaced(family: Family) -> Iterator[None]:
     """Let transformers build placeholders, in this thread, where experts modules would be slow to build.
 
     Not by transformers' register_patch_mapping, which stays in force when an exception passes through from_pretrained.
+    One thread at a time is let in: while it builds a model, transformers replaces functions of torch and methods of its
+    own for the whole process (tie_weights, torch.linspace, ..), and two threads that do so at once put back each
+    other's replacements.
     """
-    if family.experts_class is None:
-        yield
-        return
-    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-    with _replacing:
+    with _building:
+        if family.experts_class is None:
+            yield
+            return
+        module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
         original, owner = getattr(module, family.experts_class), threading.get_ident()
 
         def build(config: Any) -> nn.Module:
