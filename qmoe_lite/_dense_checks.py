@@ -107,7 +107,7 @@ class _FirstUse:
         """Be called before any of these modules runs for the first time."""
         for module in modules:
             self._handles.append(module.register_forward_pre_hook(self))
-            module.register_state_dict_pre_hook(self._compare)
+            module.register_state_dict_pre_hook(self._compare)  # type: ignore[no-untyped-call]
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, arguments: Any) -> None:
