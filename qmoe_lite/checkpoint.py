@@ -91,6 +91,8 @@ class Checkpoint:
     ----------
     directory : path
         Holds config.json and model.safetensors or pytorch_model.bin, whole or in shards with an index.
+    faults : list, optional
+        Takes the error of a config.json that cannot be read, which is then empty. Shards may be missing too.
 
     Raises
     ------
@@ -98,19 +100,18 @@ class Checkpoint:
         No config.json or weights, a shard that the index names is missing, or a file that cannot be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, faults: list[CheckpointError] | None = None) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self.config: dict[str, Any] = {}
         try:
-            self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{directory} is no model: config.json cannot be read.") from error
-        except ValueError as error:
-            raise CheckpointError(f"{directory / 'config.json'} is no JSON ({error}). Fetch the file again.") from error
-        if not isinstance(self.config, dict):
-            raise CheckpointError(f"{directory / 'config.json'} is no JSON object. Fetch the file again.")
+            self.config = _read_config(directory)
+        except CheckpointError as error:
+            if faults is None:
+                raise
+            faults.append(error)
         for file_name, self._kind in _KINDS:
             if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
                 self._file_of: dict[str, str] = dict.fromkeys(self._open(file_name).keys(), file_name)
@@ -131,7 +132,7 @@ class Checkpoint:
         else:
             raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
         missing = [f for f in self.files if not (directory / f).is_file()]
-        if missing:
+        if missing and faults is None:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
         self._stored = {name: name for name in self._file_of}
@@ -149,12 +150,13 @@ class Checkpoint:
         CheckpointError
             Two tensors would have one name.
         """
-        self._stored = {}
+        known: dict[str, str] = {}
         for stored in self._file_of:
             name = canonical(stored)
-            if name in self._stored:
+            if name in known:
                 raise CheckpointError(f"{self.directory} holds {name} twice, also as {stored}. Fetch it again.")
-            self._stored[name] = stored
+            known[name] = stored
+        self._stored = known
 
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""
@@ -179,12 +181,24 @@ class Checkpoint:
         """Names of the weight files, sorted."""
         return sorted(set(self._file_of.values()))
 
+    def stored_in(self, file_name: str) -> set[str]:
+        """Tell the names of the tensors that a file holds, whatever the index says; names as they are in the file.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing or damaged.
+        """
+        return set(self._open(file_name).keys())
+
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:
             path = self.directory / file_name
+            if not path.is_file():
+                raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
             try:
                 if self._kind == "safetensors":
                     opened: Any = safe_open(path, framework="pt", device="cpu")
@@ -273,6 +287,19 @@ class Checkpoint:
             status = (self.directory / file_name).stat()
             digest.update(f"{file_name} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{directory} is no model: config.json cannot be read.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}). Fetch the file again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no JSON object. Fetch the file again.")
+    return config
 
 
 def names_in(file: Path) -> list[str]:

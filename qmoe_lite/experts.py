@@ -470,7 +470,7 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
         It is of a newer format.
     """
     directory, settings = checkpoint.directory, checkpoint.config.get("quantization_config") or {}
-    if settings.get("quant_method") != "qmoe":
+    if not isinstance(settings, dict) or settings.get("quant_method") != "qmoe":
         raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
     if (found := settings.get("format")) != FORMAT:
         remedy = "Upgrade qmoe-lite" if isinstance(found, int) and found > FORMAT else "Compress the model again"

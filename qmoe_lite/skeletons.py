@@ -81,12 +81,23 @@ def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
     CheckpointError
         A tensor is missing, or has another shape.
     """
+    for _, fault in dense_faults(family, model, checkpoint):
+        raise fault
+
+
+def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointError]]:
+    """Give name and error of each tensor outside the experts that is missing or has another shape."""
     tied = family.tied(model.config)
     for name, target in model.state_dict().items():
         if EXPERTS in name or (name in tied and name not in checkpoint):
             continue
-        if (found := checkpoint.shape(name)) != (expected := tuple(target.shape)):
-            raise CheckpointError(f"{name} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
+        try:
+            if (found := checkpoint.shape(name)) != (expected := tuple(target.shape)):
+                raise CheckpointError(
+                    f"{name} has shape {found} in {checkpoint.directory}; config.json says {expected}."
+                )
+        except CheckpointError as error:
+            yield name, error
 
 
 class Placeholder(nn.Module):

@@ -27,7 +27,7 @@ ORDER = (
     ("report",),
     ("layer_compression", "block_runner", "output"),
     ("compression", "evaluation", "inspection", "generation"),
-    ("conversation",),
+    ("conversation", "verification"),
     ("__init__", "__main__", "cli", "bench"),
 )
 # imports inside a function that point the other way: a method that only forwards
