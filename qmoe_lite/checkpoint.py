@@ -248,7 +248,7 @@ class Checkpoint:
         CheckpointError
             The tensor is missing, or the file is no safetensors file.
         """
-        shape = self.shape(name)
+        empty = self.meta(name)
         stored, path = self._stored[name], self.file_of(name)
         if self._kind != "safetensors":
             raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
@@ -258,7 +258,7 @@ class Checkpoint:
                 self._headers[path] = 8 + size, json.loads(file.read(size))
         start, header = self._headers[path]
         first, end = header[stored]["data_offsets"]
-        return Place(path, start + first, end - first, _DTYPES[header[stored]["dtype"]], shape)
+        return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
 
     @property
     def has_checksums(self) -> bool:

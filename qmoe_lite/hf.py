@@ -97,9 +97,10 @@ class QMoEQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         family.tie(model, checkpoint)
         guard = SizeGuard([checkpoint.directory / name for name in checkpoint.files])
-        model.register_forward_pre_hook(guard)
-        blocks = [block for stack in family.stacks(model.config) for block in stack.blocks]
-        check_before_use(model, checkpoint, blocks, guard)
+        stacks = family.stacks(model.config)
+        for module in (model, *(model.get_submodule(stack.name) for stack in stacks[:-1])):
+            module.register_forward_pre_hook(guard)  # generate runs an encoder by itself
+        check_before_use(model, checkpoint, [block for stack in stacks for block in stack.blocks], guard)
         return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:

@@ -208,20 +208,23 @@ def test_files_that_change_between_loading_and_the_first_use(directory, change):
     assert torch.equal(run(model), expected), "the map is of the file that was there"
 
 
-def test_a_file_cut_before_the_first_use_is_one_line(directory):
-    """In a process of its own: a map that is touched behind the file's end would end it."""
+@pytest.mark.parametrize("used", ["not yet", "before"])
+def test_a_file_cut_before_an_encoder_runs_is_one_line(directory, used):
+    """In a process of its own: a map that is touched behind the file's end would end it. generate begins with it."""
     code = """
 import os, sys, torch, qmoe_lite as qm
 from pathlib import Path
-model = qm.load(sys.argv[1])
+model, ids = qm.load(sys.argv[1]), torch.tensor([[4, 5, 6]])
+if sys.argv[2] == "before":
+    model.generate(ids, max_new_tokens=2)
 for file in Path(sys.argv[1]).glob("*.safetensors"):
     os.truncate(file, 4096)
 try:
-    model.encoder(torch.tensor([[4, 5, 6]]))
+    model.generate(ids, max_new_tokens=2)
 except qm.QMoEError as error:
     print(type(error).__name__, error)
 """
-    command = [sys.executable, "-c", code, directory("switch_transformers")]
+    command = [sys.executable, "-c", code, directory("switch_transformers"), used]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("CheckpointError")
