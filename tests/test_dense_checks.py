@@ -14,6 +14,7 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import qmoe_lite as qm
@@ -123,6 +124,21 @@ def test_a_tied_head_answers_for_the_embedding(tmp_path, tokenizer):
     for use in (lambda: model.lm_head(torch.ones(1, 24, dtype=model.dtype)), lambda: model.model(IDS)):
         with pytest.raises(FormatError, match=r"embed_tokens\.weight in .* is damaged"):
             use()
+
+
+@pytest.mark.parametrize("name", ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"])
+def test_each_copy_of_a_tied_tensor_is_compared(tmp_path, tokenizer, name):
+    """Some files hold a Switch's embedding under all its names."""
+    source = tiny.make_switch(tmp_path / "m", tokenizer)
+    tensors = load_file(source / "model.safetensors")
+    names = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    tensors |= {f"{each}.weight": tensors["shared.weight"].clone() for each in names}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    qm.compress(source, tmp_path / "out", recipe="nearest")
+    run(qm.load(tmp_path / "out"))
+    damage(tmp_path / "out", f"{name}.weight")
+    with pytest.raises(FormatError, match=rf"^{name}\.weight in .* is damaged"):
+        run(qm.load(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("change", ["cast", "cast while loading", "trained", "budget", "compiled"])
