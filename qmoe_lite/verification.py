@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from qmoe_lite.codebook import Codebook
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
 from qmoe_lite.experts import PARTS, PackedExperts, quantization_of
 from qmoe_lite.families import Family, MoELayer, family_of
-from qmoe_lite.inspection import inspect_model
+from qmoe_lite.inspection import inspect_model, short_name
 from qmoe_lite.report import FILE_NAME, read_report
 from qmoe_lite.settings import Progress
 from qmoe_lite.skeletons import dense_faults, read_config, skeleton
@@ -183,7 +183,7 @@ class _Search:
         here = [name for name in checkpoint.names if checkpoint.stored_name(name) not in self.lost]
         dense = [name for name in here if EXPERTS not in name]
         self.total = len(dense) + sum(layer.matrices for layer in layers)
-        self.tensors, self.bytes = len(here), sum(checkpoint.meta(name).nbytes for name in here)
+        self.tensors = len(here)
         pool = ThreadPoolExecutor(THREADS)  # zlib lets go of the interpreter's lock
         try:
             sums = {name: pool.submit(self.look_at_tensor, checkpoint, name) for name in here}
@@ -262,9 +262,11 @@ class _Search:
                 continue
             if name not in promised:
                 self.note(name, file, f"{name} in {file} is no part of the model: it is not loaded.")
-            elif promised[name].is_floating_point != (found := checkpoint.meta(name).dtype).is_floating_point:
-                text = f"{name} in {file} is {found}; the model has {promised[name]}. Fetch the file again."
-                self.error(name, file, FormatError(text))
+                continue
+            with self.found(name, file):
+                expected, found = promised[name], checkpoint.meta(name).dtype
+                if expected.is_floating_point != found.is_floating_point:
+                    raise FormatError(f"{name} in {file} is {found}; the model has {expected}. Fetch the file again.")
 
     def look_at_tensor(self, checkpoint: Checkpoint, name: str) -> None:
         """Raise FormatError for another checksum, NotFiniteError for NaN or infinity in a dense tensor."""
@@ -332,16 +334,18 @@ class _Search:
                     self.spoilt.add(name)
                     self.error(experts.name_of(expert, projection), file, error)
                 self.experts += 1
-                self.step(name)
+                self.step(short_name(experts.layer.block))
 
     def collect(self, sums: dict[str, Future[None]], checkpoint: Checkpoint) -> None:
         """Take note of what the threads ran into; not of a tensor whose damaged experts are named already."""
         for name, work in sums.items():
             error = work.exception()
+            with suppress(Exception):  # the thread has met it too
+                self.bytes += checkpoint.meta(name).nbytes
             if isinstance(error, Exception) and not name.startswith(tuple(f"{each}_" for each in self.spoilt)):
                 self.error(name, checkpoint.file_of(name).name, error)
             if EXPERTS not in name:
-                self.step(name)
+                self.step("dense tensors")
 
     def look_at_the_rest(self, checkpoint: Checkpoint) -> None:
         """Compare the report with the directory, if that is sound so far."""

@@ -290,6 +290,24 @@ def test_reports_that_are_damaged_or_contradict_the_files(directory):
     assert [finding.file for finding in errors(path)] == [report.name]
 
 
+def test_a_dtype_that_nobody_knows(directory):
+    """F4, of half a byte each: safetensors reads it, torch does next to nothing with it. It hides no other fault."""
+    path = directory()
+    name = "model.norm.weight"
+    file = path / index_of(path)["weight_map"][name]
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    count = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
+    header[name] |= {"dtype": "F4", "shape": [2 * count]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    replace(path, "model.layers.0.input_layernorm.weight", lambda tensor: tensor * float("nan"))
+    found = {finding.name for finding in errors(path)}
+    assert found == {name, "model.layers.0.input_layernorm.weight"}
+
+
 def test_an_error_that_nobody_foresaw_is_one_finding(directory, monkeypatch):
     path = directory()
     original = qm.PackedExperts.packed
