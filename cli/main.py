@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve
+from qmoe_lite.cli import bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
 from qmoe_lite.errors import QMoEError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
+app.command("verify")(verify.verify)
 app.add_typer(bench_.app, name="bench")
 
 

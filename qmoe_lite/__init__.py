@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qmoe_lite.packed import PackedMatrix as PackedMatrix
     from qmoe_lite.report import Report as Report
     from qmoe_lite.solver import gptq as gptq
+    from qmoe_lite.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "gptq": "solver",
     "load": "hf",
+    "verify": "verification",
 }
 
 __all__ = [  # sorted; a test compares it with _HOMES
@@ -62,6 +64,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "evaluate",
     "gptq",
     "load",
+    "verify",
 ]
 
 # a source checkout keeps cuda/, cli/ and bench/ beside this folder; an installed package holds them

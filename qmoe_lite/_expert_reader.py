@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qmoe_lite.errors import CheckpointError, QMoEError
 
 PAGE = 4096  # bytes; what O_DIRECT wants places, lengths and addresses to be multiples of
 THREADS = 4
+_PIECE = 1 << 20  # bytes of a checksum at a time; they stay in a core's cache
 
 
 def room(length: int) -> int:
@@ -100,7 +103,26 @@ class WeightFile:
         self._read_cached(memory[skip : skip + length].data, offset)
         return skip
 
+    def crc32(self, offset: int, length: int) -> int:
+        """CRC-32 of some bytes. They stay in the page cache: whoever asks is about to use a map of them.
+
+        Raises
+        ------
+        CheckpointError
+            The file has become shorter, or cannot be read.
+        """
+        crc, piece, end = 0, memoryview(bytearray(min(length, _PIECE))), offset + length
+        for start in range(offset, end, _PIECE):
+            part = piece[: end - start]
+            self._fill(part, start)
+            crc = zlib.crc32(part, crc)
+        return crc
+
     def _read_cached(self, view: memoryview, offset: int) -> None:
+        self._fill(view, offset)
+        os.posix_fadvise(self._file, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
         done = 0
         try:
             while done < len(view):
@@ -108,7 +130,6 @@ class WeightFile:
                 if step == 0:
                     raise self._shrunk(os.fstat(self._file).st_size)
                 done += step
-            os.posix_fadvise(self._file, offset, len(view), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}. Check the disk.") from error
 
@@ -126,13 +147,18 @@ class SizeGuard:
     """A forward pre-hook: raises CheckpointError where a file whose maps the model uses has become shorter.
 
     Touching such a map would end the process. A copy of the model has tensors of its own, and nothing to guard.
+
+    Attributes
+    ----------
+    files : dict, path to WeightFile
     """
 
     def __init__(self, paths: list[Path]) -> None:
-        self._files = [WeightFile(path) for path in paths]
+        self.files = {path: WeightFile(path) for path in paths}
 
+    @torch.compiler.disable
     def __call__(self, module: Any, arguments: Any) -> None:
-        for file in self._files:
+        for file in self.files.values():
             file.check_size()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,10 +167,14 @@ class SizeGuard:
 
 @dataclass(eq=False)
 class Read:
-    """One expert's codes on their way into a slot: `work` gives their bytes; `error` is set if they did not arrive."""
+    """One expert's codes on their way into a slot.
+
+    `work` gives their bytes; `error` is set if they did not arrive. `early`: it began before the expert was wanted.
+    """
 
     work: Callable[[], int]
     urgent: bool
+    early: bool = False
     nbytes: int = 0
     started: bool = False
     done: bool = False

@@ -88,6 +88,7 @@ class Layer:
         """Read row lengths and levels, unless that is done; codes will lie in `memory`."""
         if self._stacks:
             return
+        stacks = {}
         for projection in self.projections:
             held = {part: self._read(self._places[projection][part]) for part in _KEPT}
             row_codewords, fewest = held["row_codewords"].numpy(), held["fewest_codewords"].numpy()
@@ -99,9 +100,8 @@ class Layer:
             self._sums[projection] = np.full(self.experts.num_experts, -1)
             self._held[projection] = held
             offsets = np.full(self.experts.num_experts, -1, dtype=np.int64)
-            self._stacks[projection] = MatrixStack(
-                memory, offsets, row_codewords, fewest, held["levels"], book, columns
-            )
+            stacks[projection] = MatrixStack(memory, offsets, row_codewords, fewest, held["levels"], book, columns)
+        self._stacks = stacks  # last, so that a read that fails is not half a layer
 
     def stack(self, projection: str) -> MatrixStack:
         """The projection's matrices; only those of experts in memory have an offset that means anything."""
@@ -210,15 +210,16 @@ class RamTier:
         Raises
         ------
         QMoEError
-            A read that had begun before has failed, or the readers are closed.
+            A read of an expert that was wanted before has failed, or the readers are closed.
         """
         self._check_open()
         self.collect()
         for number in numbers:
             if self.cache.slot(number) >= 0:
-                self._pin(number)
                 if (read := self._under_way.get(number)) is not None:
+                    read.early |= number not in self._wanted
                     self.readers.hurry(read)
+                self._pin(number)
         for number in numbers:
             if self.cache.slot(number) < 0:
                 if not self._begin(number, urgent=True):
@@ -319,13 +320,17 @@ class RamTier:
         return True
 
     def collect(self) -> None:
-        """Take note of the reads that are done; raise what a wanted one ran into."""
+        """Take note of the reads that are done; raise what a wanted one ran into.
+
+        Not if it began before it was wanted, in a call that has failed or as a guess: it is then read anew, as the file
+        may be whole again.
+        """
         failed: QMoEError | None = None
         for number, read in list(self._under_way.items()):
             if not read.done:
                 continue
             if read.error is not None:
-                failed = read.error if number in self._wanted else failed
+                failed = read.error if number in self._wanted and not read.early else failed
                 self._forget(number)
             else:
                 self.reads += 1

@@ -26,13 +26,21 @@ from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, Outpu
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
 _DTYPES = {  # what safetensors calls them
+    "BOOL": torch.bool,
     "U8": torch.uint8,
     "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
+    "F64": torch.float64,
 }
 _COPIED = re.compile(r".*(token|vocab|merges|spiece|special|generation_config|chat_template|\.model$|\.jinja$).*")
 
@@ -83,6 +91,8 @@ class Checkpoint:
     ----------
     directory : path
         Holds config.json and model.safetensors or pytorch_model.bin, whole or in shards with an index.
+    faults : list, optional
+        Takes the error of a config.json that cannot be read, which is then empty. Shards may be missing too.
 
     Raises
     ------
@@ -90,19 +100,18 @@ class Checkpoint:
         No config.json or weights, a shard that the index names is missing, or a file that cannot be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, faults: list[CheckpointError] | None = None) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self.config: dict[str, Any] = {}
         try:
-            self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{directory} is no model: config.json cannot be read.") from error
-        except ValueError as error:
-            raise CheckpointError(f"{directory / 'config.json'} is no JSON ({error}). Fetch the file again.") from error
-        if not isinstance(self.config, dict):
-            raise CheckpointError(f"{directory / 'config.json'} is no JSON object. Fetch the file again.")
+            self.config = _read_config(directory)
+        except CheckpointError as error:
+            if faults is None:
+                raise
+            faults.append(error)
         for file_name, self._kind in _KINDS:
             if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
                 self._file_of: dict[str, str] = dict.fromkeys(self._open(file_name).keys(), file_name)
@@ -115,13 +124,15 @@ class Checkpoint:
                     self._checksums = content.get("metadata", {}).get("crc32", {})
                     if any("/" in name or not name for name in self._file_of.values()):
                         raise ValueError
+                    if not isinstance(self._checksums, dict):
+                        raise TypeError
                 except (ValueError, KeyError, AttributeError, TypeError) as error:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
         else:
             raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
         missing = [f for f in self.files if not (directory / f).is_file()]
-        if missing:
+        if missing and faults is None:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
         self._stored = {name: name for name in self._file_of}
@@ -139,12 +150,13 @@ class Checkpoint:
         CheckpointError
             Two tensors would have one name.
         """
-        self._stored = {}
+        known: dict[str, str] = {}
         for stored in self._file_of:
             name = canonical(stored)
-            if name in self._stored:
+            if name in known:
                 raise CheckpointError(f"{self.directory} holds {name} twice, also as {stored}. Fetch it again.")
-            self._stored[name] = stored
+            known[name] = stored
+        self._stored = known
 
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""
@@ -160,10 +172,24 @@ class Checkpoint:
         """Name of a tensor in the files."""
         return self._stored[name]
 
+    def file_of(self, name: str) -> Path:
+        """Tell which file holds a tensor."""
+        return self.directory / self._file_of[self._stored[name]]
+
     @property
     def files(self) -> list[str]:
         """Names of the weight files, sorted."""
         return sorted(set(self._file_of.values()))
+
+    def stored_in(self, file_name: str) -> set[str]:
+        """Tell the names of the tensors that a file holds, whatever the index says; names as they are in the file.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing or damaged.
+        """
+        return set(self._open(file_name).keys())
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
@@ -171,6 +197,8 @@ class Checkpoint:
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:
             path = self.directory / file_name
+            if not path.is_file():
+                raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
             try:
                 if self._kind == "safetensors":
                     opened: Any = safe_open(path, framework="pt", device="cpu")
@@ -220,9 +248,8 @@ class Checkpoint:
         CheckpointError
             The tensor is missing, or the file is no safetensors file.
         """
-        shape = self.shape(name)
-        stored = self._stored[name]
-        path = self.directory / self._file_of[stored]
+        empty = self.meta(name)
+        stored, path = self._stored[name], self.file_of(name)
         if self._kind != "safetensors":
             raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
         if path not in self._headers:
@@ -231,26 +258,27 @@ class Checkpoint:
                 self._headers[path] = 8 + size, json.loads(file.read(size))
         start, header = self._headers[path]
         first, end = header[stored]["data_offsets"]
-        return Place(path, start + first, end - first, _DTYPES[header[stored]["dtype"]], shape)
+        return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether `compress` put CRC-32 sums into the index. A model that transformers saved again has none."""
+        return bool(self._checksums)
+
+    def checksum(self, name: str) -> int | None:
+        """CRC-32 of a tensor's bytes by the index; None where it has none."""
+        return self._checksums.get(self._stored[name])
 
     def check(self, name: str) -> None:
-        """Compare a tensor with the CRC-32 that `compress` put into the index.
+        """Compare a tensor with the CRC-32 that `compress` put into the index, if it put any there.
 
         Raises
         ------
         FormatError
             They differ, or other tensors have one and this has none.
-
-        Notes
-        -----
-        A model that transformers saved again has no such sums, and nothing is compared.
         """
-        if not self._checksums:
-            return
-        stored = self._stored[name]
-        if self._checksums.get(stored) != crc32(self.tensor(name)):
-            path = self.directory / self._file_of[stored]
-            raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
+        if self.has_checksums:
+            compare_checksums(name, self.file_of(name), self.checksum(name), crc32(self.tensor(name)))
 
     def fingerprint(self) -> str:
         """Hash the configuration and the names, sizes and times of the weight files."""
@@ -259,6 +287,19 @@ class Checkpoint:
             status = (self.directory / file_name).stat()
             digest.update(f"{file_name} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{directory} is no model: config.json cannot be read.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}). Fetch the file again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no JSON object. Fetch the file again.")
+    return config
 
 
 def names_in(file: Path) -> list[str]:
@@ -302,6 +343,12 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
         filled[name] = value.to(dtype) if value.is_floating_point() else value
     module.load_state_dict(filled, assign=True, strict=False)
     module.requires_grad_(False)
+
+
+def compare_checksums(name: str, path: Path, expected: int | None, found: int) -> None:
+    """Raise FormatError where a tensor's CRC-32 is not the one in the index."""
+    if found != expected:
+        raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
 
 
 def crc32(tensor: Tensor) -> int:

@@ -282,6 +282,7 @@ class PackedExperts(nn.Module):
         outputs = [_product(self.packed(expert, name), hidden_states) for name in first]
         return _product(self.packed(expert, last), inner(self.activation, outputs))
 
+    @torch.compiler.disable  # torch.compile goes around it: Numba's kernels are not for it to trace
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """Send each token through its experts.
 
@@ -308,7 +309,7 @@ class PackedExperts(nn.Module):
             return self._forward_on_gpu(hidden_states, index, weights).to(hidden_states.dtype)
         assigned = Assignment.group(index, weights, self.layer.count)
         bounds = assigned.bounds[: self.layer.count + 1]  # a number beyond the last expert means none, as -1 does
-        out = torch.zeros(hidden_states.shape, device=hidden_states.device)
+        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         for start in range(bounds[0], bounds[-1], STRETCH):
             stop = min(start + STRETCH, bounds[-1])
             clipped = [min(max(bound, start), stop) - start for bound in bounds]
@@ -330,7 +331,7 @@ class PackedExperts(nn.Module):
         assigned = Assignment.group(index, weights, self.layer.count)
         sizes = [after - before for before, after in pairwise(assigned.bounds)][: self.layer.count]
         alone = [expert for expert, size in enumerate(sizes) if size]
-        out = torch.zeros(hidden_states.shape, device=hidden_states.device)
+        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         many = [expert for expert in alone if sizes[expert] > twin.GATHERED_TOKENS]
         if not learns and len(many) < len(alone):  # few tokens are no reason to decode an expert
             rest = torch.where(torch.isin(index, torch.tensor(many, device=index.device, dtype=index.dtype)), -1, index)
@@ -469,7 +470,7 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
         It is of a newer format.
     """
     directory, settings = checkpoint.directory, checkpoint.config.get("quantization_config") or {}
-    if settings.get("quant_method") != "qmoe":
+    if not isinstance(settings, dict) or settings.get("quant_method") != "qmoe":
         raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
     if (found := settings.get("format")) != FORMAT:
         remedy = "Upgrade qmoe-lite" if isinstance(found, int) and found > FORMAT else "Compress the model again"

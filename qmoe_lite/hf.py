@@ -3,7 +3,7 @@
 transformers builds the model on the meta device and asks the quantizer to change it before weights are loaded: each
 experts module is replaced by a `PackedExperts` with empty buffers, and from_pretrained fills them with maps of the
 files. transformers fills what a checkpoint lacks with random numbers and only warns, so names and shapes are compared
-first.
+first; checksums when a tensor is first used (see `_dense_checks`).
 
 Imported by transformers' own import (see `_hook`), so numba and the kernels wait until a compressed model is loaded.
 """
@@ -59,7 +59,6 @@ class QMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from qmoe_lite.checkpoint import EXPERTS
         from qmoe_lite.experts import empty_experts
         from qmoe_lite.skeletons import auto_class, check_dense, open_checkpoint
 
@@ -79,13 +78,10 @@ class QMoEQuantizer(HfQuantizer):
             setattr(owner, child, experts)
             owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
         check_dense(family, model, checkpoint)
-        dense = frozenset(name for name in checkpoint.names if EXPERTS not in name)
-        for name in dense:
-            checkpoint.check(name)
-        self._held = dense
-        self._weight_files = [checkpoint.directory / name for name in checkpoint.files]
+        self._checkpoint = checkpoint
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from qmoe_lite._dense_checks import check_before_use
         from qmoe_lite._expert_reader import SizeGuard
         from qmoe_lite.experts import PackedExperts
         from qmoe_lite.families import family_of
@@ -96,8 +92,15 @@ class QMoEQuantizer(HfQuantizer):
                     # from_pretrained leaves a buffer that it could not fill uninitialised, and says nothing
                     if not getattr(buffer, "_is_hf_initialized", False):
                         raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
-        family_of(model.config.model_type).tie(model, self._held)
-        model.register_forward_pre_hook(SizeGuard(self._weight_files))
+        checkpoint = self._checkpoint
+        del self._checkpoint  # the model keeps the quantizer, and a copy of it cannot have open files
+        family = family_of(model.config.model_type)
+        family.tie(model, checkpoint)
+        guard = SizeGuard([checkpoint.directory / name for name in checkpoint.files])
+        stacks = family.stacks(model.config)
+        for module in (model, *(model.get_submodule(stack.name) for stack in stacks[:-1])):
+            module.register_forward_pre_hook(guard)  # generate runs an encoder by itself
+        check_before_use(model, checkpoint, [block for stack in stacks for block in stack.blocks], guard)
         return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:
@@ -157,6 +160,17 @@ def load(
         A GPU that cannot be used, or has too little memory.
     SettingError
         As `offload.attach`.
+
+    Notes
+    -----
+    No weights are read but those that `dtype` or `device` changes. Each dense tensor, and each expert, is compared with
+    its checksum before it is first used: the model's first pass, saving it, or copying it raises FormatError where a
+    file is damaged. What is done with a parameter without calling a module of the model goes unnoticed;
+    `qmoe_lite.verify` compares everything.
+
+    Several threads may load at once; their models are built one after another. transformers' from_pretrained is not
+    made for threads: while it builds a model, it replaces functions of torch and of its own, and torch's default dtype,
+    for the whole process. So no thread should call it, or run a model of another dtype, while another thread loads.
     """
     from qmoe_lite.checkpoint import find_model
     from qmoe_lite.devices import find_device, moved

@@ -439,13 +439,10 @@ class Runner:
         Raises
         ------
         OutputError
-            The file cannot be written.
+            The file cannot be written, and an earlier trace goes on; or the end of that one cannot, and the new one is
+            recorded.
         """
         layers = [layer.experts.layer for layer in self._layers]
-        try:
-            file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise _unwritable(path, error, "Name another file.") from error
         head = {
             "model_type": self._layers[0].experts.family.model_type,
             "layers": [layer.experts for layer in layers],
@@ -453,17 +450,14 @@ class Runner:
             "top_k": layers[0].top_k,
         }
         with self._lock:
+            if self._trace is not None:
+                with suppress(OSError):  # said when it is closed
+                    self._trace.flush()  # it may be the same file, and what it holds back would be put into the new one
+            file = _opened(path, json.dumps(head) + "\n")
             try:
                 self._end_trace()
-                file.write(json.dumps(head) + "\n")
-                file.flush()
-            except OSError as error:
-                _abandon(file)
-                raise _unwritable(path, error, "Name another file.") from error
-            except BaseException:
-                _abandon(file)
-                raise
-            self._trace = file
+            finally:
+                self._trace = file
 
     def _write_trace(self, trace: TextIO, number: int, index: Tensor) -> None:
         line = {"pass": self.statistics.passes, "layer": number, "experts": index.tolist()}
@@ -514,6 +508,20 @@ class Runner:
 
 def _unwritable(path: Any, error: OSError, remedy: str) -> OutputError:
     return OutputError(f"{path} cannot be written: {error.strerror}. {remedy}")
+
+
+def _opened(path: str | Path, head: str) -> TextIO:
+    """Open a file and write its first line; nothing is left open where that fails."""
+    file = None
+    try:
+        file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        file.write(head)
+        file.flush()
+    except OSError as error:
+        if file is not None:
+            _abandon(file)
+        raise _unwritable(path, error, "Name another file.") from error
+    return file
 
 
 def _abandon(file: TextIO) -> None:

@@ -81,12 +81,23 @@ def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
     CheckpointError
         A tensor is missing, or has another shape.
     """
+    for _, fault in dense_faults(family, model, checkpoint):
+        raise fault
+
+
+def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointError]]:
+    """Give name and error of each tensor outside the experts that is missing or has another shape."""
     tied = family.tied(model.config)
     for name, target in model.state_dict().items():
         if EXPERTS in name or (name in tied and name not in checkpoint):
             continue
-        if (found := checkpoint.shape(name)) != (expected := tuple(target.shape)):
-            raise CheckpointError(f"{name} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
+        try:
+            if (found := checkpoint.shape(name)) != (expected := tuple(target.shape)):
+                raise CheckpointError(
+                    f"{name} has shape {found} in {checkpoint.directory}; config.json says {expected}."
+                )
+        except CheckpointError as error:
+            yield name, error
 
 
 class Placeholder(nn.Module):
@@ -96,7 +107,7 @@ class Placeholder(nn.Module):
         super().__init__()
 
 
-_replacing = threading.RLock()
+_building = threading.RLock()
 
 
 @contextmanager
@@ -104,12 +115,15 @@ def experts_replaced(family: Family) -> Iterator[None]:
     """Let transformers build placeholders, in this thread, where experts modules would be slow to build.
 
     Not by transformers' register_patch_mapping, which stays in force when an exception passes through from_pretrained.
+    One thread at a time is let in: while it builds a model, transformers replaces functions of torch and methods of its
+    own for the whole process (tie_weights, torch.linspace, ..), and two threads that do so at once put back each
+    other's replacements.
     """
-    if family.experts_class is None:
-        yield
-        return
-    module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-    with _replacing:
+    with _building:
+        if family.experts_class is None:
+            yield
+            return
+        module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
         original, owner = getattr(module, family.experts_class), threading.get_ident()
 
         def build(config: Any) -> nn.Module:

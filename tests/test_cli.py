@@ -124,7 +124,9 @@ def test_an_interrupted_run_says_that_it_can_go_on(run, tmp_path, switch, monkey
     assert "the same command goes on" in noted
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["compress"], ["eval"], ["generate"], ["inspect"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["compress"], ["eval"], ["generate"], ["inspect"], ["verify"], ["doctor"]]
+)
 def test_every_command_has_help_and_an_example(run, command):
     code, printed, _ = run(*command, "--help")
     assert code == 0

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import tiny
@@ -22,13 +23,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    PreTrainedModel,
     SwitchTransformersEncoderModel,
 )
 
 import qmoe_lite as qm
 from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, SettingError
 from qmoe_lite.experts import PARTS
+from qmoe_lite.families import family_of
 from qmoe_lite.hf import QMoEConfig
+from qmoe_lite.skeletons import Placeholder, experts_replaced, read_config
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
 
@@ -146,18 +150,6 @@ def test_a_missing_dense_tensor_raises(pair, tmp_path, model_type):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     for load in (qm.load, auto.from_pretrained):
         with pytest.raises(CheckpointError, match=f"lacks the tensor {name}"):
-            load(path)
-
-
-def test_a_damaged_dense_tensor_raises(compressed, tmp_path):
-    path = tmp_path / "damaged"
-    shutil.copytree(compressed[0], path)
-    file = path / "model-00003-of-00003.safetensors"
-    tensors = load_file(file)
-    tensors["shared.weight"][4, 5] += 1
-    save_file(tensors, file, {"format": "pt"})
-    for load in (qm.load, AutoModelForSeq2SeqLM.from_pretrained):
-        with pytest.raises(FormatError, match=r"shared.weight in .* is damaged"):
             load(path)
 
 
@@ -346,28 +338,60 @@ def test_classes_without_the_models_own_head_are_refused(compressed, compressed_
             auto.from_pretrained(path)
 
 
-def test_models_load_in_several_threads_at_once(compressed, switch):
-    """A class of transformers is replaced while Switch is built: for the building thread, and until it is done."""
-    dense, failed = [], []
+def test_models_load_in_several_threads_one_after_another(compressed, compressed_causal, switch, monkeypatch):
+    """While it builds a model transformers replaces functions of torch and its own: for all threads."""
+    before = PreTrainedModel.tie_weights, torch.linspace, torch.get_default_dtype()
+    active, seen, failed, start = [], [], [], threading.Barrier(4)
 
-    def repeat(load, keep):
+    def watched(load):
+        def call(*arguments, **options):
+            active.append(load)
+            seen.append(len(active))
+            time.sleep(0.02)
+            try:
+                return load(*arguments, **options)
+            finally:
+                active.pop()
+
+        return call
+
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        monkeypatch.setattr(auto, "from_pretrained", watched(auto.from_pretrained))
+
+    def repeat(path):
+        start.wait()
         try:
-            for _ in range(4):
-                keep.append(load())
+            for _ in range(3):
+                qm.load(path)
         except Exception as error:
             failed.append(error)
 
-    works = [(lambda: qm.load(compressed[0]), [])] * 2
-    works.append((lambda: AutoModelForSeq2SeqLM.from_pretrained(switch), dense))
-    threads = [threading.Thread(target=repeat, args=work) for work in works]
+    paths = [compressed[0], compressed_causal("mixtral")] * 2
+    threads = [threading.Thread(target=repeat, args=(path,)) for path in paths]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failed
-    dense.append(AutoModelForSeq2SeqLM.from_pretrained(switch))
-    for model in dense:
-        assert hasattr(model.encoder.block[1].layer[1].mlp.experts["expert_0"], "wi")
+    assert seen == [1] * 12
+    assert before == (PreTrainedModel.tie_weights, torch.linspace, torch.get_default_dtype())
+    monkeypatch.undo()
+    dense = AutoModelForSeq2SeqLM.from_pretrained(switch)
+    assert dense.encoder.embed_tokens.weight is dense.shared.weight
+
+
+def test_only_the_thread_that_loads_gets_placeholders(switch):
+    """A class of transformers is replaced while Switch is built; another thread may build a dense one meanwhile."""
+    from transformers.models.switch_transformers import modeling_switch_transformers as modeling
+
+    config, built = read_config(str(switch)), []
+    with experts_replaced(family_of("switch_transformers")):
+        other = threading.Thread(target=lambda: built.append(modeling.SwitchTransformersExperts(config)))
+        other.start()
+        other.join()
+        built.append(modeling.SwitchTransformersExperts(config))
+    assert hasattr(built[0]["expert_0"], "wi")
+    assert isinstance(built[1], Placeholder)
 
 
 def test_other_codes_are_checked_anew(compressed, tmp_path):

@@ -19,7 +19,7 @@ ORDER = (
     ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
     ("devices", "validation", "codec", "solver", "matmul"),
     ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
-    ("_ram_tier",),
+    ("_ram_tier", "_dense_checks"),
     ("_gpu_tier",),
     ("offload",),
     ("hf",),
@@ -27,7 +27,7 @@ ORDER = (
     ("report",),
     ("layer_compression", "block_runner", "output"),
     ("compression", "evaluation", "inspection", "generation"),
-    ("conversation",),
+    ("conversation", "verification"),
     ("__init__", "__main__", "cli", "bench"),
 )
 # imports inside a function that point the other way: a method that only forwards

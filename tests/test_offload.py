@@ -215,6 +215,7 @@ def test_copies_and_files_of_a_model_have_no_runner(directory, limited, tmp_path
 def test_a_closed_runner_leaves_the_model_as_it_was(directory):
     path = directory()
     model = qm.load(path, dtype=torch.float32)
+    outputs(model)  # ends the hooks that check dense tensors
     before = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
     runner = attach(model, ram_cache="200KB", remember=False)
     expected = outputs(model)
@@ -340,6 +341,38 @@ def test_a_trace_on_a_full_disk_is_one_line(directory, limited, tmp_path, step):
     assert runner_of(model) is None
     assert runner._ram.readers.closed
     runner.close()
+
+
+@pytest.mark.parametrize("place", ["no/trace", "/dev/full"])
+def test_a_trace_to_an_unwritable_place_leaves_the_old_one_running(directory, limited, tmp_path, place):
+    model, runner = limited(directory(), 4)
+    runner.trace(tmp_path / "old")
+    outputs(model)
+    with pytest.raises(OutputError, match="cannot be written"):
+        runner.trace(tmp_path / place)
+    outputs(model)
+    runner.close()
+    _, *lines = map(json.loads, (tmp_path / "old").read_text().splitlines())
+    assert [line["pass"] for line in lines] == [n for n in range(1, 9) for _ in runner._layers]
+
+
+def test_a_new_trace_follows_an_old_one(directory, limited, tmp_path):
+    """In the same file, and where the end of the old one is lost."""
+    model, runner = limited(directory(), 4)
+    for _ in range(2):
+        runner.trace(tmp_path / "trace")
+        outputs(model)
+    runner._trace.close()
+    runner._trace = open("/dev/full", "w")  # noqa: SIM115
+    runner._trace.write("a line")
+    with pytest.raises(OutputError, match=r"/dev/full cannot be written: No .* The end of the trace"):
+        runner.trace(tmp_path / "third")
+    outputs(model)
+    runner.close()
+    for file, first in (("trace", 5), ("third", 9)):
+        head, *lines = map(json.loads, (tmp_path / file).read_text().splitlines())
+        assert head["model_type"] == "qwen3_moe"
+        assert [line["pass"] for line in lines] == [n for n in range(first, first + 4) for _ in runner._layers]
 
 
 def test_a_forgotten_model_ends_its_threads_and_closes_its_files(directory):
@@ -524,6 +557,61 @@ def test_a_cut_that_only_a_read_meets_is_the_same_line(directory, limited):
         with file.open("rb+") as opened:
             opened.write(content)
     assert torch.equal(outputs(model), expected), "the next call finds the files whole again"
+
+
+def test_a_read_that_began_on_a_cut_file_fails_no_later_call(directory, limited, monkeypatch):
+    """It is under way when its call fails, and ends when the next call wants the same expert."""
+    path = directory()
+    expected = outputs(qm.load(path, dtype=torch.float32))
+    model, runner = limited(path, 12, prefetch=False)
+    layer, gate, began = runner._layers[0], threading.Event(), threading.Event()
+    fetch, wait, failed = layer.fetch, runner._ram.readers.wait, []
+
+    def cut(expert, projection, *arguments):
+        if expert in failed:
+            return fetch(expert, projection, *arguments)
+        failed.append(expert)
+        if expert == 1:
+            began.set()
+            gate.wait()
+        else:
+            began.wait()
+        raise CheckpointError(f"expert {expert} was cut")
+
+    monkeypatch.setattr(layer, "fetch", cut)
+    two = torch.ones(1, 24), torch.tensor([[0, 1]]), torch.ones(1, 2)
+    with pytest.raises(CheckpointError, match="expert 0 was cut"):
+        layer.experts(*two)
+    assert 1 in runner._ram._under_way
+
+    def wait_and_end(reads):
+        gate.set()
+        wait(reads)
+
+    monkeypatch.setattr(runner._ram.readers, "wait", wait_and_end)
+    layer.experts(*two)
+    assert failed[:2] == [0, 1]
+    failed += range(6)
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_layer_whose_row_lengths_could_not_be_read_is_read_again(directory, limited, monkeypatch):
+    path = directory()
+    expected = outputs(qm.load(path, dtype=torch.float32))
+    model, runner = limited(path, 4)
+    layer = runner._layers[0]
+    read, bad = layer._read, layer._places["up_proj"]["levels"]
+
+    def cut(place):
+        if place == bad:
+            raise CheckpointError("cut")
+        return read(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "_read", cut)
+        with pytest.raises(CheckpointError, match="cut"):
+            outputs(model)
+    assert torch.equal(outputs(model), expected)
 
 
 @pytest.mark.parametrize("part", ["codes", "levels"])

@@ -1,0 +1,38 @@
+"""`qmoe verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qmoe_lite.cli._options import JsonOption
+
+
+def verify(
+    directory: Annotated[str, typer.Argument(help="Compressed directory.")],
+    json: JsonOption = False,
+) -> None:
+    """Check every byte of a compressed directory, and say all that is wrong with it. Exit code 1 where anything is.
+
+    Example: qmoe verify switch-qmoe
+    """
+    import sys
+
+    from qmoe_lite.cli import _output
+    from qmoe_lite.verification import verify_model
+
+    _output.quiet_transformers()
+    with _output.progress_shown("verifying", show=sys.stderr.isatty()) as progress:
+        found = verify_model(directory, progress)
+    if json:
+        _output.print_json(found.to_json())
+    else:
+        for finding in found.findings:
+            _output.print_text(str(finding))
+        errors = sum(finding.severity == "error" for finding in found.findings)
+        size, time = _output.megabytes(found.bytes), _output.duration(found.seconds)
+        looked = f"{found.tensors:,} tensors, {found.experts:,} matrices of experts, {size} MB in {time}"
+        _output.print_text(f"{f'{errors} errors' if errors else 'sound'}: {looked}")
+    if not found.sound:
+        raise typer.Exit(1)
