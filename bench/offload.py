@@ -166,7 +166,7 @@ def measure(
         raise SettingError("layers and tokens must be at least 1, and budgets above 0, at most 1.")
     if not peers and not disk:
         raise SettingError("with neither peers nor disk there is nothing to measure. Leave one of them on.")
-    shape = shape or SHAPE
+    shape, budgets = shape or SHAPE, tuple(sorted(set(budgets), reverse=True))
     recorded = [(Path(name).name, *read_trace(Path(name))) for name in traces]
     place = Path(tempfile.mkdtemp(prefix="qmoe-offload-", dir=directory))
     try:
