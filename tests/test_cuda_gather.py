@@ -341,6 +341,7 @@ def test_experts_in_slots_take_their_turns_and_give_the_same_bytes(emulated):
                 present = torch.isin(index, torch.tensor([expert for turn in turns for expert in turn]))
                 some = run_experts([gate, up], down, own, x, torch.where(present, index, -1), weights)
                 assert torch.equal(call.total(), some)
+                assert not call.total()[~present.any(1)].any(), "to the last bit: poison is a tiny number"
                 if present.sum() == ((index >= 0) & (index < EXPERTS)).sum():
                     assert torch.equal(some, whole)
 
