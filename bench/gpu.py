@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from qmoe_lite.bench import _gpu_choice, _gpu_demo, _gpu_layer, _gpu_paper, _gpu_parts  # noqa: E402
+from qmoe_lite.bench import _gpu_choice, _gpu_demo, _gpu_layer, _gpu_offload, _gpu_paper, _gpu_parts  # noqa: E402
 from qmoe_lite.bench._common import machine_line  # noqa: E402
 from qmoe_lite.bench._gpu_parts import Row, one_line  # noqa: E402
 from qmoe_lite.cli._output import print_text  # noqa: E402
@@ -42,11 +42,13 @@ _LEAST = 15.0  # seconds that a part is begun with
 _PACKAGES = ("torch", "numba", "numba-cuda", "cuda-core")
 _KNOWN = _gpu_parts.PARTS | {
     "layer": _gpu_layer.PART,
+    "offload": _gpu_offload.PART,
     "paper": _gpu_paper.PART,
     "choice": _gpu_choice.PART,
     "demo": _gpu_demo.PART,
 }
-PARTS = {name: _KNOWN[name] for name in ("matmul", "layer", "solver", "launch", "paper", "coder", "choice", "demo")}
+_ORDER = ("matmul", "layer", "offload", "solver", "launch", "paper", "coder", "choice", "demo")
+PARTS = {name: _KNOWN[name] for name in _ORDER}
 
 
 def main(arguments: list[str] | None = None) -> int:

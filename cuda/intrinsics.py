@@ -61,6 +61,17 @@ def origin(typing: Any, array: Any) -> Any:
 
 
 @intrinsic
+def advanced(typing: Any, array: Any, count: Any) -> Any:
+    """(T*, int64) -> T*: the array from the element of that number on."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.gep(arguments[0], [arguments[1]], inbounds=True)
+
+    return array(array, types.int64), generate
+
+
+@intrinsic
 def load_quad(typing: Any, array: Any, index: Any) -> Any:
     """(uint32*, int32) -> 4 uint32: the quad of that number, in one load of 128 bits; nobody writes it meanwhile."""
     types = _types()

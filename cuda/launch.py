@@ -126,6 +126,12 @@ def shared_limit(device: torch.device) -> int:
     return int(Device(device.index).properties.max_shared_memory_per_block_optin) - _STATIC_BYTES
 
 
+def upload(numbers: list[int], device: torch.device) -> Tensor:
+    """Return numbers as an int32 tensor on a GPU, without waiting for it."""
+    pinned = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
 def finish(device: torch.device) -> None:
     """Wait for what the current stream of a GPU was given to do."""
     if device.type == "cuda":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts, slot_values
 from qmoe_lite.cuda.intrinsics import (
     add_multiple,
+    advanced,
     bits_of_quad,
     dot_bytes,
     float_of_bits,
@@ -35,7 +36,15 @@ from qmoe_lite.cuda.intrinsics import (
     word_at,
 )
 from qmoe_lite.cuda.launch import WARP, as_tensor, cuda, kernel
-from qmoe_lite.cuda.packets import Packets, codewords_each, columns_behind, make_packets
+from qmoe_lite.cuda.packets import (
+    KINDS,
+    Packets,
+    bits16,
+    codewords_each,
+    columns_behind,
+    decode_packets,
+    make_packets,
+)
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 from qmoe_lite.packed import PackedMatrix
 
@@ -46,10 +55,12 @@ WIDTHS = (4, 2, 1)  # tokens of a group
 TILE_VALUES = 1 << 24  # values decoded at a time for many tokens: 64 MiB of float32
 WARPS = (8, 16)  # per block, least and most: each block loads the table and x
 RESIDENT_WARPS = 64  # that a multiprocessor holds
+# pairs of token and expert that are all gathered, since then the host need not know how many tokens an expert has:
+# beyond, by a model of the time and not measured, decoding an expert once for many tokens is worth waiting to know
+GATHERED_PAIRS = 4096
 SATURATING_WARPS = 16  # of a multiprocessor: with fewer it waits for memory
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_KINDS = {torch.float32: "float32*", torch.bfloat16: "uint16*", torch.float16: "float16*"}
 _ALL = 0xFFFFFFFF
 _LARGEST = np.float32(np.finfo(np.float32).max)
 _ROOT_HALF = np.float32(0.5**0.5)
@@ -129,62 +140,139 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     return y.reshape(*x.shape[:-1], packed.shape[0]).to(as_tensor(x, "x").dtype)
 
 
-def run_experts(
-    first: list[Packets],
-    last: Packets,
-    activation: str | Callable[[list[Tensor]], Tensor],
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-) -> Tensor | None:
-    """Send tokens through their experts: one launch for the first projections and one for the last.
+class ExpertsCall:
+    """Tokens on their way through a layer's experts, which may take their turns as they arrive on the GPU.
+
+    Each pair of a token and an expert has a row of its own for what it adds, and a token's rows are added at the end:
+    the bytes do not depend on the turns, nor, where no expert is decoded, on the other tokens.
 
     Parameters
     ----------
     first : list of Packets
-        The projections that take x, one or two (gate and up), of the same shape; all experts of the layer.
+        The projections that take x, one or two (gate and up), of the same shape; all experts of the layer, or slots,
+        which other experts may hold besides.
     last : Packets
         The projection that takes what they put out.
     activation : str or function
         One of `ACTIVATIONS`, of the first projection's results, which the second one's are multiplied by; or what makes
         one tensor of the projections' results, in a launch of its own.
     x : float32, float16 or bfloat16 tensor, shape (T, C), contiguous
-        On the GPU of the packets, T at least 1.
+        On the GPU of the packets.
     index : integer tensor, shape (T, K)
         Experts of each token; a number that is no expert's adds nothing.
     weights : float tensor, shape (T, K)
         What each expert's output is multiplied by.
+    experts : int
+        Of the layer: `index` goes from 0 to it.
 
-    Returns
-    -------
-    float32 tensor, shape (T, rows of `last`), or None
-        None where x or what the first projections put out is too wide for the GPU's shared memory.
+    Attributes
+    ----------
+    fits : bool
+        The GPU's shared memory holds a token of x and of what the first projections put out; else `gather` must not be
+        called.
 
     Notes
     -----
-    Nothing is checked, and the GPU is not waited for, so that a CUDA graph can hold it. Same bytes each time; a token's
-    result does not depend on the other tokens.
+    Nothing is checked, and the GPU is not waited for, so that a CUDA graph can hold what `gather` and `total` do.
     """
-    slots, experts = index.shape[1], last.experts
-    name = activation if isinstance(activation, str) else None
-    wanted = 1 if index.numel() <= 2 * experts else WIDTHS[0]
-    stages = [tuple(first)] if name else [(each,) for each in first]
-    variants = [_variant(matrices, wanted, name) for matrices in stages]
-    variants.append(_variant((last,), wanted, None))
-    found = [variant for variant in variants if variant is not None]
-    if len(found) < len(variants):
-        return None
-    width = min(variant.tokens for variant in found)
-    *before, after = (replace(variant, tokens=width) for variant in found)
-    groups = _single_groups(index) if width == 1 else _groups(index, experts, width)
-    outputs = []
-    for matrices, variant in zip(stages, before, strict=True):
-        outputs.append(torch.empty(index.numel(), matrices[0].rows, device=x.device))
-        _gather(matrices, variant, x, groups, slots, None, outputs[-1])
-    inside = outputs[0] if isinstance(activation, str) else activation(outputs).contiguous()
-    y = torch.empty(index.numel(), last.rows, device=x.device)
-    _gather((last,), after, inside, groups, 1, weights.float().reshape(-1).contiguous(), y)
-    return y.view(len(x), slots, last.rows).sum(1)
+
+    def __init__(
+        self,
+        first: list[Packets],
+        last: Packets,
+        activation: str | Callable[[list[Tensor]], Tensor],
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        experts: int,
+    ) -> None:
+        self._first, self._last, self._activation = first, last, activation
+        self._x, self._index, self._experts = x, index, experts
+        self._weights = weights.float().reshape(-1).contiguous()
+        self._y = torch.zeros(index.numel(), last.rows, dtype=torch.float32, device=x.device)
+        self._groups: Groups | None = None
+        self._order: Tensor | None = None
+        name = activation if isinstance(activation, str) else None
+        self._stages = [tuple(first)] if name else [(each,) for each in first]
+        wanted = 1 if index.numel() <= 2 * experts else WIDTHS[0]
+        variants = [_variant(matrices, wanted, name) for matrices in self._stages]
+        variants.append(_variant((last,), wanted, None))
+        found = [variant for variant in variants if variant is not None]
+        self.fits = len(found) == len(variants)
+        self._width = min((variant.tokens for variant in found), default=1)
+        self._variants = [replace(variant, tokens=self._width) for variant in found]
+
+    def gather(self, places: Tensor | None = None) -> None:
+        """Send tokens through experts: a launch for the first projections, one for the last.
+
+        Parameters
+        ----------
+        places : int32 tensor, shape (experts,), optional
+            Where each expert lies among the packets, -1 if it has no turn now. By default all have their turn, and each
+            lies at its own number.
+        """
+        if not self._index.numel():
+            return
+        if self._groups is None:
+            single = self._width == 1
+            self._groups = _single_groups(self._index) if single else _groups(self._index, self._experts, self._width)
+        if places is None:
+            places = _in_order(self._experts, self._x.device)
+        *before, after = self._variants
+        outputs = []
+        for matrices, variant in zip(self._stages, before, strict=True):
+            shape = self._index.numel(), matrices[0].rows
+            outputs.append(torch.empty(shape, dtype=torch.float32, device=self._x.device))
+            _gather(matrices, places, variant, self._x, self._groups, self._index.shape[1], None, outputs[-1])
+        inside = outputs[0] if isinstance(self._activation, str) else self._activation(outputs).contiguous()
+        _gather((self._last,), places, after, inside, self._groups, 1, self._weights, self._y)
+
+    def turn(self, places: dict[int, int], sizes: Sequence[int], activation: Callable[[list[Tensor]], Tensor]) -> None:
+        """Send tokens through some experts: those of few tokens, or all where there are few pairs, without decoding.
+
+        Parameters
+        ----------
+        places : dict
+            Where each of them lies among the packets.
+        sizes : list of int
+            Tokens of each expert of the layer.
+        activation : function
+            As `decode` takes it.
+        """
+        most = GATHERED_TOKENS if self._index.numel() > GATHERED_PAIRS else self._index.numel()
+        few = [expert for expert in places if self.fits and sizes[expert] <= most]
+        if few:
+            numbers = [-1] * self._experts
+            for expert in few:
+                numbers[expert] = places[expert]
+            self.gather(launch.upload(numbers, self._x.device))
+        for expert in [expert for expert in places if expert not in few]:
+            before = sum(sizes[:expert])
+            self.decode(places[expert], slice(before, before + sizes[expert]), activation)
+
+    def decode(self, place: int, pairs: slice, activation: Callable[[list[Tensor]], Tensor]) -> None:
+        """Send many tokens through the expert at a place: its matrices are decoded.
+
+        Parameters
+        ----------
+        place : int
+            Among the packets.
+        pairs : slice
+            Of the pairs in the order of their experts; those of no expert come last.
+        activation : function
+            Makes one tensor of the first projections' results.
+        """
+        if self._order is None:
+            self._order = torch.argsort(_known(self._index.reshape(-1), self._experts), stable=True)
+        own = self._order[pairs]
+        x = self._x[torch.div(own, self._index.shape[1], rounding_mode="floor")]
+        inside = activation([decoded_product(each, place, x) for each in self._first])
+        out = decoded_product(self._last, place, inside)
+        self._y.index_copy_(0, own, out.float() * self._weights[own, None])
+
+    def total(self) -> Tensor:
+        """Return what all experts that had their turn add up to, float32 (T, rows of the last projection)."""
+        return self._y.view(*self._index.shape, self._last.rows).sum(1)
 
 
 def _tokens(x: Any, packed: PackedMatrix) -> Tensor:
@@ -205,17 +293,34 @@ def _tokens(x: Any, packed: PackedMatrix) -> Tensor:
 
 def _tile_product(packed: PackedMatrix, tokens: Tensor) -> Tensor:
     """Product by decoded tiles of rows: tokens (T, C) -> (T, R)."""
-    rows, columns = packed.shape
-    dtype = tokens.dtype if tokens.dtype == packed.levels.dtype else torch.float32
+    if packed in _PACKETS:
+        return decoded_product(_PACKETS[packed], 0, tokens)
+    values: dict[torch.dtype, Tensor] = {}
+    starts = row_starts(packed)
+
+    def decode(first: int, tile: Tensor) -> None:
+        if tile.dtype not in values:
+            values[tile.dtype] = slot_values(packed, tile.dtype)
+        decode_rows(packed, values[tile.dtype], starts, first, tile)
+
+    return _by_tiles(packed.shape[0], packed.levels.dtype, decode, tokens)
+
+
+def decoded_product(packets: Packets, expert: int, tokens: Tensor) -> Tensor:
+    """Return the product of tokens (T, C) and one expert's matrix, (T, R): tiles of rows are decoded and multiplied."""
+    return _by_tiles(packets.rows, packets.levels.dtype, functools.partial(decode_packets, packets, expert), tokens)
+
+
+def _by_tiles(rows: int, levels_dtype: torch.dtype, decode: Callable[[int, Tensor], None], tokens: Tensor) -> Tensor:
+    """Multiply tokens by tiles of rows; `decode` fills a tile of zeros, given the number of its first row."""
+    columns = tokens.shape[1]
+    dtype = tokens.dtype if tokens.dtype == levels_dtype else torch.float32
     tokens = tokens.to(dtype)
     y = torch.empty(len(tokens), rows, dtype=dtype, device=tokens.device)
-    if not len(tokens):
-        return y
-    values, starts = slot_values(packed, dtype), row_starts(packed)
     tile_rows = max(1, TILE_VALUES // columns)
-    for first in range(0, rows, tile_rows):
+    for first in range(0, rows if len(tokens) else 0, tile_rows):
         tile = torch.zeros(min(tile_rows, rows - first), columns, dtype=dtype, device=tokens.device)
-        decode_rows(packed, values, starts, first, tile)
+        decode(first, tile)
         y[:, first : first + len(tile)] = tokens @ tile.T
     return y
 
@@ -229,7 +334,7 @@ def _gather_product(packed: PackedMatrix, tokens: Tensor) -> Tensor | None:
         return None
     y = torch.empty(len(tokens), packed.shape[0], dtype=tokens.dtype, device=tokens.device)
     groups = _groups_in_order(len(tokens), variant.tokens, tokens.device)
-    _gather((_packets(packed),), variant, tokens, groups, 1, None, y)
+    _gather((_packets(packed),), _in_order(1, tokens.device), variant, tokens, groups, 1, None, y)
     return y
 
 
@@ -300,6 +405,12 @@ def turns(packets_each: float, lanes: int) -> int:
 Groups = tuple[Tensor, Tensor]  # int32: each group's expert (G,); its tokens' pairs (G * width,), -1 for none
 
 
+def _known(index: Tensor, experts: int) -> Tensor:
+    """Return the experts' numbers, int64; `experts` stands for any that is no expert's."""
+    index = index.long()
+    return torch.where((index >= 0) & (index < experts), index, experts)
+
+
 def _single_groups(index: Tensor) -> Groups:
     """Each pair of a token and an expert is a group of its own."""
     pairs = torch.arange(index.numel(), dtype=torch.int32, device=index.device)
@@ -316,14 +427,19 @@ def _groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
     return torch.zeros(groups, dtype=torch.int32).to(device), members.to(device)
 
 
+@functools.cache  # as `device_words`
+def _in_order(experts: int, device: torch.device) -> Tensor:
+    """Places of experts that lie at their own numbers."""
+    return torch.arange(experts, dtype=torch.int32).to(device)  # as `_groups_in_order`
+
+
 def _groups(index: Tensor, experts: int, width: int) -> Groups:
     """Gather the pairs of each expert in groups of up to `width`, without waiting for the GPU.
 
     Some of the last groups may be empty: how many are needed is known on the GPU alone.
     """
     pairs = index.numel()
-    flat = index.reshape(-1).long()
-    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    flat = _known(index.reshape(-1), experts)
     expert, pair = torch.sort(flat, stable=True)
     counts = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))
@@ -342,11 +458,12 @@ def _groups(index: Tensor, experts: int, width: int) -> Groups:
 def _variant(matrices: tuple[Packets, ...], tokens: int, activation: str | None) -> Variant | None:
     packets, limit = matrices[0], launch.shared_limit(matrices[0].device)
     codebooks = tuple(each.codebook for each in matrices)
-    return choose_variant(codebooks, packets.levels.shape[1], packets.columns, tokens, activation, limit)
+    return choose_variant(codebooks, packets.levels_each, packets.columns, tokens, activation, limit)
 
 
 def _gather(
     matrices: tuple[Packets, ...],
+    places: Tensor,
     variant: Variant,
     x: Tensor,
     groups: Groups,
@@ -360,7 +477,7 @@ def _gather(
     padded = padded_columns(tuple(each.codebook for each in matrices), packets.columns)
     shared_bytes = variant.shared_bytes(padded)
     # not by how many groups there are: a token's bytes must not depend on the others
-    lanes = choose_lanes(len(packets.words) / len(packets.levels), packets.rows, multiprocessors)
+    lanes = choose_lanes(packets.packets_each, packets.rows, multiprocessors)
     rows_each = WARP // lanes
     warps = min(max(-(-packets.rows * len(experts) // (rows_each * multiprocessors)), WARPS[0]), WARPS[1])
     resident = min(RESIDENT_WARPS // warps, launch.shared_limit(x.device) // max(shared_bytes, 1))
@@ -368,16 +485,12 @@ def _gather(
     tiles = min(-(-packets.rows // (rows_each * warps)), blocks)
     arrays: list[Tensor] = []
     for each, book in zip((*matrices, *matrices), (*variant.books, *variant.books), strict=True):
-        arrays += each.words, each.starts, _bits16(each.levels), device_words(each.codebook, book.fields, x.device)
-    arrays = [*arrays[:8], _bits16(x), experts, members, experts if weights is None else weights, _bits16(y)]
-    sizes = packets.experts, packets.rows, packets.columns, padded, slots, lanes
+        arrays += each.words, each.starts, bits16(each.levels), device_words(each.codebook, book.fields, x.device)
+    arrays = [*arrays[:8], bits16(x), places, experts, members, experts if weights is None else weights, bits16(y)]
+    assert all(each.strides == packets.strides for each in matrices), "gate and up projection lie alike"
+    sizes = len(places), *packets.strides, packets.rows, packets.columns, padded, slots, lanes
     made = gather_kernel(variant, weights is not None)
     made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
-
-
-def _bits16(tensor: Tensor) -> Tensor:
-    """Return bfloat16 as bit patterns, which kernels take."""
-    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 @functools.cache  # of no bounded size: a graph keeps a table's address, and a model has hundreds of codebooks
@@ -569,12 +682,12 @@ def _load_table(table: Any, entries: Any, behind: Any, bits: int, planes: int, t
 def _signatures(weighted: bool) -> list[str]:
     """Parameter types of a gather kernel, by the dtypes of the levels, of x and of y."""
     found = []
-    x_and_y = [(kind, kind) for kind in _KINDS.values()] + [(kind, "float32*") for kind in _KINDS.values()]
-    for level in _KINDS.values():
+    x_and_y = [(kind, kind) for kind in KINDS.values()] + [(kind, "float32*") for kind in KINDS.values()]
+    for level in KINDS.values():
         for x, y in dict.fromkeys(x_and_y):
             matrix = f"uint32*, int32*, {level}, uint32*"
             weight = "float32*" if weighted else "int32*"
-            found.append(f"{matrix}, {matrix}, {x}, int32*, int32*, {weight}, {y}" + ", int32" * 6)
+            found.append(f"{matrix}, {matrix}, {x}, int32*, int32*, int32*, {weight}, {y}" + ", int32" * 9)
     return found
 
 
@@ -583,7 +696,7 @@ def gather_kernel(variant: Variant, weighted: bool = False) -> launch.Kernel:
     """Return the kernel that fills y (pairs, R): a block takes some rows for a group of tokens of one expert.
 
     y[p] = W x[p // slots], W being the matrix of the group's expert; or the activation of that, times what a second
-    matrix gives; `weighted`: times weights[p].
+    matrix gives; `weighted`: times weights[p]. Rows of pairs whose expert has no place are left as they are.
     """
     levels, tokens = variant.levels, variant.tokens
     book, other = variant.books[0], variant.books[-1]
@@ -606,11 +719,15 @@ def gather_kernel(variant: Variant, weighted: bool = False) -> launch.Kernel:
         other_scales: Any,
         other_table: Any,
         x: Any,
+        places: Any,
         experts: Any,
         members: Any,
         weights: Any,
         y: Any,
         n_experts: int,
+        word_stride: int,
+        start_stride: int,
+        level_stride: int,
         rows: int,
         columns: int,
         padded: int,
@@ -624,8 +741,14 @@ def gather_kernel(variant: Variant, weighted: bool = False) -> launch.Kernel:
         dynamic_words = cuda.shared.array(0, np.uint32)
         values = cuda.shared.array(0, np.float32)
         group = np.int32(cuda.blockIdx.y)
-        if members[group * tokens] < 0:
+        expert = experts[group]
+        if members[group * tokens] < 0 or expert < 0 or expert >= n_experts or places[expert] < 0:
             return
+        slot = np.int64(places[expert])
+        at_word, at_start, at_level = slot * word_stride * 4, slot * start_stride, slot * level_stride
+        words, starts, scales = advanced(words, at_word), advanced(starts, at_start), advanced(scales, at_level)
+        other_words, other_starts = advanced(other_words, at_word), advanced(other_starts, at_start)
+        other_scales = advanced(other_scales, at_level)
         first = origin(values)
         behind = np.uint32(first + np.uint32(unit) * np.uint32(padded))
         entries = dynamic_words if held else table
@@ -654,25 +777,22 @@ def gather_kernel(variant: Variant, weighted: bool = False) -> launch.Kernel:
         cuda.syncthreads()
         spread = cuda.any_sync(_ALL, lane < threads >> 5 and flaws[lane] != 0)
 
-        expert = experts[group]
-        known = expert >= 0 and expert < n_experts
         step = np.int32(lanes)
         below = np.int32(lane // step)
         member = np.int32(lane - below * step)
         rows_each = np.int32(np.int32(32) // step)
         row = np.int32((cuda.blockIdx.x * (threads >> 5) + warp) * rows_each + below)
         while row - below < rows:
-            present = known and row < rows
-            at = np.int32(expert * rows + row) if present else np.int32(0)
+            at = row if row < rows else np.int32(0)
             index = np.int32(starts[at] + member)
-            stop = starts[at + 1] if present else np.int32(0)
+            stop = starts[at + 1] if row < rows else np.int32(0)
             own = _own_levels(scales, at, levels)
             parts, shape = (entries, table_at, values, own), (bits, fields, levels, unit)
             total = _row_sums(words, index, stop, step, first, spread, zeros, parts, shape, each)
             other_own, other_total = own, zeros
             if gated:
                 index = np.int32(other_starts[at] + member)
-                stop = other_starts[at + 1] if present else np.int32(0)
+                stop = other_starts[at + 1] if row < rows else np.int32(0)
                 other_own = _own_levels(other_scales, at, levels)
                 parts, shape = (other_entries, other_at, values, other_own), (other_bits, other_fields, levels, unit)
                 other_total = _row_sums(other_words, index, stop, step, first, spread, zeros, parts, shape, other_each)

@@ -9,6 +9,7 @@ one decodes, as it must where codewords follow each other without a gap, and no 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,45 +17,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qmoe_lite._words import entry_field, entry_length, field_position, field_slot
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.cuda import launch
-from qmoe_lite.cuda.codec import THREADS, load_code
-from qmoe_lite.cuda.launch import cuda, kernel
+from qmoe_lite.cuda.codec import BLOCKS, THREADS, device_table, load_code
+from qmoe_lite.cuda.intrinsics import load_float, load_quad, store_float
+from qmoe_lite.cuda.launch import WARP, cuda, kernel
 from qmoe_lite.errors import ShapeError
 from qmoe_lite.packed import PackedMatrix
 
 PACKET_BITS = 128
 COLUMN_BITS = 16  # of the column where a packet begins; a matrix has at most 65535
+KINDS = {torch.float32: "float32*", torch.bfloat16: "uint16*", torch.float16: "float16*"}  # of levels, x and y
 _MOST_PACKETS = (1 << 31) - 1  # numbered in 32 bits
 
 
 @dataclass(frozen=True, eq=False)
 class Packets:
-    """Matrices of one shape and codebook, side by side on a GPU: all experts of a layer's projection, or one matrix.
+    """Matrices of one shape and codebook on a GPU: all experts of a layer's projection, or one matrix.
+
+    They lie side by side, or each in a slot of its own: what is expert e's begins at e times a stride.
 
     Attributes
     ----------
     words : uint32 tensor, shape (packets, 4)
         Lowest bits first.
-    starts : int32 tensor, shape (E * R + 1,)
-        Number of each row's first packet, expert after expert.
-    levels : float32, float16 or bfloat16 tensor, shape (E * R, L)
+    starts : int32 tensor, flat
+        Number of each row's first packet, counted from where its expert's packets begin; then the last row's end.
+    levels : float32, float16 or bfloat16 tensor
+        L for each row.
     codebook : Codebook
-    rows, columns : int
-        R and C.
+    experts, rows, columns : int
+        E, R and C; or the slots.
+    levels_each : int
+        L.
+    packets_each : float
+        Packets of a row, on average over all experts.
+    strides : tuple of int
+        From one expert to the next: packets of `words`, elements of `starts` and of `levels`. With a stride of 0 starts
+        are counted from the first expert's packets on.
     """
 
     words: Tensor
     starts: Tensor
     levels: Tensor
     codebook: Codebook
+    experts: int
     rows: int
     columns: int
-
-    @property
-    def experts(self) -> int:
-        """E."""
-        return len(self.levels) // self.rows
+    levels_each: int
+    packets_each: float
+    strides: tuple[int, int, int]
 
     @property
     def nbytes(self) -> int:
@@ -77,65 +90,26 @@ def columns_behind(codebook: Codebook) -> int:
     return codebook.longest + codewords_each(codebook.bits) * codebook.min_weights
 
 
-def most_bytes(codebook: Codebook, codes: int, rows: int) -> int:
-    """Return the bytes that a matrix's packets and their starts take at most, given those of its codes."""
-    packets = 8 * codes // codebook.bits // codewords_each(codebook.bits) + rows
-    return PACKET_BITS // 8 * packets + 4 * (rows + 1)
+def most_packets(codebook: Codebook, codes: int, rows: int) -> int:
+    """Return how many packets a matrix takes at most, given the bytes of its codes."""
+    each = codewords_each(codebook.bits)
+    return (8 * codes // codebook.bits + rows * (each - 1)) // each
+
+
+def packets_of(codewords: Any, bits: int) -> Any:
+    """Return how many packets rows of so many codewords take, at least one each; of an array or a tensor."""
+    return (codewords - 1) // codewords_each(bits) + 1
 
 
 def make_packets(packed: PackedMatrix) -> Packets:
     """Return a validated matrix on a GPU as packets; waits for the GPU, which must count them."""
-    counts = packed.count_codewords()
-    first_bits = (torch.cumsum(counts, 0) - counts) * packed.codebook.bits
-    return repack(packed.codes, first_bits, counts, packed.levels, packed.codebook, packed.columns)
-
-
-def repack(
-    codes: Tensor, first_bits: Tensor, counts: Tensor, levels: Tensor, codebook: Codebook, columns: int
-) -> Packets:
-    """Lay the codes of matrices out in packets.
-
-    Parameters
-    ----------
-    codes : uint8 tensor, shape (bytes,)
-        Validated streams; each is followed by 8 bytes that may be read.
-    first_bits : int64 tensor, shape (N,)
-        Bit of `codes` at which each row begins.
-    counts : int64 tensor, shape (N,)
-        Codewords of each row, at least one.
-    levels : tensor, shape (R, L) of one matrix, or (E, R, L)
-        N = E * R.
-    codebook : Codebook
-        Of all of them.
-    columns : int
-        C.
-
-    Returns
-    -------
-    Packets
-
-    Raises
-    ------
-    ShapeError
-        More than 2**31 - 1 packets.
-    """
-    rows = levels.shape[-2]
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int64, device=codes.device)
-    torch.cumsum((counts - 1) // codewords_each(codebook.bits) + 1, 0, out=starts[1:])
-    total = int(starts[-1])
-    if total > _MOST_PACKETS:
-        raise ShapeError(f"the matrices take {total} packets; expected at most {_MOST_PACKETS}. Split the experts.")
-    starts = starts.to(torch.int32)
-    words = torch.empty((total, 4), dtype=torch.uint32, device=codes.device)
-    arrays = codes, first_bits, counts, starts, device_lengths(codebook, codes.device), words
-    sizes = codebook.bits, filler(codebook), len(counts)
-    _repack_kernel.launch(-(-len(counts) // THREADS), THREADS, *arrays, *sizes)
-    launch.finish(codes.device)  # they are kept, and may be used on another stream
-    return Packets(words, starts, levels.reshape(len(counts), -1).contiguous(), codebook, rows, columns)
+    offsets = torch.zeros(1, dtype=torch.int64, device=packed.device)
+    counts = packed.count_codewords()[None]
+    return _make(packed.codes, offsets, counts, packed.levels[None], packed.codebook, packed.columns)
 
 
 def stack_packets(held: dict[str, Tensor], codebook: Codebook, columns: int) -> Packets:
-    """Return a projection of a layer, all its experts, as packets.
+    """Return a projection of a layer, all its experts, as packets; waits for the GPU.
 
     Parameters
     ----------
@@ -146,13 +120,94 @@ def stack_packets(held: dict[str, Tensor], codebook: Codebook, columns: int) -> 
         Of all experts.
     columns : int
         C.
+
+    Raises
+    ------
+    ShapeError
+        More than 2**31 - 1 packets.
     """
     above = held["row_codewords"]
     if above.dtype == torch.uint16:  # torch knows little of it on a GPU
         above = above.view(torch.int16).to(torch.int64) & 0xFFFF
     counts = above.to(torch.int64) + held["fewest_codewords"].to(torch.int64)[:, None]
-    first_bits = 8 * held["expert_offsets"][:-1, None] + (counts.cumsum(1) - counts) * codebook.bits
-    return repack(held["codes"], first_bits.reshape(-1), counts.reshape(-1), held["levels"], codebook, columns)
+    return _make(held["codes"], held["expert_offsets"], counts, held["levels"], codebook, columns)
+
+
+def _make(codes: Tensor, offsets: Tensor, counts: Tensor, levels: Tensor, codebook: Codebook, columns: int) -> Packets:
+    """Lay out matrices side by side: counts (E, R) of codewords, levels (E, R, L); offsets as `repack` takes them."""
+    experts, rows = counts.shape
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=codes.device)
+    torch.cumsum(packets_of(counts, codebook.bits).reshape(-1), 0, out=starts[1:])
+    total = int(starts[-1])
+    if total > _MOST_PACKETS:
+        raise ShapeError(f"the matrices take {total} packets; expected at most {_MOST_PACKETS}. Split the experts.")
+    starts = starts.to(torch.int32)
+    firsts = torch.zeros((experts, rows + 1), dtype=torch.int32, device=codes.device)
+    firsts[:, 1:] = counts.cumsum(1)
+    words = torch.empty((total, 4), dtype=torch.uint32, device=codes.device)
+    repack(codes, offsets, firsts, starts, words, codebook)
+    launch.finish(codes.device)  # they are kept, and may be used on another stream
+    width = levels.shape[-1]
+    levels = levels.reshape(-1, width).contiguous()
+    sizes = experts, rows, columns, width, total / counts.numel()
+    return Packets(words, starts, levels, codebook, *sizes, strides=(0, rows, rows * width))
+
+
+def repack(codes: Tensor, offsets: Tensor, firsts: Tensor, starts: Tensor, words: Tensor, codebook: Codebook) -> None:
+    """Lay the codes of matrices out in packets, without waiting for the GPU.
+
+    Parameters
+    ----------
+    codes : uint8 tensor, shape (bytes,)
+        Validated streams; each is followed by 8 bytes that may be read.
+    offsets : int64 tensor
+        Byte of `codes` at which each matrix begins, E of them at least.
+    firsts : int32 tensor, shape (E, R + 1)
+        Number of each row's first codeword in its matrix, at least one a row; then their total.
+    starts : int32 tensor, shape (E * R + 1,)
+        Number of each row's first packet.
+    words : uint32 tensor, shape (packets, 4)
+        Is filled.
+    codebook : Codebook
+        Of all of them.
+    """
+    experts, rows = len(firsts), firsts.shape[1] - 1
+    arrays = codes, offsets, firsts, starts, device_lengths(codebook, codes.device), words
+    sizes = codebook.bits, filler(codebook), rows, experts * rows
+    _repack_kernel.launch(-(-experts * rows // THREADS), THREADS, *arrays, *sizes)
+
+
+def decode_packets(packets: Packets, expert: int, first: int, out: Tensor) -> None:
+    """Write the nonzeros of an expert's rows `first` and following into `out` (rows, C), zeros before.
+
+    The dtype of `out` is that of the levels, or float32.
+    """
+    codebook, rows = packets.codebook, len(out)
+    at_word, at_start, at_level = (expert * stride for stride in packets.strides)
+    lanes = min(WARP, 1 << (math.ceil(packets.packets_each) - 1).bit_length())
+    blocks = min(-(-rows * lanes // THREADS), BLOCKS * launch.multiprocessors(out.device))
+    _unpack_kernel.launch(
+        blocks,
+        THREADS,
+        packets.words[at_word:],
+        packets.starts[at_start + first :],
+        bits16(packets.levels.view(-1)[at_level + first * packets.levels_each :]),
+        device_table(codebook, out.device),
+        bits16(out),
+        codebook.bits,
+        codewords_each(codebook.bits),
+        codebook.digits,
+        codebook.max_nonzeros,
+        packets.levels_each,
+        rows,
+        out.shape[1],
+        lanes,
+    )
+
+
+def bits16(tensor: Tensor) -> Tensor:
+    """Return bfloat16 as bit patterns, which kernels take."""
+    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def filler(codebook: Codebook) -> int:
@@ -167,23 +222,27 @@ def device_lengths(codebook: Codebook, device: torch.device) -> Tensor:
     return torch.from_numpy((codebook.table & np.uint64(255)).astype(np.uint8)).to(device)
 
 
-@kernel("uint8*, int64*, int64*, int32*, uint8*, uint32*, int32, int32, int32")
+@kernel("uint8*, int64*, int32*, int32*, uint8*, uint32*, int32, int32, int32, int32")
 def _repack_kernel(
     codes: Any,
-    first_bits: Any,
-    counts: Any,
+    offsets: Any,
+    firsts: Any,
     starts: Any,
     lengths: Any,
     words: Any,
     bits: int,
     filling: int,
     rows: int,
+    all_rows: int,
 ) -> None:
     """Write the packets of each row: a thread a row, since a packet's column is known when those before are decoded."""
-    row = cuda.grid(1)
-    if row < rows:
+    row = np.int32(cuda.grid(1))
+    if row < all_rows:
+        expert = np.int32(row // rows)
+        at = np.int32(row + expert)
         mask = np.int32((1 << bits) - 1)
-        bit, left = first_bits[row], np.int32(counts[row])
+        bit = offsets[expert] * 8 + np.int64(firsts[at]) * bits
+        left = np.int32(firsts[at + 1] - firsts[at])
         column = np.uint32(0)
         for packet in range(starts[row], starts[row + 1]):
             word, held, number = np.uint32(column), np.int32(16), np.int32(0)
@@ -205,3 +264,56 @@ def _repack_kernel(
                     word = np.uint32(np.uint32(code) >> np.uint32(bits - held))
             if number < 4:
                 words[np.int64(packet) * 4 + number] = word
+
+
+def _tile_signatures() -> list[str]:
+    """Parameter types of the kernel that decodes packets, by the dtypes of the levels and of the tile."""
+    pairs = dict.fromkeys(pair for kind in KINDS.values() for pair in ((kind, kind), (kind, "float32*")))
+    return [f"uint32*, int32*, {level}, uint64*, {out}" + ", int32" * 8 for level, out in pairs]
+
+
+@kernel(*_tile_signatures())
+def _unpack_kernel(
+    words: Any,
+    starts: Any,
+    scales: Any,
+    table: Any,
+    out: Any,
+    bits: int,
+    each: int,
+    digits: int,
+    fields: int,
+    levels: int,
+    rows: int,
+    columns: int,
+    lanes: int,
+) -> None:
+    """Write a row's levels to out (R, C) at its nonzeros: some lanes a row, a lane a packet, which says its column."""
+    thread = np.int32(cuda.grid(1))
+    mask, own = np.uint64((1 << bits) - 1), np.uint64(bits)
+    row, member = np.int32(thread // lanes), np.int32(thread % lanes)
+    while row < rows:
+        index, stop = np.int32(starts[row] + member), starts[row + 1]
+        while index < stop:
+            quad = load_quad(words, index)
+            low = np.uint64(quad[0]) | np.uint64(quad[1]) << np.uint64(32)
+            high = np.uint64(quad[2]) | np.uint64(quad[3]) << np.uint64(32)
+            column = np.int32(quad[0] & np.uint32(0xFFFF))
+            low, high = low >> np.uint64(16) | high << np.uint64(48), high >> np.uint64(16)
+            for _ in range(each):
+                entry = table[np.int32(low & mask)]
+                low, high = low >> own | high << (np.uint64(64) - own), high >> own
+                for i in range(fields):
+                    field = entry_field(entry, i)
+                    position = field_position(field, digits)
+                    slot = np.int32(field_slot(field, position, digits))
+                    place = np.int32(column + position)
+                    if slot < digits - 1 and place < columns:  # an absent field is a zero slot
+                        number = slot if digits == 4 else (levels - 1) * (1 - slot)
+                        value = load_float(scales, np.int64(row) * levels + number)
+                        if levels == 1 and slot == 1:
+                            value = -value
+                        store_float(out, np.int64(row) * columns + place, value)
+                column = np.int32(column + entry_length(entry))
+            index = np.int32(index + lanes)
+        row = np.int32(row + cuda.gridsize(1) // lanes)

@@ -55,7 +55,7 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
     symbols = as_tensor(table.digits, "table.digits")
     _check_shapes(source, upper, values, thresholds)
     experts, rows, columns = source.shape
-    errors = torch.empty((experts, columns, rows), device=source.device)
+    errors = torch.empty((experts, columns, rows), dtype=torch.float32, device=source.device)
     digits = torch.empty(errors.shape, dtype=torch.int8, device=source.device)
     source = source.mT
     if columns > COLUMNS or (rows > 1 and source.stride(2) != 1) or source.stride(1) > _WIDEST:

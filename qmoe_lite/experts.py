@@ -6,9 +6,8 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
-import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -30,9 +29,7 @@ FORMAT = 2
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
 STRETCH = 4096  # routed tokens that go through a layer at a time, so that memory does not grow with a prompt
 ALIGNMENT = 16  # bytes; where an expert's codes may start
-# pairs of token and expert that a GPU takes in one launch: beyond, by a model of the time and not measured, decoding an
-# expert once for all its tokens is faster
-GPU_PAIRS = 4096
+GPU_BYTES = 1 << 28  # of what one projection puts out on a GPU, so that memory does not grow with a prompt
 _KERNEL_ACTIVATIONS = {  # classes of transformers and torch: what the GPU's kernel calls them
     "ReLU": "relu",
     "SiLU": "silu",
@@ -75,6 +72,17 @@ class ExpertSource(Protocol):
 
     def run(self, experts: PackedExperts, numbers: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through expert numbers[i]; float32."""
+
+    def run_layer(self, experts: PackedExperts, hidden_states: Tensor, routing: Sequence[Tensor]) -> Tensor | None:
+        """Send each token through its experts, float32; None where they are multiplied on the CPU, by `run`."""
+
+
+def count_tokens(index: Tensor, experts: int) -> Tensor:
+    """Return how many of an integer tensor's elements name each expert, int64 (experts,), without waiting for a GPU."""
+    flat = index.reshape(-1).long()
+    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:experts]
 
 
 def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
@@ -122,12 +130,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (gradient,) = gradients
         return None, (gradient.float() @ ctx.packed.dense()).to(gradient.dtype)
-
-
-def _product(packed: PackedMatrix, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Product.apply(packed, x)  # type: ignore[no-any-return,no-untyped-call]
-    return decode_matmul(packed, x)  # type: ignore[no-any-return]
 
 
 class PackedExperts(nn.Module):
@@ -276,11 +278,23 @@ class PackedExperts(nn.Module):
         """
         return self.packed(expert, projection).dense(dtype)
 
+    def activate(self, outputs: list[Tensor]) -> Tensor:
+        """Give what the last projection takes, of what the first ones put out."""
+        return inner(self.activation, outputs)
+
     def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
         """Send tokens, shape (T, C), through one expert."""
         first, (last,) = self.layer.stages
-        outputs = [_product(self.packed(expert, name), hidden_states) for name in first]
-        return _product(self.packed(expert, last), inner(self.activation, outputs))
+        outputs = [self._product(expert, name, hidden_states) for name in first]
+        return self._product(expert, last, self.activate(outputs))
+
+    def _product(self, expert: int, projection: str, x: Tensor) -> Tensor:
+        packed = self.packed(expert, projection)
+        if packed.device != x.device:  # a source gives it on the CPU
+            packed = packed.to(x.device)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(packed, x)  # type: ignore[no-any-return,no-untyped-call]
+        return decode_matmul(packed, x)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # torch.compile goes around it: Numba's kernels are not for it to trace
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
@@ -301,12 +315,19 @@ class PackedExperts(nn.Module):
         if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             raise ShapeError(f"hidden_states is {tuple(hidden_states.shape)}; expected (tokens, {width}). Reshape it.")
         home = self.get_buffer(f"{self.layer.projections[0]}_codes").device
-        if self.source is None and hidden_states.device != home:
+        if (source := self.source) is None and hidden_states.device != home:
             message = f"hidden_states is on {hidden_states.device}, the experts on {home}; expected one device. "
             raise SettingError(message + "Move the model, or what it is given.")
         index, weights = self.family.routing(routing)
-        if self.source is None and home.type != "cpu":
-            return self._forward_on_gpu(hidden_states, index, weights).to(hidden_states.dtype)
+        learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad)
+        if not learns:
+            if source is not None:
+                found = source.run_layer(self, hidden_states, routing)
+            else:
+                found = None if home.type == "cpu" else self._forward_on_gpu(hidden_states, index, weights)
+            if found is not None:
+                return found.to(hidden_states.dtype)
+        run = self._run_in_turn if learns and hidden_states.device.type != "cpu" else self._run_experts
         assigned = Assignment.group(index, weights, self.layer.count)
         bounds = assigned.bounds[: self.layer.count + 1]  # a number beyond the last expert means none, as -1 does
         out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
@@ -316,47 +337,41 @@ class PackedExperts(nn.Module):
             experts = [expert for expert, (first, end) in enumerate(pairwise(clipped)) if first < end]
             ends = [*(clipped[expert] for expert in experts), stop - start]
             rows, shares = assigned.rows[start:stop], assigned.weights[start:stop, None]
-            out = out.index_add(0, rows, self._run_experts(experts, hidden_states[rows], ends) * shares)
+            out = out.index_add(0, rows, run(experts, hidden_states[rows], ends) * shares)
         return out.to(hidden_states.dtype)
 
     def _forward_on_gpu(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Do it with the CUDA twins: two launches for few tokens, else expert after expert."""
-        from qmoe_lite.cuda import matmul as twin
+        """Do it with the CUDA twins: two launches for few tokens; else experts of many tokens are decoded."""
+        from qmoe_lite.cuda.matmul import GATHERED_PAIRS
 
-        learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad)
-        if 0 < index.numel() <= GPU_PAIRS and not learns:
-            out = self._launch_pairs(hidden_states, index, weights)
-            if out is not None:
-                return out
-        assigned = Assignment.group(index, weights, self.layer.count)
-        sizes = [after - before for before, after in pairwise(assigned.bounds)][: self.layer.count]
-        alone = [expert for expert, size in enumerate(sizes) if size]
-        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        many = [expert for expert in alone if sizes[expert] > twin.GATHERED_TOKENS]
-        if not learns and len(many) < len(alone):  # few tokens are no reason to decode an expert
-            rest = torch.where(torch.isin(index, torch.tensor(many, device=index.device, dtype=index.dtype)), -1, index)
-            step = max(1, GPU_PAIRS // index.shape[1])
-            slices = [slice(start, start + step) for start in range(0, len(index), step)]
-            parts = [self._launch_pairs(hidden_states[some], rest[some], weights[some]) for some in slices]
-            found = [part for part in parts if part is not None]
-            if found and len(found) == len(parts):
-                out, alone = torch.cat(found), many
-        for expert in alone:  # one after another, each row once: the order of additions is always the same
-            rows, shares = assigned.of_expert(expert)
-            out = out.index_add(0, rows, self.run_expert(expert, hidden_states[rows]).float() * shares[:, None])
-        return out
+        packets = {name: self._packets(name) for name in self.layer.projections}
+        parts = []
+        for some in self.stretches(index):
+            call = self.begin_call(packets, hidden_states[some], index[some], weights[some])
+            if call.fits and index[some].numel() <= GATHERED_PAIRS:
+                call.gather()
+            else:
+                sizes = count_tokens(index[some], self.layer.count).tolist()
+                call.turn({expert: expert for expert, size in enumerate(sizes) if size}, sizes, self.activate)
+            parts.append(call.total())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _launch_pairs(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """Send tokens through their experts in two launches; None where shared memory does not hold one token."""
-        from qmoe_lite.cuda import matmul as twin
+    def stretches(self, index: Tensor) -> list[slice]:
+        """Give the tokens that go through the layer on a GPU at a time: as many as `GPU_BYTES` suffice for."""
+        widest = max(rows for rows, _ in self.layer.shapes.values())
+        step = max(1, GPU_BYTES // (4 * widest * index.shape[1]))
+        return [slice(start, start + step) for start in range(0, max(len(index), 1), step)]
+
+    def begin_call(self, packets: dict[str, Any], x: Tensor, index: Tensor, weights: Tensor) -> Any:
+        """Begin to send tokens through experts that a GPU holds as packets, a projection an entry."""
+        from qmoe_lite.cuda.matmul import ExpertsCall
 
         first, (last,) = self.layer.stages
-        activation: Any = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__)
-        if activation is None:
-            activation = functools.partial(inner, self.activation)
-        packets = [self._packets(name) for name in first]
-        x = (hidden_states.float() if hidden_states.dtype == torch.float64 else hidden_states).contiguous()
-        return twin.run_experts(packets, self._packets(last), activation, x, index, weights)
+        activation = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__, self.activate)
+        x = (x.float() if x.dtype == torch.float64 else x).contiguous()
+        return ExpertsCall(
+            [packets[name] for name in first], packets[last], activation, x, index, weights, self.layer.count
+        )
 
     def _packets(self, projection: str) -> Any:
         """A projection as the GPU's kernels read it; made when it is first needed."""

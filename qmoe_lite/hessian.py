@@ -213,7 +213,7 @@ def factorise(hessian: Tensor, dampening: float, block_size: int = 128) -> tuple
         for index, matrix in enumerate(hessian):
             info[index] = code = _factorise_one(matrix, dampening, block_size, factor[index])
             if code != 0:
-                factor[index] = torch.eye(hessian.shape[-1], device=hessian.device)
+                factor[index] = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     return factor, info
 
 
@@ -276,7 +276,9 @@ def _invert_cholesky(matrix: Tensor) -> tuple[Tensor, int]:
     columns = len(matrix)
     if columns <= _LEAF:
         lower, info = torch.linalg.cholesky_ex(matrix)
-        return torch.linalg.solve_triangular(lower, torch.eye(columns, device=matrix.device), upper=False), int(info)
+        return torch.linalg.solve_triangular(
+            lower, torch.eye(columns, dtype=matrix.dtype, device=matrix.device), upper=False
+        ), int(info)
     half = columns // 2
     first, info = _invert_cholesky(matrix[:half, :half])
     if info != 0:

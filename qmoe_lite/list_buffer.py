@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
 from qmoe_lite.errors import FormatError, ShapeError
@@ -76,6 +75,8 @@ class ListBuffer:
 
     def save(self, file: Path) -> None:
         """Write all rows, compressed by zstandard, to a file object's path (no rename, no fsync)."""
+        import zstandard  # here, since experts run where it is not installed
+
         flat = self.rows.view(torch.uint8).view(-1)
         with file.open("wb") as raw, zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(raw) as out:
             for start in range(0, len(flat), _CHUNK):
@@ -89,6 +90,8 @@ class ListBuffer:
         FormatError
             The file is damaged or holds another number of bytes.
         """
+        import zstandard
+
         flat = self.rows.view(torch.uint8).view(-1).numpy()
         filled = 0
         try:

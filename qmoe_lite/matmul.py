@@ -157,7 +157,7 @@ def grouped_matmul(
     Nothing else is checked. A group's result does not depend on the other groups.
     """
     columns = stacks[0].columns
-    y = [torch.empty(len(x), stack.levels.shape[1]) for stack in stacks]
+    y = [torch.empty(len(x), stack.levels.shape[1], dtype=torch.float32) for stack in stacks]
     digits = stacks[0].codebook.digits
     symmetric = all(stack.levels.shape[2] == 1 for stack in stacks)
     levels = [_levels(stack, experts, symmetric) for stack in stacks]
@@ -275,12 +275,12 @@ def _tokens(x: Any, packed: PackedMatrix) -> torch.Tensor:
 def _tile_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
     """Product by decoded tiles of rows: tokens (T, C) -> (T, R)."""
     rows, columns = packed.shape
-    y = torch.empty(len(tokens), rows)
+    y = torch.empty(len(tokens), rows, dtype=torch.float32)
     if not len(tokens):
         return y
     values = slot_values(packed.levels, packed.codebook.digits, torch.float32)
     starts = row_starts(packed.count_codewords().numpy())
-    tile = torch.empty(min(rows, max(1, TILE_VALUES // columns)), columns)
+    tile = torch.empty(min(rows, max(1, TILE_VALUES // columns)), columns, dtype=torch.float32)
     for first in range(0, rows, len(tile)):
         part = tile[: rows - first]
         decode_rows(packed, values, starts, first, part)

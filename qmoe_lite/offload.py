@@ -11,6 +11,7 @@ not depend on the budget, bit for bit, on the CPU.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import threading
@@ -32,7 +33,7 @@ from qmoe_lite._gpu_tier import CudaDevice, Device, GpuTier, share_layers
 from qmoe_lite._ram_tier import Layer, RamTier, slot_layout
 from qmoe_lite.checkpoint import Checkpoint, write_json
 from qmoe_lite.errors import CheckpointError, OutputError, QMoEError, SettingError
-from qmoe_lite.experts import PackedExperts, quantization_of
+from qmoe_lite.experts import PackedExperts, count_tokens, quantization_of
 from qmoe_lite.packed import PackedMatrix
 from qmoe_lite.skeletons import open_checkpoint
 
@@ -81,13 +82,17 @@ class Statistics:
     late : int
         Of the misses, those whose reading a guess had begun already.
     disk_bytes, copied_bytes : int
-        Codes read from disk to memory, and copied from memory to GPUs.
+        Codes read from disk to memory; codes, places of rows and levels copied from memory to GPUs.
     stall_seconds : float
-        Time in which nothing could be multiplied because no expert had arrived.
+        Time in which nothing could be multiplied because no expert had arrived in memory.
+    copy_stall_seconds : float or None
+        Time in which GPUs computed nothing because an expert had not arrived there; None where that is not known.
     predicted, predicted_right : int
         Experts that the next layer's router named beforehand, and those of them that the layer then asked for.
     prefetched, prefetch_hits : int
         Experts that were read because they were predicted, and those of them that were asked for.
+    copied_ahead, copied_ahead_hits : int
+        Experts that were copied to a GPU because they were predicted, and those of them that were asked for.
     cache_bytes, ram_bytes, index_bytes : int
         Memory set aside for experts where they are multiplied; on a GPU, in memory besides; for row lengths and levels.
     direct : bool
@@ -107,10 +112,13 @@ class Statistics:
     disk_bytes: int = 0
     copied_bytes: int = 0
     stall_seconds: float = 0.0
+    copy_stall_seconds: float | None = None
     predicted: int = 0
     predicted_right: int = 0
     prefetched: int = 0
     prefetch_hits: int = 0
+    copied_ahead: int = 0
+    copied_ahead_hits: int = 0
     cache_bytes: int = 0
     ram_bytes: int = 0
     index_bytes: int = 0
@@ -145,12 +153,16 @@ class Statistics:
                 f"memory: {self.ram_hits} of the misses were in its {show_size(self.ram_bytes)}, "
                 f"{self.ram_misses} were not; {show_size(self.copied_bytes)} copied to the GPU"
             )
+            if self.copy_stall_seconds is not None:
+                found[-1] += f", which waited {self.copy_stall_seconds:.2f} s for copies"
         found.append(f"disk: {show_size(self.disk_bytes)} read {way}; waited {self.stall_seconds:.2f} s for experts")
         if self.predicted:
             found.append(
                 f"next layer guessed: {self.predicted_right / self.predicted:.1%} of {self.predicted} right; "
                 f"{self.prefetched} read ahead, {self.prefetch_hits} of them used"
             )
+            if self.ram_bytes:
+                found[-1] += f"; {self.copied_ahead} copied ahead, {self.copied_ahead_hits} used"
         return found + [f"note: {note}" for note in self.notes]
 
 
@@ -218,6 +230,7 @@ class Runner:
         if devices:
             self._share(devices, budgets, half_life)
         self._guess: tuple[int, list[int], list[int]] | None = None  # layer, predicted experts, those being read
+        self._asked: tuple[Sequence[Tensor], list[int]] | None = None  # a layer's routing, and tokens of each expert
         self._started = 0.0
         self._trust = 1.0  # the share of guesses that were right lately
         if counts is not None and (uses := counts.load()) is not None:
@@ -289,27 +302,34 @@ class Runner:
                 self.statistics.tokens += len(hidden)
             if self._trace is not None:
                 self._write_trace(self._trace, number, index)
-            asked = torch.unique(index[(index >= 0) & (index < module.num_experts)]).tolist()
-            wanted = [layer.first + expert for expert in asked]
+            tier, counts = self._tier_of[number], [count_tokens(index, module.num_experts)]
+            if tier is not None and (votes := self._votes(number + 1, hidden)) is not None:
+                counts.append(votes.to(index.device))
+            found = torch.cat(counts).tolist()  # on a GPU this waits for it: once a layer
+            sizes, predicted = found[: module.num_experts], found[module.num_experts :]
+            self._asked = tuple(routing), sizes
+            wanted = [layer.first + expert for expert, size in enumerate(sizes) if size]
             self._ram.open(layer)
             self._ram.release()
             self._ram.collect()  # a guess that has arrived is a hit
             self._end_guess(number, wanted)
-            tier = self._tier_of[number]
             missing = wanted if tier is None else [expert for expert in wanted if not tier.there(expert)]
             in_memory = sum(map(self._ram.ready, missing))
             for expert in wanted:
                 for cache in (self._ram.cache,) if tier is None else (self._ram.cache, tier.cache):
                     cache.use(expert)
-            found = in_memory if tier is None else len(wanted) - len(missing)
-            self.statistics.hits += found
-            self.statistics.misses += len(wanted) - found
+            hits = in_memory if tier is None else len(wanted) - len(missing)
+            self.statistics.hits += hits
+            self.statistics.misses += len(wanted) - hits
             if tier is not None:
                 self.statistics.ram_hits += in_memory
                 self.statistics.ram_misses += len(missing) - in_memory
             self._ram.want(missing)
-            if self._prefetch and len(hidden) <= _MOST_GUESSED_FROM:
-                self._predict(number + 1, hidden)
+            # on the CPU nothing waits, and what is missing is on its way before anything is guessed
+            if tier is None and (votes := self._votes(number + 1, hidden)) is not None:
+                predicted = votes.tolist()
+            if predicted:
+                self._predict(number + 1, predicted)
 
     def _end_guess(self, number: int, wanted: list[int]) -> None:
         """Count what a guess was worth; let go of what is not wanted."""
@@ -323,29 +343,49 @@ class Runner:
                 self._trust += (right / max(len(predicted), 1) - self._trust) / _TRUST_GUESSES
                 used = asked.intersection(begun)
                 self.statistics.prefetch_hits += len(used)
+                if (tier := self._tier_of[number]) is not None:
+                    self.statistics.copied_ahead_hits += len(asked & tier.guessed)
                 self.statistics.late += sum(not self._ram.ready(expert) for expert in used)
             self._guess = None
         self._ram.end_guess(wanted)
+        for tier in self._tiers:
+            tier.end_guess()
 
-    def _predict(self, number: int, hidden: Tensor) -> None:
-        """Ask the next layer's router about this layer's input, and begin to read what it names."""
+    def _votes(self, number: int, hidden: Tensor) -> Tensor | None:
+        """Ask a layer's router about the input of the one before: how many tokens it would send to each expert."""
         # an encoder's last layer says nothing of the decoder's first
         if number >= len(self._layers) or number in self._openings or self._routers[number] is None:
-            return
+            return None
+        if not self._prefetch or len(hidden) > _MOST_GUESSED_FROM:
+            return None
         if self._trust < _LEAST_TRUST and self.statistics.passes % _DOUBTED:
-            return
+            return None
         layer = self._layers[number].experts.layer
         weight = self._routers[number].detach()  # type: ignore[union-attr]
-        logits = hidden.detach().to(weight.dtype) @ weight.T
-        votes = logits.topk(layer.top_k).indices.flatten().bincount(minlength=layer.count)
-        order = votes.argsort(descending=True)[: int((votes > 0).sum())]
-        predicted = [self._layers[number].first + expert for expert in order.tolist()]
-        self._ram.open(self._layers[number])
+        logits = hidden.detach().to(weight.device, weight.dtype) @ weight.T
+        return count_tokens(logits.topk(layer.top_k).indices, layer.count)
+
+    def _predict(self, number: int, votes: list[int]) -> None:
+        """Begin to read what the layer's router named."""
+        layer = self._layers[number]
+        order = np.argsort(-np.array(votes), kind="stable").tolist()
+        predicted = [layer.first + expert for expert in order if votes[expert]]
+        self._ram.open(layer)
         tier = self._tier_of[number]
         missing = predicted if tier is None else [expert for expert in predicted if not tier.there(expert)]
         begun = self._ram.guess(missing) if self._trust >= _LEAST_TRUST else []
         self.statistics.prefetched += len(begun)
         self._guess = number, predicted, begun
+
+    def _copy_ahead(self) -> None:
+        """Begin to copy what the next layer's router named, and is in memory, to where it would be multiplied."""
+        if self._guess is None or self._trust < _LEAST_TRUST:
+            return
+        number, predicted, _ = self._guess
+        if (tier := self._tier_of[number]) is not None:
+            self._ram.collect()
+            likely = [expert for expert in predicted if tier.there(expert) or self._ram.ready(expert)]
+            self.statistics.copied_ahead += tier.guess(likely, self._layers[number])
 
     # what an experts module calls
 
@@ -369,14 +409,12 @@ class Runner:
         with self._lock:
             layer = self._layers[self._number_of[experts.layer.experts]]
             self._ram.open(layer)
-            tier = self._tier_of[self._number_of[experts.layer.experts]]
-            if tier is not None:
-                return self._run_there(tier, layer, numbers, tokens, bounds)
             if tokens.device.type != "cpu":
                 raise SettingError(
                     f"the model is on {tokens.device} and its experts on the CPU. Give devices, or move it."
                 )
-            out = torch.empty(len(tokens), experts.layer.shapes[layer.projections[-1]][0])
+            rows = experts.layer.shapes[layer.projections[-1]][0]
+            out = torch.empty(len(tokens), rows, dtype=torch.float32)
             groups = {number: slice(bounds[i], bounds[i + 1]) for i, number in enumerate(numbers)}
 
             def multiply(wave: list[int]) -> None:
@@ -390,18 +428,40 @@ class Runner:
             self._in_waves(layer, [layer.first + expert for expert in numbers], multiply)
             return out
 
-    def _run_there(self, tier: GpuTier, layer: Layer, numbers: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
-        """As `run`, on a GPU; with less memory where it runs out of it."""
-        moved = tokens.to(tier.device.device, torch.float32)
-        groups = {layer.first + expert: moved[bounds[i] : bounds[i + 1]] for i, expert in enumerate(numbers)}
+    def run_layer(self, experts: PackedExperts, hidden_states: Tensor, routing: Sequence[Tensor]) -> Tensor | None:
+        """Send each token through its experts, where they are multiplied on a GPU; float32, on the tokens' device."""
+        with self._lock:
+            number = self._number_of[experts.layer.experts]
+            layer, tier = self._layers[number], self._tier_of[number]
+            if tier is None:
+                return None
+            self._ram.open(layer)
+            asked, self._asked = self._asked, None
+            index, weights = experts.family.routing(routing)
+            x, index, weights = (part.to(tier.device.device) for part in (hidden_states, index, weights))
+            stretches = experts.stretches(index)
+            if asked is None or len(stretches) > 1 or not all(map(operator.is_, asked[0], routing)):
+                counts = [count_tokens(index[some], experts.num_experts).tolist() for some in stretches]
+            else:
+                counts = [asked[1]]
+            parts = [
+                self._run_there(tier, layer, x[some], index[some], weights[some], sizes)
+                for some, sizes in zip(stretches, counts, strict=True)
+            ]
+            self._copy_ahead()
+            return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(hidden_states.device)
+
+    def _run_there(
+        self, tier: GpuTier, layer: Layer, x: Tensor, index: Tensor, weights: Tensor, sizes: list[int]
+    ) -> Tensor:
+        """Send tokens on a GPU through its experts; with less memory for these where it runs out of it."""
 
         def arriving(missing: list[int], take: Callable[[list[int]], None]) -> None:
             self._in_waves(layer, missing, lambda own: take([layer.first + expert for expert in own]))
 
         while True:
             try:
-                done = tier.run(layer, groups, arriving)
-                return torch.cat([done[number] for number in groups]).to(tokens.device)
+                return tier.run(layer, x, index, weights, sizes, arriving)
             except torch.OutOfMemoryError:
                 pass  # until here its traceback keeps the memory that is given back next
             tier.shrink()
@@ -490,6 +550,7 @@ class Runner:
             for layer in self._layers:
                 layer.experts.source = None
             try:
+                self._count()
                 self._end()
             finally:
                 self._end_trace()
@@ -500,8 +561,11 @@ class Runner:
         memory = ram.cache.slots * ram.slot_bytes
         statistics.cache_bytes, statistics.ram_bytes = memory, 0
         if self._tiers:
-            statistics.cache_bytes = sum(tier.cache.slots * tier.expert_bytes for tier in self._tiers)
+            statistics.cache_bytes = sum(tier.nbytes for tier in self._tiers)
             statistics.ram_bytes = memory
+            waits = [tier.device.waited() for tier in self._tiers]
+            known = [seconds for seconds in waits if seconds is not None]
+            statistics.copy_stall_seconds = sum(known) if len(known) == len(waits) else None
             statistics.copied_bytes = sum(tier.copied_bytes for tier in self._tiers)
         statistics.direct = all(file.direct for file in self._files.values())
 

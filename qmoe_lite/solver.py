@@ -201,7 +201,7 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
         from qmoe_lite.cuda import solver as twin
 
         return twin.solve_block(block, factor, table)
-    errors = torch.empty(block.mT.shape).copy_(block.mT)
+    errors = torch.empty(block.mT.shape, dtype=torch.float32).copy_(block.mT)
     digits = torch.empty(errors.shape, dtype=torch.int8)
     parts = factor, table.values, table.thresholds, table.digits
     block_kernel(errors.numpy(), digits.numpy(), *(part.cpu().mT.contiguous().numpy() for part in parts))
@@ -221,7 +221,7 @@ def _solve(
     squares = torch.zeros((2, experts), dtype=torch.float64, device=weight.device)
     # memory that is written for the first time costs as much as a product: few experts on the CPU, in the same place
     some = max(1, _CHUNK // (rows * columns)) if weight.device.type == "cpu" else experts
-    scratch = torch.empty((2, min(some, experts), columns, rows), device=weight.device)
+    scratch = torch.empty((2, min(some, experts), columns, rows), dtype=torch.float32, device=weight.device)
     with full_float32():
         for first in range(0, experts, some):
             part = slice(first, first + some)
@@ -298,7 +298,7 @@ def _factorise_all(own: Tensor, layer: Tensor | None, dampening: float, block_si
             if name == "blended" and layer is not None:
                 metric[index] = layer[0]
             elif not finite[index]:
-                metric[index] = torch.eye(own.shape[-1], device=own.device)
+                metric[index] = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
     return _Known(factor, classes, metric, extra)
 
 
@@ -320,7 +320,7 @@ def _relative_error(weight: Tensor, digits: Tensor, levels: Tensor, hessian: Ten
 
     `lost` is the numerator, float64 (E,); it is computed here where it is not finite.
     """
-    error = torch.zeros(len(weight), device=weight.device)
+    error = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
     tiny = torch.finfo(torch.float32).tiny
     for part in _turns(len(weight), weight.device):
         metric = None if hessian is None else hessian[part if len(hessian) > 1 else 0]

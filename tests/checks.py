@@ -31,3 +31,14 @@ def naive_packets(packed):
             column += sum(lengths[code] for code in own)
         starts.append(len(words))
     return words, starts
+
+
+def run_experts(first, last, activation, x, index, weights):
+    """Send tokens through all experts of a layer on a GPU in one turn; None where shared memory is too small."""
+    from qmoe_lite.cuda.matmul import ExpertsCall
+
+    call = ExpertsCall(first, last, activation, x, index, weights, last.experts)
+    if not call.fits:
+        return None
+    call.gather()
+    return call.total()

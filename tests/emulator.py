@@ -165,6 +165,10 @@ class Intrinsics:
     def __init__(self, cuda):
         self.cuda = cuda
 
+    def advanced(self, array, count):
+        assert 0 <= int(count) < array.array.size
+        return Memory(array.array[int(count) :], array.origin)
+
     def load_quad(self, array, index):
         if array.array.ctypes.data % 16:
             raise EmulationError("128 bits from an array that does not begin at a multiple of 16 bytes")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -138,6 +139,24 @@ def decode(codes, row_codewords, strings, bits, columns):
             row += strings[sum(stream[place + j] << j for j in range(bits))]
             place += bits
         rows.append(row[:columns])
+    return rows
+
+
+def digits_of_packets(words, starts, strings, bits, columns):
+    """Digits, list of rows, of packets (four words of 32 bits each): each packet's begin at the column it says."""
+    rows = []
+    for first, stop in itertools.pairwise(starts):
+        row = [None] * columns
+        for quad in words[first:stop]:
+            packet = sum(int(word) << 32 * i for i, word in enumerate(quad))
+            column = packet & 0xFFFF
+            for number in range(112 // bits):
+                for digit in strings[packet >> 16 + bits * number & (1 << bits) - 1]:
+                    if column < columns:
+                        assert row[column] is None, "two packets hold one column"
+                        row[column] = digit
+                    column += 1
+        rows.append(row)
     return rows
 
 

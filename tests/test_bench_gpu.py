@@ -22,8 +22,19 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("g
 
 import emulator
 import naive
+from test_gpu_tier import EmulatedDevice
 
-from qmoe_lite.bench import _gpu_choice, _gpu_demo, _gpu_layer, _gpu_paper, gptq, gpu, layer
+from qmoe_lite.bench import (
+    _gpu_choice,
+    _gpu_demo,
+    _gpu_layer,
+    _gpu_offload,
+    _gpu_paper,
+    _offload_parts,
+    gptq,
+    gpu,
+    layer,
+)
 from qmoe_lite.bench import _gpu_parts as parts
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.codec import encode
@@ -37,7 +48,9 @@ PAPER = Codebook.paper()
 
 
 def on_a_gpu(experts, x, index, weights):
-    """What `PackedExperts.forward` does where its buffers are on a GPU."""
+    """What `PackedExperts.forward` does where its buffers are on a GPU, or its source's."""
+    if experts.source is not None:
+        return experts.source.run_layer(experts, x, (index, weights)).to(x.dtype)
     return experts._forward_on_gpu(x, index, weights).to(x.dtype)
 
 
@@ -70,6 +83,12 @@ def emulated(monkeypatch):
     sizes = {"hidden_size": 24, "moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
     monkeypatch.setattr(layer, "LAYERS", {name: ("qwen3_moe", sizes) for name in _gpu_layer.LAYERS})
     monkeypatch.setattr(PackedExperts, "forward", on_a_gpu)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 6}
+    shape = _offload_parts.SHAPE | sizes | heads | {"num_experts_per_tok": 2}
+    for name, value in {"LAYERS": 2, "VOCABULARY": 50, "PROMPT": 3, "WARM": 1, "TOKENS": 2, "SHARE": 0.75}.items():
+        monkeypatch.setattr(_gpu_offload, name, value)
+    monkeypatch.setattr(_offload_parts, "SHAPE", shape)
+    monkeypatch.setattr(_gpu_offload, "_device", EmulatedDevice)
     monkeypatch.setattr(_gpu_choice, "TOKENS", (2, 3))
     monkeypatch.setattr(_gpu_choice, "LANES", (4, 32))
     monkeypatch.setattr(_gpu_paper, "WARPS", (1, 2))
@@ -152,8 +171,25 @@ def test_choices_are_those_that_the_product_makes(emulated, capsys):
     assert "from 2 tokens on" in capsys.readouterr().out
 
 
+def test_three_ways_go_through_the_same_experts_and_the_cache_is_counted(emulated, capsys):
+    rows = list(_gpu_offload.measure_offload(False, FOR_EVER))
+    assert [(row["way"], row["routing"]) for row in rows] == [
+        (way, routing) for way in ("dense", "all", "cached") for routing in ("even", "a text's")
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert {row["peer"] for row in rows[:2]} <= {"grouped_mm", "eager"}
+    for row in rows[4:]:
+        assert 0 < row["hit_rate"] < 1
+        assert row["copied_bytes"] > 0
+        assert row["lost_share"] is None, "no GPU waited"
+    _gpu_offload.show_offload([row | {"lost_share": 0.125} if "lost_share" in row else row for row in rows])
+    printed = capsys.readouterr().out
+    assert "12%" in printed
+    assert "75% on the GPU" in printed
+
+
 def test_what_does_not_fit_the_time_is_named(emulated):
-    for name in ("matmul", "layer", "solver", "paper", "coder", "choice"):
+    for name in ("matmul", "layer", "offload", "solver", "paper", "coder", "choice"):
         rows = list(gpu.PARTS[name].measure(False, time.monotonic() + 1))
         assert rows
         assert all(list(row) == ["skipped"] for row in rows)
@@ -168,10 +204,18 @@ def test_nothing_is_timed_that_is_wrong(emulated, monkeypatch):
         list(_gpu_paper.measure_paper(True, FOR_EVER))
     with pytest.raises(QMoEError, match=r"decode_matmul of \(3, 200\)"):
         list(_gpu_choice.measure_choice(True, FOR_EVER))
-    run_experts = matmul.run_experts
-    monkeypatch.setattr(matmul, "run_experts", lambda *given: 1.1 * run_experts(*given))
+    total = matmul.ExpertsCall.total
+    monkeypatch.setattr(matmul.ExpertsCall, "total", lambda call: 1.1 * total(call))
     with pytest.raises(QMoEError, match="the layer differs"):
         list(_gpu_layer.measure_layer(True, FOR_EVER))
+    monkeypatch.setattr(matmul.ExpertsCall, "total", lambda call: 50 * total(call))
+    with pytest.raises(QMoEError, match="the logits differ from the dense model's"):
+        list(_gpu_offload.measure_offload(True, FOR_EVER))
+    monkeypatch.setattr(matmul.ExpertsCall, "total", total)
+    there = PackedExperts._forward_on_gpu
+    monkeypatch.setattr(PackedExperts, "_forward_on_gpu", lambda *given: 3 * there(*given))
+    with pytest.raises(QMoEError, match="not the same bits"):
+        list(_gpu_offload.measure_offload(True, FOR_EVER))
     monkeypatch.setattr(_gpu_paper, "paper_product", lambda matrix, x, warps: torch.zeros(3))
     monkeypatch.setattr(matmul, "decode_matmul", right)
     with pytest.raises(QMoEError, match=r"paper_1 of \(3, 200\)"):
@@ -360,5 +404,6 @@ def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
     (tmp_path / "gpu.py").write_text(
         f"import sys; sys.modules['zstandard'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
         "import runpy; runpy.run_path(sys.argv[1], run_name='gpu')\n"
+        "import qmoe_lite.bench.layer, qmoe_lite.offload\n"
     )
     subprocess.run([sys.executable, tmp_path / "gpu.py", ROOT / "bench" / "gpu.py"], cwd=tmp_path, check=True)

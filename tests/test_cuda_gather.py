@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from checks import naive_packets
+from checks import naive_packets, run_experts
 
 pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread; pip install 'qmoe-lite[dev]'")
 
@@ -105,8 +106,74 @@ def test_packets_are_those_of_the_description(emulated, name, columns):
     assert made.words.tolist() == words
     assert made.starts.tolist() == starts
     assert (made.experts, made.rows, made.columns) == (1, 5, columns)
-    beside = made.nbytes - made.levels.nbytes
-    assert beside <= packets.most_bytes(codebook, packed.codes.numel(), 5) <= beside + 16 * (5 + 8)
+    most = packets.most_packets(codebook, packed.codes.numel(), 5)
+    assert len(words) <= most <= len(words) + 5 + 1 + 64 // codebook.bits // packets.codewords_each(codebook.bits)
+    assert made.packets_each == len(words) / 5
+
+
+def in_slots(matrices, size, order):
+    """Packets of matrices that lie in slots of poison, `size` bytes each: matrix i in slot order[i]."""
+    memory = torch.full((size * (max(order) + 1),), 0xA5, dtype=torch.uint8)
+    made = [packets.make_packets(packed) for packed in matrices]
+    levels, rows = made[0].levels, made[0].rows
+    starts_at = 16 * max(len(each.words) for each in made)
+    levels_at = starts_at + 4 * (rows + 1) + 12
+    for each, slot in zip(made, order, strict=True):
+        for begin, part in ((0, each.words), (starts_at, each.starts), (levels_at, each.levels)):
+            data = part.contiguous().view(-1).view(torch.uint8)
+            memory[slot * size + begin :][: len(data)] = data
+    assert levels_at + levels.nbytes <= size
+    return packets.Packets(
+        words=memory.view(torch.uint32).view(-1, 4),
+        starts=memory[starts_at:].view(torch.int32),
+        levels=memory[levels_at:].view(levels.dtype),
+        codebook=made[0].codebook,
+        experts=max(order) + 1,
+        rows=rows,
+        columns=made[0].columns,
+        levels_each=levels.shape[1],
+        packets_each=sum(len(each.words) for each in made) / len(made) / rows,
+        strides=(size // 16, size // 4, size // levels.element_size()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        *itertools.product(CODEBOOKS, [(1, 1), (5, 29), (3, 331)], [torch.float32, torch.bfloat16, torch.float16]),
+        *itertools.product(("ternary-10", "paper"), [(37, 700)], [torch.float32]),
+    ],
+    ids=str,
+)
+def test_decoded_packets_are_the_naive_matrix(emulated, monkeypatch, name, shape, dtype):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(packets, "BLOCKS", 2)
+    codebook, width = CODEBOOKS[name]
+    drawn = [draw(codebook, width, shape, seed=e) for e in range(2)]
+    matrices = [cpu_codec.encode(digits, levels.to(dtype), codebook) for digits, levels, _ in drawn]
+    strings = naive.strings_of(codebook.table.tolist(), codebook.digits)
+    made = [packets.stack_packets(pack_experts(matrices), codebook, shape[1]), in_slots(matrices, 1 << 15, (2, 0))]
+    for stack, places in zip(made, ((0, 1), (2, 0)), strict=True):
+        for place, packed, (digits, _, _) in zip(places, matrices, drawn, strict=True):
+            words, starts = naive_packets(packed)
+            assert naive.digits_of_packets(words, starts, strings, codebook.bits, shape[1]) == digits.tolist()
+            dense = torch.from_numpy(naive.dequantize(digits, packed.levels.tolist()))
+            for first in {0, shape[0] // 2}:
+                for out_dtype in {dtype, torch.float32}:
+                    out = torch.zeros(shape[0] - first, shape[1], dtype=out_dtype)
+                    packets.decode_packets(stack, place, first, out)
+                    assert torch.equal(out, dense[first:].to(out_dtype))
+
+
+def test_many_tokens_meet_the_packets_that_exist(emulated, monkeypatch):
+    digits, levels, packed = draw(TERNARY, 2, (4, 200))
+    x = torch.randn(3, 200)
+    monkeypatch.setattr(matmul, "GATHERED_TOKENS", 2)
+    from_codes = matmul.decode_matmul(packed, x)
+    matmul.decode_matmul(packed, x[:1])
+    monkeypatch.setattr(matmul, "decode_rows", None)
+    assert torch.equal(matmul.decode_matmul(packed, x), from_codes)
+    assert_close(from_codes, digits, levels, x)
 
 
 @pytest.mark.parametrize("name", ["ternary-10", "two-bit", "seven-fields", "paper"])
@@ -220,10 +287,10 @@ def test_a_layer_s_experts_are_the_naive_ones(emulated, activation, tokens, slot
     index, weights = draw_routing(tokens, slots)
     torch_activation = TORCH_ACTIVATIONS[activation]
     expected = naive_experts([gates, ups], downs, lambda y: torch_activation(y[0]) * y[1], x, index, weights)
-    y = matmul.run_experts([gate, up], down, activation, x, index, weights)
+    y = run_experts([gate, up], down, activation, x, index, weights)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    apart = matmul.run_experts([gate, up], down, lambda y: torch_activation(y[0]) * y[1], x, index, weights)
+    apart = run_experts([gate, up], down, lambda y: torch_activation(y[0]) * y[1], x, index, weights)
     torch.testing.assert_close(apart, y, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -234,7 +301,7 @@ def test_a_layer_without_gates_is_the_naive_one(emulated, width):
     x = torch.randn(12, WIDE)
     index, weights = draw_routing(12, 1)
     expected = naive_experts([wis], wos, lambda y: torch.relu(y[0]), x, index, weights)
-    y = matmul.run_experts([wi], wo, "relu", x, index, weights)
+    y = run_experts([wi], wo, "relu", x, index, weights)
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -243,16 +310,66 @@ def test_a_token_s_result_does_not_depend_on_the_others(emulated):
     (gate, _), (up, _), (down, _) = layer.values()
     x = torch.randn(6, WIDE)
     index, weights = draw_routing(6, 2)
-    whole = matmul.run_experts([gate, up], down, "silu", x, index, weights)
-    some = matmul.run_experts([gate, up], down, "silu", x[2:4].contiguous(), index[2:4], weights[2:4])
+    whole = run_experts([gate, up], down, "silu", x, index, weights)
+    some = run_experts([gate, up], down, "silu", x[2:4].contiguous(), index[2:4], weights[2:4])
     assert torch.equal(whole[2:4], some)
+
+
+def test_experts_in_slots_take_their_turns_and_give_the_same_bytes(emulated):
+    """Slots lie in any order among poison, not every turn has every expert, and nothing is read of an empty slot."""
+    shapes = {"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)}
+    (gate, _), (up, _), (down, _) = draw_layer(shapes).values()
+    order = (4, 1, 6, 3, 0)
+    slots = []
+    for i, (name, shape) in enumerate(shapes.items()):
+        matrices = [draw(BOOKS[name], 2, shape, seed=10 * i + e)[2] for e in range(EXPERTS)]
+        slots.append(in_slots(matrices, 1 << 13, order))
+    activation, torch_activation = "silu", lambda y: torch.nn.functional.silu(y[0]) * y[1]
+    for tokens, k in ((1, 2), (9, 3)):
+        x = torch.randn(tokens, WIDE)
+        index, weights = draw_routing(tokens, k)
+        for own in (activation, torch_activation):
+            whole = run_experts([gate, up], down, own, x, index, weights)
+            for turns in ((range(EXPERTS),), ((3,), (0, 4), (2, 1)), ((1, 2), (0,))):
+                call = matmul.ExpertsCall(slots[:2], slots[2], own, x, index, weights, EXPERTS)
+                assert call.fits
+                for turn in turns:
+                    places = torch.full((EXPERTS,), -1, dtype=torch.int32)
+                    for expert in turn:
+                        places[expert] = order[expert]
+                    call.gather(places)
+                present = torch.isin(index, torch.tensor([expert for turn in turns for expert in turn]))
+                some = run_experts([gate, up], down, own, x, torch.where(present, index, -1), weights)
+                assert torch.equal(call.total(), some)
+                assert not call.total()[~present.any(1)].any(), "to the last bit: poison is a tiny number"
+                if present.sum() == ((index >= 0) & (index < EXPERTS)).sum():
+                    assert torch.equal(some, whole)
+
+
+def test_many_tokens_of_some_experts_are_decoded_in_between(emulated):
+    shapes = {"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)}
+    (gate, gates), (up, ups), (down, downs) = draw_layer(shapes).values()
+    x = torch.randn(11, WIDE)
+    index, weights = draw_routing(11, 3)
+
+    def inside(y):
+        return torch.nn.functional.silu(y[0]) * y[1]
+
+    expected = naive_experts([gates, ups], downs, inside, x, index, weights)
+    counts = [int((index == expert).sum()) for expert in range(EXPERTS)]
+    ends = np.cumsum(counts).tolist()
+    call = matmul.ExpertsCall([gate, up], down, "silu", x, index, weights, EXPERTS)
+    for expert in (2, 0):
+        call.decode(expert, slice(ends[expert] - counts[expert], ends[expert]), inside)
+    call.gather(torch.tensor([-1, 1, -1, 3, 4], dtype=torch.int32))
+    torch.testing.assert_close(call.total().double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_layer_wider_than_shared_memory_is_left_to_the_caller(emulated, monkeypatch):
     layer = draw_layer({"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)})
     (gate, _), (up, _), (down, _) = layer.values()
     monkeypatch.setattr(launch, "shared_limit", lambda device: 256)
-    assert matmul.run_experts([gate, up], down, "silu", torch.randn(1, WIDE), *draw_routing(1, 2)) is None
+    assert run_experts([gate, up], down, "silu", torch.randn(1, WIDE), *draw_routing(1, 2)) is None
 
 
 needs_compiler = pytest.mark.skipif(

@@ -18,7 +18,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from checks import draw_digits, naive_packets
+from checks import draw_digits, naive_packets, run_experts
 from torch.nn import functional
 
 import qmoe_lite as qm
@@ -632,7 +632,7 @@ def test_a_layer_s_experts_are_the_dense_ones(width, dtype, activation, tokens):
     index, weights = draw_routing(tokens)
     on_gpu = x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
     expected = dense_experts([gates, ups], downs, ACTIVATIONS[activation], x, index, weights)
-    assert_experts(matmul.run_experts([gate, up], down, activation, *on_gpu), expected)
+    assert_experts(run_experts([gate, up], down, activation, *on_gpu), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
@@ -643,18 +643,18 @@ def test_a_layer_without_gates_or_with_torch_s_activation_is_the_dense_one(width
     index, weights = draw_routing(tokens)
     on_gpu = x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)
     expected = dense_experts([wis], wos, torch.relu, x, index, weights)
-    assert_experts(matmul.run_experts([wi], wo, "relu", *on_gpu), expected)
-    assert_experts(matmul.run_experts([wi], wo, lambda outputs: torch.relu(outputs[0]), *on_gpu), expected)
+    assert_experts(run_experts([wi], wo, "relu", *on_gpu), expected)
+    assert_experts(run_experts([wi], wo, lambda outputs: torch.relu(outputs[0]), *on_gpu), expected)
 
 
 def test_a_token_s_bytes_do_not_depend_on_the_others():
     (gate, _), (up, _), (down, _) = layer_packets(2)
     index, weights = (part.to(DEVICE) for part in draw_routing(40))
     x = torch.randn(40, OUTSIDE, device=DEVICE).bfloat16()
-    whole = matmul.run_experts([gate, up], down, "silu", x, index, weights)
+    whole = run_experts([gate, up], down, "silu", x, index, weights)
     for start, stop in ((0, 1), (5, 8), (17, 40)):
         some = [part[start:stop].contiguous() for part in (x, index, weights)]
-        assert torch.equal(matmul.run_experts([gate, up], down, "silu", *some), whole[start:stop])
+        assert torch.equal(run_experts([gate, up], down, "silu", *some), whole[start:stop])
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -663,7 +663,7 @@ def test_one_flawed_token_spreads_through_its_experts_alone(value):
     x = torch.randn(7, OUTSIDE)
     x[3, 11] = value
     index, weights = draw_routing(7)
-    y = matmul.run_experts([gate, up], down, "silu", x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)).cpu()
+    y = run_experts([gate, up], down, "silu", x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)).cpu()
     out, _ = dense_experts([gates, ups], downs, functional.silu, x, index, weights)
     assert torch.equal(y.isfinite(), out.isfinite())
     assert not y[3].isfinite().any()
@@ -675,7 +675,7 @@ def test_a_layer_can_be_captured_in_a_graph_and_routed_anew(tokens):
     (gate, gates), (up, ups), (down, downs) = layer_packets(2)
     x = torch.randn(tokens, OUTSIDE, device=DEVICE).bfloat16()
     index, weights = (part.to(DEVICE) for part in draw_routing(tokens))
-    graph, y = captured(lambda: matmul.run_experts([gate, up], down, "silu", x, index, weights))
+    graph, y = captured(lambda: run_experts([gate, up], down, "silu", x, index, weights))
     for _ in range(3):
         x.copy_(torch.randn(tokens, OUTSIDE))
         for part, drawn in zip((index, weights), draw_routing(tokens), strict=True):
@@ -690,7 +690,7 @@ def test_a_layer_wider_than_shared_memory_is_left_to_the_caller(monkeypatch):
     monkeypatch.setattr(launch, "shared_limit", lambda device: 1024)
     index, weights = (part.to(DEVICE) for part in draw_routing(2))
     x = torch.randn(2, OUTSIDE, device=DEVICE)
-    assert matmul.run_experts([gate, up], down, "silu", x, index, weights) is None
+    assert run_experts([gate, up], down, "silu", x, index, weights) is None
 
 
 def packed_experts(width, activation):
@@ -729,7 +729,8 @@ def test_packed_experts_one_after_another_give_the_same(monkeypatch):
     index, weights = (part.to(DEVICE) for part in draw_routing(40))
     with torch.no_grad():
         together = experts(x, index, weights)
-        monkeypatch.setattr("qmoe_lite.experts.GPU_PAIRS", 0)
+        monkeypatch.setattr(matmul, "GATHERED_PAIRS", 0)
+        monkeypatch.setattr(matmul, "GATHERED_TOKENS", 0)
         apart = experts(x, index, weights)
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5 * float(together.abs().max()))
     (gradient,) = torch.autograd.grad(experts(x.requires_grad_(), index, weights).sum(), x)
@@ -749,3 +750,107 @@ def test_packed_experts_can_be_captured_in_a_graph():
     torch.cuda.synchronize()
     first, last = [dense for _, dense in layer(2)[:2]], layer(2)[2][1]
     assert_experts(y, dense_experts(first, last, functional.silu, x, index.cpu(), weights))
+
+
+SMALL_MODEL = {
+    **{"hidden_size": 264, "moe_intermediate_size": 136, "num_experts": 8, "num_experts_per_tok": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    """A compressed model of two layers, and the bytes of all slots that its experts need on a GPU."""
+    models, offload = needed("bench._offload_parts"), needed("offload")
+    path = tmp_path_factory.mktemp("model")
+    models.make_models(path / "models", SMALL_MODEL, 2, 96, seed=0)
+    model = qm.load(path / "models" / "packed", device="cpu")
+    runner = offload.attach(model, devices=["cuda:0"], remember=False)
+    size = runner.statistics.cache_bytes
+    runner.close()
+    return path / "models" / "packed", size
+
+
+def offloaded(path, cache, where=DEVICE, **options):
+    """The model with so many bytes of slots on the GPU, itself there or on the CPU; and its runner."""
+    model = qm.load(path, device="cpu", **options)
+    runner = needed("offload").attach(model, devices=["cuda:0"], expert_cache=cache, remember=False)
+    return model.to(where), runner
+
+
+def logits_of(model, tokens, where=DEVICE):
+    """Logits of a prompt, then of four tokens one by one."""
+    ids = torch.randint(0, 96, (1, tokens + 4), generator=torch.Generator().manual_seed(1)).to(where)
+    with torch.no_grad():
+        return torch.cat([model(input_ids=part).logits[0] for part in (ids[:, :tokens], *ids[:, tokens:].split(1, 1))])
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("slots", [1, 3, 8, 16])
+def test_experts_from_slots_give_the_bits_of_a_model_that_is_there(model_directory, monkeypatch, slots, tokens):
+    path, size = model_directory
+    monkeypatch.setattr(matmul, "GATHERED_PAIRS", 256)  # the long prompt's experts are decoded
+    expected = logits_of(qm.load(path, device="cuda"), tokens)
+    model, runner = offloaded(path, size // 16 * slots)
+    for _ in range(3):
+        assert torch.equal(logits_of(model, tokens), expected)
+    found = runner.statistics
+    assert found.cache_bytes == size // 16 * slots
+    assert found.misses > 0
+    assert found.copied_bytes > 0
+    assert found.copy_stall_seconds >= 0
+    assert (found.hits > found.misses) or slots < 16
+    runner.close()
+
+
+def test_a_model_on_the_cpu_has_its_experts_on_the_gpu(model_directory):
+    path, size = model_directory
+    expected = logits_of(qm.load(path, device="cpu", dtype=torch.float32), 9, "cpu")
+    model, runner = offloaded(path, size // 2, "cpu", dtype=torch.float32)
+    found = logits_of(model, 9, "cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    weight = model.get_input_embeddings().weight.requires_grad_(True)
+    model(input_ids=torch.arange(9)[None]).logits.square().sum().backward()
+    assert weight.grad.abs().sum() > 0
+    runner.close()
+
+
+def test_a_model_on_the_gpu_learns_around_experts_that_are_not_there(model_directory):
+    path, size = model_directory
+    gradients = []
+    for model in (qm.load(path, device="cuda"), offloaded(path, size // 2)[0]):
+        weight = model.get_input_embeddings().weight.requires_grad_(True)
+        model(input_ids=torch.arange(9, device=DEVICE)[None]).logits.float().square().sum().backward()
+        gradients.append(weight.grad.float())
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * float(gradients[0].abs().max()))
+
+
+def test_out_of_memory_in_the_middle_goes_on_with_fewer_slots(model_directory, monkeypatch):
+    path, size = model_directory
+    expected = logits_of(qm.load(path, device="cuda"), 5)
+    model, runner = offloaded(path, size // 2)
+    device, calls = runner._tiers[0].device, iter(range(10**6))
+    begin = device.begin
+
+    def failing(*given):
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return begin(*given)
+
+    monkeypatch.setattr(device, "begin", failing)
+    assert torch.equal(logits_of(model, 5), expected)
+    assert runner.statistics.notes == ["cuda:0 ran out of memory: its cache now holds 4 experts instead of 8."]
+    runner.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SMALL, (257, 1000)], ids=str)
+@pytest.mark.parametrize(("codebook", "width"), [(TERNARY, 1), (EVEN, 2), (TWO_BIT, 3), (SPARSE, 1), (PAPER, 2)])
+def test_decoded_packets_are_the_levels_of_the_digits(codebook, width, shape, dtype):
+    _, _, on_gpu, dense = pack(codebook, shape, width, dtype)
+    made = packets.make_packets(on_gpu)
+    for first in {0, shape[0] // 2}:
+        for out_dtype in {dtype, torch.float32}:
+            out = torch.zeros(shape[0] - first, shape[1], dtype=out_dtype, device=DEVICE)
+            packets.decode_packets(made, 0, first, out)
+            assert torch.equal(out.cpu(), dense[first:].to(out_dtype))
