@@ -76,7 +76,7 @@ def watched(model: Any, stats: bool = False, trace: str | None = None) -> Iterat
         yield
     finally:
         if runner is not None:
-            if stats:
+            if stats and runner.statistics.passes:
                 for line in runner.statistics.lines():
                     _output.note(f"qmoe: {line}")
             runner.close()

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import (
+    DeviceOption,
+    DevicesOption,
+    ExpertCacheOption,
+    JsonOption,
+    OffloadOption,
+    RamCacheOption,
+    SequenceLengthOption,
+    StatsOption,
+)
 
 
 def evaluate(
@@ -18,6 +27,11 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Samples at a time.", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="Decides samples and masked spans.", min=0)] = 1,
     device: DeviceOption = "auto",
+    expert_cache: ExpertCacheOption = None,
+    ram_cache: RamCacheOption = None,
+    offload: OffloadOption = None,
+    devices: DevicesOption = None,
+    stats: StatsOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure loss and perplexity on a text; the same seed gives every model the same questions.
@@ -25,13 +39,14 @@ def evaluate(
     Example: qmoe eval switch-qmoe --text held_out.txt
     """
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import Placement, open_model
+    from qmoe_lite.cli._models import Placement, open_model, watched
     from qmoe_lite.evaluation import evaluate as run
 
     _output.quiet_transformers()
-    loaded, tokenizer = open_model(model, placement=Placement(device))
+    loaded, tokenizer = open_model(model, placement=Placement(device, expert_cache, ram_cache, offload, devices))
     options: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "passes": passes}
-    result = run(loaded, tokenizer, text, batch_size=batch_size, seed=seed, **options)
+    with watched(loaded, stats):
+        result = run(loaded, tokenizer, text, batch_size=batch_size, seed=seed, **options)
     if json:
         _output.print_json({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens})
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from qmoe_lite.cli import bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
 from qmoe_lite.errors import QMoEError
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 app = typer.Typer(
     help="Compress the experts of a Mixture-of-Experts model below one bit a weight, and run the result.",
@@ -64,10 +67,21 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's: the command may not have imported it
-            advice = "Use --device cpu, or let fewer tokens or samples go through at a time."
-            sys.stderr.write(f"qmoe: the GPU's memory is used up. {advice}\n")
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            sys.stderr.write(f"qmoe: the output cannot be written: {error.strerror}.\n")
+            sys.exit(1)
+        if (memory := _used_up(error)) is not None:
+            sys.stderr.write(f"qmoe: {memory}, or let fewer tokens or samples go through at a time.\n")
             sys.exit(1)
         text = (str(error).strip().splitlines() or [""])[0]
         sys.stderr.write(f"qmoe: unexpected {type(error).__name__}: {text} (run with --debug and report it)\n")
         sys.exit(1)
+
+
+def _used_up(error: Exception) -> str | None:
+    """Say whose memory was used up, and what helps; by torch's words, since the command may not have imported it."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU's memory is used up. Use --device cpu"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "memory is used up. Shorten the text"
+    return None

@@ -83,6 +83,8 @@ class _Sums:
     def compare(self, names: Iterable[str]) -> None:
         """Compare those of some tensors that are left, each once; the caller holds the lock."""
         left = {name: self.left[name] for name in names if name in self.left}
+        if not left:
+            return
         with ThreadPoolExecutor(THREADS) as pool:  # zlib lets go of the interpreter's lock
             found = pool.map(lambda name: self._crc32(left[name][0]), left)
             for (name, (place, expected)), crc in zip(left.items(), found, strict=True):

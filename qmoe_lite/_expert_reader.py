@@ -144,9 +144,10 @@ class WeightFile:
 
 
 class SizeGuard:
-    """A forward pre-hook: raises CheckpointError where a file whose maps the model uses has become shorter.
+    """A hook before a forward pass, or before a state is given: raises CheckpointError where a file has become shorter.
 
-    Touching such a map would end the process. A copy of the model has tensors of its own, and nothing to guard.
+    Touching a map of such a file would end the process. A copy of the model has tensors of its own, and nothing to
+    guard; to make it is to touch them.
 
     Attributes
     ----------
@@ -157,11 +158,12 @@ class SizeGuard:
         self.files = {path: WeightFile(path) for path in paths}
 
     @torch.compiler.disable
-    def __call__(self, module: Any, arguments: Any) -> None:
+    def __call__(self, *arguments: Any) -> None:
         for file in self.files.values():
             file.check_size()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self()
         return SizeGuard, ([],)
 
 

@@ -156,6 +156,7 @@ class PackedExperts(nn.Module):
         self.codebooks = codebooks
         self.activation = family.activation(config)
         self.source: ExpertSource | None = None
+        self.guard: Callable[[], None] | None = None  # raises where a file that the buffers are maps of was cut
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
         self._buffers_of: dict[str, dict[str, Tensor]] = {}
         self._packets_of: dict[str, Any] = {}  # on a GPU
@@ -184,7 +185,7 @@ class PackedExperts(nn.Module):
             if tuple(found.shape) != shape or found.dtype not in dtypes:
                 raise FormatError(
                     f"{self.layer.experts}.{projection}_{part} is {found.dtype} {tuple(found.shape)}; "
-                    f"expected {' or '.join(map(str, dtypes))} {shape}. Fetch the file again."
+                    f"config.json promises {' or '.join(map(str, dtypes))} {shape}. Fetch both again."
                 )
         levels, codes = tensors["levels"], tensors["codes"]
         if levels.dim() != 3 or tuple(levels.shape[:2]) != (experts, rows) or not levels.is_floating_point():
@@ -276,6 +277,8 @@ class PackedExperts(nn.Module):
         -------
         tensor, shape (rows, columns)
         """
+        if self.guard is not None:
+            self.guard()
         return self.packed(expert, projection).dense(dtype)
 
     def activate(self, outputs: list[Tensor]) -> Tensor:

@@ -98,8 +98,12 @@ class QMoEQuantizer(HfQuantizer):
         family.tie(model, checkpoint)
         guard = SizeGuard([checkpoint.directory / name for name in checkpoint.files])
         stacks = family.stacks(model.config)
-        for module in (model, *(model.get_submodule(stack.name) for stack in stacks[:-1])):
-            module.register_forward_pre_hook(guard)  # generate runs an encoder by itself
+        for module in (model, *(model.get_submodule(stack.name) for stack in stacks)):  # each may be run by itself
+            module.register_forward_pre_hook(guard)
+            module.register_state_dict_pre_hook(guard)
+        for module in model.modules():
+            if isinstance(module, PackedExperts):
+                module.guard = guard
         check_before_use(model, checkpoint, [block for stack in stacks for block in stack.blocks], guard)
         return model.requires_grad_(False)
 
@@ -163,14 +167,15 @@ def load(
 
     Notes
     -----
-    No weights are read but those that `dtype` or `device` changes. Each dense tensor, and each expert, is compared with
-    its checksum before it is first used: the model's first pass, saving it, or copying it raises FormatError where a
-    file is damaged. What is done with a parameter without calling a module of the model goes unnoticed;
-    `qmoe_lite.verify` compares everything.
+    No weights are read but those that `dtype` or `device` changes. Each expert is compared with its checksum before it
+    is first multiplied, and goes with it into what is saved; each dense tensor before it is first used, saved or
+    copied: FormatError is raised where a file is damaged. What is done with a parameter without calling a module of the
+    model, such as moving it, goes unnoticed; `qmoe_lite.verify` compares everything.
 
     Several threads may load at once; their models are built one after another. transformers' from_pretrained is not
     made for threads: while it builds a model, it replaces functions of torch and of its own, and torch's default dtype,
-    for the whole process. So no thread should call it, or run a model of another dtype, while another thread loads.
+    for the whole process. So no thread should call it while another one loads. A process that forks after a model ran
+    cannot run it in the child: OpenMP forbids it. Load the model there.
     """
     from qmoe_lite.checkpoint import find_model
     from qmoe_lite.devices import find_device, moved

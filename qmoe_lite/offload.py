@@ -74,7 +74,7 @@ class Statistics:
     passes, tokens : int
         Passes of the model, and positions that went through them.
     seconds : float
-        Time inside the model's forward passes.
+        Time in which a forward pass of the model was under way.
     hits, misses : int
         Experts that a layer asked for, each once a pass, and that were, or were not, where they are multiplied.
     ram_hits, ram_misses : int
@@ -173,6 +173,7 @@ class _Hook:
         self._runner = None if runner is None else weakref.ref(runner)
         self._name = name
 
+    @torch.compiler.disable  # torch.compile goes around it: a compiled cache would be no cache
     def __call__(self, module: nn.Module, *arguments: Any) -> None:
         runner = None if self._runner is None else self._runner()
         if runner is not None:
@@ -231,7 +232,9 @@ class Runner:
             self._share(devices, budgets, half_life)
         self._guess: tuple[int, list[int], list[int]] | None = None  # layer, predicted experts, those being read
         self._asked: tuple[Sequence[Tensor], list[int]] | None = None  # a layer's routing, and tokens of each expert
-        self._started = 0.0
+        self._passes = threading.local()  # `number` of the thread's own pass, while it is under way
+        self._under_way = 0  # passes, of all threads
+        self._started = 0.0  # when there came to be one
         self._trust = 1.0  # the share of guesses that were right lately
         if counts is not None and (uses := counts.load()) is not None:
             self._ram.cache.remember(uses)
@@ -240,7 +243,7 @@ class Runner:
         # last, so that what fails before leaves the model as it was
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self, "_begin_pass")),
-            model.register_forward_hook(_Hook(self, "_end_pass")),
+            model.register_forward_hook(_Hook(self, "_end_pass"), always_call=True),
         ]
         for module in found:
             self._hooks.append(module.register_forward_pre_hook(_Hook(self, "_before")))
@@ -282,12 +285,24 @@ class Runner:
             for cache in (self._ram.cache, *(tier.cache for tier in self._tiers)):
                 cache.tick()
             self.statistics.passes += 1
-            self._started = time.perf_counter()
+            self._passes.number = self.statistics.passes
+            if self._under_way == 0:
+                self._started = time.perf_counter()
+            self._under_way += 1
 
     def _end_pass(self, model: nn.Module, arguments: Any, result: Any) -> None:
         with self._lock:
-            self.statistics.seconds += time.perf_counter() - self._started
+            if self._number() is None:  # what failed before it began ends too
+                return
+            self._passes.number = None
+            self._under_way -= 1
+            if self._under_way == 0:
+                self.statistics.seconds += time.perf_counter() - self._started
             self._count()
+
+    def _number(self) -> int | None:
+        """Number of the pass that this thread is in."""
+        return getattr(self._passes, "number", None)
 
     def _before(self, module: PackedExperts, arguments: tuple[Tensor, ...]) -> None:
         """Begin to read what the layer asks for, then what the next one may."""
@@ -520,7 +535,7 @@ class Runner:
                 self._trace = file
 
     def _write_trace(self, trace: TextIO, number: int, index: Tensor) -> None:
-        line = {"pass": self.statistics.passes, "layer": number, "experts": index.tolist()}
+        line = {"pass": self._number() or self.statistics.passes, "layer": number, "experts": index.tolist()}
         try:
             trace.write(json.dumps(line) + "\n")
         except OSError as error:
@@ -605,8 +620,11 @@ class _Counts:
     @classmethod
     def of(cls, checkpoint: Checkpoint, uses: np.ndarray[Any, np.dtype[np.float64]]) -> _Counts:
         model = checkpoint.fingerprint()
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qmoe-lite"
-        return cls(model, [checkpoint.directory / COUNTS_FILE, cache / f"{model[:32]}.{COUNTS_FILE}"], uses)
+        files = [checkpoint.directory / COUNTS_FILE]
+        with suppress(RuntimeError):  # a user without a home, as in a container
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qmoe-lite"
+            files.append(cache / f"{model[:32]}.{COUNTS_FILE}")
+        return cls(model, files, uses)
 
     def load(self) -> np.ndarray[Any, np.dtype[np.float64]] | None:
         for file in self.files:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sys
 
 import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
 from qmoe_lite.cli import demo
+from qmoe_lite.cli import main as main_
 
 SMALL = ["--samples", "12", "--sequence-length", "32", "--validation-samples", "2"]
 
@@ -178,3 +181,27 @@ def test_a_model_of_another_quantization_is_refused_by_name(run, tmp_path, switc
         code, _, noted = run(*arguments)
         assert code == 1
         assert "is quantised by fp8" in noted
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "qmoe: the output cannot be written: No space left on device.",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            "qmoe: memory is used up. Shorten the text, or let fewer tokens or samples go through at a time.",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(main_, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["qmoe"])
+    with pytest.raises(SystemExit, match="1"):
+        main_.main()
+    assert capsys.readouterr().err == line + "\n"

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import qmoe_lite as qm
 from qmoe_lite import offload
+from qmoe_lite._expert_cache import ExpertCache
 from qmoe_lite._expert_reader import Read
 from qmoe_lite._ram_tier import slot_layout
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError, QMoEError, SettingError
@@ -55,6 +56,25 @@ def outputs(model, seed=3, tokens=11):
         else:
             found = [model(input_ids=step).logits for step in steps]
     return torch.cat([logits.flatten() for logits in found])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(directory, limited, dtype):
+    """It is switched, for the whole process, while another thread loads a model."""
+    path = directory("qwen3_moe")
+    models = [qm.load(path, dtype=torch.float32), limited(path, 4)[0]]
+    expected = outputs(models[0])
+    packed = models[0].model.layers[0].mlp.experts.packed(0, "up_proj")
+    x = torch.randn(200, packed.columns)
+    products = [qm.decode_matmul(packed, x[:rows]) for rows in (1, 200)]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert all(torch.equal(outputs(model), expected) for model in models)
+        found = [qm.decode_matmul(packed, x[:rows]) for rows in (1, 200)]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(*pair) for pair in zip(found, products, strict=True))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -322,6 +342,52 @@ def test_routing_is_recorded(directory, limited, tmp_path):
         limited(path, 4)[1].trace(tmp_path / "no" / "trace")
 
 
+def test_passes_of_several_threads_are_told_apart(directory, limited, tmp_path):
+    model, runner = limited(directory("qwen3_moe"), 4)
+    ids = torch.arange(3, 9)[None]
+    model(ids)
+    seconds, runner_passes = runner.statistics.seconds, runner.statistics.passes
+    runner.trace(tmp_path / "trace.jsonl")
+    all_in = threading.Barrier(3)
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: [all_in.wait(60), None][1])
+    threads = [threading.Thread(target=model, args=(ids + i,)) for i in range(3)]
+    begun = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - begun
+    hook.remove()
+    with pytest.raises(IndexError):
+        model(ids + 1000)
+    runner.close()
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()[1:]]
+    layers = range(len(runner._layers))
+    wanted = {(runner_passes + number, layer) for number in (1, 2, 3) for layer in layers}
+    assert {(line["pass"], line["layer"]) for line in lines} == wanted
+    assert len(lines) == len(wanted)
+    assert 0 < runner.statistics.seconds - seconds <= wall + 1
+    assert runner._under_way == 0, "a pass that failed is over too"
+
+
+def test_a_compiled_model_runs_around_the_cache(directory, limited, monkeypatch):
+    model, _ = limited(directory("qwen3_moe"), 4)
+    ids = torch.arange(3, 9)[None]
+    seen, use = [], ExpertCache.use
+
+    def noted(cache, expert):
+        seen.append(torch.compiler.is_compiling())
+        use(cache, expert)
+
+    monkeypatch.setattr(ExpertCache, "use", noted)
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = torch.compile(model, backend="eager")(ids).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert len(seen) > 10
+    assert not any(seen), "the cache's bookkeeping was compiled"
+
+
 @pytest.mark.parametrize("step", ["header", "end"])
 def test_a_trace_on_a_full_disk_is_one_line(directory, limited, tmp_path, step):
     model, runner = limited(directory(), 4)
@@ -471,6 +537,20 @@ def test_the_next_start_is_warm(directory):
     runner_of(third).close()
 
 
+def test_a_user_without_a_home_keeps_counts_beside_the_model(directory, monkeypatch):
+    path = directory()
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(offload.Path, "home", no_home)
+    model = qm.load(path, ram_cache="1MB")
+    outputs(model)
+    runner_of(model).close()
+    assert (path / "expert_counts.json").is_file()
+
+
 def test_counts_go_to_the_users_cache_where_the_model_is_read_only(directory, tmp_path, monkeypatch):
     path = directory()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -515,9 +595,9 @@ def test_files_deleted_while_the_model_runs_are_read_on(directory, limited):
 @pytest.mark.parametrize("way", ["budget", "maps"])
 def test_a_file_cut_while_the_model_runs_is_one_line(directory, way):
     """In a process of its own: a map that is touched behind the file's end would end it."""
-    path = directory()
+    path = directory("mixtral")
     code = """
-import os, sys, torch, qmoe_lite as qm
+import copy, os, sys, torch, qmoe_lite as qm
 from pathlib import Path
 from qmoe_lite.offload import runner_of
 model = qm.load(sys.argv[1], ram_cache="40KB" if sys.argv[2] == "budget" else None)
@@ -525,16 +605,21 @@ ids = torch.tensor([[4, 5, 6]])
 model(input_ids=ids)
 for file in Path(sys.argv[1]).glob("*.safetensors"):
     os.truncate(file, 4096)
-try:
-    model(input_ids=ids)
-except qm.QMoEError as error:
-    print(type(error).__name__, error)
+experts = model.model.layers[0].mlp.experts
+inner = model.model
+for use in (lambda: model(input_ids=ids), lambda: inner(input_ids=ids), model.state_dict, inner.state_dict,
+            lambda: copy.deepcopy(model), lambda: experts.dense(0, "up_proj")):
+    try:
+        use()
+    except qm.QMoEError as error:
+        print(type(error).__name__, error)
 """
     done = subprocess.run([sys.executable, "-c", code, path, way], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "CheckpointError" in done.stdout
-    assert "it was cut while the model ran. Restore the file" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith("CheckpointError") for line in lines)
+    assert all("it was cut while the model ran. Restore the file" in line for line in lines)
 
 
 def test_a_cut_that_only_a_read_meets_is_the_same_line(directory, limited):
