@@ -32,6 +32,13 @@ def test_compress_then_eval(run, tmp_path, switch, text_file):
     assert code == 0
     assert f"{packed['tokens']:,} tokens" in printed
     assert packed["loss"] > 0
+    more = ["--expert-cache", "1MB", "--stats"]
+    code, printed, noted = run(
+        "eval", out, "--text", text_file, "--sequence-length", 32, "--samples", 8, "--json", *more
+    )
+    assert code == 0
+    assert json.loads(printed) == packed
+    assert "misses" in noted
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
