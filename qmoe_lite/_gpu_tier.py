@@ -117,7 +117,10 @@ class CudaDevice:
         self._waited = 0.0
 
     def allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        # torch may give memory of which what it was before is still in use on its own stream
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        return memory
 
     def stage(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
