@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qmoe_lite import checkpoint as files
+from qmoe_lite.calibration import open_tokenizer
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError
 from qmoe_lite.report import read_report
 
@@ -79,7 +80,9 @@ def closed(monkeypatch):
 
             return call
 
-        monkeypatch.setattr("io.open", fail(open))
+        opened = fail(open)
+        monkeypatch.setattr("io.open", opened)
+        monkeypatch.setattr("builtins.open", opened)
         monkeypatch.setattr("os.open", fail(os.open))
 
     return close
@@ -110,6 +113,14 @@ def test_a_report_that_may_not_be_opened_is_not_to_be_removed(tmp_path, closed, 
     closed(tmp_path / "qmoe_report.json", number)
     with pytest.raises(CheckpointError, match=re.escape(f"cannot be opened: {message}")):
         read_report(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "message"), REMEDIES)
+def test_a_tokenizer_that_may_not_be_opened_is_not_called_damaged(tmp_path, tokenizer, closed, number, message):
+    tokenizer.save_pretrained(tmp_path)
+    closed(tmp_path / "tokenizer.json", number)
+    with pytest.raises(CheckpointError, match=re.escape(f"tokenizer.json cannot be opened: {message}")):
+        open_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["./none", "../none", "~/none", "/none", "a/b/none", ".none/x", "none"])
