@@ -34,18 +34,21 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
     from qmoe_lite.calibration import open_tokenizer
     from qmoe_lite.checkpoint import find_model
     from qmoe_lite.devices import find_device, moved
-    from qmoe_lite.errors import CheckpointError, SettingError
+    from qmoe_lite.errors import CheckpointError, FormatError, SettingError
     from qmoe_lite.hf import load
-    from qmoe_lite.skeletons import auto_class, open_checkpoint
+    from qmoe_lite.skeletons import auto_class, open_checkpoint, read_config
 
     placement = placement or Placement()
     path = find_model(name)
     family, checkpoint = open_checkpoint(path)
+    quantized = checkpoint.config.get("quantization_config") or {}
+    if not isinstance(quantized, dict):
+        raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.")
+    if quantized and (method := quantized.get("quant_method")) != "qmoe":
+        raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
+    read_config(str(path))  # before the tokenizer, which transformers would say is what it cannot read
     tokenizer = open_tokenizer(path)
-    if quantized := checkpoint.config.get("quantization_config"):
-        if quantized.get("quant_method") != "qmoe":
-            method = quantized.get("quant_method")
-            raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
+    if quantized:
         return load(path, device=placement.device, dtype=getattr(torch, dtype), **placement.given()), tokenizer
     if placement.given():
         option = next(iter(placement.given())).replace("_", "-")

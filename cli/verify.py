@@ -31,8 +31,9 @@ def verify(
         for finding in found.findings:
             _output.print_text(str(finding))
         errors = sum(finding.severity == "error" for finding in found.findings)
+        verdict = f"{errors} error{'s' if errors > 1 else ''}" if errors else "sound"
         size, time = _output.megabytes(found.bytes), _output.duration(found.seconds)
         looked = f"{found.tensors:,} tensors, {found.experts:,} matrices of experts, {size} MB in {time}"
-        _output.print_text(f"{f'{errors} errors' if errors else 'sound'}: {looked}")
+        _output.print_text(f"{verdict}: {looked}")
     if not found.sound:
         raise typer.Exit(1)

@@ -19,9 +19,9 @@ def provide_cache_directory() -> None:
     if os.access(cache, os.W_OK):
         return
     import atexit
+    import logging
     import shutil
     import tempfile
-    import warnings
 
     try:
         directory = tempfile.mkdtemp(prefix="qmoe-lite-")  # no other user may write there: numba runs what it finds
@@ -31,8 +31,8 @@ def provide_cache_directory() -> None:
     os.environ["NUMBA_CACHE_DIR"] = directory
     if "numba" in sys.modules:  # it has read the variable already
         sys.modules["numba"].config.CACHE_DIR = directory
-    warnings.warn(
-        "numba may write neither to the package's directory nor to the user's cache: the kernels are compiled anew in "
-        "each process. Set NUMBA_CACHE_DIR to a directory that is kept.",
-        stacklevel=2,
+    # to a log and not as a warning, which would show a line of whoever imports: unless told otherwise Python prints it
+    logging.getLogger(__name__).warning(
+        "note: numba may write neither to the package's directory nor to the user's cache: the kernels are compiled "
+        "anew in each process. Set NUMBA_CACHE_DIR to a directory that is kept."
     )

@@ -7,12 +7,13 @@ error at the read, where a map would end the process. Where the file system allo
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qmoe_lite.errors import CheckpointError, QMoEError
+from qmoe_lite.errors import CheckpointError, QMoEError, unreadable
 
 PAGE = 4096  # bytes; what O_DIRECT wants places, lengths and addresses to be multiples of
 THREADS = 4
@@ -59,10 +60,12 @@ class WeightFile:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 self._direct_file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            except OSError:  # the file system knows no O_DIRECT
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system knows no O_DIRECT
+                    raise
                 self.direct = False
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be opened: {error.strerror}. Fetch the file again.") from error
+            raise unreadable(path, error) from error
         self.size = os.fstat(self._file).st_size
 
     def check_size(self) -> None:
@@ -75,6 +78,11 @@ class WeightFile:
             f"{self.path} had {self.size} bytes and now has {size}: it was cut while the model ran. "
             "Restore the file and load the model again."
         )
+
+    def _ended(self, end: int) -> CheckpointError:
+        if (size := os.fstat(self._file).st_size) < self.size:
+            return self._shrunk(size)
+        return CheckpointError(f"{self.path} has {size} bytes of at least {end}: it was cut. Fetch the file again.")
 
     def read(self, offset: int, length: int) -> bytearray:
         """Read some bytes through the page cache, and drop them from it."""
@@ -111,12 +119,27 @@ class WeightFile:
         CheckpointError
             The file has become shorter, or cannot be read.
         """
-        crc, piece, end = 0, memoryview(bytearray(min(length, _PIECE))), offset + length
-        for start in range(offset, end, _PIECE):
-            part = piece[: end - start]
-            self._fill(part, start)
-            crc = zlib.crc32(part, crc)
+        crc = 0
+        for piece in self.pieces(offset, length):
+            crc = zlib.crc32(piece, crc)
         return crc
+
+    def pieces(self, offset: int, length: int, memory: NDArray[np.uint8] | None = None) -> Iterator[memoryview]:
+        """Read some bytes a piece at a time. They stay in the page cache.
+
+        All pieces but the last are of one size, a multiple of every dtype's. They follow each other in `memory`, if
+        there is one; else each overwrites the one before.
+
+        Raises
+        ------
+        CheckpointError
+            The file has become shorter, or cannot be read.
+        """
+        view = memoryview(bytearray(min(length, _PIECE))) if memory is None else memory[:length].data
+        for start in range(0, length, _PIECE):
+            piece = view[: length - start] if memory is None else view[start : start + _PIECE]
+            self._fill(piece, offset + start)
+            yield piece
 
     def _read_cached(self, view: memoryview, offset: int) -> None:
         self._fill(view, offset)
@@ -128,10 +151,10 @@ class WeightFile:
             while done < len(view):
                 step = os.preadv(self._file, [view[done:]], offset + done)
                 if step == 0:
-                    raise self._shrunk(os.fstat(self._file).st_size)
+                    raise self._ended(offset + len(view))
                 done += step
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}. Check the disk.") from error
+            raise unreadable(self.path, error, "read") from error
 
     def close(self) -> None:
         for file in (self._file, self._direct_file):

@@ -105,9 +105,9 @@ class CudaDevice:
         try:
             self.device = torch.device(name)
         except RuntimeError as error:
-            raise SettingError(f"device {name} is not supported; expected cpu, or a GPU such as cuda:0.") from error
+            raise SettingError(f"devices has {name}; expected GPUs only, such as cuda:0.") from error
         if self.device.type != "cuda":
-            raise SettingError(f"device {name} is not supported; expected cpu, or a GPU such as cuda:0.")
+            raise SettingError(f"devices has {name}; expected GPUs only, such as cuda:0.")
         if (reason := launch.reason(self.device.index or 0)) is not None:
             raise DeviceError(reason)
         self.device = torch.device("cuda", self.device.index or 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_lite.errors import CheckpointError, SettingError, TextError, first_line
+from qmoe_lite.errors import CheckpointError, SettingError, TextError, first_line, unreadable
 
 NOISE_DENSITY = 0.15  # T5: share of the tokens that are masked
 MEAN_SPAN = 3.0  # T5: mean tokens of a masked span
@@ -144,6 +144,8 @@ def open_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # tokenizers, sentencepiece and json each raise their own
+        if isinstance(error, OSError) and error.errno:  # the system's, and not one of transformers' own making
+            raise unreadable(Path(error.filename or directory), error) from error
         raise CheckpointError(f"{directory} has no usable tokenizer: {first_line(error)}. Fetch it again.") from error
 
 

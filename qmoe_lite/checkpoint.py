@@ -11,17 +11,21 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError, first_line
+from qmoe_lite._expert_reader import WeightFile
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError, first_line, unreadable
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
@@ -51,15 +55,22 @@ def find_model(name: str | Path) -> Path:
     Raises
     ------
     CheckpointError
-        No such directory, or a directory without config.json, or a name that the hub does not know.
+        No such directory, or one without config.json or that may not be looked into, or a name that the hub does not
+        know.
     """
     path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    try:
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return path
             raise CheckpointError(f"{path} is no model: it has no config.json. Name a Hugging Face model directory.")
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise CheckpointError(f"{path} is no model directory. Give a directory with config.json and weights.")
+        there = path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    # the hub's names have an owner and one slash, and none begins like these
+    if there or str(name).startswith((".", "~", "/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        reason = "it is a file" if there else "there is no such directory"
+        raise CheckpointError(f"{name} is no model directory: {reason}. Give one with config.json and weights.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -126,6 +137,8 @@ class Checkpoint:
                         raise ValueError
                     if not isinstance(self._checksums, dict):
                         raise TypeError
+                except OSError as error:
+                    raise unreadable(index, error) from error
                 except (ValueError, KeyError, AttributeError, TypeError) as error:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
@@ -200,10 +213,13 @@ class Checkpoint:
             if not path.is_file():
                 raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
             try:
+                path.open("rb").close()  # safetensors calls missing whatever it cannot open
                 if self._kind == "safetensors":
                     opened: Any = safe_open(path, framework="pt", device="cpu")
                 else:
                     opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            except OSError as error:
+                raise unreadable(path, error) from error
             except Exception as error:  # safetensors, pickle and zip each have their own
                 raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
             self._open_files[file_name] = opened
@@ -246,18 +262,23 @@ class Checkpoint:
         Raises
         ------
         CheckpointError
-            The tensor is missing, or the file is no safetensors file.
+            The tensor is missing, or the file is no safetensors file, or can no longer be read.
         """
         empty = self.meta(name)
         stored, path = self._stored[name], self.file_of(name)
         if self._kind != "safetensors":
             raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
-        if path not in self._headers:
-            with path.open("rb") as file:  # safetensors does not tell the places; it has checked them when it opened
-                size = int.from_bytes(file.read(8), "little")
-                self._headers[path] = 8 + size, json.loads(file.read(size))
-        start, header = self._headers[path]
-        first, end = header[stored]["data_offsets"]
+        try:
+            if path not in self._headers:
+                with path.open("rb") as file:  # safetensors does not tell the places; it checked them when it opened
+                    size = int.from_bytes(file.read(8), "little")
+                    self._headers[path] = 8 + size, json.loads(file.read(size))
+            start, header = self._headers[path]
+            first, end = header[stored]["data_offsets"]
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} was cut or written anew meanwhile. Fetch the file again.") from error
         return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
 
     @property
@@ -269,16 +290,24 @@ class Checkpoint:
         """CRC-32 of a tensor's bytes by the index; None where it has none."""
         return self._checksums.get(self._stored[name])
 
-    def check(self, name: str) -> None:
-        """Compare a tensor with the CRC-32 that `compress` put into the index, if it put any there.
+    def pieces(self, name: str, memory: NDArray[np.uint8] | None = None) -> Iterator[memoryview]:
+        """Read a tensor's bytes a piece at a time, as `WeightFile.pieces` does, where `tensor` would map them.
 
         Raises
         ------
+        CheckpointError
+            The file is no safetensors file, has become shorter, or cannot be read.
         FormatError
-            They differ, or other tensors have one and this has none.
+            After the last piece: their CRC-32 is not the one that `compress` put into the index; or it put some there
+            and none for this tensor.
         """
+        place, crc = self.place(name), 0
+        with closing(WeightFile(place.path)) as file:
+            for piece in file.pieces(place.offset, place.length, memory):
+                crc = zlib.crc32(piece, crc)
+                yield piece
         if self.has_checksums:
-            compare_checksums(name, self.file_of(name), self.checksum(name), crc32(self.tensor(name)))
+            compare_checksums(name, place.path, self.checksum(name), crc)
 
     def fingerprint(self) -> str:
         """Hash the configuration and the names, sizes and times of the weight files."""
@@ -293,8 +322,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} is no model: it has no config.json.") from error
     except OSError as error:
-        raise CheckpointError(f"{directory} is no model: config.json cannot be read.") from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}). Fetch the file again.") from error
     if not isinstance(config, dict):

@@ -20,6 +20,17 @@ Each message is one line: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
+_REMEDIES = {
+    errno.EACCES: "Give yourself permission to read it.",
+    errno.EPERM: "Give yourself permission to read it.",
+    errno.EMFILE: "Let the process open more files: ulimit -n 4096",
+    errno.ENFILE: "Let the system open more files: sysctl fs.file-max",
+    errno.ENOENT: "Fetch the file again.",
+}
+
 
 class QMoEError(Exception):
     """Root of every exception that the library raises on purpose."""
@@ -75,6 +86,12 @@ class DeviceError(QMoEError, RuntimeError):
 
 class ResumeError(QMoEError):
     """Unfinished work belongs to other settings than those asked for."""
+
+
+def unreadable(path: Path, error: OSError, doing: str = "opened") -> CheckpointError:
+    """Word why a model's file cannot be opened or read; what helps depends on why, and the file may be in order."""
+    reason = error.strerror or first_line(error)
+    return CheckpointError(f"{path} cannot be {doing}: {reason}. {_REMEDIES.get(error.errno or 0, 'Check the disk.')}")
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_lite.checkpoint import EXPERTS, Checkpoint
-from qmoe_lite.errors import FormatError
+from qmoe_lite.errors import FormatError, unreadable
 
 FILE_NAME = "qmoe_report.json"
 
@@ -120,6 +120,8 @@ def read_report(directory: Path) -> Report | None:
     ------
     FormatError
         It is no JSON, or not a report.
+    CheckpointError
+        It cannot be read.
     """
     file = directory / FILE_NAME
     if not file.exists():
@@ -129,7 +131,9 @@ def read_report(directory: Path) -> Report | None:
         rows = [ProjectionReport(**_known(ProjectionReport, row)) for row in content["projections"]]
         report = Report(**{**_known(Report, content), "projections": rows})
         _check_types(report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{file} is no report of qmoe compress. Remove it, or fetch it again.") from error
     return report
 

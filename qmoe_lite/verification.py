@@ -1,7 +1,8 @@
 """Looks at every byte of a compressed directory and says all that is wrong with it; no model is loaded.
 
 Loading checks a tensor when it is first used and stops at the first fault. Here one fault does not end the search:
-each is a `Finding`. Tensors are mapped from the files, one expert is looked at at a time, and nothing is kept.
+each is a `Finding`. Tensors are read and not mapped, so that a file that is cut meanwhile is one too: dense ones a
+piece at a time, experts at most two projections of a layer at a time, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qmoe_lite._expert_reader import THREADS
+from qmoe_lite._expert_reader import THREADS, page_memory
+from qmoe_lite.calibration import open_tokenizer
 from qmoe_lite.checkpoint import EXPERTS, Checkpoint, find_model
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
@@ -90,7 +93,7 @@ def verify(directory: str | Path) -> list[Finding]:
 
     Compared are config.json, index, shards and report with each other, the bytes of all tensors with their checksums,
     shapes and dtypes with what the configuration promises, codebooks with their hashes; each expert's codes are walked,
-    and dense tensors and levels are searched for NaN and infinity.
+    dense tensors and levels are searched for NaN and infinity, and the tokenizer is opened.
 
     Parameters
     ----------
@@ -128,13 +131,31 @@ def verify_model(directory: str | Path, progress: Callable[[Progress], None] | N
     return _Search(find_model(directory), progress or (lambda event: None)).run()
 
 
+class _FileFault(CheckpointError):
+    """A whole file cannot be read, which is said once and not of each of its tensors."""
+
+    def __init__(self, file: str, text: str) -> None:
+        super().__init__(text)
+        self.file = file
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise _FileFault(file.name, str(error)) from error
+
+
 @dataclass
 class _Search:
     path: Path
     progress: Callable[[Progress], None]
     findings: list[Finding] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)  # tensors, by their names in the files, that cannot be read
+    unreadable: set[str] = field(default_factory=set)  # files of which that was said
     spoilt: set[str] = field(default_factory=set)  # projections of which an expert is damaged
+    sums: dict[str, FormatError | None] = field(default_factory=dict)  # experts' tensors that were read: is one damaged
     tensors: int = 0
     experts: int = 0
     bytes: int = 0
@@ -174,30 +195,41 @@ class _Search:
             with self.found("model_type", "config.json"):
                 family = family_of(checkpoint.config.get("model_type"))
                 checkpoint.know_as(family.canonical)
+        if family is not None:
+            with self.found("", "config.json"):
                 config = read_config(str(self.path))
-        layers: list[MoELayer] = []
+        layers: list[MoELayer] | None = None
         if family is not None and config is not None:
             with self.found("", "config.json"):
                 layers = family.layers(config)
                 self.look_at_dense_shapes(family, config, layers, checkpoint)
         here = [name for name in checkpoint.names if checkpoint.stored_name(name) not in self.lost]
         dense = [name for name in here if EXPERTS not in name]
-        self.total = len(dense) + sum(layer.matrices for layer in layers)
+        self.total = len(dense) + sum(layer.matrices for layer in layers or ())
         self.tensors = len(here)
         pool = ThreadPoolExecutor(THREADS)  # zlib lets go of the interpreter's lock
         try:
-            sums = {name: pool.submit(self.look_at_tensor, checkpoint, name) for name in here}
-            if settings is not None and family is not None:
-                self.look_at_experts(family, config, layers, settings, checkpoint)
-            self.collect(sums, checkpoint)
+            work = {name: pool.submit(self.look_at_tensor, checkpoint, name) for name in dense}
+            if settings is not None:
+                books = self.look_at_codebooks(settings)
+                if family is not None and layers is not None:
+                    self.look_at_experts(family, config, layers, books, settings, checkpoint)
+            left = [name for name in here if name not in work and name not in self.sums]
+            work |= {name: pool.submit(self.look_at_tensor, checkpoint, name) for name in left}
+            self.collect(here, work, checkpoint)
         finally:  # Ctrl-C is not to wait for all that is left
             pool.shutdown(cancel_futures=True)
-        self.look_at_the_rest(checkpoint)
+        self.look_at_the_rest(layers is not None)
 
     # -- findings
 
     def error(self, name: str, file: str, error: Exception) -> None:
         """Take note of an error; one that nobody foresaw is one too."""
+        if isinstance(error, _FileFault):
+            if error.file in self.unreadable:
+                return
+            self.unreadable.add(error.file)
+            name, file = "", error.file  # not that of another tensor of the projection
         text = str(error)
         if not isinstance(error, QMoEError):
             text = f"it could not be checked: {type(error).__name__}: {first_line(error)}. Fetch the file again."
@@ -270,23 +302,51 @@ class _Search:
 
     def look_at_tensor(self, checkpoint: Checkpoint, name: str) -> None:
         """Raise FormatError for another checksum, NotFiniteError for NaN or infinity in a dense tensor."""
-        checkpoint.check(name)
-        value = checkpoint.tensor(name)
-        if EXPERTS not in name and value.is_floating_point() and value.numel():
-            least, most = (value.to(torch.bfloat16) if value.itemsize == 1 else value).aminmax()  # NaN is both
-            if not (least.isfinite() and most.isfinite()):
-                raise NotFiniteError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinity. Fetch it again.")
+        dtype, finite = checkpoint.meta(name).dtype, True
+        searched = EXPERTS not in name and dtype.is_floating_point
+        with _reading(checkpoint.file_of(name)):
+            for piece in checkpoint.pieces(name):
+                if searched and finite:
+                    value = torch.frombuffer(piece, dtype=dtype)
+                    least, most = (value.to(torch.bfloat16) if value.itemsize == 1 else value).aminmax()  # NaN is both
+                    finite = bool(least.isfinite() and most.isfinite())
+        if not finite:
+            raise NotFiniteError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinity. Fetch it again.")
 
-    def look_at_experts(
-        self, family: Family, config: Any, layers: list[MoELayer], settings: dict[str, Any], checkpoint: Checkpoint
-    ) -> None:
-        """Compare each expert with its checksum, and walk its codes."""
+    def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """Read a tensor of experts. If its checksum differs, `collect` says so, unless one of them is named first."""
+        self.sums[name] = None
+        with _reading(checkpoint.file_of(name)):
+            place = checkpoint.place(name)
+            memory = page_memory(place.length)[: place.length]
+            try:
+                for _ in checkpoint.pieces(name, memory):
+                    pass
+            except FormatError as error:
+                self.sums[name] = error
+        return torch.from_numpy(memory).view(place.dtype).view(place.shape)
+
+    def look_at_codebooks(self, settings: dict[str, Any]) -> list[Codebook | None]:
+        """Make the codebooks of config.json; None for one that does not match its hash."""
         books: list[Codebook | None] = []
         listed = settings.get("codebooks")
         for number, entry in enumerate(listed if isinstance(listed, list) else []):
             books.append(None)
             with self.found(f"codebooks[{number}]", "config.json"):
                 books[number] = Codebook.from_config(entry)
+        return books
+
+    def look_at_experts(
+        self,
+        family: Family,
+        config: Any,
+        layers: list[MoELayer],
+        books: list[Codebook | None],
+        settings: dict[str, Any],
+        checkpoint: Checkpoint,
+    ) -> None:
+        """Compare each expert with its checksum, and walk its codes."""
+        todo: list[tuple[MoELayer, dict[str, Codebook], str]] = []
         used = settings.get("layers")
         used = used if isinstance(used, dict) else {}
         for name in sorted(used.keys() - {layer.experts for layer in layers}):
@@ -304,29 +364,46 @@ class _Search:
                 else:
                     own |= {projection: book} if book is not None else {}
             with self.found(layer.experts, "config.json"):
-                experts = PackedExperts(family, layer, own, config)
-                for projection in own:
-                    self.look_at_projection(experts, projection, settings.get("level_dtype"), checkpoint)
+                PackedExperts(family, layer, own, config)
+                todo += [(layer, own, projection) for projection in own if self.complete(layer, projection, checkpoint)]
+        with ThreadPoolExecutor(1) as reader:
+            reads = (reader.submit(self.read_projection, layer, each, checkpoint) for layer, _, each in todo)
+            ahead = next(reads, None)  # one projection is read while another is walked
+            for layer, own, projection in todo:
+                assert ahead is not None
+                read, ahead = ahead, next(reads, None)
+                experts = PackedExperts(family, layer, own, config)  # each lets go of the last one's tensors
+                self.look_at_projection(experts, projection, read, settings.get("level_dtype"), checkpoint)
+
+    def complete(self, layer: MoELayer, projection: str, checkpoint: Checkpoint) -> bool:
+        """Tell whether all tensors of a projection are there."""
+        names = [f"{layer.experts}.{projection}_{part}" for part in PARTS]
+        absent = [each for each in names if each not in checkpoint]
+        for each in absent:
+            text = f"the index does not name {each}, which the model needs. Fetch the directory again."
+            self.error(each, "", CheckpointError(text))
+        return not absent and not any(checkpoint.stored_name(each) in self.lost for each in names)
+
+    def read_projection(self, layer: MoELayer, projection: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Read all tensors of a projection of a layer."""
+        return {part: self.read(checkpoint, f"{layer.experts}.{projection}_{part}") for part in PARTS}
 
     def look_at_projection(
-        self, experts: PackedExperts, projection: str, level_dtype: str | None, checkpoint: Checkpoint
+        self,
+        experts: PackedExperts,
+        projection: str,
+        read: Future[dict[str, Tensor]],
+        level_dtype: str | None,
+        checkpoint: Checkpoint,
     ) -> None:
         name = f"{experts.layer.experts}.{projection}"
-        names = {part: f"{name}_{part}" for part in PARTS}
-        if absent := [each for each in names.values() if each not in checkpoint]:
-            for each in absent:
-                text = f"the index does not name {each}, which the model needs. Fetch the directory again."
-                self.error(each, "", CheckpointError(text))
-            return
-        if any(checkpoint.stored_name(each) in self.lost for each in names.values()):
-            return
-        file = checkpoint.file_of(names["codes"]).name
+        file = checkpoint.file_of(f"{name}_codes").name
         with self.found(name, file):
-            experts.fill(projection, {part: checkpoint.tensor(each) for part, each in names.items()})
+            experts.fill(projection, read.result())
             found = str(experts.get_buffer(f"{projection}_levels").dtype).removeprefix("torch.")
             if level_dtype not in (None, found):
-                text = f"{names['levels']} in {file} is {found}; config.json says {level_dtype}. Fetch the file again."
-                self.error(names["levels"], file, FormatError(text))
+                text = f"{name}_levels in {file} is {found}; config.json says {level_dtype}. Fetch the file again."
+                self.error(f"{name}_levels", file, FormatError(text))
             for expert in range(experts.num_experts):
                 try:
                     experts.packed(expert, projection)
@@ -336,10 +413,10 @@ class _Search:
                 self.experts += 1
                 self.step(short_name(experts.layer.block))
 
-    def collect(self, sums: dict[str, Future[None]], checkpoint: Checkpoint) -> None:
+    def collect(self, names: list[str], work: dict[str, Future[None]], checkpoint: Checkpoint) -> None:
         """Take note of what the threads ran into; not of a tensor whose damaged experts are named already."""
-        for name, work in sums.items():
-            error = work.exception()
+        for name in names:
+            error = work[name].exception() if name in work else self.sums[name]
             with suppress(Exception):  # the thread has met it too
                 self.bytes += checkpoint.meta(name).nbytes
             if isinstance(error, Exception) and not name.startswith(tuple(f"{each}_" for each in self.spoilt)):
@@ -347,8 +424,13 @@ class _Search:
             if EXPERTS not in name:
                 self.step("dense tensors")
 
-    def look_at_the_rest(self, checkpoint: Checkpoint) -> None:
-        """Compare the report with the directory, if that is sound so far."""
+    def look_at_the_rest(self, configured: bool) -> None:
+        """Open the tokenizer, which takes a configuration; compare the report with the directory, if that is sound."""
+        if configured:
+            try:
+                open_tokenizer(self.path)
+            except CheckpointError as error:
+                self.note("", "", f"{error} The model loads; no text is generated or evaluated without a tokenizer.")
         with self.found("", FILE_NAME):
             if read_report(self.path) is None:
                 self.note("", FILE_NAME, "there is no report of the compression: errors per layer are not known.")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import os, sys, warnings
+import logging, os, sys
 closed = sys.argv[1:]
 whole = os.access
 os.access = lambda path, mode: not any(str(path).startswith(c) for c in closed) and whole(path, mode)
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    import qmoe_lite
+seen = []
+logging.getLogger("qmoe_lite").addHandler(type("H", (logging.Handler,), {"emit": lambda self, r: seen.append(r)})())
+import qmoe_lite
 directory = os.environ.get("NUMBA_CACHE_DIR", "")
 print(directory, len(seen), oct(os.stat(directory).st_mode & 0o777) if directory else "")
 """
@@ -55,3 +55,15 @@ def test_numba_that_was_imported_before_is_told(tmp_path):
 def test_a_home_that_may_not_be_looked_into_is_no_place(tmp_path):
     directory, *_ = run(tmp_path, PACKAGE, "/proc", HOME="/proc/1/root/x", before="import os; os.path.exists('/')\n")
     assert Path(directory).parent == tmp_path
+
+
+def test_the_command_line_says_so_in_one_line(tmp_path):
+    closed = "closed = sys.argv.pop(1), sys.argv.pop(1)"
+    script = SCRIPT.partition("seen = []")[0].replace("closed = sys.argv[1:]", closed)
+    script += "from qmoe_lite.cli.main import main\nmain()"
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", script, PACKAGE, str(tmp_path), "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("qmoe-lite ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("note: numba may write neither")

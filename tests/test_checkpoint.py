@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 
+import numpy as np
 import pytest
 import torch
 
 from qmoe_lite import checkpoint as files
+from qmoe_lite.calibration import open_tokenizer
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError
+from qmoe_lite.report import read_report
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_new_one(tmp_path):
@@ -35,10 +40,97 @@ def test_tensors_are_checked_against_the_index(tmp_path):
     found = files.Checkpoint(tmp_path)
     for name, value in values.items():
         assert torch.equal(found.tensor(name), value)
-    found.check("a")
-    found.check("c")
+    for name in "ac":
+        assert b"".join(found.pieces(name)) == values[name].numpy().tobytes()
+    pieces = found.pieces("b")
+    assert bytes(next(pieces)) == values["b"].numpy().tobytes()
     with pytest.raises(FormatError, match=r"b in .*part.safetensors is damaged"):
-        found.check("b")
+        next(pieces)
+    memory = np.empty(40, dtype=np.uint8)
+    assert sum(map(len, found.pieces("a", memory))) == 40
+    assert memory.tobytes() == values["a"].numpy().tobytes()
+
+
+def test_a_file_that_is_cut_or_replaced_is_an_error_at_the_read(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    files.write_tensors(file, {"a": torch.arange(1000.0), "b": torch.ones(3)})
+    found = files.Checkpoint(tmp_path)
+    assert found.place("b").length == 12
+    os.truncate(file, 2000)
+    with pytest.raises(CheckpointError, match=r"has 2000 bytes of at least \d+: it was cut\. Fetch the file again"):
+        list(found.pieces("a"))
+    files.write_tensors(file, {"a": torch.arange(1000.0), "b": torch.ones(3)})
+    found = files.Checkpoint(tmp_path)
+    files.write_tensors(file, {"c": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="was cut or written anew meanwhile"):
+        found.place("a")
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Let a file's opening fail as the system would; permissions mean nothing where the tests run as root."""
+
+    def close(path, number):
+        def fail(original):
+            def call(name, *args, **kwargs):
+                if name == path or name == str(path):
+                    raise OSError(number, os.strerror(number), str(path))
+                return original(name, *args, **kwargs)
+
+            return call
+
+        opened = fail(open)
+        monkeypatch.setattr("io.open", opened)
+        monkeypatch.setattr("builtins.open", opened)
+        monkeypatch.setattr("os.open", fail(os.open))
+
+    return close
+
+
+REMEDIES = [
+    (errno.EACCES, "Permission denied. Give yourself permission to read it"),
+    (errno.EMFILE, "Too many open files. Let the process open more files: ulimit -n"),
+    (errno.EIO, "Input/output error. Check the disk"),
+]
+
+
+@pytest.mark.parametrize(("number", "message"), REMEDIES)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "part.safetensors"])
+def test_a_file_that_may_not_be_opened_is_not_called_damaged(tmp_path, closed, name, number, message):
+    (tmp_path / "config.json").write_text("{}")
+    files.write_tensors(tmp_path / "part.safetensors", {"a": torch.ones(3)})
+    files.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "part.safetensors"}})
+    closed(tmp_path / name, number)
+    with pytest.raises(CheckpointError) as caught:
+        files.Checkpoint(tmp_path).tensor("a")
+    assert str(caught.value).startswith(f"{tmp_path / name} cannot be opened: {message}")
+
+
+@pytest.mark.parametrize(("number", "message"), REMEDIES)
+def test_a_report_that_may_not_be_opened_is_not_to_be_removed(tmp_path, closed, number, message):
+    (tmp_path / "qmoe_report.json").write_text("{}")
+    closed(tmp_path / "qmoe_report.json", number)
+    with pytest.raises(CheckpointError, match=re.escape(f"cannot be opened: {message}")):
+        read_report(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "message"), REMEDIES)
+def test_a_tokenizer_that_may_not_be_opened_is_not_called_damaged(tmp_path, tokenizer, closed, number, message):
+    tokenizer.save_pretrained(tmp_path)
+    closed(tmp_path / "tokenizer.json", number)
+    with pytest.raises(CheckpointError, match=re.escape(f"tokenizer.json cannot be opened: {message}")):
+        open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./none", "../none", "~/none", "/none", "a/b/none", ".none/x", "none"])
+def test_what_looks_like_a_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(name)} is no model directory: there is no such directory"):
+        files.find_model(name)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="it is a file"):
+        files.find_model("./file")
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path):

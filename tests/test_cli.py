@@ -77,6 +77,7 @@ def test_compress_prints_one_json_document(run, tmp_path, switch):
     ("arguments", "message"),
     [
         (["compress", "{tmp}/missing", "{tmp}/out", "--recipe", "nearest"], "is no model directory"),
+        (["verify", "./missing"], "/missing is no model directory: there is no such directory"),
         (["compress", "{tmp}", "{tmp}/out", "--recipe", "nearest"], "it has no config.json"),
         (["compress", "{switch}", "{tmp}/out"], "needs calibration text"),
         (["compress", "{switch}", "{tmp}", "--recipe", "nearest"], "exists already"),
@@ -212,3 +213,20 @@ def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, error, line):
     with pytest.raises(SystemExit, match="1"):
         main_.main()
     assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": "three"}, "config.json is refused by transformers: Validation error for field 'num_h"),
+        ({"quantization_config": "qmoe"}, "config.json has a damaged quantization_config. Fetch it again."),
+    ],
+)
+def test_a_damaged_configuration_is_not_blamed_on_the_tokenizer(run, directory, change, message):
+    path = directory()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    code, printed, noted = run("generate", path, "--prompt", "router")
+    assert (code, printed) == (1, "")
+    assert len(noted.splitlines()) == 1
+    assert message in noted

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -77,7 +79,7 @@ def test_uses_of_an_earlier_run_decide_what_is_hottest():
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_any_bytes_of_a_file_are_read(tmp_path, direct):
+def test_any_bytes_of_a_file_are_read(tmp_path, monkeypatch, direct):
     data = np.random.default_rng(0).integers(0, 256, 3 * PAGE + 77, dtype=np.uint8)
     (tmp_path / "file").write_bytes(data.tobytes())
     file = WeightFile(tmp_path / "file")
@@ -88,9 +90,50 @@ def test_any_bytes_of_a_file_are_read(tmp_path, direct):
         start = file.read_into(memory[: room(length)], offset, length)
         assert memory[start : start + length].tobytes() == data[offset : offset + length].tobytes()
         assert bytes(file.read(offset, length)) == data[offset : offset + length].tobytes()
-    with pytest.raises(CheckpointError, match="was cut while the model ran"):
+    for piece in (PAGE, 5000, 1 << 20):
+        monkeypatch.setattr("qmoe_lite._expert_reader._PIECE", piece)
+        assert [bytes(p) for p in file.pieces(77, 2 * PAGE)] == [
+            data[start : min(start + piece, 77 + 2 * PAGE)].tobytes() for start in range(77, 77 + 2 * PAGE, piece)
+        ]
+        assert b"".join(file.pieces(77, 2 * PAGE, memory)) == memory[: 2 * PAGE].tobytes()
+        assert memory[: 2 * PAGE].tobytes() == data[77 : 77 + 2 * PAGE].tobytes()
+        assert list(file.pieces(77, 0)) == []
+    with pytest.raises(CheckpointError, match=f"has {len(data)} bytes of at least {len(data) + 1}: it was cut"):
         file.read_into(memory, len(data) - 5, 6)
     file.close()
+
+
+def test_files_that_cannot_be_opened_say_what_helps(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"expert")
+    opened = os.open
+
+    def direct_fails(number):
+        def call(path, flags, *args):
+            if flags & os.O_DIRECT:
+                raise OSError(number, os.strerror(number))
+            return opened(path, flags, *args)
+
+        monkeypatch.setattr("os.open", call)
+
+    for number in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system without it
+        direct_fails(number)
+        file = WeightFile(tmp_path / "file")
+        assert not file.direct
+        assert bytes(file.read(0, 6)) == b"expert"
+    for number in (errno.EMFILE, errno.EACCES, errno.EIO):
+        direct_fails(number)
+        with pytest.raises(CheckpointError, match=os.strerror(number)):
+            WeightFile(tmp_path / "file")
+    monkeypatch.undo()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = set(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 1, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"Too many open files\. Let the process open more files: ulimit -n"):
+            [WeightFile(tmp_path / "file") for _ in range(1000)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert set(os.listdir("/proc/self/fd")) <= before, "what was opened before the limit was met is closed"
 
 
 def test_a_file_that_is_deleted_is_read_on(tmp_path):

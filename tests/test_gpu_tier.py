@@ -331,7 +331,8 @@ def test_budgets_that_do_not_fit_are_refused(directory):
     for options, match in (
         ({"devices": [FakeDevice()], "expert_cache": 100}, "expert_cache is 100 bytes on fake:0"),
         ({"devices": [FakeDevice()], "expert_cache": ["1MB", "1MB"]}, "2 sizes for 1 devices"),
-        ({"devices": ["banana"]}, "device banana is not supported"),
+        ({"devices": ["banana"]}, "devices has banana; expected GPUs only, such as cuda:0"),
+        ({"devices": ["cpu"]}, "devices has cpu; expected GPUs only, such as cuda:0"),
     ):
         with pytest.raises(SettingError, match=match):
             attach(model, remember=False, **options)

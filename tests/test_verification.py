@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -13,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
+from qmoe_lite._expert_reader import WeightFile
 from qmoe_lite.checkpoint import crc32
-from qmoe_lite.errors import CheckpointError
+from qmoe_lite.errors import CheckpointError, unreadable
 from qmoe_lite.experts import checksum
 from qmoe_lite.skeletons import open_checkpoint
 from qmoe_lite.verification import verify_model
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
 EXPERTS = "model.layers.0.mlp.experts"
+PROJECTIONS = [f"model.layers.{i}.mlp.experts.{name}_proj" for i in (0, 2) for name in ("gate", "up", "down")]
 INDEX = "model.safetensors.index.json"
 
 
@@ -89,9 +95,87 @@ def test_two_bit_models_and_imported_levels_are_good_too(tmp_path, switch):
 def test_a_model_that_transformers_saved_again_is_sound_with_notes(directory, tmp_path, model_type):
     qm.load(directory(model_type)).save_pretrained(tmp_path / "again", max_shard_size="20KB")
     found = lines(tmp_path / "again")
-    assert [line.split(":")[0] for line in found] == ["note", "note"]
+    assert [line.split(":")[0] for line in found] == ["note", "note", "note"]
     assert "carry no checksums" in found[0]
-    assert "there is no report" in found[1]
+    assert "has no tokenizer" in found[1]
+    assert "there is no report" in found[2]
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_a_note(directory):
+    path = directory()
+    (path / "tokenizer.json").write_text("{")
+    (found,) = qm.verify(path)
+    assert (found.severity, "has no usable tokenizer" in found.message) == ("note", True)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    (found,) = qm.verify(path)
+    assert found.severity == "note"
+    assert "has no tokenizer (tokenizer.json, " in found.message
+    assert found.message.endswith("no text is generated or evaluated without a tokenizer.")
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_a_shard_that_is_cut_while_it_is_looked_at_is_one_finding(directory, kind):
+    """In a process of its own, which a map would have ended."""
+    path = directory()
+    name = "model.norm.weight" if kind == "dense" else f"{EXPERTS}.gate_proj_codes"
+    file = path / index_of(path)["weight_map"][name]
+    script = f"""
+import os, sys
+from qmoe_lite import verification
+original = verification._Search.look_at_files
+def cut(search, checkpoint):
+    original(search, checkpoint)
+    os.truncate({str(file)!r}, 4096 if {kind!r} == "dense" else 3000)
+verification._Search.look_at_files = cut
+for finding in verification.verify({str(path)!r}):
+    print(finding.severity, finding.name, finding.file, finding.message, sep="|")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
+    _, found, where, message = line.split("|")
+    assert (found, where) == ("", file.name)
+    assert "was cut" in message
+
+
+@pytest.mark.parametrize("part", ["codes", "levels"])
+def test_a_bad_sector_hides_no_other_file(directory, monkeypatch, part):
+    """The levels lie in another file than the codes."""
+    path = directory()
+    index, name = index_of(path), f"{EXPERTS}.gate_proj_levels"
+    tensors = load_file(path / index["weight_map"][name])
+    save_file({name: tensors[name]}, path / "levels.safetensors", {"format": "pt"})
+    index["weight_map"][name] = "levels.safetensors"
+    (path / INDEX).write_text(json.dumps(index))
+    damage(path, "model.norm.weight")
+    bad = path / index["weight_map"][f"{EXPERTS}.gate_proj_{part}"]
+    fill = WeightFile._fill
+
+    def fail(file, view, offset):
+        if file.path == bad:
+            raise unreadable(bad, OSError(errno.EIO, os.strerror(errno.EIO)), "read")
+        fill(file, view, offset)
+
+    monkeypatch.setattr(WeightFile, "_fill", fail)
+    found = {finding.name or finding.file: finding.message for finding in errors(path)}
+    assert found.keys() == {bad.name, "model.norm.weight"}
+    assert found[bad.name] == f"{bad} cannot be read: Input/output error. Check the disk."
+
+
+@pytest.mark.parametrize("piece", [1 << 10, 1 << 20])
+@pytest.mark.parametrize("place", [0, 300, -1])
+def test_what_is_not_finite_is_found_in_any_piece(directory, monkeypatch, piece, place):
+    monkeypatch.setattr("qmoe_lite._expert_reader._PIECE", piece)
+    path = directory()
+
+    def spoil(tensor):
+        tensor.view(-1)[place] = float("nan")
+        return tensor
+
+    replace(path, "lm_head.weight", spoil)  # 3360 bytes
+    (found,) = errors(path)
+    assert found.name == "lm_head.weight"
+    assert "NaN or infinity" in found.message
 
 
 def test_what_is_no_compressed_model_is_refused(switch, tmp_path):
@@ -244,30 +328,44 @@ def test_a_damaged_configuration_hides_no_damaged_tensor(directory):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "names"),
     [
-        (lambda c: c.update(hidden_size="many"), "config.json"),
-        (lambda c: c.update(model_type="banana"), "model type banana is not supported"),
-        (lambda c: c.update(hidden_size=48), "config.json says (48,)"),
-        (lambda c: c["quantization_config"].update(format=99), "has format 99"),
-        (lambda c: c["quantization_config"]["codebooks"][0].update(sha256="0"), "the file says 0"),
-        (lambda c: c["quantization_config"].update(codebooks=7), f"names no codebook for {EXPERTS}.gate_proj"),
-        (lambda c: c["quantization_config"].update(layers=[]), f"names no codebook for {EXPERTS}.gate_proj"),
+        (lambda c: c.update(hidden_size="many"), "config.json is refused by transformers: .* 'hidden_size'", [""]),
+        (lambda c: c.update(num_hidden_layers="three"), "is refused by transformers: .* 'num_hidden_layers'", [""]),
+        (lambda c: c.update(model_type="banana"), "model type banana is not supported", ["model_type"]),
+        (lambda c: c["quantization_config"].update(format=99), "has format 99", ["quantization_config"]),
+        (lambda c: c["quantization_config"]["codebooks"][0].update(sha256="0"), "the file says 0", ["codebooks[0]"]),
+        (lambda c: c["quantization_config"].update(codebooks=7), "names no codebook for", PROJECTIONS),
+        (lambda c: c["quantization_config"].update(layers=[]), "names no codebook for", PROJECTIONS),
         (
             lambda c: c["quantization_config"]["layers"][EXPERTS].update(up_proj=50),
             f"no codebook for {EXPERTS}.up_proj",
+            [f"{EXPERTS}.up_proj"],
         ),
-        (lambda c: c["quantization_config"]["layers"].update(other={}), "says that other is compressed"),
+        (lambda c: c["quantization_config"]["layers"].update(other={}), "says that other is compressed", ["other"]),
     ],
 )
-def test_a_configuration_that_does_not_fit(directory, change, message):
-    """A damaged tensor is found beside it."""
+def test_a_configuration_that_does_not_fit(directory, change, message, names):
+    """A damaged tensor is found beside it, and nothing else."""
     path = directory()
     damage(path, "model.embed_tokens.weight")
     edit(path / "config.json", change)
     found = errors(path)
-    assert any(message in str(finding) for finding in found)
-    assert "model.embed_tokens.weight" in {finding.name for finding in found}
+    assert re.search(message, str(found[0]))
+    assert sorted(finding.name for finding in found) == sorted([*names, "model.embed_tokens.weight"])
+
+
+def test_a_width_that_the_files_do_not_have(directory):
+    """Each dense tensor that has it is named, each projection with as many rows, each expert with as many columns."""
+    path = directory()
+    edit(path / "config.json", lambda c: c.update(hidden_size=48))
+    _, checkpoint = open_checkpoint(path)
+    names = [name for name in checkpoint.names if ".experts." not in name and 24 in checkpoint.shape(name)]
+    names += [f"expert {e} of {name}" for name in PROJECTIONS if "down" not in name for e in range(6)]
+    names += [name for name in PROJECTIONS if "down" in name]
+    found = errors(path)
+    assert sorted(finding.name for finding in found) == sorted(names)
+    assert any("config.json says (48,)" in finding.message for finding in found)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +436,8 @@ def test_the_command(run, directory):
     assert printed.startswith("sound: ")
     assert len(printed.splitlines()) == 1
     damage(path, "model.norm.weight")
+    code, printed, _ = run("verify", path)
+    assert (code, printed.splitlines()[-1].partition(":")[0]) == (1, "1 error")
     damage(path, f"{EXPERTS}.up_proj_codes")
     code, printed, noted = run("verify", path)
     assert (code, noted) == (1, "")
