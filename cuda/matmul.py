@@ -19,6 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe_lite._routing import count_tokens, known_experts
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts, slot_values
@@ -263,7 +264,7 @@ class ExpertsCall:
             Makes one tensor of the first projections' results.
         """
         if self._order is None:
-            self._order = torch.argsort(_known(self._index.reshape(-1), self._experts), stable=True)
+            self._order = torch.argsort(known_experts(self._index, self._experts), stable=True)
         own = self._order[pairs]
         x = self._x[torch.div(own, self._index.shape[1], rounding_mode="floor")]
         inside = activation([decoded_product(each, place, x) for each in self._first])
@@ -405,12 +406,6 @@ def turns(packets_each: float, lanes: int) -> int:
 Groups = tuple[Tensor, Tensor]  # int32: each group's expert (G,); its tokens' pairs (G * width,), -1 for none
 
 
-def _known(index: Tensor, experts: int) -> Tensor:
-    """Return the experts' numbers, int64; `experts` stands for any that is no expert's."""
-    index = index.long()
-    return torch.where((index >= 0) & (index < experts), index, experts)
-
-
 def _single_groups(index: Tensor) -> Groups:
     """Each pair of a token and an expert is a group of its own."""
     pairs = torch.arange(index.numel(), dtype=torch.int32, device=index.device)
@@ -439,10 +434,8 @@ def _groups(index: Tensor, experts: int, width: int) -> Groups:
     Some of the last groups may be empty: how many are needed is known on the GPU alone.
     """
     pairs = index.numel()
-    flat = _known(index.reshape(-1), experts)
-    expert, pair = torch.sort(flat, stable=True)
-    counts = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    expert, pair = torch.sort(known_experts(index, experts), stable=True)
+    counts = count_tokens(index, experts)
     groups_each = (counts + width - 1) // width
     first_pair, first_group = counts.cumsum(0) - counts, groups_each.cumsum(0) - groups_each
     rank = torch.arange(pairs, device=index.device) - first_pair[expert]

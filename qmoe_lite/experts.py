@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qmoe_lite._routing import count_tokens
 from qmoe_lite._stream import stream_bytes
 from qmoe_lite.checkpoint import Checkpoint
 from qmoe_lite.codebook import Codebook
@@ -75,14 +76,6 @@ class ExpertSource(Protocol):
 
     def run_layer(self, experts: PackedExperts, hidden_states: Tensor, routing: Sequence[Tensor]) -> Tensor | None:
         """Send each token through its experts, float32; None where they are multiplied on the CPU, by `run`."""
-
-
-def count_tokens(index: Tensor, experts: int) -> Tensor:
-    """Return how many of an integer tensor's elements name each expert, int64 (experts,), without waiting for a GPU."""
-    flat = index.reshape(-1).long()
-    flat = torch.where((flat >= 0) & (flat < experts), flat, experts)
-    counts = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
-    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:experts]
 
 
 def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
@@ -354,7 +347,7 @@ class PackedExperts(nn.Module):
             if call.fits and index[some].numel() <= GATHERED_PAIRS:
                 call.gather()
             else:
-                sizes = count_tokens(index[some], self.layer.count).tolist()
+                sizes = count_tokens(index[some], self.layer.count)[:-1].tolist()
                 call.turn({expert: expert for expert, size in enumerate(sizes) if size}, sizes, self.activate)
             parts.append(call.total())
         return torch.cat(parts) if len(parts) > 1 else parts[0]

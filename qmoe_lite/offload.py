@@ -31,9 +31,10 @@ from qmoe_lite._expert_cache import HALF_LIFE
 from qmoe_lite._expert_reader import Readers, WeightFile
 from qmoe_lite._gpu_tier import CudaDevice, Device, GpuTier, share_layers
 from qmoe_lite._ram_tier import Layer, RamTier, slot_layout
+from qmoe_lite._routing import count_tokens
 from qmoe_lite.checkpoint import Checkpoint, write_json
 from qmoe_lite.errors import CheckpointError, OutputError, QMoEError, SettingError
-from qmoe_lite.experts import PackedExperts, count_tokens, quantization_of
+from qmoe_lite.experts import PackedExperts, quantization_of
 from qmoe_lite.packed import PackedMatrix
 from qmoe_lite.skeletons import open_checkpoint
 
@@ -317,7 +318,7 @@ class Runner:
                 self.statistics.tokens += len(hidden)
             if self._trace is not None:
                 self._write_trace(self._trace, number, index)
-            tier, counts = self._tier_of[number], [count_tokens(index, module.num_experts)]
+            tier, counts = self._tier_of[number], [count_tokens(index, module.num_experts)[:-1]]
             if tier is not None and (votes := self._votes(number + 1, hidden)) is not None:
                 counts.append(votes.to(index.device))
             found = torch.cat(counts).tolist()  # on a GPU this waits for it: once a layer
@@ -378,7 +379,7 @@ class Runner:
         layer = self._layers[number].experts.layer
         weight = self._routers[number].detach()  # type: ignore[union-attr]
         logits = hidden.detach().to(weight.device, weight.dtype) @ weight.T
-        return count_tokens(logits.topk(layer.top_k).indices, layer.count)
+        return count_tokens(logits.topk(layer.top_k).indices, layer.count)[:-1]
 
     def _predict(self, number: int, votes: list[int]) -> None:
         """Begin to read what the layer's router named."""
@@ -456,7 +457,7 @@ class Runner:
             x, index, weights = (part.to(tier.device.device) for part in (hidden_states, index, weights))
             stretches = experts.stretches(index)
             if asked is None or len(stretches) > 1 or not all(map(operator.is_, asked[0], routing)):
-                counts = [count_tokens(index[some], experts.num_experts).tolist() for some in stretches]
+                counts = [count_tokens(index[some], experts.num_experts)[:-1].tolist() for some in stretches]
             else:
                 counts = [asked[1]]
             parts = [

@@ -10,7 +10,7 @@ FOLDERS = {"qmoe_lite": "qmoe_lite", "cuda": "qmoe_lite.cuda", "cli": "qmoe_lite
 # each line may import from the lines above it, and from its own
 ORDER = (
     ("errors", "settings"),
-    ("_expert_cache", "_expert_reader"),
+    ("_expert_cache", "_expert_reader", "_routing"),
     ("_words", "_vectors", "_stream", "_walk", "_products", "_columns", "codewords"),
     ("codebook",),
     ("grid", "hessian", "packed", "digits"),
