@@ -111,6 +111,32 @@ class ExpertCache:
         return [int(expert) for expert in order if self._worth[expert] > -math.inf]
 
 
+class Wanting:
+    """Pins the experts that it wants in a cache, each once, however often they are wanted.
+
+    Attributes
+    ----------
+    cache : ExpertCache
+    """
+
+    cache: ExpertCache
+
+    def __init__(self) -> None:
+        self._wanted: set[int] = set()
+
+    def release(self, numbers: Iterable[int] | None = None, but: Iterable[int] = ()) -> None:
+        """Let go of wanted experts, by default of all but some."""
+        for number in self._wanted.difference(but) if numbers is None else numbers:
+            if number in self._wanted:
+                self._wanted.discard(number)
+                self.cache.unpin(number)
+
+    def _pin(self, number: int) -> None:
+        if number not in self._wanted:
+            self._wanted.add(number)
+            self.cache.pin(number)
+
+
 def replay(experts: int, slots: int, half_life: float, passes: Iterable[list[list[int]]]) -> float:
     """Share of hits that a cache would have had on recorded routing.
 

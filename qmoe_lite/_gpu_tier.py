@@ -19,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe_lite._expert_cache import ExpertCache
+from qmoe_lite._expert_cache import ExpertCache, Wanting
 from qmoe_lite._ram_tier import Layer
 from qmoe_lite.codebook import Codebook
 from qmoe_lite.errors import DeviceError, FormatError, SettingError
@@ -227,7 +227,7 @@ def _place_rows(
         starts[row + 1] = starts[row] + (codewords - 1) // each + 1
 
 
-class GpuTier:
+class GpuTier(Wanting):
     """Slots on one GPU for the experts of some layers.
 
     Parameters
@@ -269,10 +269,10 @@ class GpuTier:
         half_life: float,
         notes: list[str],
     ) -> None:
+        super().__init__()
         self.device, self.notes = device, notes
         self.copied_bytes = 0
         self.guessed: set[int] = set()
-        self._pinned: set[int] = set()
         self._experts, self._half_life = experts, half_life
         self._layouts = {layer.first: _Layout(layer) for layer in layers}
         # a multiple of _ALIGNMENT, so that it is a whole stride for every tensor of a slot
@@ -323,7 +323,7 @@ class GpuTier:
             )
         self.cache = ExpertCache(self._experts, slots, self._half_life)
         self._held = [_Slot() for _ in range(slots)]
-        self._pinned.clear()
+        self._wanted.clear()
         self.guessed.clear()
 
     @property
@@ -362,13 +362,6 @@ class GpuTier:
         self._check()
         return self.cache.slot(number) >= 0
 
-    def release(self, numbers: Sequence[int] | None = None) -> None:
-        """Let go of pinned experts, by default of all."""
-        for number in list(self._pinned) if numbers is None else numbers:
-            if number in self._pinned:
-                self._pinned.discard(number)
-                self.cache.unpin(number)
-
     def guess(self, numbers: Sequence[int], layer: Layer) -> int:
         """Begin to copy experts in memory that the next layer may want, while a quarter of the slots suffices.
 
@@ -402,11 +395,6 @@ class GpuTier:
         for number in self.guessed:
             self.cache.unpin(number)
         self.guessed.clear()
-
-    def _pin(self, number: int) -> None:
-        if number not in self._pinned:
-            self._pinned.add(number)
-            self.cache.pin(number)
 
     def _put(self, number: int, layer: Layer) -> bool:
         """Begin to copy an expert, which is in memory, to a slot; tell whether there was one."""

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe_lite._expert_cache import ExpertCache
+from qmoe_lite._expert_cache import ExpertCache, Wanting
 from qmoe_lite._expert_reader import PAGE, Read, Readers, WeightFile, page_memory, room
 from qmoe_lite._stream import stream_bytes
 from qmoe_lite.checkpoint import Checkpoint, Place
@@ -156,7 +156,7 @@ class Layer:
                 self._valid[projection][expert] = True
 
 
-class RamTier:
+class RamTier(Wanting):
     """Slots in memory for the experts of all layers.
 
     Parameters
@@ -178,6 +178,7 @@ class RamTier:
     """
 
     def __init__(self, layers: list[Layer], slots: int, half_life: float) -> None:
+        super().__init__()
         self.layers = layers
         self.cache = ExpertCache(sum(layer.experts.num_experts for layer in layers), slots, half_life)
         starts, self.slot_bytes = slot_layout(layers)
@@ -187,7 +188,6 @@ class RamTier:
         self._memory = page_memory(slots * self.slot_bytes)
         self.readers = Readers()
         self._under_way: dict[int, Read] = {}
-        self._wanted: set[int] = set()
         self._guessed: set[int] = set()
         self._firsts = np.array([layer.first for layer in layers])
 
@@ -243,13 +243,6 @@ class RamTier:
         self._check_open()
         self.collect()
 
-    def release(self, numbers: Sequence[int] | None = None, but: Sequence[int] = ()) -> None:
-        """Let go of wanted experts, by default of all but some."""
-        for number in self._wanted.difference(but) if numbers is None else numbers:
-            if number in self._wanted:
-                self._wanted.discard(number)
-                self.cache.unpin(number)
-
     def guess(self, numbers: Sequence[int]) -> list[int]:
         """Begin to read experts that the next layer may want, while a quarter of the slots suffices; tell which."""
         begun = []
@@ -282,11 +275,6 @@ class RamTier:
     def _check_open(self) -> None:
         if self.readers.closed:
             raise QMoEError("the runner was closed while its model ran. Run the model again.")
-
-    def _pin(self, number: int) -> None:
-        if number not in self._wanted:
-            self._wanted.add(number)
-            self.cache.pin(number)
 
     def _begin(self, number: int, urgent: bool) -> bool:
         given = self.cache.admit(number)
