@@ -174,9 +174,8 @@ class Routing:
             if self._trace is None:
                 rows.append(np.sort(self._rng.permutation(self._experts)[: self._top_k]))
                 continue
-            layer, share = list(self._calls).index(id(module)), self._experts // self._top_k
-            streams = [self._trace[(layer + j) % len(self._trace)] for j in range(self._top_k)]
-            rows.append(np.array([j * share + s[(call + 997 * j) % len(s)] % share for j, s in enumerate(streams)]))
+            layer = list(self._calls).index(id(module))
+            rows.append(np.array(_as_traced(self._trace, layer, call, self._experts, self._top_k)))
         return hidden, torch.from_numpy(np.stack(rows)).to(index.device), torch.full_like(weights, 1 / self._top_k)
 
 
@@ -434,14 +433,17 @@ def demo_trace(tokens: int = 2048) -> list[list[int]]:
 
 def passes_of(trace: list[list[int]], experts: int, top_k: int, layers: int, count: int) -> list[list[list[int]]]:
     """Turn a trace into what `ExpertCache` is asked for: a pass a token, experts of all layers numbered through."""
-    share = experts // top_k
     return [
         [
-            [
-                layer * experts + j * share + stream[(call + 997 * j) % len(stream)] % share
-                for j, stream in enumerate(trace[(layer + j) % len(trace)] for j in range(top_k))
-            ]
+            [layer * experts + expert for expert in _as_traced(trace, layer, call, experts, top_k)]
             for layer in range(layers)
         ]
         for call in range(count)
     ]
+
+
+def _as_traced(trace: list[list[int]], layer: int, call: int, experts: int, top_k: int) -> list[int]:
+    """Experts of one token in one layer, as `Routing` chooses them by a trace."""
+    share = experts // top_k
+    streams = [trace[(layer + j) % len(trace)] for j in range(top_k)]
+    return [j * share + stream[(call + 997 * j) % len(stream)] % share for j, stream in enumerate(streams)]

@@ -52,7 +52,7 @@ def draw(found: Inspection, file: Path) -> None:
     for panel, axes in zip(panels, column, strict=True):
         panel(axes, found, names)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        _legend_beside(axes)
     step = -(-len(names) // _NAMES)
     column[-1].set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right")
     figure.suptitle(f"{Path(found.directory).name} ({found.model_type})", fontsize="medium", parse_math=False)
@@ -67,6 +67,11 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _legend_beside(axes: Axes) -> None:
+    """Put the legend to the right of a panel."""
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def _save(figure: Figure, file: Path) -> None:
@@ -163,7 +168,7 @@ def draw_model_rates(report: ModelRatesReport, file: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("code bits per weight")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _legend_beside(axes)
     figure.suptitle(Path(report.directory).name, fontsize="medium", parse_math=False)
     _save(figure, file)
 
@@ -298,7 +303,7 @@ def _over_budget(axes: Axes, report: OffloadReport) -> None:
     axes.set_xlabel("memory for experts, of all compressed ones' bytes")
     axes.set_ylabel("tokens a second")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _legend_beside(axes)
 
 
 def _parts_of_token(axes: Axes, parts: Parts) -> None:
@@ -316,4 +321,4 @@ def _parts_of_token(axes: Axes, parts: Parts) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a token, all in memory")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _legend_beside(axes)

@@ -20,6 +20,7 @@ def verify(
     import sys
 
     from qmoe_lite.cli import _output
+    from qmoe_lite.cli._tables import _plural
     from qmoe_lite.verification import verify_model
 
     _output.quiet_transformers()
@@ -31,7 +32,7 @@ def verify(
         for finding in found.findings:
             _output.print_text(str(finding))
         errors = sum(finding.severity == "error" for finding in found.findings)
-        verdict = f"{errors} error{'s' if errors > 1 else ''}" if errors else "sound"
+        verdict = _plural(errors, "error") if errors else "sound"
         size, time = _output.megabytes(found.bytes), _output.duration(found.seconds)
         looked = f"{found.tensors:,} tensors, {found.experts:,} matrices of experts, {size} MB in {time}"
         _output.print_text(f"{verdict}: {looked}")

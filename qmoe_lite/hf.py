@@ -86,12 +86,12 @@ class QMoEQuantizer(HfQuantizer):
         from qmoe_lite.experts import PackedExperts
         from qmoe_lite.families import family_of
 
-        for name, module in model.named_modules():
-            if isinstance(module, PackedExperts):
-                for part, buffer in module.named_buffers():
-                    # from_pretrained leaves a buffer that it could not fill uninitialised, and says nothing
-                    if not getattr(buffer, "_is_hf_initialized", False):
-                        raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+        for name, module in packed.items():
+            for part, buffer in module.named_buffers():
+                # from_pretrained leaves a buffer that it could not fill uninitialised, and says nothing
+                if not getattr(buffer, "_is_hf_initialized", False):
+                    raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
         checkpoint = self._checkpoint
         del self._checkpoint  # the model keeps the quantizer, and a copy of it cannot have open files
         family = family_of(model.config.model_type)
@@ -101,9 +101,8 @@ class QMoEQuantizer(HfQuantizer):
         for module in (model, *(model.get_submodule(stack.name) for stack in stacks)):  # each may be run by itself
             module.register_forward_pre_hook(guard)
             module.register_state_dict_pre_hook(guard)
-        for module in model.modules():
-            if isinstance(module, PackedExperts):
-                module.guard = guard
+        for module in packed.values():
+            module.guard = guard
         check_before_use(model, checkpoint, [block for stack in stacks for block in stack.blocks], guard)
         return model.requires_grad_(False)
 
