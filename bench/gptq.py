@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe_lite.bench._common import limited_threads, machine_line
+from qmoe_lite.bench._parts.common import limited_threads, machine_line
 from qmoe_lite.errors import QMoEError, SettingError
-from qmoe_lite.grid import MinMaxTernary, Quantized
-from qmoe_lite.hessian import factorise
-from qmoe_lite.solver import gptq
+from qmoe_lite.quantization.grid import MinMaxTernary, Quantized
+from qmoe_lite.quantization.hessian import factorise
+from qmoe_lite.quantization.solver import gptq
 
 SHAPES = ((768, 3072), (2048, 768))  # rows = outputs, columns = inputs: Switch base wo, Qwen3-30B-A3B down_proj
 EXPERTS = 16

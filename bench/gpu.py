@@ -29,9 +29,10 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from qmoe_lite.bench import _gpu_choice, _gpu_demo, _gpu_layer, _gpu_offload, _gpu_paper, _gpu_parts  # noqa: E402
-from qmoe_lite.bench._common import machine_line  # noqa: E402
-from qmoe_lite.bench._gpu_parts import Row, one_line  # noqa: E402
+from qmoe_lite.bench._parts import gpu as parts  # noqa: E402
+from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper  # noqa: E402
+from qmoe_lite.bench._parts.common import machine_line  # noqa: E402
+from qmoe_lite.bench._parts.gpu import Row, one_line  # noqa: E402
 from qmoe_lite.cli._output import print_text  # noqa: E402
 from qmoe_lite.cuda import launch  # noqa: E402
 
@@ -40,12 +41,12 @@ TEST_SECONDS = 105.0
 _TESTERS = 12  # processes that the tests are shared among, at most: most of their time a kernel is compiled
 _LEAST = 15.0  # seconds that a part is begun with
 _PACKAGES = ("torch", "numba", "numba-cuda", "cuda-core")
-_KNOWN = _gpu_parts.PARTS | {
-    "layer": _gpu_layer.PART,
-    "offload": _gpu_offload.PART,
-    "paper": _gpu_paper.PART,
-    "choice": _gpu_choice.PART,
-    "demo": _gpu_demo.PART,
+_KNOWN = parts.PARTS | {
+    "layer": gpu_layer.PART,
+    "offload": gpu_offload.PART,
+    "paper": gpu_paper.PART,
+    "choice": gpu_choice.PART,
+    "demo": gpu_demo.PART,
 }
 _ORDER = ("matmul", "layer", "offload", "solver", "launch", "paper", "coder", "choice", "demo")
 PARTS = {name: _KNOWN[name] for name in _ORDER}

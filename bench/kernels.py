@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from qmoe_lite.bench._common import machine_line
-from qmoe_lite.bench._gpu_paper import paper_kernel
-from qmoe_lite.codebook import Codebook
+from qmoe_lite.bench._parts.common import machine_line
+from qmoe_lite.bench._parts.gpu_paper import paper_kernel
+from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.cuda import codec, launch, matmul, packets, solver, static
 from qmoe_lite.cuda.static import COUNTS
 from qmoe_lite.errors import DeviceError

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qmoe_lite.bench._common import limited_threads, machine_line
-from qmoe_lite.codebook import Codebook
-from qmoe_lite.codec import decode_dense, encode
+from qmoe_lite.bench._parts.common import limited_threads, machine_line
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codec import decode_dense, encode
+from qmoe_lite.coding.matmul import decode_matmul
+from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.errors import QMoEError, SettingError
-from qmoe_lite.matmul import decode_matmul
-from qmoe_lite.packed import PackedMatrix
 
 SHAPES = {  # rows, columns of an expert's matrix
     "switch-base": (3072, 768),

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_lite._expert_cache import replay
-from qmoe_lite.bench._common import machine_line
-from qmoe_lite.bench._offload_parts import KINDS, SHAPE, demo_trace, make_models, passes_of, run_contender
+from qmoe_lite.bench._parts.common import machine_line
+from qmoe_lite.bench._parts.offload import KINDS, SHAPE, demo_trace, make_models, passes_of, run_contender
 from qmoe_lite.errors import OutputError, QMoEError, SettingError
+from qmoe_lite.offload.cache import replay
 
 BUDGETS = (1.0, 0.5, 0.25, 0.1)
 HALF_LIVES = (0.0, 8.0, 32.0, 128.0, math.inf)  # passes; the first is LRU, the last LFU

@@ -16,13 +16,13 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from qmoe_lite.bench._common import limited_threads, machine_line
-from qmoe_lite.codebook import Codebook
-from qmoe_lite.codec import decode, encode
-from qmoe_lite.digits import count, squeeze
+from qmoe_lite.bench._parts.common import limited_threads, machine_line
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codec import decode, encode
 from qmoe_lite.errors import FormatError, SettingError
-from qmoe_lite.experts import PARTS, PackedExperts
-from qmoe_lite.inspection import short_name
+from qmoe_lite.inspection.contents import short_name
+from qmoe_lite.models.experts import PARTS, PackedExperts
+from qmoe_lite.quantization.digits import count, squeeze
 
 ZEROS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.885, 0.92, 0.95, 0.97)
 BITS = (8, 9, 10, 11, 12, 13)
@@ -176,7 +176,7 @@ def measure_model(directory: str, weights: int = WEIGHTS) -> ModelRatesReport:
     CheckpointError, FormatError
         No compressed model, or a damaged one.
     """
-    from qmoe_lite.hf import load  # transformers takes seconds, and random digits do not need it
+    from qmoe_lite.models.hf import load  # transformers takes seconds, and random digits do not need it
 
     model = load(directory)
     layers = [module for module in model.modules() if isinstance(module, PackedExperts)]

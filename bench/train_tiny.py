@@ -23,7 +23,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from qmoe_lite.calibration import corrupt_spans, make_samples, read_text, read_tokens, sentinel_ids, window_length
+from qmoe_lite.compression.calibration import (
+    corrupt_spans,
+    make_samples,
+    read_text,
+    read_tokens,
+    sentinel_ids,
+    window_length,
+)
 
 TEXT = Path(__file__).parents[1] / "qmoe_lite" / "data" / "text"
 VOCABULARY, SENTINELS = 1024, 64

@@ -31,12 +31,12 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
     """Load a compressed or dense model, with its tokenizer; `dtype` is that of all but compressed experts."""
     import torch
 
-    from qmoe_lite.calibration import open_tokenizer
-    from qmoe_lite.checkpoint import find_model
+    from qmoe_lite.checkpoint.reader import find_model
+    from qmoe_lite.compression.calibration import open_tokenizer
     from qmoe_lite.devices import find_device, moved
     from qmoe_lite.errors import CheckpointError, FormatError, SettingError
-    from qmoe_lite.hf import load
-    from qmoe_lite.skeletons import auto_class, open_checkpoint, read_config
+    from qmoe_lite.models.hf import load
+    from qmoe_lite.models.skeletons import auto_class, open_checkpoint, read_config
 
     placement = placement or Placement()
     path = find_model(name)
@@ -68,7 +68,7 @@ def watched(model: Any, stats: bool = False, trace: str | None = None) -> Iterat
     """Record the routing while the model is used; in the end print what its runner counted, and close it."""
     from qmoe_lite.cli import _output
     from qmoe_lite.errors import SettingError
-    from qmoe_lite.offload import runner_of
+    from qmoe_lite.offload.runner import runner_of
 
     runner = runner_of(model)
     if trace is not None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from qmoe_lite.settings import Progress
+    from qmoe_lite.compression.settings import Progress
 
 
 def print_json(value: Any) -> None:

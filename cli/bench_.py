@@ -36,18 +36,18 @@ def rates(
 
     Example: qmoe demo --out tiny-qmoe; qmoe bench rates --model tiny-qmoe
     """
+    from qmoe_lite.bench._show import plots, tables
     from qmoe_lite.bench.rates import ZEROS, measure, measure_model
-    from qmoe_lite.cli import _plot, _tables
 
     _check(plot)
     if model is None:
         report = measure(weights, seed=seed, zeros=ZEROS)
-        _show(report, json, _tables.print_rates, plot, _plot.draw_rates)
+        _show(report, json, tables.print_rates, plot, plots.draw_rates)
     else:
         from qmoe_lite.cli import _output
 
         _output.quiet_transformers()
-        _show(measure_model(model, weights), json, _tables.print_model_rates, plot, _plot.draw_model_rates)
+        _show(measure_model(model, weights), json, tables.print_model_rates, plot, plots.draw_model_rates)
 
 
 @app.command("matmul")
@@ -67,12 +67,12 @@ def matmul(
 
     Example: qmoe bench matmul --shape qwen3-30b-a3b --threads 2
     """
+    from qmoe_lite.bench._show import plots, tables
     from qmoe_lite.bench.matmul import SHAPES, TOKENS, measure
-    from qmoe_lite.cli import _plot, _tables
 
     _check(plot)
     report = measure(tuple(shape or SHAPES), tuple(tokens or TOKENS), threads, seed)
-    _show(report, json, _tables.print_matmul, plot, _plot.draw_matmul)
+    _show(report, json, tables.print_matmul, plot, plots.draw_matmul)
 
 
 @app.command("layer")
@@ -90,12 +90,12 @@ def layer(
 
     Example: qmoe bench layer --tokens 1
     """
+    from qmoe_lite.bench._show import plots, tables
     from qmoe_lite.bench.layer import TOKENS, measure
-    from qmoe_lite.cli import _plot, _tables
 
     _check(plot)
     report = measure(name, tuple(tokens or TOKENS), threads, seed)
-    _show(report, json, _tables.print_layer, plot, _plot.draw_layer)
+    _show(report, json, tables.print_layer, plot, plots.draw_layer)
 
 
 @app.command("gptq")
@@ -110,11 +110,11 @@ def gptq(
 
     Example: qmoe bench gptq --experts 4 --threads 2
     """
+    from qmoe_lite.bench._show import plots, tables
     from qmoe_lite.bench.gptq import SHAPES, measure
-    from qmoe_lite.cli import _plot, _tables
 
     _check(plot)
-    _show(measure(experts, threads, seed, SHAPES), json, _tables.print_gptq, plot, _plot.draw_gptq)
+    _show(measure(experts, threads, seed, SHAPES), json, tables.print_gptq, plot, plots.draw_gptq)
 
 
 @app.command("offload")
@@ -141,8 +141,9 @@ def offload(
 
     Example: qmoe bench offload --layers 4 --budget 0.1
     """
+    from qmoe_lite.bench._show import plots, tables
     from qmoe_lite.bench.offload import BUDGETS, measure
-    from qmoe_lite.cli import _output, _plot, _tables
+    from qmoe_lite.cli import _output
 
     _check(plot)
     _output.quiet_transformers()
@@ -156,7 +157,7 @@ def offload(
         directory=directory,
         seed=seed,
     )
-    _show(report, json, _tables.print_offload, plot, _plot.draw_offload)
+    _show(report, json, tables.print_offload, plot, plots.draw_offload)
 
 
 @app.command("kernels")
@@ -168,18 +169,18 @@ def kernels(
 
     Example: qmoe bench kernels --static
     """
+    from qmoe_lite.bench._show import tables
     from qmoe_lite.bench.kernels import measure
-    from qmoe_lite.cli import _tables
     from qmoe_lite.errors import SettingError
 
     if not static:
         raise SettingError("bench kernels compiles only; expected --static. On a GPU, run: python bench/gpu.py")
-    _show(measure(), json, _tables.print_kernels, None, None)
+    _show(measure(), json, tables.print_kernels, None, None)
 
 
 def _check(plot: Path | None) -> None:
     """Refuse a picture that cannot be drawn before minutes are spent on its figures."""
-    from qmoe_lite.cli._plot import check_picture
+    from qmoe_lite.bench._show.plots import check_picture
 
     if plot is not None:
         check_picture(plot)

@@ -31,7 +31,7 @@ from qmoe_lite.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from qmoe_lite.conversation import Conversation
+    from qmoe_lite.text.conversation import Conversation
 
 ASK = "> "
 
@@ -66,8 +66,8 @@ def chat(
 
     try:
         from qmoe_lite.cli._models import Placement, open_model, watched
-        from qmoe_lite.conversation import Conversation
-        from qmoe_lite.generation import Sampling
+        from qmoe_lite.text.conversation import Conversation
+        from qmoe_lite.text.generation import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         sampling.check()

@@ -53,9 +53,9 @@ def compress(
     import torch
 
     from qmoe_lite.cli import _output
-    from qmoe_lite.compression import compress as run
+    from qmoe_lite.compression.run import compress as run
     from qmoe_lite.errors import SettingError
-    from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit
+    from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit
 
     grids = {"minmax": MinMaxTernary, "two-bit": MinMaxTwoBit}
     if grid not in grids:

@@ -45,12 +45,12 @@ def demo(
 
 
 def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
-    from qmoe_lite.checkpoint import Checkpoint
+    from qmoe_lite.checkpoint.reader import Checkpoint
+    from qmoe_lite.checkpoint.report import stored_bytes
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._models import Placement, open_model
-    from qmoe_lite.compression import compress
-    from qmoe_lite.evaluation import evaluate
-    from qmoe_lite.report import stored_bytes
+    from qmoe_lite.compression.run import compress
+    from qmoe_lite.text.evaluation import evaluate
 
     text, source = data_file("text"), data_file("tiny_switch")
     started = time.perf_counter()
@@ -111,8 +111,8 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
     what the model puts there."""
     import torch
 
-    from qmoe_lite.calibration import make_samples, read_text, read_tokens
-    from qmoe_lite.skeletons import capacity_lifted
+    from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
+    from qmoe_lite.models.skeletons import capacity_lifted
 
     tokens = read_tokens(read_text(text), tokenizer)
     samples = make_samples(tokens, tokenizer, seq2seq=True, count=None, sequence_length=SEQUENCE, seed=1)

@@ -123,7 +123,7 @@ def _system() -> Iterator[Finding]:
 
 
 def _processor() -> Iterator[Finding]:
-    from qmoe_lite.bench._common import processor
+    from qmoe_lite.bench._parts.common import processor
 
     usable, cores = len(os.sched_getaffinity(0)), os.cpu_count()
     yield Finding("processor", f"{processor()}, {usable} of {cores} cores may be used")
@@ -261,7 +261,7 @@ def _cache() -> Iterator[Finding]:
     """Ask numba where it keeps a compiled function; it has tried to write there."""
     run = "export NUMBA_CACHE_DIR=DIRECTORY   # one that you may write to"
     try:
-        from qmoe_lite import codebook
+        from qmoe_lite.coding import codebook
     except RuntimeError as error:
         yield Finding("numba cache", first_line(error), "missing", True, "The kernels cannot be imported.", run)
         return

@@ -40,7 +40,7 @@ def evaluate(
     """
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._models import Placement, open_model, watched
-    from qmoe_lite.evaluation import evaluate as run
+    from qmoe_lite.text.evaluation import evaluate as run
 
     _output.quiet_transformers()
     loaded, tokenizer = open_model(model, placement=Placement(device, expert_cache, ram_cache, offload, devices))

@@ -29,7 +29,7 @@ from qmoe_lite.cli._options import (
 )
 
 if TYPE_CHECKING:
-    from qmoe_lite.generation import Generation
+    from qmoe_lite.text.generation import Generation
 
 HEADING = 76  # columns that a prompt gets above its text
 
@@ -96,7 +96,7 @@ def generate(
     try:
         texts = [_read_prompt(text) for text in prompt or []] + [_read_file(name) for name in prompt_file or []]
         from qmoe_lite.cli._models import Placement, open_model, watched
-        from qmoe_lite.generation import Sampling, generate_batch
+        from qmoe_lite.text.generation import Sampling, generate_batch
 
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
         sampling.check()

@@ -13,7 +13,7 @@ from qmoe_lite.cli._options import JsonOption
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qmoe_lite.inspection import Inspection, StoredProjection
+    from qmoe_lite.inspection.contents import Inspection, StoredProjection
 
 CLASSES = {  # of an expert's Hessian: heading, meaning
     "own": ("own", "its own Hessian"),
@@ -33,9 +33,9 @@ def inspect(
 
     Example: qmoe inspect switch-qmoe --plot layers.png
     """
+    from qmoe_lite.bench._show.plots import check_picture, draw
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._plot import check_picture, draw
-    from qmoe_lite.inspection import inspect_model
+    from qmoe_lite.inspection.contents import inspect_model
 
     _output.quiet_transformers()
     if plot is not None:
@@ -70,7 +70,7 @@ def _head(found: Inspection) -> Table:
     from rich.table import Table
 
     from qmoe_lite.cli._output import duration
-    from qmoe_lite.inspection import UNKNOWN
+    from qmoe_lite.inspection.contents import UNKNOWN
 
     table = Table.grid(padding=(0, 2))
     table.add_column()
@@ -152,7 +152,7 @@ def _projections(found: Inspection) -> Table:
 
 def _figures(rows: list[StoredProjection], classes: list[str]) -> list[str]:
     """Cells for one or several projections: means over weights, the error's over matrices."""
-    from qmoe_lite.inspection import share_of_zeros
+    from qmoe_lite.inspection.contents import share_of_zeros
 
     weights = sum(row.weights for row in rows)
     zeros = share_of_zeros(rows)

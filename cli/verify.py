@@ -19,9 +19,9 @@ def verify(
     """
     import sys
 
+    from qmoe_lite.bench._show.tables import _plural
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._tables import _plural
-    from qmoe_lite.verification import verify_model
+    from qmoe_lite.inspection.verification import verify_model
 
     _output.quiet_transformers()
     with _output.progress_shown("verifying", show=sys.stderr.isatty()) as progress:

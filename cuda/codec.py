@@ -1,4 +1,4 @@
-"""CUDA twin of :mod:`qmoe_lite.codec`: encode in four steps (count, scan, write, pack), decode a warp a row."""
+"""CUDA twin of :mod:`qmoe_lite.coding.codec`: encode in four steps (count, scan, write, pack), decode a warp a row."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qmoe_lite._stream import PADDING_BYTES, shorten_counts, stream_bytes
-from qmoe_lite._words import entry_field, entry_length, field_position, field_slot
-from qmoe_lite.codebook import Codebook
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
+from qmoe_lite.coding.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
+from qmoe_lite.coding.stream import PADDING_BYTES, shorten_counts, stream_bytes
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.launch import WARP, as_tensor, cuda, kernel
 from qmoe_lite.errors import DigitError, DtypeError, NotFiniteError, SettingError, ShapeError
-from qmoe_lite.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
 
 THREADS = 128  # per block where a thread has work of its own
 WARPS = 4  # per block where a warp has a row
@@ -27,7 +27,7 @@ _TOP_BIT = np.uint64(1 << 63)
 
 
 def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
-    """CUDA twin of :func:`qmoe_lite.codec.encode`: the same bytes, from and to one GPU.
+    """CUDA twin of :func:`qmoe_lite.coding.codec.encode`: the same bytes, from and to one GPU.
 
     One thread a row counts its codewords and, after a scan, writes them, both from nonzero to nonzero as the CPU does,
     eight digits in a word; one thread packs eight codewords.
@@ -52,7 +52,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
 
 
 def decode(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
-    """CUDA twin of :func:`qmoe_lite.codec.decode`; a matrix that `encode` did not make must have been validated."""
+    """CUDA twin of :func:`qmoe_lite.coding.codec.decode`; the matrix is validated already."""
     check_validated(packed)
     slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
     values = torch.tensor([slots], dtype=torch.int8, device=packed.device).repeat(packed.shape[0], 1)
@@ -62,7 +62,7 @@ def decode(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
 
 
 def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    """CUDA twin of :func:`qmoe_lite.codec.decode_dense`; a matrix that `encode` did not make must be validated."""
+    """CUDA twin of :func:`qmoe_lite.coding.codec.decode_dense`; the matrix is validated already."""
     if dtype not in (*LEVEL_DTYPES, torch.float64):
         raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
     check_validated(packed)
@@ -77,7 +77,7 @@ def check_validated(packed: PackedMatrix) -> None:
         as_tensor(tensor, "packed")
     if not packed._validated:
         message = "packed has not been validated; expected a checked matrix. "
-        raise SettingError(message + "Call qmoe_lite.validation.validate on it, once.")
+        raise SettingError(message + "Call qmoe_lite.coding.validation.validate on it, once.")
 
 
 def slot_values(packed: PackedMatrix, dtype: torch.dtype) -> Tensor:
@@ -195,7 +195,7 @@ def _step(word: Any, left: Any, entry: Any, entries: Any) -> Any:
     """Take one to eight digits of the `left` in a word: zeros that end no codeword, and one more.
 
     Returns what remains of the word, how many digits that is, and the entry of the step; see
-    `qmoe_lite.codewords.Steps`. The state and the zeros that may be passed are the last entry's.
+    `qmoe_lite.coding.strings.Steps`. The state and the zeros that may be passed are the last entry's.
     """
     zeros = np.uint32(cuda.ffs(np.uint64(word | _TOP_BIT)) - 1) >> np.uint32(3)
     zeros = min(np.uint32(zeros), np.uint32(entry >> np.uint64(19)) & np.uint32(31), np.uint32(left - np.uint32(1)))

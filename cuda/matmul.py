@@ -1,4 +1,4 @@
-"""CUDA twin of :mod:`qmoe_lite.matmul`: lanes take packets of codewords, some lanes a row, some tokens at a time.
+"""CUDA twin of :mod:`qmoe_lite.coding.matmul`: lanes take packets of codewords, some lanes a row, some tokens at a time.
 
 One kernel serves one matrix and a whole layer's experts. A group is up to four tokens that go through one expert; all
 groups of a layer are one launch, gate and up projection with their activation in between.
@@ -19,8 +19,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe_lite._routing import count_tokens, known_experts
-from qmoe_lite.codebook import Codebook
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts, slot_values
 from qmoe_lite.cuda.intrinsics import (
@@ -47,7 +47,7 @@ from qmoe_lite.cuda.packets import (
     make_packets,
 )
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
-from qmoe_lite.packed import PackedMatrix
+from qmoe_lite.models.routing import count_tokens, known_experts
 
 # Chosen by the model of bench/kernels.py, not measured: with x in bfloat16, decoding a matrix to write and read it
 # again takes about as long as walking its packets for 40 tokens, four at a time.
@@ -124,7 +124,7 @@ class Variant:
 
 
 def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
-    """CUDA twin of :func:`qmoe_lite.matmul.decode_matmul`; `x` and the matrix on one GPU, the result a tensor.
+    """CUDA twin of :func:`qmoe_lite.coding.matmul.decode_matmul`; `x` and the matrix on one GPU, the result a tensor.
 
     A matrix's first product lays its codes out in packets, which are kept with it. Up to 32 tokens: a few lanes share a
     row, packet after packet, and add in a fixed order. More tokens: tiles of rows are decoded, to the dtype of `x`

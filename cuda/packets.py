@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite._words import entry_field, entry_length, field_position, field_slot
-from qmoe_lite.codebook import Codebook
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
+from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import BLOCKS, THREADS, device_table, load_code
 from qmoe_lite.cuda.intrinsics import load_float, load_quad, store_float
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
 from qmoe_lite.errors import ShapeError
-from qmoe_lite.packed import PackedMatrix
 
 PACKET_BITS = 128
 COLUMN_BITS = 16  # of the column where a packet begins; a matrix has at most 65535
@@ -115,7 +115,7 @@ def stack_packets(held: dict[str, Tensor], codebook: Codebook, columns: int) -> 
     ----------
     held : dict of tensors on a GPU
         "codes", "expert_offsets", "row_codewords", "fewest_codewords" and "levels" as
-        :func:`qmoe_lite.experts.pack_experts` makes them; validated.
+        :func:`qmoe_lite.models.experts.pack_experts` makes them; validated.
     codebook : Codebook
         Of all experts.
     columns : int

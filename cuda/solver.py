@@ -1,4 +1,4 @@
-"""CUDA twin of :mod:`qmoe_lite.solver`: the recursion inside a block of columns, all experts of a group in one launch.
+"""CUDA twin of :mod:`qmoe_lite.quantization.solver`: the recursion inside a block of columns, all experts of a group in one launch.
 
 A thread block has 32 rows of one expert in shared memory and goes through their columns in panels of 16. One warp runs
 the recursion inside a panel, a row a lane, the panel in registers; then all four warps carry the panel's errors to the
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qmoe_lite.cuda.launch import as_tensor, cuda, kernel
 from qmoe_lite.errors import ShapeError
-from qmoe_lite.grid import RoundingTable
-from qmoe_lite.hessian import full_float32
+from qmoe_lite.quantization.grid import RoundingTable
+from qmoe_lite.quantization.hessian import full_float32
 
 ROWS = 32  # per block
 COLUMNS = 128  # solved at a time; wider blocks are walked in steps
@@ -36,7 +36,7 @@ _index = np.uint64  # a place without a sign: numba's test for a negative one ke
 
 
 def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Tensor, Tensor]:
-    """CUDA twin of :func:`qmoe_lite.solver.solve_block`.
+    """CUDA twin of :func:`qmoe_lite.quantization.solver.solve_block`.
 
     The grid is (tiles of 32 rows, E). A block of more than 128 columns is solved in steps of 128 with a matrix product
     between, in full float32. Corrections are subtracted in the CPU's order, but a multiplication and

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from qmoe_lite.codebook import Codebook
+from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.cuda.launch import WARP
 from qmoe_lite.cuda.matmul import Variant, choose_lanes, choose_variant, turns
 from qmoe_lite.cuda.packets import codewords_each

@@ -10,42 +10,42 @@ from qmoe_lite._cache import provide_cache_directory as _provide_cache_directory
 from qmoe_lite._hook import register_with_transformers as _register_with_transformers
 
 if TYPE_CHECKING:
-    from qmoe_lite.codebook import Codebook as Codebook
-    from qmoe_lite.codec import decode as decode
-    from qmoe_lite.codec import encode as encode
-    from qmoe_lite.compression import compress as compress
+    from qmoe_lite.checkpoint.report import Report as Report
+    from qmoe_lite.coding.codebook import Codebook as Codebook
+    from qmoe_lite.coding.codec import decode as decode
+    from qmoe_lite.coding.codec import encode as encode
+    from qmoe_lite.coding.matmul import decode_matmul as decode_matmul
+    from qmoe_lite.coding.packed import PackedMatrix as PackedMatrix
+    from qmoe_lite.compression.run import compress as compress
     from qmoe_lite.errors import QMoEError as QMoEError
-    from qmoe_lite.evaluation import evaluate as evaluate
-    from qmoe_lite.experts import PackedExperts as PackedExperts
-    from qmoe_lite.grid import MinMaxTernary as MinMaxTernary
-    from qmoe_lite.grid import MinMaxTwoBit as MinMaxTwoBit
-    from qmoe_lite.grid import Quantized as Quantized
-    from qmoe_lite.hf import load as load
-    from qmoe_lite.matmul import decode_matmul as decode_matmul
-    from qmoe_lite.packed import PackedMatrix as PackedMatrix
-    from qmoe_lite.report import Report as Report
-    from qmoe_lite.solver import gptq as gptq
-    from qmoe_lite.verification import verify as verify
+    from qmoe_lite.inspection.verification import verify as verify
+    from qmoe_lite.models.experts import PackedExperts as PackedExperts
+    from qmoe_lite.models.hf import load as load
+    from qmoe_lite.quantization.grid import MinMaxTernary as MinMaxTernary
+    from qmoe_lite.quantization.grid import MinMaxTwoBit as MinMaxTwoBit
+    from qmoe_lite.quantization.grid import Quantized as Quantized
+    from qmoe_lite.quantization.solver import gptq as gptq
+    from qmoe_lite.text.evaluation import evaluate as evaluate
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Codebook": "codebook",
-    "MinMaxTernary": "grid",
-    "MinMaxTwoBit": "grid",
-    "PackedExperts": "experts",
-    "PackedMatrix": "packed",
+    "Codebook": "coding.codebook",
+    "MinMaxTernary": "quantization.grid",
+    "MinMaxTwoBit": "quantization.grid",
+    "PackedExperts": "models.experts",
+    "PackedMatrix": "coding.packed",
     "QMoEError": "errors",
-    "Quantized": "grid",
-    "Report": "report",
-    "compress": "compression",
-    "decode": "codec",
-    "decode_matmul": "matmul",
-    "encode": "codec",
-    "evaluate": "evaluation",
-    "gptq": "solver",
-    "load": "hf",
-    "verify": "verification",
+    "Quantized": "quantization.grid",
+    "Report": "checkpoint.report",
+    "compress": "compression.run",
+    "decode": "coding.codec",
+    "decode_matmul": "coding.matmul",
+    "encode": "coding.codec",
+    "evaluate": "text.evaluation",
+    "gptq": "quantization.solver",
+    "load": "models.hf",
+    "verify": "inspection.verification",
 }
 
 __all__ = [  # sorted; a test compares it with _HOMES

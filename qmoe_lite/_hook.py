@@ -56,7 +56,7 @@ class _Awaiting(importlib.abc.MetaPathFinder):
 
 def _register() -> None:
     try:
-        importlib.import_module("qmoe_lite.hf")
+        importlib.import_module("qmoe_lite.models.hf")
     except Exception as error:  # a transformers that has changed must stay importable
         warnings.warn(
             f"qmoe-lite cannot register with transformers: {error}. from_pretrained will not load compressed models; "

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_sources = sorted([*(ROOT / "qmoe_lite").glob("*.py"), *(ROOT / "cuda").glob("*.py")])
+_sources = sorted([*(ROOT / "qmoe_lite").rglob("*.py"), *(ROOT / "cuda").rglob("*.py")])
 _state = hashlib.sha256(b"".join(p.read_bytes() for p in _sources)).hexdigest()[:16]
 # numba's cache does not notice an edit in an imported helper: one folder for each state of the sources
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qmoe-numba-{os.getuid()}-{_state}"))

@@ -1,83 +1,92 @@
-"""The library's imports point one way."""
+"""Imports point one way: between rooms, and inside a room."""
 
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"qmoe_lite": "qmoe_lite", "cuda": "qmoe_lite.cuda", "cli": "qmoe_lite.cli", "bench": "qmoe_lite.bench"}
-# each line may import from the lines above it, and from its own
-ORDER = (
-    ("errors", "settings"),
-    ("_expert_cache", "_expert_reader", "_routing"),
-    ("_words", "_vectors", "_stream", "_walk", "_products", "_columns", "codewords"),
-    ("codebook",),
-    ("grid", "hessian", "packed", "digits"),
-    ("cuda.cubins",),
-    ("cuda.launch",),
-    ("cuda.solver", "cuda.codec", "cuda.matmul", "cuda"),
-    ("devices", "validation", "codec", "solver", "matmul"),
-    ("checkpoint", "list_buffer", "calibration", "families", "skeletons", "experts"),
-    ("_ram_tier", "_dense_checks"),
-    ("_gpu_tier",),
-    ("offload",),
-    ("hf",),
-    ("_hook", "_cache"),
-    ("report",),
-    ("layer_compression", "block_runner", "output"),
-    ("compression", "evaluation", "inspection", "generation"),
-    ("conversation", "verification"),
-    ("__init__", "__main__", "cli", "bench"),
+# each line may import from the lines above it; rooms on one line in the order in which they stand
+ROOMS = (
+    ("errors", "_cache", "_hook", "devices"),
+    ("coding", "quantization", "cuda"),
+    ("checkpoint",),
+    ("models",),
+    ("compression", "offload", "text"),
+    ("inspection",),
+    ("__init__", "hf", "bench", "cli", "__main__"),
 )
-# imports inside a function that point the other way: a method that only forwards
-FORWARDED = {("packed", "codec")}
-RANK = {name: i for i, row in enumerate(ORDER) for name in row}
+RANK = {room: i for i, room in enumerate(room for row in ROOMS for room in row)}
+DISPATCHED = "cuda"  # a function hands its arrays to its CUDA twin: imported there, and there only
 
 
-def rank(module: str) -> int:
-    """Place of a module, by its longest listed prefix."""
-    while module not in RANK:
-        assert "." in module, f"{module} is not in ORDER"
-        module = module.rpartition(".")[0]
-    return RANK[module]
-
-
-def modules() -> list[tuple[str, Path]]:
-    found = []
+def modules() -> dict[str, Path]:
+    """Each module's name below qmoe_lite, and its file."""
+    found = {}
     for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).glob("*.py")):
-            name = package if path.stem == "__init__" and folder != "qmoe_lite" else f"{package}.{path.stem}"
-            found.append((name.removeprefix("qmoe_lite.").removeprefix("qmoe_lite") or "__init__", path))
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            name = ".".join(parts).removesuffix(".__init__").removeprefix("qmoe_lite").removeprefix(".")
+            found[name or "__init__"] = path
     return found
 
 
-def imported(path: Path) -> list[str]:
-    names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Each module of ours that a file imports, and whether a function does it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    found = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            whole = node.module == "qmoe_lite" or node.module == "qmoe_lite.cli"
-            names += [f"{node.module}.{a.name}" for a in node.names] if whole else [node.module]
-    return [name for name in names if name.startswith("qmoe_lite.")]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [(n.removeprefix("qmoe_lite."), id(node) in inside) for n in names if n.startswith("qmoe_lite.")]
+    return found
 
 
-def test_imports_point_one_way():
-    for name, path in modules():
-        for target in imported(path):
-            target = target.removeprefix("qmoe_lite.")
-            if target.startswith("__") or name == "__init__":
-                continue
-            if (name, target) in FORWARDED:
-                continue
-            assert rank(target) <= rank(name), f"{name} imports {target}"
+KNOWN = modules()
+
+
+def edges() -> list[tuple[str, str]]:
+    """All imports between our modules, but a function's of its CUDA twin."""
+    found = []
+    for name, path in KNOWN.items():
+        for target, deferred in imports(path):
+            while target and target not in KNOWN:
+                target = target.rpartition(".")[0]
+            if target and name != "__init__" and not (deferred and target.split(".")[0] == DISPATCHED):
+                found.append((name, target))
+    return found
+
+
+def test_rooms_import_from_the_rooms_below():
+    wrong = [(a, b) for a, b in edges() if RANK[a.split(".")[0]] < RANK[b.split(".")[0]]]
+    assert not wrong
+
+
+def test_no_circle_inside_a_room():
+    pairs = {(a, b) for a, b in edges() if a != b}
+    below = {name: {b for a, b in pairs if a == name} for name in KNOWN}
+    while free := {name for name, targets in below.items() if not targets & below.keys()}:
+        below = {name: targets for name, targets in below.items() if name not in free}
+    assert not below
 
 
 def test_no_module_has_the_name_of_a_public_function():
     import qmoe_lite
 
-    assert not {path.stem for path in (ROOT / "qmoe_lite").glob("*.py")} & set(qmoe_lite.__all__)
+    names = {part for name in KNOWN if name.split(".")[0] not in FOLDERS for part in name.split(".")}
+    assert not names & set(qmoe_lite.__all__)
+
+
+def test_every_folder_is_packaged():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert listed == sorted({f"qmoe_lite.{n}".removesuffix(".__init__") for n in KNOWN if KNOWN[n].stem == "__init__"})
 
 
 def test_nothing_else_is_at_the_top():

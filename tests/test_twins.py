@@ -11,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TWINS = [
-    ("solver", "solve_block"),
-    ("codec", "encode"),
-    ("codec", "decode"),
-    ("codec", "decode_dense"),
-    ("matmul", "decode_matmul"),
+    ("quantization.solver", "solve_block"),
+    ("coding.codec", "encode"),
+    ("coding.codec", "decode"),
+    ("coding.codec", "decode_dense"),
+    ("coding.matmul", "decode_matmul"),
 ]
 # a CUDA kernel's twin lies in the file of the same name, or here
-CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_block_kernel": "_columns", "gather_kernel": "_products"}
+CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_block_kernel": "columns", "gather_kernel": "gather"}
 
 NO_TWINS = ("__init__", "cubins", "intrinsics", "launch", "packets", "static")  # they are about the GPU itself
 
@@ -35,7 +35,7 @@ def functions(path):
 @pytest.mark.parametrize(("stem", "name"), TWINS)
 def test_signatures_are_equal(stem, name):
     cpu = getattr(importlib.import_module(f"qmoe_lite.{stem}"), name)
-    twin = getattr(importlib.import_module(f"qmoe_lite.cuda.{stem}"), name)
+    twin = getattr(importlib.import_module(f"qmoe_lite.cuda.{stem.rpartition('.')[2]}"), name)
     spelled = [str(inspect.signature(function)).replace("torch.", "") for function in (cpu, twin)]
     assert spelled[0] == spelled[1]
     assert twin.__doc__.startswith(f"CUDA twin of :func:`qmoe_lite.{stem}.{name}`")
@@ -46,7 +46,7 @@ def test_every_public_twin_is_listed():
 
     assert {name for _, name in TWINS} | {"available", "reason"} == set(qmoe_lite.cuda.__all__)
     assert qmoe_lite.cuda.__all__ == sorted(qmoe_lite.cuda.__all__)
-    assert {stem for stem, _ in TWINS} == set(stems())
+    assert {stem.rpartition(".")[2] for stem, _ in TWINS} == set(stems())
     for name in qmoe_lite.cuda.__all__:
         assert callable(getattr(qmoe_lite.cuda, name))
 
@@ -56,7 +56,8 @@ def test_every_kernel_has_its_name_on_the_cpu(stem):
     kernels = [name for name in functions(ROOT / "cuda" / f"{stem}.py") if name.endswith("_kernel")]
     assert kernels
     for name in kernels:
-        found = functions(ROOT / "qmoe_lite" / f"{CPU_KERNELS.get(name, stem)}.py")
+        [path] = (ROOT / "qmoe_lite").rglob(f"{CPU_KERNELS.get(name, stem)}.py")
+        found = functions(path)
         assert name.lstrip("_") in {function.lstrip("_") for function in found}
 
 
@@ -64,5 +65,5 @@ def test_every_kernel_has_its_name_on_the_cpu(stem):
 def test_the_twin_of_a_file_does_not_import_it(stem):
     tree = ast.parse((ROOT / "cuda" / f"{stem}.py").read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not imported & {f"qmoe_lite.{other}" for other in stems()}
+    assert not imported & {stem for stem, _ in TWINS}
     assert not any(module and module.startswith("numba.cuda") for module in imported)

@@ -142,8 +142,8 @@ def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str
 def make_large_mixtral(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Write a compressed Mixtral whose dense experts would take 12.9 GB; each of its experts is the same."""
     from qmoe_lite import Codebook, encode
-    from qmoe_lite.checkpoint import write_json
-    from qmoe_lite.experts import FORMAT, pack_experts
+    from qmoe_lite.checkpoint.reader import write_json
+    from qmoe_lite.models.experts import FORMAT, pack_experts
 
     config = AutoConfig.for_model(
         "mixtral",

@@ -22,13 +22,13 @@ from checks import draw_digits, naive_packets, run_experts
 from torch.nn import functional
 
 import qmoe_lite as qm
-from qmoe_lite import codec as cpu_codec
-from qmoe_lite import solver as cpu_solver
-from qmoe_lite.codebook import Codebook
+from qmoe_lite.coding import codec as cpu_codec
+from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.cuda import codec, launch, matmul, packets, solver
 from qmoe_lite.errors import FormatError, SettingError
-from qmoe_lite.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
-from qmoe_lite.hessian import factorise
+from qmoe_lite.quantization import solver as cpu_solver
+from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
+from qmoe_lite.quantization.hessian import factorise
 
 if not launch.available():
     pytest.skip(f"needs a GPU: {launch.reason()}", allow_module_level=True)
@@ -578,7 +578,7 @@ def needed(name):
 
 def layer_packets(width, count=3):
     """Return the packets of the same layer's projections, and their dense matrices."""
-    experts_module = needed("experts")
+    experts_module = needed("models.experts")
     found = []
     for matrices, dense in layer(width, count):
         stored = {name: part.to(DEVICE) for name, part in experts_module.pack_experts(matrices).items()}
@@ -698,7 +698,7 @@ def packed_experts(width, activation):
     sizes = {"hidden_size": OUTSIDE, "moe_intermediate_size": INSIDE, "num_experts": EXPERTS, "num_hidden_layers": 1}
     sparse = {"mlp_only_layers": [], "decoder_sparse_step": 1, "num_experts_per_tok": SLOTS}
     config = SimpleNamespace(hidden_act=HIDDEN_ACT.get(activation, activation), **sizes, **sparse)
-    experts_module, family = needed("experts"), needed("families").family_of("qwen3_moe")
+    experts_module, family = needed("models.experts"), needed("models.family").family_of("qwen3_moe")
     place = family.layers(config)[0]
     parts = dict(zip(place.projections, layer(width), strict=True))
     books = {name: matrices[0].codebook for name, (matrices, _) in parts.items()}
@@ -761,7 +761,7 @@ SMALL_MODEL = {
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory):
     """A compressed model of two layers, and the bytes of all slots that its experts need on a GPU."""
-    models, offload = needed("bench._offload_parts"), needed("offload")
+    models, offload = needed("bench._parts.offload"), needed("offload.runner")
     path = tmp_path_factory.mktemp("model")
     models.make_models(path / "models", SMALL_MODEL, 2, 96, seed=0)
     model = qm.load(path / "models" / "packed", device="cpu")
@@ -774,7 +774,7 @@ def model_directory(tmp_path_factory):
 def offloaded(path, cache, where=DEVICE, **options):
     """The model with so many bytes of slots on the GPU, itself there or on the CPU; and its runner."""
     model = qm.load(path, device="cpu", **options)
-    runner = needed("offload").attach(model, devices=["cuda:0"], expert_cache=cache, remember=False)
+    runner = needed("offload.runner").attach(model, devices=["cuda:0"], expert_cache=cache, remember=False)
     return model.to(where), runner
 
 

@@ -1,0 +1,450 @@
+"""Read checkpoints lazily, a tensor at a time; write safetensors crash-safely.
+
+A file is written under a temporary name, synced, and renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import is_zipfile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qmoe_lite.checkpoint.weight_file import WeightFile
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError, first_line, unreadable
+
+_KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
+EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
+_DTYPES = {  # what safetensors calls them
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_COPIED = re.compile(r".*(token|vocab|merges|spiece|special|generation_config|chat_template|\.model$|\.jinja$).*")
+
+
+def find_model(name: str | Path) -> Path:
+    """Give the directory of a model named by path or by its name on the Hugging Face hub.
+
+    Raises
+    ------
+    CheckpointError
+        No such directory, or one without config.json or that may not be looked into, or a name that the hub does not
+        know.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return path
+            raise CheckpointError(f"{path} is no model: it has no config.json. Name a Hugging Face model directory.")
+        there = path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    # the hub's names have an owner and one slash, and none begins like these
+    if there or str(name).startswith((".", "~", "/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        reason = "it is a file" if there else "there is no such directory"
+        raise CheckpointError(f"{name} is no model directory: {reason}. Give one with config.json and weights.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        found = Path(snapshot_download(str(name), allow_patterns=patterns))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.bin", "*.model", "*.txt"]))
+    except Exception as error:  # huggingface_hub raises its own, httpx's and the file system's exceptions
+        raise CheckpointError(
+            f"{name} is no directory here, and the Hugging Face hub answers: {first_line(error)}."
+        ) from error
+    return found
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie: file, first byte, number of bytes; and what they are."""
+
+    path: Path
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The tensors of a model directory; nothing is read before it is asked for.
+
+    Parameters
+    ----------
+    directory : path
+        Holds config.json and model.safetensors or pytorch_model.bin, whole or in shards with an index.
+    faults : list, optional
+        Takes the error of a config.json that cannot be read, which is then empty. Shards may be missing too.
+
+    Raises
+    ------
+    CheckpointError
+        No config.json or weights, a shard that the index names is missing, or a file that cannot be read.
+    """
+
+    def __init__(self, directory: Path, faults: list[CheckpointError] | None = None) -> None:
+        self.directory = directory
+        self._open_files: dict[str, Any] = {}
+        self._checksums: dict[str, int] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self.config: dict[str, Any] = {}
+        try:
+            self.config = _read_config(directory)
+        except CheckpointError as error:
+            if faults is None:
+                raise
+            faults.append(error)
+        for file_name, self._kind in _KINDS:
+            if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
+                self._file_of: dict[str, str] = dict.fromkeys(self._open(file_name).keys(), file_name)
+                break
+            index = directory / f"{file_name}.index.json"
+            if index.is_file():
+                try:
+                    content = json.loads(index.read_text(encoding="utf-8"))
+                    self._file_of = content["weight_map"]
+                    self._checksums = content.get("metadata", {}).get("crc32", {})
+                    if any("/" in name or not name for name in self._file_of.values()):
+                        raise ValueError
+                    if not isinstance(self._checksums, dict):
+                        raise TypeError
+                except OSError as error:
+                    raise unreadable(index, error) from error
+                except (ValueError, KeyError, AttributeError, TypeError) as error:
+                    raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
+                break
+        else:
+            raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
+        missing = [f for f in self.files if not (directory / f).is_file()]
+        if missing and faults is None:
+            rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
+        self._stored = {name: name for name in self._file_of}
+
+    def know_as(self, canonical: Callable[[str], str]) -> None:
+        """Know the tensors by other names from now on.
+
+        Parameters
+        ----------
+        canonical : callable
+            Gives the model's name of a tensor for the name in the files.
+
+        Raises
+        ------
+        CheckpointError
+            Two tensors would have one name.
+        """
+        known: dict[str, str] = {}
+        for stored in self._file_of:
+            name = canonical(stored)
+            if name in known:
+                raise CheckpointError(f"{self.directory} holds {name} twice, also as {stored}. Fetch it again.")
+            known[name] = stored
+        self._stored = known
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Leave some tensors out, as if the files did not hold them."""
+        for name in names:
+            del self._stored[name]
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all tensors, as the model knows them."""
+        return self._stored.keys()
+
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in the files."""
+        return self._stored[name]
+
+    def file_of(self, name: str) -> Path:
+        """Tell which file holds a tensor."""
+        return self.directory / self._file_of[self._stored[name]]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files, sorted."""
+        return sorted(set(self._file_of.values()))
+
+    def stored_in(self, file_name: str) -> set[str]:
+        """Tell the names of the tensors that a file holds, whatever the index says; names as they are in the file.
+
+        Raises
+        ------
+        CheckpointError
+            The file is missing or damaged.
+        """
+        return set(self._open(file_name).keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._open_files:
+            path = self.directory / file_name
+            if not path.is_file():
+                raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
+            try:
+                path.open("rb").close()  # safetensors calls missing whatever it cannot open
+                if self._kind == "safetensors":
+                    opened: Any = safe_open(path, framework="pt", device="cpu")
+                else:
+                    opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            except OSError as error:
+                raise unreadable(path, error) from error
+            except Exception as error:  # safetensors, pickle and zip each have their own
+                raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
+            self._open_files[file_name] = opened
+        return self._open_files[file_name]
+
+    def _look_up(self, name: str, read: Callable[[Any, str], Any]) -> Any:
+        """Give what `read(opened file, stored name)` gives."""
+        if name not in self._stored:
+            raise CheckpointError(f"{self.directory} lacks the tensor {name}. Is it the whole model?")
+        stored = self._stored[name]
+        file_name = self._file_of[stored]
+        try:
+            return read(self._open(file_name), stored)
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{self.directory / file_name} lacks {stored}, which the index names.") from error
+
+    def tensor(self, name: str) -> Tensor:
+        """Map one tensor into memory; no byte is read before it is touched."""
+        if self._kind == "safetensors":
+            return self._look_up(name, lambda file, stored: file.get_tensor(stored))
+        return self._look_up(name, lambda file, stored: file[stored])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Tell the shape of one tensor without reading it."""
+        if self._kind == "safetensors":
+            return tuple(self._look_up(name, lambda file, stored: file.get_slice(stored).get_shape()))
+        return tuple(self.tensor(name).shape)
+
+    def meta(self, name: str) -> Tensor:
+        """Give an empty tensor of one tensor's shape and dtype, on the meta device; only the file's header is read."""
+        if self._kind == "safetensors":
+            part = self._look_up(name, lambda file, stored: file.get_slice(stored))
+            if dtype := _DTYPES.get(part.get_dtype()):
+                return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        return self.tensor(name).to("meta")
+
+    def place(self, name: str) -> Place:
+        """Tell where the bytes of one tensor lie.
+
+        Raises
+        ------
+        CheckpointError
+            The tensor is missing, or the file is no safetensors file, or can no longer be read.
+        """
+        empty = self.meta(name)
+        stored, path = self._stored[name], self.file_of(name)
+        if self._kind != "safetensors":
+            raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
+        try:
+            if path not in self._headers:
+                with path.open("rb") as file:  # safetensors does not tell the places; it checked them when it opened
+                    size = int.from_bytes(file.read(8), "little")
+                    self._headers[path] = 8 + size, json.loads(file.read(size))
+            start, header = self._headers[path]
+            first, end = header[stored]["data_offsets"]
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} was cut or written anew meanwhile. Fetch the file again.") from error
+        return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether `compress` put CRC-32 sums into the index. A model that transformers saved again has none."""
+        return bool(self._checksums)
+
+    def checksum(self, name: str) -> int | None:
+        """CRC-32 of a tensor's bytes by the index; None where it has none."""
+        return self._checksums.get(self._stored[name])
+
+    def pieces(self, name: str, memory: NDArray[np.uint8] | None = None) -> Iterator[memoryview]:
+        """Read a tensor's bytes a piece at a time, as `WeightFile.pieces` does, where `tensor` would map them.
+
+        Raises
+        ------
+        CheckpointError
+            The file is no safetensors file, has become shorter, or cannot be read.
+        FormatError
+            After the last piece: their CRC-32 is not the one that `compress` put into the index; or it put some there
+            and none for this tensor.
+        """
+        place, crc = self.place(name), 0
+        with closing(WeightFile(place.path)) as file:
+            for piece in file.pieces(place.offset, place.length, memory):
+                crc = zlib.crc32(piece, crc)
+                yield piece
+        if self.has_checksums:
+            compare_checksums(name, place.path, self.checksum(name), crc)
+
+    def fingerprint(self) -> str:
+        """Hash the configuration and the names, sizes and times of the weight files."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file_name in self.files:
+            status = (self.directory / file_name).stat()
+            digest.update(f"{file_name} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} is no model: it has no config.json.") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}). Fetch the file again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no JSON object. Fetch the file again.")
+    return config
+
+
+def names_in(file: Path) -> list[str]:
+    """Names of the tensors in one safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Fill a module's meta parameters and persistent buffers from a checkpoint; experts are left alone.
+
+    Parameters
+    ----------
+    module : torch module
+        Its floating-point tensors are given `dtype`, others keep theirs.
+    prefix : str
+        Name of the module in the checkpoint, "" for the whole model.
+    checkpoint : Checkpoint
+        Where the values come from.
+    dtype : torch dtype
+        Of all floating-point tensors.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing or has another shape.
+    NotFiniteError
+        A tensor holds NaN or infinity.
+    """
+    filled: dict[str, Tensor] = {}
+    for name, target in module.state_dict().items():
+        full = f"{prefix}.{name}" if prefix else name
+        if EXPERTS in full:
+            continue
+        value = checkpoint.tensor(full)
+        if value.shape != target.shape:
+            found, expected = tuple(value.shape), tuple(target.shape)
+            raise CheckpointError(f"{full} has shape {found} in {checkpoint.directory}; config.json says {expected}.")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NotFiniteError(f"{full} in {checkpoint.directory} holds NaN or infinity. Fetch it again.")
+        filled[name] = value.to(dtype) if value.is_floating_point() else value
+    module.load_state_dict(filled, assign=True, strict=False)
+    module.requires_grad_(False)
+
+
+def compare_checksums(name: str, path: Path, expected: int | None, found: int) -> None:
+    """Raise FormatError where a tensor's CRC-32 is not the one in the index."""
+    if found != expected:
+        raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
+
+
+def crc32(tensor: Tensor) -> int:
+    """CRC-32 of a CPU tensor's bytes."""
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, sync it, and rename it to `path`.
+
+    Raises
+    ------
+    OutputError
+        The disk is full or the place not writable; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors leaves its files to their owner alone
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(
+            f"{path} cannot be written: {reason}. What is finished is kept: make room and run the same command again."
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON crash-safely."""
+    write_atomically(path, lambda file: _dump(file, value))
+
+
+def _dump(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Write a safetensors file crash-safely; give the CRC-32 of each tensor."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # one key only: safetensors writes several in random order, and equal runs must give equal bytes
+    write_atomically(path, lambda file: save_file(contiguous, file, {"format": "pt"}))
+    return {name: crc32(tensor) for name, tensor in contiguous.items()}
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and chat-template files of a model."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and _COPIED.fullmatch(file.name) and file.suffix != ".safetensors":
+            write_atomically(target / file.name, lambda out, file=file: shutil.copyfile(file, out))  # type: ignore[misc]

@@ -1,0 +1,175 @@
+"""What a compression did to each layer, and what it left on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint
+from qmoe_lite.errors import FormatError, unreadable
+
+FILE_NAME = "qmoe_report.json"
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """One projection of one sparse layer, all experts.
+
+    Attributes
+    ----------
+    layer, projection : str
+        Name of the experts module; wi, wo, ..
+    experts, rows, columns : int
+    bits_per_weight : float
+        Codes, row lengths, levels, offsets and checksums, as stored.
+    code_bits_per_weight : float
+        Codes alone.
+    codeword_bits : int
+        Of a codeword.
+    zeros : float
+        Share of zero digits.
+    error : float
+        Mean over experts of tr((W-Q) H (W-Q)^T) / tr(W H W^T).
+    hessian_classes : dict
+        How many experts were rounded with their own Hessian ("own"), with more dampening ("dampened"), with the
+        layer's Hessian mixed in ("blended"), or to nearest ("nearest").
+    tokens : list of int
+        Calibration tokens behind each expert's Hessian.
+    """
+
+    layer: str
+    projection: str
+    experts: int
+    rows: int
+    columns: int
+    bits_per_weight: float
+    code_bits_per_weight: float
+    codeword_bits: int
+    zeros: float
+    error: float
+    hessian_classes: dict[str, int]
+    tokens: list[int]
+
+    @property
+    def weights(self) -> int:
+        return self.experts * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compress` did.
+
+    Attributes
+    ----------
+    model : str
+    settings : dict
+        Every setting, defaults included.
+    projections : list of ProjectionReport
+    held_out_error : dict, experts module name to float
+        Relative squared error of the experts' outputs on validation tokens, which no Hessian saw.
+    degraded : list of str
+        What was done less well than asked for, in words.
+    sizes : dict
+        expert_bytes, other_bytes, dense_expert_bytes, dense_other_bytes.
+    seconds : float
+    """
+
+    model: str
+    settings: dict[str, Any]
+    projections: list[ProjectionReport]
+    held_out_error: dict[str, float]
+    degraded: list[str]
+    sizes: dict[str, int]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def expert_weights(self) -> int:
+        return sum(p.weights for p in self.projections)
+
+    @property
+    def matrices(self) -> int:
+        return sum(p.experts for p in self.projections)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of all expert tensors, read from the files, over the number of expert weights."""
+        return 8 * self.sizes["expert_bytes"] / self.expert_weights
+
+    @property
+    def zeros(self) -> float:
+        return sum(p.zeros * p.weights for p in self.projections) / self.expert_weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        totals = {
+            "bits_per_weight": self.bits_per_weight,
+            "zeros": self.zeros,
+            "expert_weights": self.expert_weights,
+            "matrices": self.matrices,
+        }
+        return {"totals": totals, **asdict(self)}
+
+
+def read_report(directory: Path) -> Report | None:
+    """Read what `compress` wrote beside the model; None where there is nothing, as after save_pretrained.
+
+    Raises
+    ------
+    FormatError
+        It is no JSON, or not a report.
+    CheckpointError
+        It cannot be read.
+    """
+    file = directory / FILE_NAME
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [ProjectionReport(**_known(ProjectionReport, row)) for row in content["projections"]]
+        report = Report(**{**_known(Report, content), "projections": rows})
+        _check_types(report)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{file} is no report of qmoe compress. Remove it, or fetch it again.") from error
+    return report
+
+
+def _known(kind: type[Report] | type[ProjectionReport], values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a later version may have added."""
+    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
+
+
+def _check_types(report: Report) -> None:
+    """Raise TypeError where a value that is shown is of another kind than `compress` writes."""
+    numbers: list[Any] = [report.seconds, *report.held_out_error.values(), *report.sizes.values()]
+    texts: list[Any] = [report.model, *report.degraded, *report.versions.values()]
+    for row in report.projections:
+        numbers += [row.experts, row.rows, row.columns, row.bits_per_weight, row.code_bits_per_weight, row.zeros]
+        numbers += [row.codeword_bits, row.error, *row.hessian_classes.values(), *row.tokens]
+        texts += [row.layer, row.projection]
+    if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
+        raise TypeError
+    if not isinstance(report.settings, dict) or {"dense_expert_bytes", "dense_other_bytes"} - set(report.sizes):
+        raise TypeError
+
+
+def stored_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Add up the tensors of a model, without those that the checkpoint was told to forget.
+
+    Returns
+    -------
+    experts, others : int
+        Bytes of the expert tensors and of all others.
+    """
+    experts = others = 0
+    for name in checkpoint.names:
+        tensor = checkpoint.meta(name)
+        if EXPERTS in name:
+            experts += tensor.nbytes
+        else:
+            others += tensor.nbytes
+    return experts, others

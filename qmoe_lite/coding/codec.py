@@ -1,0 +1,337 @@
+"""Digits to codewords and back: encode, decode, decode_dense.
+
+A row's codewords are found by one walk of the codebook's automaton, from nonzero to nonzero; decoding costs one table
+look-up a codeword and one store a nonzero. Floor: C bytes of digits in or out, about C/12 bytes of codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from qmoe_lite.coding.codebook import Codebook, check_counted, digit_bytes
+from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
+from qmoe_lite.coding.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
+from qmoe_lite.coding.stream import load_word, row_starts, shorten_counts, stream_bytes
+from qmoe_lite.coding.validation import prepare
+from qmoe_lite.coding.walk import LANES, walk_rows
+from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
+
+_BLOCK = 4 * LANES  # rows whose codes a thread keeps together
+_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: a store copies a bit pattern
+
+
+def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
+    """Write each row of digits as a run of codewords, longest match first.
+
+    Parameters
+    ----------
+    digits : int8 array or tensor, shape (R, C), R at least 1, C from 1 to 65535
+        Ternary codebook: -1, 0, +1. Two-bit codebook: 0 to 3. Each row starts on a codeword.
+    levels : float32, float16 or bfloat16 array or tensor, shape (R, L)
+        Ternary: L = 2, the row's value of -1 and of +1, or L = 1, symmetric: -l and l. Two-bit: L = 3, the values of
+        1, 2 and 3. Digit 0 is always exactly 0. The dtype is kept.
+    codebook : Codebook
+        From `Codebook.fit` or `Codebook.paper`.
+
+    Returns
+    -------
+    PackedMatrix
+        On the digits' device; `packed.bits_per_weight` counts codes, row lengths and levels, not the codebook.
+
+    Raises
+    ------
+    ShapeError
+        `digits` is not (R, C) within those bounds, or `levels` does not match it.
+    DtypeError
+        `digits` is not int8, or `levels` is none of the three floats (float64 would lose precision silently).
+    DigitError
+        A digit outside the codebook's alphabet; names row, column and value.
+    NotFiniteError
+        A level is NaN or infinite.
+    SettingError
+        The arguments are on two devices.
+    DeviceError
+        They are on a GPU that the kernels cannot use; says what to install.
+
+    Notes
+    -----
+    O(R C), the same bytes for any thread count. QMoE (arXiv:2310.16795), section 4.2; departs from it in the codebook
+    (see `Codebook.fit`; `Codebook.paper` gives the paper's codes), and in storing row lengths (8 bits, 16 where
+    they differ by 256 codewords or more) for row offsets (32 bits).
+
+    Examples
+    --------
+    >>> digits = np.array([[0, 0, 1, -1, 0]], dtype=np.int8)
+    >>> decode(encode(digits, np.float32([[-0.5, 0.25]]), Codebook.fit([1, 8, 1])))[0].tolist()
+    [[0, 0, 1, -1, 0]]
+    """
+    if isinstance(digits, torch.Tensor) and digits.is_cuda:
+        from qmoe_lite.cuda import codec as twin
+
+        return twin.encode(digits, levels, codebook)
+    digits_array = _digits_array(digits)
+    levels_tensor = _levels_tensor(levels)
+    digits_bytes = digit_bytes(digits_array)
+    rows, columns = digits_array.shape
+    if columns > MAX_COLUMNS:
+        raise ShapeError(f"digits has {columns} columns; expected at most {MAX_COLUMNS}. Split the matrix by columns.")
+    widths = LEVEL_COUNTS[codebook.digits]
+    if levels_tensor.ndim != 2 or len(levels_tensor) != rows or levels_tensor.shape[1] not in widths:
+        raise ShapeError(
+            f"levels has shape {tuple(levels_tensor.shape)} but digits has {rows} rows of {codebook.digits} digits; "
+            f"expected {' or '.join(f'({rows}, {width})' for width in widths)}. Pass the digits' own levels."
+        )
+    if not torch.isfinite(levels_tensor).all():
+        row = int((~torch.isfinite(levels_tensor)).any(1).nonzero()[0])
+        raise NotFiniteError(f"levels holds NaN or infinity at row {row}; expected finite values. Check the weights.")
+    row_counts = np.empty(rows, dtype=np.int64)
+    room = -(-columns // codebook.min_weights) * _BLOCK
+    indices = np.empty((-(-rows // _BLOCK), room), dtype=np.uint16)
+    alphabet = codebook.lowest_digit, codebook.digits
+    _encode_kernel(digits_bytes, columns, *alphabet, *codebook.steps, row_counts, indices)
+    check_counted(row_counts, digits_array, codebook)
+    starts = row_starts(row_counts)
+    total = int(starts[-1])
+    words = np.zeros(-(-total // 64) * codebook.bits + 1, dtype=np.uint64)
+    _pack_kernel(indices, np.append(starts[:-1:_BLOCK], total), codebook.bits, words)
+    codes = words.view(np.uint8)[: stream_bytes(total, codebook.bits)]
+    row_codewords, fewest = shorten_counts(torch.from_numpy(row_counts))
+    return PackedMatrix(
+        torch.from_numpy(codes),
+        row_codewords,
+        levels_tensor,
+        codebook,
+        columns,
+        fewest_codewords=fewest,
+        _validated=True,
+    )
+
+
+def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the digits back.
+
+    Returns
+    -------
+    digits : int8 tensor, shape (R, C)
+        On the matrix's device.
+    levels : tensor, shape (R, L)
+        `packed.levels` itself.
+
+    Raises
+    ------
+    FormatError
+        The codes do not decode to exactly R rows of C digits; see `validate`.
+    SettingError
+        The matrix's tensors are on several devices.
+    DeviceError
+        It is on a GPU that the kernels cannot use; says what to install.
+    """
+    prepare(packed)
+    if packed.codes.is_cuda:
+        from qmoe_lite.cuda import codec as twin
+
+        return twin.decode(packed)
+    rows, columns = packed.shape
+    slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
+    digits = torch.empty(rows, columns, dtype=torch.int8)
+    starts = row_starts(packed.count_codewords().numpy())
+    decode_rows(packed, torch.tensor([slots] * rows, dtype=torch.int8), starts, 0, digits)
+    return digits, packed.levels
+
+
+def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Dequantise: put each digit's level in its place.
+
+    Parameters
+    ----------
+    packed : PackedMatrix
+        On the CPU or a GPU.
+    dtype : torch float dtype, default float32
+        Of the result.
+
+    Returns
+    -------
+    tensor of `dtype`, shape (R, C)
+        On the matrix's device. Each value is its level cast to `dtype`, and 0 for digit 0.
+
+    Raises
+    ------
+    DtypeError
+        `dtype` is not a float of 2, 4 or 8 bytes.
+    FormatError, SettingError, DeviceError
+        As for `decode`.
+    """
+    if dtype not in (*LEVEL_DTYPES, torch.float64):
+        raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
+    prepare(packed)
+    if packed.codes.is_cuda:
+        from qmoe_lite.cuda import codec as twin
+
+        return twin.decode_dense(packed, dtype)
+    dense = torch.empty(packed.shape, dtype=dtype)
+    decode_rows(
+        packed,
+        slot_values(packed.levels, packed.codebook.digits, dtype),
+        row_starts(packed.count_codewords().numpy()),
+        0,
+        dense,
+    )
+    return dense
+
+
+def slot_values(levels: torch.Tensor, digits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Weight value of each slot: levels (..., L) to a tensor of `dtype` (..., digits); the last is the zero slot."""
+    levels = levels.to(dtype)
+    if digits == 3:
+        levels = torch.cat([levels, -levels], -1) if levels.shape[-1] == 1 else levels.flip(-1)
+    return torch.cat([levels, levels.new_zeros(*levels.shape[:-1], 1)], -1)
+
+
+def decode_rows(
+    packed: PackedMatrix, values: torch.Tensor, starts: NDArray[np.int64], first: int, out: torch.Tensor
+) -> None:
+    """Write rows `first` and following of a validated matrix into `out`, `values[row, slot]` for each digit.
+
+    Parameters
+    ----------
+    packed : PackedMatrix
+        Validated, on the CPU.
+    values : tensor, shape (R, digits), contiguous
+        The zero slot's value must be 0.
+    starts : int64 array, shape (R + 1,)
+        From `row_starts`.
+    first : int
+        Number of the first row.
+    out : tensor of the same dtype, shape (any number of rows, C), contiguous
+        Is modified.
+    """
+    codebook, pattern = packed.codebook, _PATTERNS[out.element_size()]
+    _decode_kernel(
+        packed.codes.numpy(),
+        starts[first : first + len(out) + 1],
+        codebook.table,
+        codebook.bits,
+        codebook.digits,
+        codebook.fields,
+        values[first : first + len(out)].view(pattern).numpy(),
+        out.view(pattern).numpy(),
+    )
+
+
+def _digits_array(digits: Any) -> NDArray[Any]:
+    if isinstance(digits, torch.Tensor):
+        if digits.device.type != "cpu":
+            raise SettingError(f"digits is on {digits.device}; expected the CPU or a CUDA GPU. Pass digits.cpu().")
+        if digits.dtype != torch.int8:
+            raise DtypeError(f"digits is {digits.dtype}; expected int8. Convert it with digits.to(torch.int8).")
+        return digits.numpy()
+    if not isinstance(digits, np.ndarray):
+        raise DtypeError(f"digits is a {type(digits).__name__}; expected a NumPy array or torch tensor of int8.")
+    return digits
+
+
+def _levels_tensor(levels: Any) -> torch.Tensor:
+    """Return an own contiguous copy, so that later changes of the argument do not reach the packed matrix."""
+    if isinstance(levels, np.ndarray) and levels.dtype in (np.float32, np.float16):
+        return torch.from_numpy(np.array(levels, order="C"))
+    if not isinstance(levels, torch.Tensor) or levels.dtype not in LEVEL_DTYPES:
+        found = getattr(levels, "dtype", type(levels).__name__)
+        raise DtypeError(f"levels is {found}; expected float32, float16 or bfloat16. Convert it first.")
+    if levels.device.type != "cpu":
+        raise SettingError(f"levels is on {levels.device}, digits on the CPU; expected one device. Move one of them.")
+    return levels.detach().clone(memory_format=torch.contiguous_format)
+
+
+@njit(forceinline=True)
+def _copy(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
+    for i in range(len(source)):
+        target[i] = source[i]
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _encode_kernel(
+    digits: NDArray[np.uint8],
+    columns: int,
+    lowest: int,
+    n_digits: int,
+    entries: NDArray[np.uint64],
+    tails: NDArray[np.uint16],
+    counts: NDArray[np.int64],
+    indices: NDArray[np.uint16],
+) -> None:
+    """Write the codes of digits (R * C,) to indices, a row of it for each _BLOCK rows, and how many to counts (R,)."""
+    for block in prange(indices.shape[0]):
+        codes = np.empty(LANES * columns, dtype=np.uint16)
+        k = 0
+        last = min(block * _BLOCK + _BLOCK, len(counts))
+        for first in range(block * _BLOCK, last, LANES):
+            walk_rows(digits, columns, lowest, n_digits, entries, tails, first, codes, counts)
+            for lane in range(min(LANES, last - first)):
+                n = max(counts[first + lane], 0)
+                _copy(codes[lane * columns : lane * columns + n], indices[block, k : k + n])
+                k += n
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _pack_kernel(indices: NDArray[np.uint16], starts: NDArray[np.int64], bits: int, words: NDArray[np.uint64]) -> None:
+    """Write indices, starts[i + 1] - starts[i] of row i, as a bit stream.
+
+    64 codewords are `bits` whole words, so no word is shared.
+    """
+    joined = np.zeros(len(words) // bits * 64, dtype=np.uint16)
+    for block in prange(len(starts) - 1):
+        _copy(indices[block, : starts[block + 1] - starts[block]], joined[starts[block] : starts[block + 1]])
+    n_bits = np.uint64(bits)
+    for group in prange(len(joined) // 64):
+        pending = held = np.uint64(0)
+        word = group * bits
+        for code in joined[64 * group : 64 * group + 64]:
+            pending |= np.uint64(code) << held
+            held += n_bits
+            if held >= np.uint64(64):
+                held -= np.uint64(64)
+                words[word] = pending
+                pending = np.uint64(code) >> (n_bits - held)
+                word += 1
+
+
+@njit(parallel=True, cache=True, fastmath=False)
+def _decode_kernel(
+    codes: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    table: NDArray[np.uint64],
+    bits: int,
+    digits: int,
+    fields: tuple[int, ...],
+    values: NDArray[Any],
+    out: NDArray[Any],
+) -> None:
+    """Write out (R, C): zeros, then values[row, slot] at each nonzero; len(fields) fields an entry."""
+    mask = np.uint64((1 << bits) - 1)
+    n_bits = np.uint64(bits)
+    columns = np.uint64(out.shape[1])
+    for row in prange(out.shape[0]):
+        out[row, :] = 0
+        row_index = np.uint64(row)
+        bit = np.uint64(starts[row]) * n_bits
+        last = np.uint64(starts[row + 1]) * n_bits - n_bits
+        base = np.uint64(0)
+        while bit < last:
+            entry = table[load_word(codes, bit) & mask]
+            for i in range(len(fields) - 1, -1, -1):  # backwards: an absent field's zero never overwrites
+                field = entry_field(entry, i)
+                position = field_position(field, digits)
+                out[row_index, base + np.uint64(position)] = values[row_index, field_slot(field, position, digits)]
+            base += np.uint64(entry_length(entry))
+            bit += n_bits
+        entry = table[load_word(codes, last) & mask]
+        for i in range(len(fields) - 1, -1, -1):
+            field = entry_field(entry, i)
+            position = field_position(field, digits)
+            if base + np.uint64(position) < columns:
+                out[row_index, base + np.uint64(position)] = values[row_index, field_slot(field, position, digits)]

@@ -1,0 +1,157 @@
+"""The dense part of a model, run block by block over all samples.
+
+A block's dense part is loaded, all samples go through it, and it is freed; what its experts are given is caught on the
+way. What is outside the blocks stays on the CPU, as activations do; a block runs where the settings say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qmoe_lite.checkpoint.reader import Checkpoint, materialise
+from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.errors import NotFiniteError
+from qmoe_lite.models.family import Family, MoELayer, Stack
+
+
+def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:
+    """Give a block's call with its tensors (masks, position biases, rotary angles) on a device, each copied once."""
+    known = {} if known is None else known
+    if isinstance(call, Tensor):
+        if id(call) not in known:
+            known[id(call)] = call.to(device)
+        return known[id(call)]
+    if isinstance(call, dict):
+        return {name: _moved(each, device, known) for name, each in call.items()}
+    if isinstance(call, tuple | list):
+        return type(call)(_moved(each, device, known) for each in call)
+    return call
+
+
+class _Catcher(nn.Module):
+    """Stands for an experts module while the dense part runs: keeps what it is given, contributes nothing."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self._family = family
+        self._caught: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        index, weights = self._family.routing(routing)
+        self._caught.append((hidden_states.cpu(), index.to(torch.int32).cpu(), weights.float().cpu()))
+        return torch.zeros_like(hidden_states)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, index and weights of the latest call, once."""
+        return self._caught.pop()
+
+
+class BlockRunner:
+    """Runs the blocks of one model.
+
+    Parameters
+    ----------
+    model : torch module
+        A skeleton whose parts outside the blocks are loaded.
+    family, checkpoint
+        Of the model.
+    layers : list of MoELayer
+        Its sparse layers.
+    settings : Settings
+        For the batch size, the dtype of activations and the device.
+    """
+
+    def __init__(
+        self, model: Any, family: Family, checkpoint: Checkpoint, layers: list[MoELayer], settings: Settings
+    ) -> None:
+        self._model, self._family, self._checkpoint, self._settings = model, family, checkpoint, settings
+        self._layer_of = {layer.block: layer for layer in layers}
+        self._device = torch.device(settings.device)
+
+    def _load(self, block: str) -> tuple[nn.Module, _Catcher | None]:
+        """Load a block's dense part to where it runs, with a catcher in place of its experts."""
+        module: nn.Module = self._model.get_submodule(block)
+        materialise(module, block, self._checkpoint, torch.float32)
+        catcher = None
+        if block in self._layer_of:
+            parent, _, child = self._layer_of[block].experts.rpartition(".")
+            catcher = _Catcher(self._family)
+            setattr(self._model.get_submodule(parent), child, catcher)
+        return module.to(self._device), catcher
+
+    def _read(self, buffer: ListBuffer | None, samples: slice) -> Any:
+        return None if buffer is None else buffer.read(samples).to(self._device)
+
+    def buffer(self, shape: tuple[int, ...]) -> ListBuffer:
+        dtype = torch.float32 if self._settings.activations == "float32" else torch.bfloat16
+        return ListBuffer(shape[0], shape[1], self._model.config.hidden_size, dtype)
+
+    def batches(self, samples: int) -> Iterator[slice]:
+        for start in range(0, samples, self._settings.batch_size):
+            yield slice(start, min(start + self._settings.batch_size, samples))
+
+    def enter(
+        self, stack: Stack, tokens: np.ndarray, memory: ListBuffer | None, hidden: ListBuffer, first: int
+    ) -> dict[int, Any]:
+        """Fill `hidden` with the embeddings; give the call of the blocks from `first` on for each size of batch."""
+        calls: dict[int, Any] = {}
+        for part in self.batches(len(hidden)):
+            size = part.stop - part.start
+            if first and size in calls:
+                continue
+            recalled = None if memory is None else memory.read(part)
+            embedded, call = self._family.enter(self._model, stack, torch.from_numpy(tokens[part]), recalled)
+            if size not in calls:
+                calls[size] = _moved(call, self._device)
+            hidden.write(part, embedded)
+        if first:  # a resumed run needs what the first block hands on to the others, such as its position bias
+            block, _ = self._load(stack.blocks[0])
+            for size, call in calls.items():
+                some = slice(0, size)
+                read = self._read(hidden, some), self._read(memory, some)
+                _, calls[size] = self._family.through(block, 0, *read, call)
+            block.to("meta")
+        return calls
+
+    def run(
+        self,
+        stack: Stack,
+        number: int,
+        hidden: ListBuffer,
+        memory: ListBuffer | None,
+        calls: dict[int, Any],
+    ) -> tuple[ListBuffer, Assignment] | None:
+        """Send all samples through a block's dense part; give its experts' inputs and their tokens."""
+        block = stack.blocks[number]
+        module, catcher = self._load(block)
+        inputs = None if catcher is None else self.buffer(hidden.shape)
+        routing: list[tuple[Tensor, Tensor]] = []
+        following: dict[int, Any] = {}
+        for part in self.batches(len(hidden)):
+            size = part.stop - part.start
+            read = self._read(hidden, part), self._read(memory, part)
+            out, following[size] = self._family.through(module, number, *read, calls[size])
+            if not torch.isfinite(out).all():
+                raise NotFiniteError(f"{block} puts out NaN or infinity in float32. Is the checkpoint sound?")
+            hidden.write(part, out)
+            if catcher is not None and inputs is not None:
+                given, index, weights = catcher.take()
+                inputs.write(part, given.view(size, -1, given.shape[-1]))
+                routing.append((index, weights))
+        calls.update(following)
+        module.to("meta")
+        if inputs is None:
+            return None
+        index, weights = (torch.cat(parts) for parts in zip(*routing, strict=True))
+        return inputs, Assignment.group(index, weights, self._layer_of[block].count)
+
+    def leave(self, stack: Stack, hidden: ListBuffer) -> None:
+        """Send all samples through what follows a stack's last block."""
+        for part in self.batches(len(hidden)):
+            hidden.write(part, self._family.leave(self._model, stack, hidden.read(part)))

@@ -1,0 +1,322 @@
+"""One sparse layer: its experts are read, quantised, run and encoded, a group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint.report import ProjectionReport
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codec import encode
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.errors import NotFiniteError
+from qmoe_lite.models.experts import pack_experts
+from qmoe_lite.models.family import Family, MoELayer, inner
+from qmoe_lite.quantization.digits import count, squeeze, unsqueeze
+from qmoe_lite.quantization.grid import Grid, Quantized
+from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
+from qmoe_lite.quantization.solver import gptq, gptq_shared
+
+_TOKENS = 1 << 14  # tokens that go through an expert at a time
+_SAMPLE = 1 << 22  # digits, over all experts of a projection, that choose its codebook; at least a row of each
+
+
+def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
+    """Draw at most `most` rows at random, in ascending order."""
+    if len(rows) <= most:
+        return rows
+    chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
+    return rows[torch.from_numpy(np.sort(chosen))]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the experts of one sparse layer get to see, and where their outputs go.
+
+    Attributes
+    ----------
+    inputs : ListBuffer
+        The experts' inputs, one row a token.
+    assigned : Assignment
+        Which expert gets which rows.
+    eligible : bool tensor, a value a row
+        May enter a Hessian.
+    validation : bool tensor, a value a row
+        Rides along to measure the error.
+    sample : float32 tensor, shape (tokens, C)
+        Random eligible tokens, for experts that saw few of their own.
+    hidden : ListBuffer
+        The block's output so far; the quantised experts' outputs are added to it.
+    """
+
+    inputs: ListBuffer
+    assigned: Assignment
+    eligible: Tensor
+    validation: Tensor
+    sample: Tensor
+    hidden: ListBuffer
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A compressed layer: tensors to write, codebooks by projection, what to report."""
+
+    tensors: dict[str, Tensor]
+    codebooks: dict[str, dict[str, Any]]
+    reports: list[ProjectionReport]
+    held_out_error: float | None
+
+
+class _Solved(NamedTuple):
+    """One projection of a group of experts."""
+
+    quantized: Quantized
+    tokens: list[int]
+    classes: list[str]
+
+
+class LayerCompressor:
+    """Compresses sparse layers of one model.
+
+    Parameters
+    ----------
+    family : Family
+        Of the model.
+    config : transformers configuration
+        Of the model.
+    checkpoint : Checkpoint
+        Where the experts' weights are read.
+    grid : Grid
+        Levels that a row may take.
+    settings : Settings
+        How to compress.
+    """
+
+    def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
+        self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
+        self._activation = family.activation(config)
+        self._device = torch.device(settings.device)
+
+    def groups(self, layer: MoELayer) -> list[range]:
+        """Split a layer's experts into groups that fit the memory."""
+        need = 0
+        for stage in layer.stages:
+            rows, columns = sum(layer.shapes[name][0] for name in stage), layer.shapes[stage[0]][1]
+            need = max(need, 12 * columns * columns + 16 * rows * columns)
+        size = max(1, min(self._settings.group_size, self._settings.group_bytes // need))
+        return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
+
+    def compress(
+        self, layer: MoELayer, number: int, seen: LayerInputs | None, group_done: Callable[[int, int], None]
+    ) -> LayerResult:
+        """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
+
+        Parameters
+        ----------
+        layer : MoELayer
+            Which one.
+        number : int
+            Its place among the sparse layers; with the seed, it decides which tokens are drawn.
+        seen : LayerInputs or None
+            None rounds to nearest.
+        group_done : callable
+            Called with the number of finished groups and of all.
+
+        Returns
+        -------
+        LayerResult
+        """
+        groups = self.groups(layer)
+        tallies = {name: _Tally(layer, name, self._grid.alphabet) for name in layer.projections}
+        wrong = right = 0.0
+        for i, group in enumerate(groups):
+            solved = self._nearest(layer, group) if seen is None else self._solve(layer, group, number, seen)
+            for name, result in solved.items():
+                tallies[name].add(result)
+            if seen is not None:
+                weights = [solved[name].quantized.weight for name in layer.projections]
+                for place, expert in enumerate(group):
+                    matrices = [weight[place] for weight in weights]
+                    more_wrong, more_right = self._run(layer, expert, matrices, seen)
+                    wrong, right = wrong + more_wrong, right + more_right
+            group_done(i + 1, len(groups))
+        tensors: dict[str, Tensor] = {}
+        codebooks: dict[str, dict[str, Any]] = {}
+        for name, tally in tallies.items():
+            book = self._codebook(tally)
+            packed = [
+                encode(d, levels.to(self._grid.level_dtype or torch.float32), book) for d, levels in tally.matrices()
+            ]
+            stored = pack_experts(packed)
+            tensors |= {f"{layer.experts}.{name}_{part}": tensor for part, tensor in stored.items()}
+            codebooks[name] = book.to_config()
+            tally.stored(stored, packed)
+        reports = [tally.report() for tally in tallies.values()]
+        return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
+
+    def _codebook(self, tally: _Tally) -> Codebook:
+        """The recipe's codebook, for the digits of one projection."""
+        counts, bits = tally.counts.tolist(), self._settings.codeword_bits
+        if self._settings.recipe == "paper":
+            return Codebook.paper()
+        return Codebook.choose(counts, tally.sample()) if bits is None else Codebook.fit(counts, bits)
+
+    def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
+        """Read one matrix, float32 (R, C), to where it is solved."""
+        name = self._family.weight_name(layer, expert, projection)
+        weight = self._checkpoint.tensor(name).to(self._device).float()
+        if not torch.isfinite(weight).all():
+            raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
+        return weight
+
+    def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
+        return torch.stack([self._weights(layer, expert, projection) for expert in group])
+
+    def _nearest(self, layer: MoELayer, group: range) -> dict[str, _Solved]:
+        def one(name: str) -> _Solved:
+            quantized = gptq(self._group_weights(layer, group, name), None, self._grid)
+            return _Solved(quantized, [0] * len(group), ["nearest"] * len(group))
+
+        return {name: one(name) for name in layer.projections}
+
+    def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs) -> dict[str, _Solved]:
+        """Quantise a group's projections, the last one for what the quantised first ones put out."""
+        options = self._settings
+        cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
+        rows_of = []
+        for expert in group:
+            rows, _ = seen.assigned.of_expert(expert)
+            rows_of.append(draw(rows[seen.eligible[rows]], cap, options.seed, number, expert))
+        solved: dict[str, _Solved] = {}
+        for stage in layer.stages:
+            columns = layer.shapes[stage[0]][1]
+            before = [[solved[name].quantized.weight[place] for name in solved] for place in range(len(group))]
+            starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
+            hessians = []
+            of_layer: Tensor | None = None
+            for rows, matrices, few in zip(rows_of, before, starved, strict=True):
+                parts = (self._gather(seen, rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
+                hessian = self._mean_hessian(parts, matrices, len(rows), columns)
+                if few:
+                    if of_layer is None or matrices:  # in front of the first projection it is the same for all
+                        sample = seen.sample.to(self._device)
+                        of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
+                    hessian = blend(hessian, of_layer, len(rows), options.blend_tokens)
+                hessians.append(hessian)
+            results = gptq_shared(
+                [self._group_weights(layer, group, name) for name in stage],
+                torch.stack(hessians),
+                self._grid,
+                dampening=options.dampening,
+                block_size=options.block_size,
+            )
+            for name, quantized in zip(stage, results, strict=True):
+                pairs = zip(quantized.hessian_class, starved, strict=True)
+                classes = ["blended" if known == "own" and few else known for known, few in pairs]
+                solved[name] = _Solved(quantized, [len(rows) for rows in rows_of], classes)
+        return solved
+
+    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Tensor], tokens: int, columns: int) -> Tensor:
+        """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
+        hessian = new(columns, device=self._device)
+        for x in parts:
+            accumulate(hessian, self._inner(x, before) if before else x)
+        return mean(hessian, tokens)
+
+    def _run(self, layer: MoELayer, expert: int, matrices: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
+        """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
+        rows, gates = seen.assigned.of_expert(expert)
+        truth: list[Tensor] = []
+        wrong = right = 0.0
+        for start in range(0, len(rows), _TOKENS):
+            part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
+            x, weights = self._gather(seen, part), weights.to(self._device)
+            y = self._expert(x, matrices) * weights
+            seen.hidden.add(part, y.cpu())
+            rides = seen.validation[part].to(self._device)
+            if rides.any():
+                truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
+                dense = self._expert(x[rides], truth) * weights[rides]
+                wrong += (y[rides] - dense).double().square().sum().item()
+                right += dense.double().square().sum().item()
+        return wrong, right
+
+    def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
+        return seen.inputs.gather(rows).to(self._device)
+
+    def _expert(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
+        return self._inner(x, matrices[:-1]) @ matrices[-1].T
+
+    def _inner(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
+        return inner(self._activation, [x @ matrix.T for matrix in matrices])
+
+
+class _Tally:
+    """Keeps one projection's digits, five to a byte, and its figures, until all groups are done."""
+
+    def __init__(self, layer: MoELayer, projection: str, alphabet: int) -> None:
+        self._layer, self._projection, self._alphabet = layer, projection, alphabet
+        self.counts = np.zeros(alphabet, dtype=np.int64)
+        self._kept: list[tuple[np.ndarray, Tensor]] = []
+        self._sample: list[np.ndarray] = []
+        self._errors: list[float] = []
+        self._tokens: list[int] = []
+        self._classes: dict[str, int] = {}
+        self._bytes = self._code_bits = self._codeword_bits = 0
+
+    def add(self, solved: _Solved) -> None:
+        """Take over a group of experts."""
+        rows, columns = self._layer.shapes[self._projection]
+        step = min(rows, max(1, self._layer.count * rows * columns // _SAMPLE))
+        all_digits, all_levels = solved.quantized.digits.cpu().numpy(), solved.quantized.levels.cpu()
+        for digits, levels in zip(all_digits, all_levels, strict=True):
+            self.counts += count(digits, self._alphabet)
+            self._sample.append(digits[len(self._kept) % step :: step].copy())
+            self._kept.append((squeeze(digits, self._alphabet), levels.clone()))
+        self._errors += solved.quantized.error.tolist()
+        self._tokens += solved.tokens
+        for name in solved.classes:
+            self._classes[name] = self._classes.get(name, 0) + 1
+
+    def sample(self) -> np.ndarray:
+        """Rows of digits from all experts, int8 (rows, C)."""
+        return np.concatenate(self._sample)
+
+    def matrices(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Give back each expert's digits (R, C) and levels (R, L), and forget them."""
+        while self._kept:
+            small, levels = self._kept.pop(0)
+            yield unsqueeze(small, self._layer.shapes[self._projection], self._alphabet), levels
+
+    def stored(self, tensors: dict[str, Tensor], packed: list[PackedMatrix]) -> None:
+        """Note what the projection takes on disk."""
+        self._bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._codeword_bits = packed[0].codebook.bits
+        self._code_bits = sum(int(p.count_codewords().sum()) * p.codebook.bits for p in packed)
+
+    def report(self) -> ProjectionReport:
+        rows, columns = self._layer.shapes[self._projection]
+        weights = self._layer.count * rows * columns
+        zero = 1 if self._alphabet == 3 else 0
+        return ProjectionReport(
+            layer=self._layer.experts,
+            projection=self._projection,
+            experts=self._layer.count,
+            rows=rows,
+            columns=columns,
+            bits_per_weight=8 * self._bytes / weights,
+            code_bits_per_weight=self._code_bits / weights,
+            codeword_bits=self._codeword_bits,
+            zeros=int(self.counts[zero]) / weights,
+            error=float(np.mean(self._errors)),
+            hessian_classes=self._classes,
+            tokens=self._tokens,
+        )

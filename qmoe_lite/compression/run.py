@@ -1,0 +1,428 @@
+"""The driver: block by block, expert group by expert group.
+
+All samples go through one block before the next one is touched (QMoE, section 3.1): a block's dense part is loaded,
+run and freed; its experts are read, quantised, and written a group at a time. Activations wait in list buffers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmoe_lite.checkpoint import reader as files
+from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, stored_bytes
+from qmoe_lite.checkpoint.writer import Writer
+from qmoe_lite.compression.block_runner import BlockRunner
+from qmoe_lite.compression.calibration import (
+    Samples,
+    check_ids,
+    hessian_masks,
+    make_samples,
+    open_tokenizer,
+    read_text,
+    read_tokens,
+    window_length,
+)
+from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
+from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.settings import Progress, Settings
+from qmoe_lite.devices import find_device
+from qmoe_lite.errors import OutputError, ResumeError, SettingError
+from qmoe_lite.models.experts import FORMAT
+from qmoe_lite.models.skeletons import (
+    capacity_lifted,
+    check_dense,
+    check_promise,
+    open_checkpoint,
+    read_config,
+    skeleton,
+    unused,
+)
+from qmoe_lite.quantization.grid import Grid, MinMaxTernary
+
+SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
+LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
+
+
+@dataclass
+class _Done:
+    """What is known of the finished layers; saved with the state, so that a resumed run reports them too."""
+
+    seconds: float = 0.0
+
+    projections: list[ProjectionReport] = field(default_factory=list)
+    held_out_error: dict[str, float | None] = field(default_factory=dict)
+    codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    grid: Grid | None = None,
+    device: str | torch.device = "auto",
+    resume: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> Report:
+    """Compress the experts of a Mixture-of-Experts model.
+
+    Parameters
+    ----------
+    model : path or str
+        Hugging Face directory, or a name on the hub.
+    out : path or str
+        Directory to make; it appears when everything is done. Until then the work is in `OUT.partial`.
+    calibration : path or str, optional
+        Text file, .jsonl file, directory of them, or data set name; needed unless `recipe="nearest"`.
+    grid : grid, optional
+        Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)`.
+    device : str or torch device
+        Where blocks run and experts are solved: "auto" takes the first GPU that can be used, else the CPU; see
+        :func:`qmoe_lite.devices.find_device`.
+    resume : bool
+        Go on with what `OUT.partial` holds; False throws it away.
+    progress : callable, optional
+        Called with a `Progress` after each group of experts.
+    **settings
+        Fields of `Settings`.
+
+    Returns
+    -------
+    Report
+        Also written to `OUT/qmoe_report.json`.
+
+    Raises
+    ------
+    OutputError
+        `out` exists, or cannot be written; finished layers are kept for the next run.
+    ResumeError
+        `OUT.partial` belongs to another model, text or setting.
+    CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
+        What is wrong with the input, before or where it is met.
+
+    Notes
+    -----
+    QMoE (arXiv:2310.16795), section 3. Departs from it: tokens over the cap are left out at random instead of the last
+    ones; the last projection's Hessian comes from the quantised first one; levels are rounded to 16 bits before the
+    solver; experts with few tokens borrow from the layer's.
+    """
+    try:
+        options = Settings(**settings, device=str(find_device(device)))
+    except TypeError as error:
+        raise SettingError(
+            f"{str(error).split('__init__() ')[-1]}; see help(qmoe_lite.compression.Settings)."
+        ) from error
+    options.check()
+    options = options.resolved()
+    target = Path(out)
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
+    if (options.recipe == "nearest") != (calibration is None):
+        text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
+        raise SettingError(f"recipe {options.recipe} {text}.")
+    grid = grid or MinMaxTernary(level_dtype=torch.bfloat16)
+    if options.recipe == "paper" and grid.alphabet != 3:
+        raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for a two-bit grid.")
+    run = _Run(files.find_model(model), target, grid, options, progress)
+    with torch.inference_mode():
+        return run.run(calibration, resume)
+
+
+class _Run:
+    """One compression, from an opened checkpoint to a written directory."""
+
+    def __init__(
+        self, model: Path, out: Path, grid: Grid, settings: Settings, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.started = time.perf_counter()
+        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        self.settings, self.grid = settings, grid
+        self.family, self.checkpoint = open_checkpoint(model)
+        if self.checkpoint.config.get("quantization_config"):
+            raise SettingError(f"{model} is quantised already. Compress the original model.")
+        self.config = read_config(str(model))
+        self.degraded = list[str]()
+        self.model = skeleton(self.family, self.config, torch.float32)
+        if extra := unused(self.family, self.model, self.checkpoint):
+            self.checkpoint.forget(extra)
+            self.degraded.append(f"left out {len(extra)} tensors that transformers does not load, such as {extra[0]}")
+        self.layers = check_promise(self.family, self.config, self.checkpoint)
+        check_dense(self.family, self.model, self.checkpoint)
+        self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
+        self.writer = Writer(self.partial, self.family, self.checkpoint, len(self.layers))
+        self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
+        self.done = _Done()
+        self._progress = progress or (lambda event: None)
+
+    # -- the whole
+
+    def run(self, calibration: str | Path | None, resume: bool) -> Report:
+        if calibration is None:
+            fingerprint = self._fingerprint(None)
+            self._open_partial(fingerprint, resume)
+            for number in range(len(self.done.held_out_error), len(self.layers)):
+                self._finish_layer(number, None)
+                self._save_state({"fingerprint": fingerprint})
+        else:
+            tokenizer = open_tokenizer(self.checkpoint.directory)
+            samples, for_hessians = self._samples(calibration, tokenizer)
+            check_ids(samples, self.config.vocab_size)
+            fingerprint = self._fingerprint(samples)
+            state = self._open_partial(fingerprint, resume)
+            self._calibrated(samples, for_hessians, hessian_masks(samples, tokenizer), fingerprint, state)
+        return self._write_rest()
+
+    def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int]:
+        """Give all samples, the validation ones last, and how many of them are for calibration."""
+        options = self.settings
+        wanted = options.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
+        window = window_length(options.sequence_length) if self.family.seq2seq else options.sequence_length
+        tokens = read_tokens(read_text(calibration), tokenizer, (wanted + options.validation_samples) * window)
+        # validation text is the end of the text, at most an eighth of it, so that no Hessian sees a word of it
+        kept = min(options.validation_samples, len(tokens) // window // 8)
+        cut = len(tokens) - kept * window
+
+        def make(part: np.ndarray, count: int | None) -> Samples:
+            return make_samples(
+                part,
+                tokenizer,
+                seq2seq=self.family.seq2seq,
+                count=count,
+                sequence_length=options.sequence_length,
+                seed=options.seed,
+            )
+
+        main = make(tokens[:cut], wanted)
+        if len(main) < wanted:
+            self.degraded.append(f"the text gave {len(main)} calibration samples instead of {wanted}")
+        elif main.windows < wanted:
+            text = f"the text holds {main.windows} windows of calibration text: the {wanted} samples mask each "
+            self.degraded.append(f"{text}{wanted / main.windows:.1f} times on average")
+        if kept == 0:
+            return main, len(main)
+        extra = make(tokens[cut:], None)
+        ids = np.concatenate([main.input_ids, extra.input_ids])
+        if main.labels is None or extra.labels is None:
+            return Samples(ids, None, main.windows), len(main)
+        return Samples(ids, np.concatenate([main.labels, extra.labels]), main.windows), len(main)
+
+    def _fingerprint(self, samples: Samples | None) -> str:
+        digest = hashlib.sha256(self.checkpoint.fingerprint().encode())
+        digest.update(json.dumps([FORMAT, asdict(self.settings), self.grid.to_config()], sort_keys=True).encode())
+        if samples is not None:
+            digest.update(samples.input_ids.tobytes())
+            digest.update(b"" if samples.labels is None else samples.labels.tobytes())
+        return digest.hexdigest()
+
+    # -- unfinished work
+
+    def _open_partial(self, fingerprint: str, resume: bool) -> dict[str, Any]:
+        """Make OUT.partial, or take up what it holds."""
+        state_file = self.partial / "state.json"
+        if resume and state_file.is_file():
+            try:
+                state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
+                found = state["fingerprint"]
+                done = _Done(**state.pop("done"))
+                done.projections = [ProjectionReport(**row) for row in state.pop("projections")]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ResumeError(f"{state_file} is damaged. Begin anew with --restart.") from error
+            if found != fingerprint:
+                raise ResumeError(
+                    f"{self.partial} holds unfinished work of another model, text or setting. Use the same ones, or "
+                    f"begin anew with --restart."
+                )
+            self.done = done
+            return state
+        try:
+            if self.partial.exists():
+                if not state_file.is_file() and any(self.partial.iterdir()):
+                    raise OutputError(f"{self.partial} exists and is not ours. Move it, or name another OUT.")
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{self.partial} cannot be made: {error.strerror}. Name another directory.") from error
+        self._save_state({"fingerprint": fingerprint})  # claims the directory
+        return {}
+
+    def _save_state(self, state: dict[str, Any]) -> None:
+        done = {**vars(self.done), "seconds": self._seconds()}
+        rows = [asdict(row) for row in done.pop("projections")]
+        files.write_json(self.partial / "state.json", {**state, "done": done, "projections": rows})
+
+    def _seconds(self) -> float:
+        return round(self.done.seconds + time.perf_counter() - self.started, 3)
+
+    def _keep(
+        self,
+        place: dict[str, Any],
+        hidden: ListBuffer,
+        memory: ListBuffer | None,
+        fingerprint: str,
+        old: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Make what is finished durable: a killed run goes on from here."""
+        state = {"fingerprint": fingerprint, **place}
+        state["hidden"] = f"hidden-{place['stack']}-{place['block']}.zst"
+        files.write_atomically(self.partial / state["hidden"], hidden.save)
+        if memory is not None:
+            state["memory"] = f"memory-{place['stack']}.zst"
+            if old.get("memory") != state["memory"]:
+                files.write_atomically(self.partial / state["memory"], memory.save)
+        self._save_state(state)
+        if (stale := old.get("hidden")) and stale != state["hidden"]:
+            (self.partial / stale).unlink(missing_ok=True)
+        return state
+
+    # -- with calibration
+
+    def _calibrated(
+        self,
+        samples: Samples,
+        for_hessians: int,
+        masks: tuple[np.ndarray, np.ndarray | None],
+        fingerprint: str,
+        state: dict[str, Any],
+    ) -> None:
+        self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
+        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings)
+        ids = [samples.input_ids]
+        if samples.labels is not None:
+            ids.append(self._decoder_input(samples.labels))
+        memory: ListBuffer | None = None
+        resumed = state.get("stack", 0)
+        with capacity_lifted(self.model):
+            for number, (stack, tokens, mask) in enumerate(
+                zip(self.family.stacks(self.config), ids, masks, strict=False)
+            ):
+                hidden = runner.buffer(tokens.shape)
+                if number < resumed:
+                    memory = hidden  # a finished stack: its output was saved
+                    memory.load(self.partial / state["memory"])
+                    continue
+                first = state["block"] + 1 if "block" in state and number == resumed else 0
+                calls = runner.enter(stack, tokens, memory, hidden, first)
+                if first:
+                    hidden.load(self.partial / state["hidden"])
+                assert mask is not None
+                eligible, rides = mask.copy(), np.zeros_like(mask)
+                eligible[for_hessians:] = False
+                rides[for_hessians:] = True
+                flags = (torch.from_numpy(eligible.reshape(-1)), torch.from_numpy(rides.reshape(-1)))
+                for i in range(first, len(stack.blocks)):
+                    caught = runner.run(stack, i, hidden, memory, calls)
+                    if caught is not None:
+                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
+                        state = self._keep({"stack": number, "block": i}, hidden, memory, fingerprint, state)
+                    del caught  # its buffer is as large as `hidden`, and the next block makes another
+                runner.leave(stack, hidden)
+                memory = hidden
+
+    def _decoder_input(self, labels: np.ndarray) -> np.ndarray:
+        """Shift labels to the right, as transformers does."""
+        start = self.config.decoder_start_token_id
+        start = self.config.pad_token_id if start is None else start
+        return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+
+    def _seen(
+        self, inputs: ListBuffer, assigned: Assignment, eligible: Tensor, validation: Tensor, hidden: ListBuffer
+    ) -> LayerInputs:
+        rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, len(self.done.held_out_error))
+        return LayerInputs(inputs, assigned, eligible, validation, inputs.gather(rows), hidden)
+
+    def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
+        """Compress and write one sparse layer."""
+        layer = self.layers[number]
+        sizes = [len(self.compressor.groups(each)) for each in self.layers]
+
+        def group_done(done: int, groups: int) -> None:
+            place = f"{layer.block}, expert group {done} of {groups}"
+            self._progress(Progress(sum(sizes[:number]) + done, sum(sizes), place))
+
+        result = self.compressor.compress(layer, number, seen, group_done)
+        self.done.checksums |= self.writer.write_layer(number, result.tensors)
+        self.done.projections += result.reports
+        self.done.codebooks[layer.experts] = result.codebooks
+        self.done.held_out_error[layer.experts] = result.held_out_error
+
+    # -- the rest of the directory
+
+    def _write_rest(self) -> Report:
+        """Write dense tensors, index, configuration and report; give the directory its name."""
+        matrices = sum(p.experts for p in self.done.projections)
+        promised = sum(layer.matrices for layer in self.layers)
+        if matrices != promised:
+            raise OutputError(f"{matrices} matrices were compressed, {promised} promised; please report this as a bug.")
+        books: list[dict[str, Any]] = []
+        used: dict[str, dict[str, int]] = {}
+        for layer, by_projection in self.done.codebooks.items():
+            used[layer] = {}
+            for name, book in by_projection.items():
+                if book not in books:
+                    books.append(book)
+                used[layer][name] = books.index(book)
+        settings = {
+            "recipe": self.settings.recipe,
+            "grid": self.grid.to_config(),
+            "level_dtype": str(self.grid.level_dtype or torch.float32).removeprefix("torch."),
+            "codebooks": books,
+            "layers": used,
+            "versions": _versions(),
+        }
+        self.writer.write_rest(self.done.checksums, settings)
+        report = self._report()
+        files.write_json(self.partial / FILE_NAME, report.to_json())
+        try:
+            self.partial.rename(self.out)
+            files.sync_directory(self.out.parent.resolve())
+        except OSError as error:
+            text = f"{self.partial} is finished but cannot become {self.out}: {error.strerror}. "
+            raise OutputError(text + "Make way, and run the same command again.") from error
+        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here they let a run go on
+            left.unlink(missing_ok=True)
+        return report
+
+    def _report(self) -> Report:
+        nearest = sum(p.hessian_classes.get("nearest", 0) for p in self.done.projections)
+        if nearest and self.settings.recipe != "nearest":
+            self.degraded.append(f"{nearest} matrices had no usable Hessian and were rounded to nearest")
+        experts, others = stored_bytes(Checkpoint(self.partial))
+        dense_experts, dense_others = stored_bytes(self.checkpoint)
+        return Report(
+            model=str(self.checkpoint.directory),
+            settings={**asdict(self.settings), "grid": self.grid.to_config()},
+            projections=self.done.projections,
+            held_out_error={k: v for k, v in self.done.held_out_error.items() if v is not None},
+            degraded=self.degraded,
+            sizes={
+                "expert_bytes": experts,
+                "other_bytes": others,
+                "dense_expert_bytes": dense_experts,
+                "dense_other_bytes": dense_others,
+            },
+            seconds=self._seconds(),
+            versions=_versions(),
+        )
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from qmoe_lite import __version__
+
+    others = {name: version(name) for name in ("torch", "transformers", "numba", "numpy")}
+    return {"qmoe-lite": __version__, **others}

@@ -1,0 +1,1 @@
+"""What a compressed directory holds, and whether it is sound."""

@@ -1,0 +1,438 @@
+"""Looks at every byte of a compressed directory and says all that is wrong with it; no model is loaded.
+
+Loading checks a tensor when it is first used and stops at the first fault. Here one fault does not end the search:
+each is a `Finding`. Tensors are read and not mapped, so that a file that is cut meanwhile is one too: dense ones a
+piece at a time, experts at most two projections of a layer at a time, and nothing is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, find_model
+from qmoe_lite.checkpoint.report import FILE_NAME, read_report
+from qmoe_lite.checkpoint.weight_file import THREADS, page_memory
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.compression.calibration import open_tokenizer
+from qmoe_lite.compression.settings import Progress
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
+from qmoe_lite.inspection.contents import inspect_model, short_name
+from qmoe_lite.models.experts import PARTS, PackedExperts, quantization_of
+from qmoe_lite.models.family import Family, MoELayer, family_of
+from qmoe_lite.models.skeletons import dense_faults, read_config, skeleton
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a compressed directory, or worth knowing.
+
+    Attributes
+    ----------
+    severity : str
+        "error": the model does not load, or gives wrong numbers. "note": it works.
+    name : str
+        The tensor, expert or setting; "" for a whole file.
+    file : str
+        Name of the file in the directory; "" where it is in none, or concerns them all.
+    message : str
+        What is wrong with it and what to do, in one line.
+    """
+
+    severity: str
+    name: str
+    file: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {'' if self.file in self.message else f'{self.file}: '}{self.message}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify_model` found.
+
+    Attributes
+    ----------
+    directory : str
+    findings : list of Finding
+    tensors, experts : int
+        Tensors, those of experts among them, and matrices of experts that were looked at.
+    bytes : int
+        Of these tensors.
+    seconds : float
+    """
+
+    directory: str
+    findings: list[Finding]
+    tensors: int
+    experts: int
+    bytes: int
+    seconds: float
+
+    @property
+    def sound(self) -> bool:
+        """Whether there is no error among the findings."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give everything as JSON values."""
+        return {**asdict(self), "sound": self.sound}
+
+
+def verify(directory: str | Path) -> list[Finding]:
+    """Check everything in a compressed directory; nothing is loaded.
+
+    Compared are config.json, index, shards and report with each other, the bytes of all tensors with their checksums,
+    shapes and dtypes with what the configuration promises, codebooks with their hashes; each expert's codes are walked,
+    dense tensors and levels are searched for NaN and infinity, and the tokenizer is opened.
+
+    Parameters
+    ----------
+    directory : path or str
+        What `compress` wrote, or what save_pretrained made of it, or its name on the Hugging Face hub.
+
+    Returns
+    -------
+    list of Finding
+        All of them; with none of severity "error" the model is sound.
+
+    Raises
+    ------
+    CheckpointError
+        It is no model directory, or one of a model that is not compressed.
+    """
+    return verify_model(directory).findings
+
+
+def verify_model(directory: str | Path, progress: Callable[[Progress], None] | None = None) -> Verification:
+    """Do what `verify` does, and tell how much was looked at.
+
+    Parameters
+    ----------
+    directory : path or str
+        As for `verify`.
+    progress : callable, optional
+        Called with a `Progress`, counted in dense tensors and matrices of experts.
+
+    Raises
+    ------
+    CheckpointError
+        As `verify`.
+    """
+    return _Search(find_model(directory), progress or (lambda event: None)).run()
+
+
+class _FileFault(CheckpointError):
+    """A whole file cannot be read, which is said once and not of each of its tensors."""
+
+    def __init__(self, file: str, text: str) -> None:
+        super().__init__(text)
+        self.file = file
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise _FileFault(file.name, str(error)) from error
+
+
+@dataclass
+class _Search:
+    path: Path
+    progress: Callable[[Progress], None]
+    findings: list[Finding] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)  # tensors, by their names in the files, that cannot be read
+    unreadable: set[str] = field(default_factory=set)  # files of which that was said
+    spoilt: set[str] = field(default_factory=set)  # projections of which an expert is damaged
+    sums: dict[str, FormatError | None] = field(default_factory=dict)  # experts' tensors that were read: is one damaged
+    tensors: int = 0
+    experts: int = 0
+    bytes: int = 0
+    done: int = 0
+    total: int = 0
+
+    def run(self) -> Verification:
+        started = time.perf_counter()
+        faults: list[CheckpointError] = []
+        try:
+            checkpoint = Checkpoint(self.path, faults)
+        except CheckpointError as error:  # which file holds which tensor is not known
+            self.error("", "", error)
+        else:
+            self.look_at(checkpoint, faults)
+        return Verification(
+            str(self.path),
+            self.findings,
+            self.tensors,
+            self.experts,
+            self.bytes,
+            round(time.perf_counter() - started, 3),
+        )
+
+    def look_at(self, checkpoint: Checkpoint, faults: list[CheckpointError]) -> None:
+        for fault in faults:
+            self.error("", "config.json", fault)
+        settings = None
+        if not faults:
+            try:
+                settings = quantization_of(checkpoint)
+            except FormatError as error:
+                self.error("quantization_config", "config.json", error)
+        self.look_at_files(checkpoint)
+        family = config = None
+        if settings is not None:
+            with self.found("model_type", "config.json"):
+                family = family_of(checkpoint.config.get("model_type"))
+                checkpoint.know_as(family.canonical)
+        if family is not None:
+            with self.found("", "config.json"):
+                config = read_config(str(self.path))
+        layers: list[MoELayer] | None = None
+        if family is not None and config is not None:
+            with self.found("", "config.json"):
+                layers = family.layers(config)
+                self.look_at_dense_shapes(family, config, layers, checkpoint)
+        here = [name for name in checkpoint.names if checkpoint.stored_name(name) not in self.lost]
+        dense = [name for name in here if EXPERTS not in name]
+        self.total = len(dense) + sum(layer.matrices for layer in layers or ())
+        self.tensors = len(here)
+        pool = ThreadPoolExecutor(THREADS)  # zlib lets go of the interpreter's lock
+        try:
+            work = {name: pool.submit(self.look_at_tensor, checkpoint, name) for name in dense}
+            if settings is not None:
+                books = self.look_at_codebooks(settings)
+                if family is not None and layers is not None:
+                    self.look_at_experts(family, config, layers, books, settings, checkpoint)
+            left = [name for name in here if name not in work and name not in self.sums]
+            work |= {name: pool.submit(self.look_at_tensor, checkpoint, name) for name in left}
+            self.collect(here, work, checkpoint)
+        finally:  # Ctrl-C is not to wait for all that is left
+            pool.shutdown(cancel_futures=True)
+        self.look_at_the_rest(layers is not None)
+
+    # -- findings
+
+    def error(self, name: str, file: str, error: Exception) -> None:
+        """Take note of an error; one that nobody foresaw is one too."""
+        if isinstance(error, _FileFault):
+            if error.file in self.unreadable:
+                return
+            self.unreadable.add(error.file)
+            name, file = "", error.file  # not that of another tensor of the projection
+        text = str(error)
+        if not isinstance(error, QMoEError):
+            text = f"it could not be checked: {type(error).__name__}: {first_line(error)}. Fetch the file again."
+        self.findings.append(Finding("error", name, file, " ".join(text.split())))
+
+    def note(self, name: str, file: str, text: str) -> None:
+        self.findings.append(Finding("note", name, file, text))
+
+    @contextmanager
+    def found(self, name: str, file: str) -> Iterator[None]:
+        """Turn what goes wrong inside into a finding."""
+        try:
+            yield
+        except Exception as error:
+            self.error(name, file, error)
+
+    def step(self, place: str) -> None:
+        self.done += 1
+        self.progress(Progress(self.done, max(self.total, self.done), place))
+
+    # -- what is looked at
+
+    def look_at_files(self, checkpoint: Checkpoint) -> None:
+        """Compare the shards with the index. Names are those in the files."""
+        named: dict[str, set[str]] = {}
+        for name in checkpoint.names:
+            named.setdefault(checkpoint.file_of(name).name, set()).add(name)
+        for file, names in sorted(named.items()):
+            try:
+                held = checkpoint.stored_in(file)
+            except CheckpointError as error:
+                self.error("", file, error)
+                self.lost |= names
+                continue
+            for name in sorted(names - held):
+                self.error(name, file, CheckpointError(f"{file} lacks {name}, which the index names. Fetch it again."))
+            for name in sorted(held - names):
+                self.note(name, file, f"{file} holds {name}, which the index does not name: it is not loaded.")
+            self.lost |= names - held
+        unused = {file.name for file in self.path.glob("*.safetensors")} - named.keys()
+        if "model.safetensors" in named:
+            unused |= {file.name for file in self.path.glob("model.safetensors.index.json")}
+        for file in sorted(unused):
+            self.note("", file, f"{file} belongs to no tensor of the model. It may be removed.")
+        if not checkpoint.has_checksums:
+            text = "dense tensors carry no checksums, as transformers saved the model: they were not compared."
+            self.note("", "", text)
+
+    def look_at_dense_shapes(self, family: Family, config: Any, layers: list[MoELayer], checkpoint: Checkpoint) -> None:
+        """Compare all tensors' names, and dense ones' shapes and dtypes, with those that the configuration promises."""
+        model = skeleton(family, config, torch.float32)
+        for name, error in dense_faults(family, model, checkpoint):
+            if name not in checkpoint:
+                self.error(name, "", error)
+            elif checkpoint.stored_name(name) not in self.lost:
+                self.error(name, checkpoint.file_of(name).name, error)
+        promised = {name: tensor.dtype for name, tensor in model.state_dict().items() if EXPERTS not in name}
+        parts = {f"{layer.experts}.{p}_{part}" for layer in layers for p in layer.projections for part in PARTS}
+        for name in checkpoint.names:
+            file = checkpoint.file_of(name).name
+            if checkpoint.stored_name(name) in self.lost or name in parts:
+                continue
+            if name not in promised:
+                self.note(name, file, f"{name} in {file} is no part of the model: it is not loaded.")
+                continue
+            with self.found(name, file):
+                expected, found = promised[name], checkpoint.meta(name).dtype
+                if expected.is_floating_point != found.is_floating_point:
+                    raise FormatError(f"{name} in {file} is {found}; the model has {expected}. Fetch the file again.")
+
+    def look_at_tensor(self, checkpoint: Checkpoint, name: str) -> None:
+        """Raise FormatError for another checksum, NotFiniteError for NaN or infinity in a dense tensor."""
+        dtype, finite = checkpoint.meta(name).dtype, True
+        searched = EXPERTS not in name and dtype.is_floating_point
+        with _reading(checkpoint.file_of(name)):
+            for piece in checkpoint.pieces(name):
+                if searched and finite:
+                    value = torch.frombuffer(piece, dtype=dtype)
+                    least, most = (value.to(torch.bfloat16) if value.itemsize == 1 else value).aminmax()  # NaN is both
+                    finite = bool(least.isfinite() and most.isfinite())
+        if not finite:
+            raise NotFiniteError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinity. Fetch it again.")
+
+    def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """Read a tensor of experts. If its checksum differs, `collect` says so, unless one of them is named first."""
+        self.sums[name] = None
+        with _reading(checkpoint.file_of(name)):
+            place = checkpoint.place(name)
+            memory = page_memory(place.length)[: place.length]
+            try:
+                for _ in checkpoint.pieces(name, memory):
+                    pass
+            except FormatError as error:
+                self.sums[name] = error
+        return torch.from_numpy(memory).view(place.dtype).view(place.shape)
+
+    def look_at_codebooks(self, settings: dict[str, Any]) -> list[Codebook | None]:
+        """Make the codebooks of config.json; None for one that does not match its hash."""
+        books: list[Codebook | None] = []
+        listed = settings.get("codebooks")
+        for number, entry in enumerate(listed if isinstance(listed, list) else []):
+            books.append(None)
+            with self.found(f"codebooks[{number}]", "config.json"):
+                books[number] = Codebook.from_config(entry)
+        return books
+
+    def look_at_experts(
+        self,
+        family: Family,
+        config: Any,
+        layers: list[MoELayer],
+        books: list[Codebook | None],
+        settings: dict[str, Any],
+        checkpoint: Checkpoint,
+    ) -> None:
+        """Compare each expert with its checksum, and walk its codes."""
+        todo: list[tuple[MoELayer, dict[str, Codebook], str]] = []
+        used = settings.get("layers")
+        used = used if isinstance(used, dict) else {}
+        for name in sorted(used.keys() - {layer.experts for layer in layers}):
+            text = f"config.json says that {name} is compressed, which the model lacks. Fetch it again."
+            self.error(name, "config.json", FormatError(text))
+        for layer in layers:
+            own: dict[str, Codebook] = {}
+            for projection in layer.projections:
+                name = f"{layer.experts}.{projection}"
+                try:
+                    book = books[used[layer.experts][projection]]
+                except (KeyError, IndexError, TypeError):
+                    text = f"config.json names no codebook for {name}. Fetch it again."
+                    self.error(name, "config.json", FormatError(text))
+                else:
+                    own |= {projection: book} if book is not None else {}
+            with self.found(layer.experts, "config.json"):
+                PackedExperts(family, layer, own, config)
+                todo += [(layer, own, projection) for projection in own if self.complete(layer, projection, checkpoint)]
+        with ThreadPoolExecutor(1) as reader:
+            reads = (reader.submit(self.read_projection, layer, each, checkpoint) for layer, _, each in todo)
+            ahead = next(reads, None)  # one projection is read while another is walked
+            for layer, own, projection in todo:
+                assert ahead is not None
+                read, ahead = ahead, next(reads, None)
+                experts = PackedExperts(family, layer, own, config)  # each lets go of the last one's tensors
+                self.look_at_projection(experts, projection, read, settings.get("level_dtype"), checkpoint)
+
+    def complete(self, layer: MoELayer, projection: str, checkpoint: Checkpoint) -> bool:
+        """Tell whether all tensors of a projection are there."""
+        names = [f"{layer.experts}.{projection}_{part}" for part in PARTS]
+        absent = [each for each in names if each not in checkpoint]
+        for each in absent:
+            text = f"the index does not name {each}, which the model needs. Fetch the directory again."
+            self.error(each, "", CheckpointError(text))
+        return not absent and not any(checkpoint.stored_name(each) in self.lost for each in names)
+
+    def read_projection(self, layer: MoELayer, projection: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Read all tensors of a projection of a layer."""
+        return {part: self.read(checkpoint, f"{layer.experts}.{projection}_{part}") for part in PARTS}
+
+    def look_at_projection(
+        self,
+        experts: PackedExperts,
+        projection: str,
+        read: Future[dict[str, Tensor]],
+        level_dtype: str | None,
+        checkpoint: Checkpoint,
+    ) -> None:
+        name = f"{experts.layer.experts}.{projection}"
+        file = checkpoint.file_of(f"{name}_codes").name
+        with self.found(name, file):
+            experts.fill(projection, read.result())
+            found = str(experts.get_buffer(f"{projection}_levels").dtype).removeprefix("torch.")
+            if level_dtype not in (None, found):
+                text = f"{name}_levels in {file} is {found}; config.json says {level_dtype}. Fetch the file again."
+                self.error(f"{name}_levels", file, FormatError(text))
+            for expert in range(experts.num_experts):
+                try:
+                    experts.packed(expert, projection)
+                except Exception as error:
+                    self.spoilt.add(name)
+                    self.error(experts.name_of(expert, projection), file, error)
+                self.experts += 1
+                self.step(short_name(experts.layer.block))
+
+    def collect(self, names: list[str], work: dict[str, Future[None]], checkpoint: Checkpoint) -> None:
+        """Take note of what the threads ran into; not of a tensor whose damaged experts are named already."""
+        for name in names:
+            error = work[name].exception() if name in work else self.sums[name]
+            with suppress(Exception):  # the thread has met it too
+                self.bytes += checkpoint.meta(name).nbytes
+            if isinstance(error, Exception) and not name.startswith(tuple(f"{each}_" for each in self.spoilt)):
+                self.error(name, checkpoint.file_of(name).name, error)
+            if EXPERTS not in name:
+                self.step("dense tensors")
+
+    def look_at_the_rest(self, configured: bool) -> None:
+        """Open the tokenizer, which takes a configuration; compare the report with the directory, if that is sound."""
+        if configured:
+            try:
+                open_tokenizer(self.path)
+            except CheckpointError as error:
+                self.note("", "", f"{error} The model loads; no text is generated or evaluated without a tokenizer.")
+        with self.found("", FILE_NAME):
+            if read_report(self.path) is None:
+                self.note("", FILE_NAME, "there is no report of the compression: errors per layer are not known.")
+            elif all(finding.severity != "error" for finding in self.findings):
+                inspect_model(self.path)

@@ -1,0 +1,1 @@
+"""transformers' side: model families, skeletons, the module that stands for the experts."""

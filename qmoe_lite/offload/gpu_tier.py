@@ -1,0 +1,554 @@
+"""Experts on a GPU: slots of one block of its memory, filled from ours through pinned buffers by a stream of its own.
+
+A slot holds an expert's matrices as the kernels read them, in packets: codes come to a small buffer on the GPU and are
+laid out from there by the same stream. The tier speaks to a `Device`: `CudaDevice` does it by torch's streams and
+events, the tests' by lists of things to do. A copy waits until what was computed from its slot before is done; what is
+computed from a slot waits for its copy; nothing else waits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.errors import DeviceError, FormatError, SettingError
+from qmoe_lite.models.experts import PackedExperts
+from qmoe_lite.offload.cache import ExpertCache, Wanting
+from qmoe_lite.offload.ram_tier import Layer
+
+if TYPE_CHECKING:
+    from qmoe_lite.cuda.packets import Packets
+
+_STAGES = 4  # pinned buffers, and those on the GPU: copies that may be under way
+_ALIGNMENT = 256  # bytes; of each tensor in a slot
+_CODES_ALIGNMENT = 16  # bytes; of each tensor in the buffers
+
+
+class Repack(NamedTuple):
+    """Codes on the GPU that are to be laid out in packets; as `cuda.packets.repack` takes them."""
+
+    codes: Tensor
+    offsets: Tensor
+    firsts: Tensor
+    starts: Tensor
+    words: Tensor
+    codebook: Codebook
+
+
+class Call(Protocol):
+    """Tokens on their way through a layer's experts; `cuda.matmul.ExpertsCall` is one."""
+
+    def turn(self, places: dict[int, int], sizes: Sequence[int], activation: Callable[[list[Tensor]], Tensor]) -> None:
+        """Send tokens through the experts that lie at these places."""
+
+    def total(self) -> Tensor:
+        """Return what all experts that had their turn add up to, float32 (T, C)."""
+
+
+class Device(Protocol):
+    """What the tier needs of a GPU. Events are the device's own objects."""
+
+    name: str
+    device: torch.device
+
+    def allocate(self, size: int) -> Tensor:
+        """Give bytes of its memory, uint8; raise torch.OutOfMemoryError."""
+
+    def stage(self, size: int) -> Tensor:
+        """Give pinned bytes of ours."""
+
+    def fill(self, copies: Sequence[tuple[Tensor, Tensor]], repacks: Sequence[Repack], after: Any) -> Any:
+        """Begin to copy from pinned bytes, and then to lay out codes, once the event `after` (or None) has happened.
+
+        Returns the event of its end. Whatever was begun before has ended before.
+        """
+
+    def wait(self, event: Any) -> None:
+        """Let what is computed from now on wait for an event."""
+
+    def waited(self) -> float | None:
+        """Give the seconds for which what was computed waited so far; None where that is not known."""
+
+    def finish(self, event: Any) -> None:
+        """Let this thread wait for an event."""
+
+    def mark(self) -> Any:
+        """Give the event of the end of all that was given it to compute so far."""
+
+    def begin(
+        self, experts: PackedExperts, packets: dict[str, Packets], x: Tensor, index: Tensor, weights: Tensor
+    ) -> Call:
+        """Begin to send tokens through a layer's experts there."""
+
+
+class CudaDevice:
+    """A GPU by torch's streams and events.
+
+    Raises
+    ------
+    DeviceError
+        No such GPU, or the kernels cannot be compiled for it.
+    """
+
+    def __init__(self, name: str) -> None:
+        from qmoe_lite.cuda import launch
+
+        try:
+            self.device = torch.device(name)
+        except RuntimeError as error:
+            raise SettingError(f"devices has {name}; expected GPUs only, such as cuda:0.") from error
+        if self.device.type != "cuda":
+            raise SettingError(f"devices has {name}; expected GPUs only, such as cuda:0.")
+        if (reason := launch.reason(self.device.index or 0)) is not None:
+            raise DeviceError(reason)
+        self.device = torch.device("cuda", self.device.index or 0)
+        self.name = name
+        self._copies: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._waits: deque[tuple[Any, Any]] = deque()  # events around each wait that may not have ended
+        self._waited = 0.0
+
+    def allocate(self, size: int) -> Tensor:
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        # torch may give memory of which what it was before is still in use on its own stream
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        return memory
+
+    def stage(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def fill(self, copies: Sequence[tuple[Tensor, Tensor]], repacks: Sequence[Repack], after: Any) -> Any:
+        from qmoe_lite.cuda.packets import repack
+
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                self._copies.wait_event(after)
+            for source, target in copies:
+                target.copy_(source, non_blocking=True)
+            for each in repacks:
+                repack(*each)
+            return self._copies.record_event()
+
+    def wait(self, event: Any) -> None:
+        if event.query():
+            return
+        stream = torch.cuda.current_stream(self.device)
+        around = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        around[0].record(stream)
+        stream.wait_event(event)
+        around[1].record(stream)
+        self._waits.append((around[0], around[1]))
+
+    def waited(self) -> float | None:
+        while self._waits and self._waits[0][1].query():
+            before, after = self._waits.popleft()
+            self._waited += before.elapsed_time(after) / 1e3
+        return self._waited
+
+    def finish(self, event: Any) -> None:
+        event.synchronize()
+
+    def mark(self) -> Any:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def begin(
+        self, experts: PackedExperts, packets: dict[str, Packets], x: Tensor, index: Tensor, weights: Tensor
+    ) -> Call:
+        return experts.begin_call(packets, x, index, weights)  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Stage:
+    memory: Tensor
+    on_gpu: Tensor
+    copied: Any = None
+
+
+@dataclass
+class _Slot:
+    """An expert there: the event of its copy and that copy's number, and the event after what was computed from it."""
+
+    arrived: Any = None
+    number: int = 0
+    used: Any = None
+
+
+class _Layout:
+    """Where a layer's experts have what in a slot, and bytes of the buffers that they come through.
+
+    First the packets of all projections; then, in one piece that is copied as it is, row starts and levels.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        from qmoe_lite.cuda.packets import PACKET_BITS, most_packets
+
+        self.words: dict[str, int] = {}
+        self.packets: dict[str, int] = {}  # most of an expert
+        self.starts: dict[str, int] = {}
+        self.levels: dict[str, int] = {}
+        at = codes = 0
+        for name in layer.projections:
+            rows = layer.experts.layer.shapes[name][0]
+            size = layer.part_sizes(name)[0]
+            self.words[name], self.packets[name] = at, most_packets(layer.experts.codebooks[name], size, rows)
+            at = _aligned(at + PACKET_BITS // 8 * self.packets[name], _ALIGNMENT)
+            codes += _aligned(size, _CODES_ALIGNMENT) + _aligned(4 * (rows + 1), _CODES_ALIGNMENT)
+        self.tail = at
+        for name in layer.projections:
+            self.starts[name] = at
+            self.levels[name] = _aligned(at + 4 * (layer.experts.layer.shapes[name][0] + 1), _ALIGNMENT)
+            at = _aligned(self.levels[name] + layer.part_sizes(name)[2], _ALIGNMENT)
+        self.size = at
+        # before the codes of an expert lies the place of each projection's
+        self.stage = _aligned(8 * len(layer.projections), _CODES_ALIGNMENT) + codes
+
+
+def _aligned(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+@njit(cache=True)
+def _place_rows(
+    above: NDArray[Any], fewest: int, each: int, firsts: NDArray[np.int32], starts: NDArray[np.int32]
+) -> None:
+    """Fill in each row's first codeword and first packet, then their totals, given the codewords above the fewest."""
+    firsts[0] = starts[0] = 0
+    for row in range(len(above)):
+        codewords = np.int64(above[row]) + fewest
+        firsts[row + 1] = firsts[row] + codewords
+        starts[row + 1] = starts[row] + (codewords - 1) // each + 1
+
+
+class GpuTier(Wanting):
+    """Slots on one GPU for the experts of some layers.
+
+    Parameters
+    ----------
+    device : Device
+    layers : list of Layer
+        Those whose experts are multiplied there.
+    experts : int
+        Of all layers, which number them.
+    budget : int or None
+        Bytes of its memory for slots; None: as many as the layers' experts take. The codes of a few experts besides
+        that are being copied are not counted.
+    half_life : float
+        As `ExpertCache` takes it.
+    notes : list of str
+        Is told what was done otherwise than asked for.
+
+    Attributes
+    ----------
+    copied_bytes : int
+        So far.
+    guessed : set of int
+        Experts that were copied because they were predicted, until `end_guess`.
+
+    Raises
+    ------
+    SettingError
+        The budget has no room for one expert.
+    DeviceError
+        The GPU has none.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[Layer],
+        experts: int,
+        budget: int | None,
+        half_life: float,
+        notes: list[str],
+    ) -> None:
+        super().__init__()
+        self.device, self.notes = device, notes
+        self.copied_bytes = 0
+        self.guessed: set[int] = set()
+        self._experts, self._half_life = experts, half_life
+        self._layouts = {layer.first: _Layout(layer) for layer in layers}
+        # a multiple of _ALIGNMENT, so that it is a whole stride for every tensor of a slot
+        self.slot_bytes = max(layout.size for layout in self._layouts.values())
+        wanted = sum(layer.experts.num_experts for layer in layers)
+        slots = wanted if budget is None else min(budget // self.slot_bytes, wanted)
+        if slots < 1:
+            raise SettingError(
+                f"expert_cache is {budget} bytes on {device.name}, and one expert takes {self.slot_bytes}. "
+                "Give more, or leave it out."
+            )
+        codes = max(layout.stage for layout in self._layouts.values())
+        whole = codes + max(layout.size - layout.tail for layout in self._layouts.values())
+        self._stages = [_Stage(device.stage(whole), self._buffer(codes)) for _ in range(_STAGES)]
+        self._begun = self._waited = 0  # copies: all so far, and those that what is computed has waited for
+        self._lost: str | None = None
+        self._make(slots)
+
+    def _check(self) -> None:
+        if self._lost:
+            raise DeviceError(self._lost)
+
+    def _buffer(self, size: int) -> Tensor:
+        try:
+            return self.device.allocate(size)
+        except torch.OutOfMemoryError:
+            raise DeviceError(self._no_room()) from None
+
+    def _no_room(self) -> str:
+        found = f"{self.device.name} has no memory for one expert ({self.slot_bytes} bytes). "
+        return found + "Free some of it, or run on the CPU."
+
+    def _make(self, slots: int) -> None:
+        asked = slots
+        self._packets: dict[int, dict[str, Packets]] = {}
+        while True:
+            try:
+                self._memory = self.device.allocate(slots * self.slot_bytes)
+                break
+            except torch.OutOfMemoryError:
+                slots //= 2
+                if slots < 1:
+                    self._lost = self._no_room()
+                    raise DeviceError(self._lost) from None
+        if slots < asked:
+            self.notes.append(
+                f"{self.device.name} was out of memory: its cache holds {slots} experts instead of {asked}."
+            )
+        self.cache = ExpertCache(self._experts, slots, self._half_life)
+        self._held = [_Slot() for _ in range(slots)]
+        self._wanted.clear()
+        self.guessed.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its slots."""
+        return 0 if self._lost else self.cache.slots * self.slot_bytes
+
+    def shrink(self) -> None:
+        """Give back half of the memory, and forget what was in it.
+
+        Raises
+        ------
+        DeviceError
+            There is no half of one expert; or not even that was to be had again, which every later call says too.
+        """
+        slots, uses = self.cache.slots, self.cache.uses
+        if slots == 1:
+            raise DeviceError(
+                f"{self.device.name} is out of memory with room for one expert only. "
+                "Free some of it, shorten the prompt, or run on the CPU."
+            )
+        for stage in self._stages:
+            if stage.copied is not None:
+                self.device.finish(stage.copied)
+        # a new slot knows of no use, and its first copy would not wait for what is still computed from the same memory
+        self.device.finish(self.device.mark())
+        del self._memory, self._packets  # which are views of it
+        self._make(slots // 2)
+        self.cache.remember(uses)
+        self.notes.append(
+            f"{self.device.name} ran out of memory: its cache now holds {self.cache.slots} experts instead of {slots}."
+        )
+
+    def there(self, number: int) -> bool:
+        """Tell whether an expert has a slot; raise DeviceError where there are none any more."""
+        self._check()
+        return self.cache.slot(number) >= 0
+
+    def guess(self, numbers: Sequence[int], layer: Layer) -> int:
+        """Begin to copy experts in memory that the next layer may want, while a quarter of the slots suffices.
+
+        Those that are there already stay until the next `run`.
+
+        Returns
+        -------
+        int
+            How many are new.
+        """
+        before = len(self.guessed)
+        for number in filter(self.there, numbers):
+            self._pin(number)
+        for number in numbers:
+            if len(self.guessed) >= self.cache.slots // 4:
+                break
+            if self.there(number):
+                continue
+            try:
+                layer.validate(number - layer.first)
+                if not self._put(number, layer):
+                    break
+            except (FormatError, torch.OutOfMemoryError):  # it is said where the expert is asked for
+                break
+            self.guessed.add(number)
+            self.cache.pin(number)
+        return len(self.guessed) - before
+
+    def end_guess(self) -> None:
+        """Let go of the guesses."""
+        for number in self.guessed:
+            self.cache.unpin(number)
+        self.guessed.clear()
+
+    def _put(self, number: int, layer: Layer) -> bool:
+        """Begin to copy an expert, which is in memory, to a slot; tell whether there was one."""
+        given = self.cache.admit(number)
+        if given is None:
+            return False
+        try:
+            self._fill(given[0], number, layer)
+        except BaseException:  # else it would look as if it were there
+            self.cache.drop(number)
+            raise
+        return True
+
+    def _fill(self, place: int, number: int, layer: Layer) -> None:
+        from qmoe_lite.cuda.packets import codewords_each
+
+        slot, base = self._held[place], place * self.slot_bytes
+        layout, packets = self._layouts[layer.first], self.packets(layer)
+        stage = self._stages[self._begun % _STAGES]
+        if stage.copied is not None:
+            self.device.finish(stage.copied)  # the buffer is filled anew only when its last copy is done
+        memory, begun = stage.memory.numpy(), len(stage.on_gpu)
+        shift = begun - layout.tail  # from a place in the slot to that in the buffer of what is copied as it is
+        offsets = memory[: 8 * len(layer.projections)].view(np.int64)
+        at = _aligned(offsets.nbytes, _CODES_ALIGNMENT)
+        repacks = []
+        for i, (name, own) in enumerate(packets.items()):
+            packed = layer.packed(number - layer.first, name)
+            firsts_at = at + _aligned(len(packed.codes), _CODES_ALIGNMENT)
+            memory[at : at + len(packed.codes)] = packed.codes.numpy()
+            offsets[i] = at
+            firsts = memory[firsts_at : firsts_at + 4 * (own.rows + 1)].view(np.int32)
+            starts_at = layout.starts[name] + shift
+            starts = memory[starts_at : starts_at + firsts.nbytes].view(np.int32)
+            each = codewords_each(own.codebook.bits)
+            _place_rows(packed.row_codewords.numpy(), packed.fewest_codewords, each, firsts, starts)
+            assert starts[-1] <= layout.packets[name]
+            levels = packed.levels.contiguous().view(-1).view(torch.uint8).numpy()
+            levels_at = layout.levels[name] + shift
+            memory[levels_at : levels_at + len(levels)] = levels
+            words = base + layout.words[name]
+            repacks.append(
+                Repack(
+                    stage.on_gpu,
+                    stage.on_gpu[8 * i : 8 * i + 8].view(torch.int64),
+                    stage.on_gpu[firsts_at : firsts_at + firsts.nbytes].view(torch.int32)[None],
+                    self._memory[base + layout.starts[name] :][: firsts.nbytes].view(torch.int32),
+                    self._memory[words : words + 16 * int(starts[-1])].view(torch.uint32).view(-1, 4),
+                    own.codebook,
+                )
+            )
+            at = _aligned(firsts_at + firsts.nbytes, _CODES_ALIGNMENT)
+        as_it_is = stage.memory[begun : begun + layout.size - layout.tail]
+        tail = self._memory[base + layout.tail : base + layout.size]
+        slot.arrived = stage.copied = self.device.fill(
+            [(stage.memory[:at], stage.on_gpu[:at]), (as_it_is, tail)], repacks, slot.used
+        )
+        self._begun += 1
+        slot.used, slot.number = None, self._begun
+        self.copied_bytes += at + len(tail)
+
+    def packets(self, layer: Layer) -> dict[str, Packets]:
+        """Give a layer's projections as the kernels read them: whatever expert holds a slot, at that slot's number."""
+        if layer.first not in self._packets:
+            self._packets[layer.first] = {name: self._view(layer, name) for name in layer.projections}
+        return self._packets[layer.first]
+
+    def _view(self, layer: Layer, projection: str) -> Packets:
+        from qmoe_lite.cuda.packets import Packets, packets_of
+
+        layout, stack = self._layouts[layer.first], layer.stack(projection)
+        counts = stack.row_codewords.astype(np.int64) + stack.fewest[:, None]
+        levels = self._memory[layout.levels[projection] :].view(stack.levels.dtype)
+        return Packets(
+            words=self._memory[layout.words[projection] :].view(torch.uint32).view(-1, 4),
+            starts=self._memory[layout.starts[projection] :].view(torch.int32),
+            levels=levels,
+            codebook=stack.codebook,
+            experts=self.cache.slots,
+            rows=counts.shape[1],
+            columns=stack.columns,
+            levels_each=stack.levels.shape[2],
+            # of all experts, not of those that are there: what is computed does not depend on them
+            packets_each=int(packets_of(counts, stack.codebook.bits).sum()) / counts.size,
+            strides=(self.slot_bytes // 16, self.slot_bytes // 4, self.slot_bytes // levels.element_size()),
+        )
+
+    def run(
+        self, layer: Layer, x: Tensor, index: Tensor, weights: Tensor, sizes: Sequence[int], arriving: Any
+    ) -> Tensor:
+        """Send tokens through their experts: first those that are there, the others as they arrive in memory.
+
+        Parameters
+        ----------
+        layer : Layer
+            Whose they are.
+        x, index, weights : tensors
+            On the device, as `cuda.matmul.ExpertsCall` takes them.
+        sizes : list of int
+            Tokens of each of the layer's experts.
+        arriving : function
+            Is called with numbers of experts among all, and a function, which it calls with those of them that are in
+            memory, until all had their turn.
+
+        Returns
+        -------
+        float32 tensor, shape (T, C), on the device
+        """
+        self._check()
+        self.release()  # what was only likely to be asked for
+        call = self.device.begin(layer.experts, self.packets(layer), x, index, weights)
+
+        def finish(numbers: Sequence[int]) -> None:
+            if not numbers:
+                return
+            slots = {number: self.cache.slot(number) for number in numbers}
+            last = max((self._held[slot] for slot in slots.values()), key=lambda held: held.number)
+            if last.number > self._waited:  # whatever was begun before has ended before
+                self.device.wait(last.arrived)
+                self._waited = last.number
+            call.turn({number - layer.first: slot for number, slot in slots.items()}, sizes, layer.experts.activate)
+            used = self.device.mark()
+            for slot in slots.values():
+                self._held[slot].used = used
+            self.release(numbers)
+
+        def take(numbers: Sequence[int]) -> None:
+            begun: list[int] = []
+            for number in numbers:
+                if not self._put(number, layer):
+                    finish(begun)
+                    begun = []
+                    if not self._put(number, layer):
+                        raise DeviceError(f"all slots of {self.device.name} are in use. Please report this as a bug.")
+                self._pin(number)
+                begun.append(number)
+            finish(begun)
+
+        asked = [layer.first + expert for expert, size in enumerate(sizes) if size]
+        try:
+            resident = [number for number in asked if self.there(number)]
+            finish(resident)
+            done = set(resident)
+            if missing := [number for number in asked if number not in done]:
+                arriving(missing, take)
+        except BaseException:
+            self.release()
+            raise
+        return call.total()
+
+
+def share_layers(layers: Sequence[Layer], budgets: Sequence[float]) -> list[int]:
+    """Number of the device of each layer: runs of layers whose experts' bytes are as the budgets."""
+    sizes = [layer.codes_bytes for layer in layers]
+    whole, edges = sum(sizes), [sum(budgets[: i + 1]) / sum(budgets) for i in range(len(budgets))]
+    middles = [(sum(sizes[:i]) + size / 2) / max(whole, 1) for i, size in enumerate(sizes)]
+    return [next(i for i, edge in enumerate(edges) if middle < edge or i == len(edges) - 1) for middle in middles]

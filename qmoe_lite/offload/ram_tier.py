@@ -1,0 +1,339 @@
+"""Experts in memory: a fixed number of slots for codes, filled from the files by threads.
+
+Row lengths and levels of a layer (a few percent of its bytes) are read when it first runs, and stay: a cached expert is
+then only codes that lie somewhere in one array, which the product's kernels take as they are, so it is never copied.
+An expert is compared with its checksum when it is first read, its codes with those of that time at each later read,
+and they are walked once, before the first use.
+
+Slots are given away while nobody holds them: a read that is under way, a layer that is about to multiply, and a guess
+for the next layer each pin theirs.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_lite.checkpoint.reader import Checkpoint, Place
+from qmoe_lite.checkpoint.weight_file import PAGE, Read, Readers, WeightFile, page_memory, room
+from qmoe_lite.coding.matmul import MatrixStack
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.stream import stream_bytes
+from qmoe_lite.errors import FormatError, QMoEError
+from qmoe_lite.models.experts import ALIGNMENT, PackedExperts, check_codes, check_sum
+from qmoe_lite.offload.cache import ExpertCache, Wanting
+
+_KEPT = ("row_codewords", "fewest_codewords", "levels", "checksums")  # parts that stay once the layer has run
+
+
+class Layer:
+    """One sparse layer's experts, as the files hold them.
+
+    Attributes
+    ----------
+    experts : PackedExperts
+    first : int
+        Number of its first expert among those of all layers.
+    """
+
+    def __init__(
+        self, experts: PackedExperts, first: int, checkpoint: Checkpoint, files: dict[Path, WeightFile]
+    ) -> None:
+        self.experts, self.first = experts, first
+        self.projections = experts.layer.projections
+        self.index_bytes = 0
+        self.stored: dict[str, NDArray[np.int64]] = {}  # where each expert's codes begin in the file's tensor
+        self._files = files
+        self._places: dict[str, dict[str, Place]] = {}
+        for projection in self.projections:
+            name = f"{experts.layer.experts}.{projection}_"
+            places = {part: checkpoint.place(name + part) for part in ("codes", "expert_offsets", *_KEPT)}
+            self._places[projection] = places
+            self.stored[projection] = self._read(places["expert_offsets"]).numpy()
+            self.index_bytes += sum(places[part].length for part in ("expert_offsets", *_KEPT))
+        self._held: dict[str, dict[str, Tensor]] = {}
+        self._used: dict[str, NDArray[np.int64]] = {}  # bytes of each expert's stream
+        self._stacks: dict[str, MatrixStack] = {}
+        self._valid: dict[str, NDArray[np.bool_]] = {}
+        self._sums: dict[str, NDArray[np.int64]] = {}  # CRC-32 of the codes alone; -1 before they were first read
+
+    @property
+    def codes_bytes(self) -> int:
+        """Bytes of all its experts' codes."""
+        return sum(places["codes"].length for places in self._places.values())
+
+    def largest(self, projection: str) -> int:
+        """Bytes of the longest codes of one expert."""
+        sizes = np.diff(self.stored[projection])
+        return int(sizes[(sizes >= 0) & (sizes <= self._places[projection]["codes"].length)].max(initial=0))
+
+    def part_sizes(self, projection: str) -> tuple[int, int, int]:
+        """Most bytes of one expert's codes, and its bytes of row lengths and of levels."""
+        places, experts = self._places[projection], self.experts.num_experts
+        others = [places[part].length // experts for part in ("row_codewords", "levels")]
+        return self.largest(projection), others[0], others[1]
+
+    def _read(self, place: Place) -> Tensor:
+        data = self._files[place.path].read(place.offset, place.length)
+        return torch.frombuffer(data, dtype=place.dtype).view(place.shape)
+
+    def open(self, memory: NDArray[np.uint8]) -> None:
+        """Read row lengths and levels, unless that is done; codes will lie in `memory`."""
+        if self._stacks:
+            return
+        stacks = {}
+        for projection in self.projections:
+            held = {part: self._read(self._places[projection][part]) for part in _KEPT}
+            row_codewords, fewest = held["row_codewords"].numpy(), held["fewest_codewords"].numpy()
+            book = self.experts.codebooks[projection]
+            rows, columns = self.experts.layer.shapes[projection]
+            codewords = row_codewords.sum(1, dtype=np.int64) + fewest.astype(np.int64) * rows
+            self._used[projection] = np.array([stream_bytes(int(n), book.bits) for n in codewords])
+            self._valid[projection] = np.zeros(self.experts.num_experts, dtype=bool)
+            self._sums[projection] = np.full(self.experts.num_experts, -1)
+            self._held[projection] = held
+            offsets = np.full(self.experts.num_experts, -1, dtype=np.int64)
+            stacks[projection] = MatrixStack(memory, offsets, row_codewords, fewest, held["levels"], book, columns)
+        self._stacks = stacks  # last, so that a read that fails is not half a layer
+
+    def stack(self, projection: str) -> MatrixStack:
+        """The projection's matrices; only those of experts in memory have an offset that means anything."""
+        return self._stacks[projection]
+
+    def fetch(self, expert: int, projection: str, memory: NDArray[np.uint8], start: int) -> int:
+        """Read one expert's codes to `memory` from `start` on, which is a page; compare the checksum.
+
+        Returns
+        -------
+        int
+            Bytes read.
+        """
+        first, end = (int(offset) for offset in self.stored[projection][expert : expert + 2])
+        place, used = self._places[projection]["codes"], int(self._used[projection][expert])
+        if first < 0 or first % ALIGNMENT or not first <= first + used <= end <= place.length:
+            name = self.experts.name_of(expert, projection)
+            raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
+        target = memory[start : start + room(used)]
+        offset = start + self._files[place.path].read_into(target, place.offset + first, used)
+        self._stacks[projection].offsets[expert] = offset
+        crc, known = zlib.crc32(memory[offset : offset + used].data), self._sums[projection]
+        if crc != known[expert]:  # the whole matrix is what the file has a checksum of: slower, so only once
+            packed = self.packed(expert, projection)
+            name = self.experts.name_of(expert, projection)
+            check_sum(packed, int(self._held[projection]["checksums"][expert]), name)
+            known[expert] = crc
+        return used
+
+    def packed(self, expert: int, projection: str) -> PackedMatrix:
+        """View of an expert in memory."""
+        stack, held = self._stacks[projection], self._held[projection]
+        start = int(stack.offsets[expert])
+        return PackedMatrix(
+            codes=torch.from_numpy(stack.codes[start : start + int(self._used[projection][expert])]),
+            row_codewords=held["row_codewords"][expert],
+            levels=held["levels"][expert],
+            codebook=stack.codebook,
+            columns=stack.columns,
+            fewest_codewords=int(stack.fewest[expert]),
+            _validated=bool(self._valid[projection][expert]),
+        )
+
+    def validate(self, expert: int) -> None:
+        """Walk an expert's codes, if that was never done; raise FormatError where they are not to be multiplied.
+
+        Not by the reading threads: Numba's kernels are to be started by one thread.
+        """
+        for projection in self.projections:
+            if not self._valid[projection][expert]:
+                check_codes(self.packed(expert, projection), self.experts.name_of(expert, projection))
+                self._valid[projection][expert] = True
+
+
+class RamTier(Wanting):
+    """Slots in memory for the experts of all layers.
+
+    Parameters
+    ----------
+    layers : list of Layer
+    slots : int
+        At most the experts of all layers.
+    half_life : float
+        As `ExpertCache` takes it.
+
+    Attributes
+    ----------
+    readers : Readers
+        Whoever makes a tier closes them.
+    read_bytes, reads : int
+        Codes read so far.
+    stall_seconds : float
+        Time that `wait` took.
+    """
+
+    def __init__(self, layers: list[Layer], slots: int, half_life: float) -> None:
+        super().__init__()
+        self.layers = layers
+        self.cache = ExpertCache(sum(layer.experts.num_experts for layer in layers), slots, half_life)
+        starts, self.slot_bytes = slot_layout(layers)
+        self.read_bytes = self.reads = 0
+        self.stall_seconds = 0.0
+        self._starts = starts
+        self._memory = page_memory(slots * self.slot_bytes)
+        self.readers = Readers()
+        self._under_way: dict[int, Read] = {}
+        self._guessed: set[int] = set()
+        self._firsts = np.array([layer.first for layer in layers])
+
+    def place_of(self, number: int) -> tuple[Layer, int]:
+        """Layer of an expert, and its number there."""
+        layer = self.layers[int(np.searchsorted(self._firsts, number, side="right")) - 1]
+        return layer, number - layer.first
+
+    def open(self, layer: Layer) -> None:
+        self._check_open()
+        layer.open(self._memory)
+
+    def ready(self, number: int) -> bool:
+        """Tell whether an expert can be multiplied."""
+        return self.cache.slot(number) >= 0 and number not in self._under_way
+
+    def want(self, numbers: Sequence[int]) -> None:
+        """Pin the experts that are there; begin to read the others, as far as slots can be had.
+
+        Raises
+        ------
+        QMoEError
+            A read of an expert that was wanted before has failed, or the readers are closed.
+        """
+        self._check_open()
+        self.collect()
+        for number in numbers:
+            if self.cache.slot(number) >= 0:
+                if (read := self._under_way.get(number)) is not None:
+                    read.early |= number not in self._wanted
+                    self.readers.hurry(read)
+                self._pin(number)
+        for number in numbers:
+            if self.cache.slot(number) < 0:
+                if not self._begin(number, urgent=True):
+                    return
+                self._pin(number)
+
+    def wait(self, numbers: Sequence[int]) -> None:
+        """Wait until one of some experts has arrived, or, where none of them has a slot yet, until one may have.
+
+        Raises
+        ------
+        QMoEError
+            Nothing is under way: it would be for ever. Or, as `want`.
+        """
+        start = time.perf_counter()
+        reads = [self._under_way[number] for number in numbers if number in self._under_way]
+        if not (reads or self._under_way):
+            raise QMoEError("all slots of the experts' memory are in use. Please report this as a bug.")
+        self.readers.wait(reads or list(self._under_way.values()))
+        self.stall_seconds += time.perf_counter() - start
+        self._check_open()
+        self.collect()
+
+    def guess(self, numbers: Sequence[int]) -> list[int]:
+        """Begin to read experts that the next layer may want, while a quarter of the slots suffices; tell which."""
+        begun = []
+        for number in numbers:
+            if len(self._guessed) >= self.cache.slots // 4 or self.cache.unpinned <= len(self._wanted):
+                break
+            if self.cache.slot(number) < 0 and self._begin(number, urgent=False):
+                self._guessed.add(number)
+                self.cache.pin(number)
+                begun.append(number)
+        return begun
+
+    def end_guess(self, wanted: Sequence[int]) -> None:
+        """Let go of the guesses; forget those that are not wanted and whose reading has not begun."""
+        kept = set(wanted)
+        for number in list(self._guessed):
+            self.cache.unpin(number)
+            read = self._under_way.get(number)
+            if number not in kept and read is not None and self.readers.cancel(read):
+                self._forget(number)
+        self._guessed.clear()
+
+    def warm_up(self) -> None:
+        """Begin to read the experts worth most, as long as there are slots."""
+        for number in self.cache.hottest():
+            if self.cache.slot(number) < 0:
+                self.open(self.place_of(number)[0])
+                self._begin(number, urgent=False)
+
+    def _check_open(self) -> None:
+        if self.readers.closed:
+            raise QMoEError("the runner was closed while its model ran. Run the model again.")
+
+    def _begin(self, number: int, urgent: bool) -> bool:
+        given = self.cache.admit(number)
+        while given is None:
+            idle = (n for n, read in reversed(self._under_way.items()) if not read.urgent)
+            if not urgent or not any(self.readers.cancel(self._under_way[n]) and self._forget(n) for n in idle):
+                return False
+            given = self.cache.admit(number)
+        self.cache.pin(number)
+        layer, expert = self.place_of(number)
+        base = given[0] * self.slot_bytes
+
+        def work() -> int:
+            places = zip(layer.projections, self._starts, strict=False)
+            return sum(layer.fetch(expert, projection, self._memory, base + start) for projection, start in places)
+
+        read = Read(work, urgent)
+        self._under_way[number] = read
+        try:
+            self.readers.submit(read)
+        except BaseException:  # else the slot would never be filled, and never given away
+            self._forget(number)
+            raise
+        return True
+
+    def _forget(self, number: int) -> bool:
+        self._under_way.pop(number, None)
+        self._wanted.discard(number)
+        self._guessed.discard(number)
+        self.cache.drop(number)
+        return True
+
+    def collect(self) -> None:
+        """Take note of the reads that are done; raise what a wanted one ran into.
+
+        Not if it began before it was wanted, in a call that has failed or as a guess: it is then read anew, as the file
+        may be whole again.
+        """
+        failed: QMoEError | None = None
+        for number, read in list(self._under_way.items()):
+            if not read.done:
+                continue
+            if read.error is not None:
+                failed = read.error if number in self._wanted and not read.early else failed
+                self._forget(number)
+            else:
+                self.reads += 1
+                self.read_bytes += read.nbytes
+                del self._under_way[number]
+                self.cache.unpin(number)
+        if failed is not None:
+            raise failed
+
+
+def slot_layout(layers: list[Layer]) -> tuple[list[int], int]:
+    """Where in a slot each projection's codes may begin, and the bytes of a slot: as the longest codes need."""
+    starts = [0]
+    for number in range(max(len(layer.projections) for layer in layers)):
+        longest = max(layer.largest(layer.projections[number]) for layer in layers if number < len(layer.projections))
+        starts.append(starts[-1] + room(longest))
+    assert starts[-1] % PAGE == 0
+    return starts[:-1], starts[-1]

@@ -1,0 +1,1 @@
+"""Which digit each weight gets: grids, Hessians, the GPTQ solver."""

@@ -1,0 +1,408 @@
+"""Batched GPTQ: round a group of experts column by column, each column making up for the ones before it.
+
+weight (E, R, C), hessian (E, C, C). A compiled kernel runs the recursion inside a block of columns, rows in lanes;
+one matrix product an expert carries the block's errors to the columns after it. Floor: R C^2 operations an expert for
+the products, C^3 / 3 for the factorisation, R C^2 for the error.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
+from qmoe_lite.quantization.columns import block_kernel, lost_kernel
+from qmoe_lite.quantization.grid import Grid, Quantized, RoundingTable, dequantize, nearest_digits
+from qmoe_lite.quantization.hessian import added, all_finite, factorise, full_float32
+
+Array = Tensor | NDArray[Any]
+
+_MOST_DAMPENING = 1.0
+_QUADRATIC_BLOCK = 192
+_CANCELLATION = 32  # the error may be this many times smaller than the two sums whose difference it is
+_CHUNK = 1 << 21  # weights that the CPU works on at a time, whole experts
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the Hessians, (E or 1, ...) each."""
+
+    factor: Tensor  # (E, C, C), as `factorise` gives it
+    classes: list[str]
+    metric: Tensor  # (E, C, C), what the error is measured with
+    added: Tensor  # (E,), what was added to the metric's diagonal for the factor; NaN where the factor is another's
+
+
+def gptq(
+    weight: Array,
+    hessian: Array | None,
+    grid: Grid,
+    *,
+    dampening: float = 0.1,
+    block_size: int = 128,
+    layer_hessian: Array | None = None,
+) -> Quantized:
+    """Quantise weights so that the outputs on the calibration inputs change little.
+
+    Parameters
+    ----------
+    weight : float tensor or array, shape (E, R, C) or (R, C)
+        Any float dtype, finite; computed in float32.
+    hessian : float tensor or array, shape (E, C, C) or (C, C), or None
+        X^T X of the inputs, sum or mean, without dampening, symmetric; (C, C) is shared by all E. None rounds to
+        nearest.
+    grid : Grid
+        Which levels a row may take, such as `MinMaxTernary()`.
+    dampening : float, default 0.1
+        Fraction of the mean diagonal that is added to the diagonal ("percdamp" in GPTQ).
+    block_size : int, default 128
+        Columns between two matrix products ("blocksize"); the results differ by float32 rounding only.
+    layer_hessian : float tensor or array, shape (C, C), or None, default None
+        Stands in for a Hessian that is unusable.
+
+    Returns
+    -------
+    Quantized
+        On the weight's device. Says for each matrix how well it went and which Hessian served.
+
+    Raises
+    ------
+    ShapeError
+        Shapes that do not go together, or an empty weight.
+    DtypeError
+        `weight` or a Hessian is not floating point.
+    NotFiniteError
+        NaN or infinity in `weight`; names the expert, row and column.
+    SettingError
+        `dampening` or `block_size` outside its range; levels that overflow the grid's level dtype.
+
+    Notes
+    -----
+    GPTQ (arXiv:2210.17323), algorithm 1; QMoE (arXiv:2310.16795), section 3.2. A Hessian that cannot be factorised (not
+    positive definite, not finite, no tokens at all) gets ten times the dampening up to 1 ("dampened"), then the layer's
+    Hessian takes its place ("blended"), then its matrix alone is rounded to nearest ("nearest", `fallback`); the other
+    matrices keep every bit. Departs from the published code, which zeroes the weights of inputs that calibration never
+    saw: dampening makes their diagonal positive, so they are rounded like any weight, and held-out inputs may use them.
+
+    Every row is summed in one order by one thread: the number of Numba threads changes no bit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qmoe_lite.quantization.grid import MinMaxTernary
+    >>> gptq(torch.tensor([[0.9, 0.2, -1.0]]), torch.eye(3), MinMaxTernary()).digits.tolist()
+    [[1, 0, -1]]
+    """
+    return gptq_shared(
+        [weight], hessian, grid, dampening=dampening, block_size=block_size, layer_hessian=layer_hessian
+    )[0]
+
+
+def gptq_shared(
+    weights: Sequence[Array],
+    hessian: Array | None,
+    grid: Grid,
+    *,
+    dampening: float = 0.1,
+    block_size: int = 128,
+    layer_hessian: Array | None = None,
+) -> list[Quantized]:
+    """Quantise matrices that get the same inputs, such as gate_proj and up_proj, factorising the Hessian once.
+
+    Parameters
+    ----------
+    weights : sequence of float tensors or arrays, shapes (E, R_i, C), or all (R_i, C)
+        As `gptq` takes one.
+    hessian, grid, dampening, block_size, layer_hessian
+        As in `gptq`.
+
+    Returns
+    -------
+    list of Quantized
+        What `gptq` gives for each of the weights, bit for bit.
+
+    Raises
+    ------
+    As `gptq`.
+    """
+    dampening, block_size = _check_settings(dampening, block_size)
+    checked = [_check_weight(weight) for weight in weights]
+    for full in checked[1:]:
+        if (*full.shape[:-2], full.shape[-1]) != (*checked[0].shape[:-2], checked[0].shape[-1]):
+            found = " and ".join(str(tuple(each.shape)) for each in (checked[0], full))
+            raise ShapeError(f"weights have shapes {found}; expected one E and one C. Quantise them apart.")
+    own = _check_hessian(hessian, checked[0], shared=True, name="hessian")
+    layer = _check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
+    known = None if own is None else _factorise_all(own, layer, dampening, block_size)
+    return [_quantise(weight, known, grid, block_size) for weight in checked]
+
+
+def _check_weight(weight: Array) -> Tensor:
+    """Return a weight as finite float32 of two or three axes, or raise."""
+    full = _to_float32(weight, "weight")
+    if full.ndim not in (2, 3) or full.numel() == 0:
+        message = f"weight has shape {tuple(full.shape)}; expected (E, R, C) or (R, C), none of them 0. "
+        raise ShapeError(message + "Pass at least one weight.")
+    _check_finite(full)
+    return full
+
+
+def _quantise(full: Tensor, known: _Known | None, grid: Grid, block_size: int) -> Quantized:
+    """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians."""
+    group = full if full.ndim == 3 else full[None]
+    levels = grid.fit(group)
+    table = grid.rounding(levels)
+    lost = torch.full((len(group),), torch.nan, dtype=torch.float64, device=group.device)
+    if known is None:
+        digits, classes = nearest_digits(group, table), ["nearest"] * len(group)
+    else:
+        classes = known.classes if len(known.classes) == len(group) else known.classes * len(group)
+        digits, lost = _solve(group, known, levels, table, block_size)
+        broken = torch.nonzero(lost.isinf()).flatten().tolist()
+        if broken:
+            digits[broken] = nearest_digits(group, table)[broken]
+            classes = ["nearest" if expert in broken else name for expert, name in enumerate(classes)]
+    fallback = torch.tensor([known is not None and name == "nearest" for name in classes], device=group.device)
+    error = _relative_error(group, digits, levels, None if known is None else known.metric, lost)
+    if full.ndim == 2:
+        digits, levels = digits[0], levels[0]
+    return Quantized(digits, levels, error, fallback, tuple(classes))
+
+
+def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Tensor, Tensor]:
+    """Quantise one block of B columns, each column making up for the ones before it.
+
+    Parameters
+    ----------
+    block : float32 tensor, shape (E, R, B)
+        Weights, already corrected for the errors of all columns before the block. Fastest where the rows of a column
+        lie next to each other, as they do in the results.
+    factor : float32 tensor, shape (E, B, B)
+        The block's part of the upper factor of the inverse Hessian.
+    table : RoundingTable
+        Values (E, R, K) to round to.
+
+    Returns
+    -------
+    digits : int8 tensor, shape (E, R, B)
+        On the block's device.
+    errors : float32 tensor, shape (E, R, B)
+        Each column's error over the factor's diagonal: what multiplies the factor's row for the columns that follow.
+    """
+    if block.is_cuda:
+        from qmoe_lite.cuda import solver as twin
+
+        return twin.solve_block(block, factor, table)
+    errors = torch.empty(block.mT.shape, dtype=torch.float32).copy_(block.mT)
+    digits = torch.empty(errors.shape, dtype=torch.int8)
+    parts = factor, table.values, table.thresholds, table.digits
+    block_kernel(errors.numpy(), digits.numpy(), *(part.cpu().mT.contiguous().numpy() for part in parts))
+    return digits.mT.to(block.device), errors.mT.to(block.device)
+
+
+def _solve(
+    weight: Tensor, known: _Known, levels: Tensor, table: RoundingTable, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the digits (E, R, C), and tr(D H D^T), D = weight - quantised, float64 (E,).
+
+    It is infinite where errors overflowed, and the expert needs another way; NaN where it has to be computed from D.
+    """
+    experts, rows, columns = weight.shape
+    factor = known.factor.expand(experts, -1, -1)
+    digits = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    squares = torch.zeros((2, experts), dtype=torch.float64, device=weight.device)
+    # memory that is written for the first time costs as much as a product: few experts on the CPU, in the same place
+    some = max(1, _CHUNK // (rows * columns)) if weight.device.type == "cpu" else experts
+    scratch = torch.empty((2, min(some, experts), columns, rows), dtype=torch.float32, device=weight.device)
+    with full_float32():
+        for first in range(0, experts, some):
+            part = slice(first, first + some)
+            chosen = RoundingTable(table.values[part], table.thresholds[part], table.digits[part])
+            whole, work = scratch[:, : len(weight[part])]  # a column's rows lie next to each other
+            work.copy_(whole.copy_(weight[part].mT))
+            for start in range(0, columns, block_size):
+                end = min(start + block_size, columns)
+                block, upper = work[:, start:end].mT, factor[part, start:end, start:end]
+                symbols, errors = solve_block(block, upper, chosen)
+                digits[part, :, start:end] = symbols
+                squares[:, part] += _lose(whole, symbols.mT, errors.mT, levels[part], start, work)
+                lost = work[:, start:end]
+                _add_product(work[:, end:], factor[part, start:end, end:].mT, lost)
+    damped = squares[0]
+    difference = damped - known.added * squares[1]
+    difference[difference * _CANCELLATION < damped] = torch.nan
+    difference[~damped.isfinite()] = torch.inf
+    return digits, difference
+
+
+def _lose(whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, start: int, out: Tensor) -> Tensor:
+    """Write weight - quantised to columns `start` and on of out (E, C, R), for digits (E, B, R) and levels (E, R, L).
+
+    Returns the sums of squares of `scaled` (E, B, R) and of what was written, float64 (2, E).
+    """
+    if whole.device.type == "cpu":
+        sums = np.empty((2, *digits.shape[:2]))
+        parts = (part.contiguous().numpy() for part in (whole, digits, scaled, levels.mT))
+        lost_kernel(*parts, start, out.numpy(), sums)
+        return torch.from_numpy(sums.sum(axis=-1))
+    return _lose_by_torch(whole, digits, scaled, levels, start, out)
+
+
+def _lose_by_torch(whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, start: int, out: Tensor) -> Tensor:
+    """Do what `_lose` says, on any device."""
+    columns = digits.shape[1]
+    quantised = dequantize(digits[..., None], levels[:, None].expand(-1, columns, -1, -1))[..., 0]
+    lost = torch.sub(whole[:, start : start + columns], quantised, out=out[:, start : start + columns])
+    return torch.stack([(part.double() ** 2).sum(dim=(1, 2)) for part in (scaled, lost)])
+
+
+def _add_product(rest: Tensor, factor: Tensor, lost: Tensor) -> None:
+    """Add factor (E, rest, B) @ lost (E, B, R) to rest (E, rest, R), in place."""
+    if rest.device.type == "cpu":
+        for expert in range(len(rest)):  # a quarter faster here than baddbmm, and no expert's bits depend on the group
+            rest[expert].addmm_(factor[expert], lost[expert])
+    else:
+        rest.baddbmm_(factor, lost)
+
+
+def _factorise_all(own: Tensor, layer: Tensor | None, dampening: float, block_size: int) -> _Known:
+    """Return a factor for each Hessian, the class of each, and the Hessians that the error is measured with."""
+    factor, info = factorise(own, dampening, block_size)
+    classes = ["own" if code == 0 else "nearest" for code in info.tolist()]
+    extra = torch.where(info.to(own.device) == 0, added(own, dampening), torch.nan)
+    for step in _dampening_steps(dampening):
+        for index in _indices(classes, "nearest"):
+            candidate, code = factorise(own[index : index + 1], step, block_size)
+            if code.item() == 0:
+                factor[index], classes[index], extra[index] = candidate[0], "dampened", added(own[index], step)
+    if layer is not None and "nearest" in classes:
+        for step in (dampening, *_dampening_steps(dampening)):
+            candidate, code = factorise(layer, step, block_size)
+            if code.item() == 0:
+                for index in _indices(classes, "nearest"):
+                    factor[index], classes[index], extra[index] = candidate[0], "blended", added(layer[0], step)
+                break
+    metric = own
+    finite = all_finite(own).tolist()
+    if "blended" in classes or not all(finite):
+        metric = own.clone()
+        for index, name in enumerate(classes):
+            if name == "blended" and layer is not None:
+                metric[index] = layer[0]
+            elif not finite[index]:
+                metric[index] = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
+    return _Known(factor, classes, metric, extra)
+
+
+def _indices(classes: list[str], wanted: str) -> list[int]:
+    return [index for index, name in enumerate(classes) if name == wanted]
+
+
+def _dampening_steps(dampening: float) -> list[float]:
+    """Return the dampening to try after `dampening` failed: ten times as much, and so on up to 1."""
+    steps = []
+    while dampening < _MOST_DAMPENING:
+        dampening = min(max(10 * dampening, 0.01), _MOST_DAMPENING)
+        steps.append(dampening)
+    return steps
+
+
+def _relative_error(weight: Tensor, digits: Tensor, levels: Tensor, hessian: Tensor | None, lost: Tensor) -> Tensor:
+    """Return tr(D H D^T) / tr(W H W^T), shape (E,); D = weight - quantised (E, R, C), H (E or 1, C, C) or identity.
+
+    `lost` is the numerator, float64 (E,); it is computed here where it is not finite.
+    """
+    error = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+    tiny = torch.finfo(torch.float32).tiny
+    for part in _turns(len(weight), weight.device):
+        metric = None if hessian is None else hessian[part if len(hessian) > 1 else 0]
+        # the ratio does not feel these two factors, and without them float32 may overflow
+        unit = weight[part].abs().amax(dim=(-2, -1), keepdim=True).clamp(min=tiny)
+        largest = unit.new_ones(()) if metric is None else metric.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+        spread = largest.clamp(min=tiny).sqrt()[..., None, None]
+        scaled = weight[part] / unit / spread
+        whole = _quadratic(scaled, metric)
+        numerator = lost[part] / (unit.double() ** 2 * spread.double() ** 2)[..., 0, 0]
+        if not torch.isfinite(lost[part]).all():
+            difference = scaled - dequantize(digits[part], levels[part]) / unit / spread
+            numerator = torch.where(torch.isfinite(lost[part]), numerator, _quadratic(difference, metric))
+        error[part] = torch.where(whole > 0, numerator / whole, 0.0).clamp(min=0)
+    return error
+
+
+def _turns(experts: int, device: torch.device) -> list[int] | list[slice]:
+    """Say which experts are looked at together: one on the CPU, whose temporaries stay small; all on a GPU."""
+    return list(range(experts)) if device.type == "cpu" else [slice(None)]
+
+
+def _quadratic(rows: Tensor, hessian: Tensor | None) -> Tensor:
+    """Return the sum over rows (..., R, C) of x H x^T, from the symmetric H's lower triangle of blocks; float64 (...).
+
+    H is (C, C), or (E, C, C) for rows (E, R, C).
+    """
+    if hessian is None:
+        return (rows.double() ** 2).sum(dim=(-2, -1))
+    total = torch.zeros(rows.shape[:-2], dtype=torch.float64, device=rows.device)
+    columns = rows.shape[-1]
+    add_product = Tensor.addmm_ if rows.ndim == 2 else Tensor.baddbmm_
+    hessian = hessian.expand(*rows.shape[:-2], -1, -1)
+    with full_float32():
+        for start in range(0, columns, _QUADRATIC_BLOCK):
+            end = min(start + _QUADRATIC_BLOCK, columns)
+            product = rows[..., start:end] @ hessian[..., start:end, start:end]
+            add_product(product, rows[..., end:], hessian[..., end:, start:end], alpha=2)
+            total += (rows[..., start:end] * product).sum(dim=(-2, -1), dtype=torch.float64)
+    return total
+
+
+def _check_settings(dampening: float, block_size: int) -> tuple[float, int]:
+    """Return both settings as plain numbers, or raise SettingError."""
+    if not (math.isfinite(dampening) and dampening >= 0):
+        raise SettingError(f"dampening is {dampening}; expected a finite number, 0 or more. Pass 0.1, as in the paper.")
+    if operator.index(block_size) < 1:
+        raise SettingError(f"block_size is {block_size}; expected 1 or more. Pass 128, as in the paper.")
+    return float(dampening), operator.index(block_size)
+
+
+def _to_float32(array: Array, name: str) -> Tensor:
+    """Return a float32 tensor; a copy of a NumPy array, a view of a float32 tensor."""
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind != "f":
+            raise DtypeError(f"{name} is {array.dtype}; expected a float dtype. Convert it first.")
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+    if not array.is_floating_point():
+        raise DtypeError(f"{name} is {array.dtype}; expected a float dtype. Convert it first.")
+    return array.detach().to(torch.float32)
+
+
+def _check_finite(weight: Tensor) -> None:
+    """Raise NotFiniteError for the first NaN or infinity in weight (E, R, C) or (R, C)."""
+    if all_finite(weight).all():
+        return
+    *expert, row, column = torch.nonzero(~torch.isfinite(weight))[0].tolist()
+    place = f"expert {expert[0] if expert else 0}, row {row}, column {column}"
+    value = weight[*expert, row, column].item()
+    raise NotFiniteError(f"weight is {value} at {place}; expected float32's range. Repair the checkpoint.")
+
+
+def _check_hessian(hessian: Array | None, full: Tensor, *, shared: bool, name: str) -> Tensor | None:
+    """Return a Hessian as float32 (E, C, C) or (1, C, C) on the weight's device, or raise ShapeError."""
+    if hessian is None:
+        return None
+    experts, columns = (full.shape[0] if full.ndim == 3 else 1), full.shape[-1]
+    matrix = _to_float32(hessian, name)
+    expected = [(columns, columns), *([(experts, columns, columns)] if shared else [])]
+    if tuple(matrix.shape) not in expected:
+        message = f"{name} has shape {tuple(matrix.shape)} for a weight of shape {tuple(full.shape)}; "
+        raise ShapeError(message + f"expected {' or '.join(map(str, expected))}. Pass X^T X of this weight's inputs.")
+    matrix = matrix.to(full.device)
+    return matrix if matrix.ndim == 3 else matrix[None]
