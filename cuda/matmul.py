@@ -1,4 +1,4 @@
-"""CUDA twin of :mod:`qmoe_lite.coding.matmul`: lanes take packets of codewords, some lanes a row, some tokens at a time.
+"""CUDA twin of :mod:`qmoe_lite.coding.matmul`: lanes take packets of codewords, some lanes a row, some tokens a time.
 
 One kernel serves one matrix and a whole layer's experts. A group is up to four tokens that go through one expert; all
 groups of a layer are one launch, gate and up projection with their activation in between.

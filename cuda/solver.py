@@ -1,4 +1,4 @@
-"""CUDA twin of :mod:`qmoe_lite.quantization.solver`: the recursion inside a block of columns, all experts of a group in one launch.
+"""CUDA twin of :mod:`qmoe_lite.quantization.solver`: recursion inside a block of columns, a group in one launch.
 
 A thread block has 32 rows of one expert in shared memory and goes through their columns in panels of 16. One warp runs
 the recursion inside a panel, a row a lane, the panel in registers; then all four warps carry the panel's errors to the
