@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qmoe_lite.compression.calibration import check_ids, make_samples, read_text, read_tokens
-from qmoe_lite.errors import NotFiniteError
+from qmoe_lite.compression.losses import IGNORED, Gap, paired_gap, summed_loss
+from qmoe_lite.errors import NotFiniteError, SettingError
 from qmoe_lite.models.skeletons import capacity_lifted
 
 
@@ -24,15 +25,33 @@ class Evaluation:
         Mean cross-entropy of a predicted token, in nats.
     tokens : int
         Predicted tokens.
+    sample_losses : tuple of float
+        Summed cross-entropy of each sample.
+    sample_tokens : tuple of int
+        Predicted tokens of each sample.
     """
 
     loss: float
     tokens: int
+    sample_losses: tuple[float, ...] = field(default=(), repr=False)
+    sample_tokens: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
+
+    def gap(self, other: Evaluation) -> Gap:
+        """Return how much more this model loses than another one on the same samples.
+
+        Raises
+        ------
+        SettingError
+            The two were measured on other samples.
+        """
+        if self.sample_tokens != other.sample_tokens or not self.sample_tokens:
+            raise SettingError("the two losses are of different samples. Measure both on the same text.")
+        return paired_gap(self.sample_losses, other.sample_losses, self.sample_tokens)
 
 
 def evaluate(
@@ -91,7 +110,8 @@ def evaluate(
     )
     check_ids(drawn, model.config.vocab_size)
     model.eval()
-    total = 0.0
+    losses: list[float] = []
+    counts: list[int] = []
     with torch.inference_mode(), capacity_lifted(model):
         for start in range(0, len(drawn), batch_size):
             part = slice(start, start + batch_size)
@@ -101,13 +121,12 @@ def evaluate(
             if seq2seq:
                 arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels).to(model.device)
                 del arguments["use_cache"]  # transformers hands it to the encoder, which refuses it
-            logits = model(**arguments).logits.float()
+            logits = model(**arguments).logits
             if not seq2seq:
                 logits, labels = logits[:, :-1], labels[:, 1:]
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten().to(logits.device), reduction="sum"
-            )
-            total += float(loss)
+            losses += [summed_loss(*pair) for pair in zip(logits, labels, strict=True)]
+            counts += (labels != IGNORED).sum(1).tolist()
+    total = math.fsum(losses)
     if not math.isfinite(total):
         raise NotFiniteError("the loss is NaN or infinite: weights or activations of the model are. Fetch it again.")
-    return Evaluation(total / drawn.predicted_tokens, drawn.predicted_tokens)
+    return Evaluation(total / sum(counts), sum(counts), tuple(losses), tuple(counts))

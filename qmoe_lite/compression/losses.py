@@ -1,0 +1,58 @@
+"""Cross-entropy in slices, and the difference of two models' losses on the same samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a position that predicts nothing
+SLICE_VALUES = 1 << 24  # float32 logits whose softmax is taken at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Difference of two models' losses, in nats a token, and its standard error over the samples they share."""
+
+    nats: float
+    standard_error: float
+
+
+def paired_gap(losses: Sequence[float], reference: Sequence[float], tokens: Sequence[int]) -> Gap:
+    """Return the difference of two models' summed losses on the same samples, a token.
+
+    Parameters
+    ----------
+    losses, reference : sequences of float, one a sample
+        Summed cross-entropy.
+    tokens : sequence of int
+        Predicted tokens of each sample.
+
+    Returns
+    -------
+    Gap
+        The standard error is that of a ratio of sums; NaN for a single sample.
+    """
+    difference, count = np.subtract(losses, reference), np.asarray(tokens, dtype=np.float64)
+    nats = difference.sum() / count.sum()
+    samples = len(count)
+    rest = difference - nats * count
+    error = math.sqrt((rest @ rest) * samples / (samples - 1)) / count.sum() if samples > 1 else math.nan
+    return Gap(float(nats), error)
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> float:
+    """Return the summed cross-entropy of logits (N, V), any float dtype, for labels (N,), int64, a slice at a time."""
+    step = max(1, SLICE_VALUES // logits.shape[-1])
+    total = 0.0
+    for start in range(0, len(labels), step):
+        part = slice(start, start + step)
+        of_part = torch.nn.functional.cross_entropy(
+            logits[part].float(), labels[part].to(logits.device), reduction="sum", ignore_index=IGNORED
+        )
+        total += float(of_part)
+    return total

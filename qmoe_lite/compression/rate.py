@@ -1,0 +1,126 @@
+"""The knob between size and loss: which step makes the experts of a model take a given number of bits.
+
+All layers share one step, in units of each row's RMS, so that matrices that need more bits get them. It is found on the
+first group of experts and corrected as layers finish; the last layer is solved again until the whole model fits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qmoe_lite.errors import SettingError
+
+LEAST, MOST = 0.6, 4.0  # stored bits a weight
+TOLERANCE = 0.004  # share of the bits by which a group may miss its aim before it is solved again
+TRIES = 5  # solves of a group at most
+_CHANGE = 2.0  # octaves that a step may move between two solves
+_SLOPE = 0.9  # bits that a weight loses when its step doubles, before two solves have shown it
+_SLOPES = (0.25, 1.1)  # what it can be
+
+
+def check_rate(rate: float) -> float:
+    """Return a rate that can be reached, or raise SettingError."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not LEAST <= rate <= MOST:
+        raise SettingError(f"rate is {rate}; expected {LEAST} to {MOST:g} stored bits a weight. Choose one in between.")
+    return float(rate)
+
+
+def entropy(counts: NDArray[np.int64]) -> float:
+    """Return the order-0 entropy of digits, in bits, from how often each occurs."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares @ np.log2(shares)))
+
+
+def first_step(bits: float) -> float:
+    """Return the step, in units of a row's RMS, at which bell-shaped weights have about so many bits of entropy.
+
+    At high rates the entropy of a Gaussian is log2(sqrt(2 pi e) / step); at low ones the table is of real layers.
+    """
+    bits_at = np.array([0.3, 0.6, 0.87, 1.16, 1.66, 2.15, 2.69, 3.26, 4.2])
+    steps = np.array([6.0, 4.0, 3.0, 2.0, 1.36, 0.95, 0.65, 0.44, 0.23])
+    return float(2.0 ** np.interp(bits, bits_at, np.log2(steps)))
+
+
+@dataclass
+class RateControl:
+    """Chooses the step of each layer so that the experts of the whole model take `rate` bits a weight.
+
+    Attributes
+    ----------
+    rate : float
+        Stored bits a weight, over all experts of the model.
+    weights : int
+        Weights in experts of the whole model.
+    step : float
+        In units of a row's RMS: what the next group is solved with.
+    slope : float
+        Bits that a weight loses when the step doubles, as last seen.
+    done_weights : int
+        Weights of finished layers.
+    done_bits : float
+        Bits that they take as stored.
+    level : float
+        Mean bits a weight of finished layers, had their step been 1.
+    """
+
+    rate: float
+    weights: int
+    step: float = 0.0
+    slope: float = _SLOPE
+    done_weights: int = 0
+    done_bits: float = 0.0
+    level: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Begin with what bell-shaped weights would need."""
+        if not self.step:
+            self.step = first_step(0.95 * self.rate)
+
+    @property
+    def aim(self) -> float:
+        """Bits a weight that is left for the layers to come."""
+        left = self.weights - self.done_weights
+        return (self.rate * self.weights - self.done_bits) / left if left else self.rate
+
+    @property
+    def first(self) -> bool:
+        """Whether no layer is finished."""
+        return self.done_weights == 0
+
+    def corrected(self, tried: list[tuple[float, float]], aim: float) -> float | None:
+        """Return the step that a group should be solved with next; None where the last one was near enough.
+
+        Parameters
+        ----------
+        tried : list of (step, bits a weight)
+            Solves of this group so far.
+        aim : float
+            Bits a weight that it should take.
+        """
+        step, bits = tried[-1]
+        if abs(bits - aim) <= TOLERANCE * aim or len(tried) == TRIES:
+            return None
+        if len(tried) > 1:
+            (before, bits_before), moved = tried[-2], math.log2(step / tried[-2][0])
+            if abs(moved) > 1e-3:
+                self.slope = min(max((bits_before - bits) / moved, _SLOPES[0]), _SLOPES[1])
+        octaves = min(max((bits - aim) / self.slope, -_CHANGE), _CHANGE)
+        return step * 2.0**octaves
+
+    def finish_layer(self, weights: int, bits: float) -> None:
+        """Take over a finished layer, solved with `step`, and choose the next one's step."""
+        level = bits / weights + self.slope * math.log2(self.step)
+        total = self.done_weights + weights
+        self.level += (level - self.level) * weights / total
+        self.done_weights, self.done_bits = total, self.done_bits + bits
+        if self.done_weights < self.weights:
+            self.step = 2.0 ** ((self.level - self.aim) / self.slope)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values: `RateControl(**values)` goes on from there."""
+        return asdict(self)
