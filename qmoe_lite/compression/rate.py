@@ -106,7 +106,7 @@ class RateControl:
         if abs(bits - aim) <= TOLERANCE * aim or len(tried) == TRIES:
             return None
         if len(tried) > 1:
-            (before, bits_before), moved = tried[-2], math.log2(step / tried[-2][0])
+            bits_before, moved = tried[-2][1], math.log2(step / tried[-2][0])
             if abs(moved) > 1e-3:
                 self.slope = min(max((bits_before - bits) / moved, _SLOPES[0]), _SLOPES[1])
         octaves = min(max((bits - aim) / self.slope, -_CHANGE), _CHANGE)
