@@ -33,7 +33,7 @@ from qmoe_lite.bench._parts import gpu as parts  # noqa: E402
 from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper  # noqa: E402
 from qmoe_lite.bench._parts.common import machine_line  # noqa: E402
 from qmoe_lite.bench._parts.gpu import Row, one_line  # noqa: E402
-from qmoe_lite.cli._output import print_text  # noqa: E402
+from qmoe_lite.bench._show.text import print_text  # noqa: E402
 from qmoe_lite.cuda import launch  # noqa: E402
 
 BUDGET = 450.0  # seconds for all of it: the tests' and the parts', each of which may take what those before it left

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.cli._options import JsonOption
 
 PlotOption = Annotated[Path | None, typer.Option(help="Draw the figures into this .png file.")]
@@ -194,6 +195,6 @@ def _show(report: Any, json: bool, show: Any, plot: Path | None, draw: Any) -> N
         _output.print_json(report.to_json())
     else:
         show(report)
-        _output.print_text(report.machine)
+        print_text(report.machine)
     if plot is not None:
         draw(report, plot)

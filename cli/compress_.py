@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import duration, megabytes, print_table, print_text
 from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
 
 
@@ -98,15 +99,15 @@ def compress(
             f"{row.error:.4f}",
             "" if held_out is None else f"{held_out:.4f}",
         )
-    _output.print_table(table)
+    print_table(table)
     sizes = report.sizes
-    _output.print_text(
-        f"experts {_output.megabytes(sizes['dense_expert_bytes'])} -> {_output.megabytes(sizes['expert_bytes'])} MB "
-        f"({report.bits_per_weight:.3f} bits a weight), all {_output.megabytes(sum_of(sizes, 'dense_'))} -> "
-        f"{_output.megabytes(sum_of(sizes, ''))} MB, {_output.duration(report.seconds)}"
+    print_text(
+        f"experts {megabytes(sizes['dense_expert_bytes'])} -> {megabytes(sizes['expert_bytes'])} MB "
+        f"({report.bits_per_weight:.3f} bits a weight), all {megabytes(sum_of(sizes, 'dense_'))} -> "
+        f"{megabytes(sum_of(sizes, ''))} MB, {duration(report.seconds)}"
     )
     for line in report.degraded:
-        _output.print_text(f"note: {line}")
+        print_text(f"note: {line}")
 
 
 def sum_of(sizes: dict[str, int], prefix: str) -> int:

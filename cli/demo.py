@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import print_table, print_text
 from qmoe_lite.cli._options import DeviceOption, JsonOption
 
 SAMPLES, SEQUENCE, PASSES = 1536, 128, 2
@@ -41,7 +42,7 @@ def demo(
         return
     _print(result)
     if out is not None:
-        _output.print_text(f"\nThe compressed model is in {out}. Try: qmoe eval {out} --text YOUR.txt")
+        print_text(f"\nThe compressed model is in {out}. Try: qmoe eval {out} --text YOUR.txt")
 
 
 def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
@@ -135,8 +136,6 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
 def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from qmoe_lite.cli import _output
-
     table = Table(title=f"Switch Transformer, {result['expert_weights']:,} weights in experts")
     table.add_column("")
     for heading in ("dense", "round to nearest", "QMoE"):
@@ -154,13 +153,13 @@ def _print(result: dict[str, Any]) -> None:
         if key in ("zeros", "compression_seconds"):
             cells[0] = "-"
         table.add_row(label, *cells)
-    _output.print_table(table)
-    _output.print_text(
+    print_table(table)
+    print_text(
         f"QMoE recovers {result['recovered']:.1%} of what rounding to nearest loses "
         f"({result['dense']['tokens']:,} predicted tokens)."
     )
     sample = result["sample"]
-    _output.print_text(f"\nThe gap in:  {sample['text']}")
+    print_text(f"\nThe gap in:  {sample['text']}")
     for name, title in (("truth", "the text"), ("dense", "dense"), ("qmoe", "QMoE")):
-        _output.print_text(f"  {title:>8}: {sample[name]!r}")
-    _output.print_text(f"\n{result['seconds']:.0f} seconds in all.")
+        print_text(f"  {title:>8}: {sample[name]!r}")
+    print_text(f"\n{result['seconds']:.0f} seconds in all.")

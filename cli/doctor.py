@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.cli._options import JsonOption
 from qmoe_lite.errors import first_line
 
@@ -66,14 +67,14 @@ def doctor(json: JsonOption = False) -> None:
             findings.append(finding)
             if not json:
                 for line in in_words(finding):
-                    _output.print_text(line)
+                    print_text(line)
     wrong = [finding.name for finding in findings if finding.required and finding.status != "ok"]
     if json:
         _output.print_json({"ok": not wrong, "findings": [asdict(finding) for finding in findings]})
     elif wrong:
-        _output.print_text(f"\nqmoe-lite does not work yet: see {', '.join(wrong)}.")
+        print_text(f"\nqmoe-lite does not work yet: see {', '.join(wrong)}.")
     else:
-        _output.print_text("\nAll that qmoe-lite needs is here.")
+        print_text("\nAll that qmoe-lite needs is here.")
     if wrong:
         raise typer.Exit(1)
 

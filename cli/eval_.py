@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.cli._options import (
     DeviceOption,
     DevicesOption,
@@ -50,4 +51,4 @@ def evaluate(
     if json:
         _output.print_json({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens})
     else:
-        _output.print_text(f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, {result.tokens:,} tokens")
+        print_text(f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, {result.tokens:,} tokens")

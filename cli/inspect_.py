@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import duration, megabytes, print_table, print_text
 from qmoe_lite.cli._options import JsonOption
 
 if TYPE_CHECKING:
@@ -47,21 +48,21 @@ def inspect(
     if json:
         _output.print_json(found.to_json())
         return
-    _output.print_table(_head(whole))
-    _output.print_text()
-    _output.print_table(_projections(found))
-    _output.print_text()
+    print_table(_head(whole))
+    print_text()
+    print_table(_projections(found))
+    print_text()
     if found.report is None:
-        _output.print_text("There is no qmoe_report.json: errors, Hessians and tokens are not known.")
+        print_text("There is no qmoe_report.json: errors, Hessians and tokens are not known.")
         return
     if found.calibrated:
-        _output.print_table(_layers(found))
-        _output.print_text()
+        print_table(_layers(found))
+        print_text()
     else:
-        _output.print_text("Rounded without calibration text: there are no tokens and no held-out error.")
-    _output.print_text(_largest(found))
+        print_text("Rounded without calibration text: there are no tokens and no held-out error.")
+    print_text(_largest(found))
     for line in found.report.degraded:
-        _output.print_text(f"note: {line}")
+        print_text(f"note: {line}")
 
 
 def _head(found: Inspection) -> Table:
@@ -69,7 +70,6 @@ def _head(found: Inspection) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from qmoe_lite.cli._output import duration
     from qmoe_lite.inspection.contents import UNKNOWN
 
     table = Table.grid(padding=(0, 2))
@@ -110,8 +110,6 @@ def _shapes(rows: list[StoredProjection]) -> Iterator[tuple[str, str]]:
 
 
 def _shrunk(dense: int, size: int) -> str:
-    from qmoe_lite.cli._output import megabytes
-
     return f"{megabytes(dense)} -> {megabytes(size)} MB" if dense else f"{megabytes(size)} MB"
 
 

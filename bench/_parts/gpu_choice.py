@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.cuda import matmul
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.errors import QMoEError
 
 _MODELS = ("dense", "rtn", "qmoe")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_text
 
 if TYPE_CHECKING:
     from qmoe_lite.bench.layer import Routings

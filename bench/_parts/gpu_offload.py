@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._parts import offload as models
 from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.cuda import launch
 from qmoe_lite.errors import QMoEError
 from qmoe_lite.offload.runner import attach, show_size

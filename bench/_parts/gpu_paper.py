@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode as cpu_encode
 from qmoe_lite.coding.packed import PackedMatrix
