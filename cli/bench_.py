@@ -181,7 +181,7 @@ def kernels(
 
 def _check(plot: Path | None) -> None:
     """Refuse a picture that cannot be drawn before minutes are spent on its figures."""
-    from qmoe_lite.bench._show.plots import check_picture
+    from qmoe_lite.bench._show.picture import check_picture
 
     if plot is not None:
         check_picture(plot)

@@ -34,8 +34,9 @@ def inspect(
 
     Example: qmoe inspect switch-qmoe --plot layers.png
     """
-    from qmoe_lite.bench._show.plots import check_picture, draw
+    from qmoe_lite.bench._show.picture import check_picture
     from qmoe_lite.cli import _output
+    from qmoe_lite.cli._layers_plot import draw_layers
     from qmoe_lite.inspection.contents import inspect_model
 
     _output.quiet_transformers()
@@ -44,7 +45,7 @@ def inspect(
     whole = inspect_model(directory)
     found = whole.only(layers)
     if plot is not None:
-        draw(found, plot)
+        draw_layers(found, plot)
     if json:
         _output.print_json(found.to_json())
         return
