@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model runs and a compressed one's experts are kept: `qmoe_lite.load`'s options as the user gave them."""
-
-    device: str = "auto"
-    expert_cache: str | None = None
-    ram_cache: str | None = None
-    offload: str | None = None
-    devices: str | None = None  # separated by commas
-
-    def given(self) -> dict[str, Any]:
-        """Give the arguments for `load` but the device."""
-        found: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
-        del found["device"]
-        if self.devices is not None:
-            found["devices"] = [name.strip() for name in self.devices.split(",")]
-        return found
+from qmoe_lite.cli._options import Placement
 
 
 def open_model(name: str, dtype: str = "float32", placement: Placement | None = None) -> tuple[Any, Any]:

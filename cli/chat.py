@@ -11,23 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe_lite.cli._options import (
-    DeviceOption,
-    DevicesOption,
+    Draws,
     Dtype,
     DtypeOption,
-    ExpertCacheOption,
     MaxNewTokensOption,
     ModelArgument,
-    OffloadOption,
+    Placement,
     PrefillChunkOption,
-    RamCacheOption,
-    RepetitionPenaltyOption,
-    SeedOption,
     StatsOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
     TraceOption,
+    grouped,
 )
 
 if TYPE_CHECKING:
@@ -36,22 +29,16 @@ if TYPE_CHECKING:
 ASK = "> "
 
 
+@grouped
 def chat(
     model: ModelArgument,
+    *,
     system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
     max_new_tokens: MaxNewTokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    seed: SeedOption = 0,
+    draws: Draws,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "auto",
-    expert_cache: ExpertCacheOption = None,
-    ram_cache: RamCacheOption = None,
-    offload: OffloadOption = None,
-    devices: DevicesOption = None,
+    placement: Placement,
     stats: StatsOption = False,
     trace: TraceOption = None,
 ) -> None:
@@ -65,14 +52,12 @@ def chat(
     from qmoe_lite.cli import _output
 
     try:
-        from qmoe_lite.cli._models import Placement, open_model, watched
+        from qmoe_lite.cli._models import open_model, watched
         from qmoe_lite.text.conversation import Conversation
-        from qmoe_lite.text.generation import Sampling
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-        sampling.check()
+        sampling = draws.sampling(max_new_tokens)
         _output.quiet_transformers()
-        loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
+        loaded, tokenizer = open_model(model, dtype, placement)
         conversation = Conversation(loaded, tokenizer, system=system, sampling=sampling, prefill_chunk=prefill_chunk)
     except KeyboardInterrupt:
         _output.note("qmoe: interrupted.")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import print_table, print_text
-from qmoe_lite.cli._options import DeviceOption, JsonOption
+from qmoe_lite.cli._options import DeviceOption, JsonOption, Placement
 
 SAMPLES, SEQUENCE, PASSES = 1536, 128, 2
 SHOWN = (42, 6)  # which window of the evaluation text is filled in, and which of its gaps is shown
@@ -49,7 +49,7 @@ def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
     from qmoe_lite.checkpoint.reader import Checkpoint
     from qmoe_lite.checkpoint.report import stored_bytes
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import Placement, open_model
+    from qmoe_lite.cli._models import open_model
     from qmoe_lite.compression.run import compress
     from qmoe_lite.text.evaluation import evaluate
 

@@ -9,31 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from qmoe_lite.cli._options import (
-    DeviceOption,
-    DevicesOption,
     Dtype,
     DtypeOption,
-    ExpertCacheOption,
     ModelArgument,
-    OffloadOption,
+    Placement,
     PrefillChunkOption,
-    RamCacheOption,
     StatsOption,
     TraceOption,
+    grouped,
 )
 
 
+@grouped
 def serve(
     model: ModelArgument,
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "auto",
-    expert_cache: ExpertCacheOption = None,
-    ram_cache: RamCacheOption = None,
-    offload: OffloadOption = None,
-    devices: DevicesOption = None,
+    placement: Placement,
     stats: StatsOption = False,
     trace: TraceOption = None,
 ) -> None:
@@ -46,11 +41,11 @@ def serve(
     """
     server = _server_class()
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import Placement, open_model, watched
+    from qmoe_lite.cli._models import open_model, watched
     from qmoe_lite.errors import SettingError
 
     _output.quiet_transformers()
-    loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
+    loaded, tokenizer = open_model(model, dtype, placement)
     if loaded.config.is_encoder_decoder:
         raise SettingError(f"{model} is an encoder-decoder model; OpenAI's interface is for causal ones.")
     if not getattr(tokenizer, "chat_template", None):

@@ -10,7 +10,7 @@ from importlib.metadata import metadata, version
 
 import pytest
 
-from qmoe_lite.cli.doctor import Finding, in_words
+from qmoe_lite.cli.doctor import CheckResult, in_words
 
 HEAVY = ("torch", "numba", "numpy", "transformers")
 
@@ -164,6 +164,6 @@ def test_the_cache_is_where_numba_has_tried_to_write(tmp_path):
 
 def test_a_command_to_run_is_never_broken_into_lines():
     command = "pip install " + "x" * 90
-    *others, last = in_words(Finding("a", "b " * 60, "missing", False, "c " * 60, command))
+    *others, last = in_words(CheckResult("a", "b " * 60, "missing", False, "c " * 60, command))
     assert last.strip() == f"Run: {command}"
     assert max(map(len, others)) <= 80
