@@ -132,7 +132,7 @@ class KernelsReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -142,7 +142,7 @@ def measure() -> KernelsReport:
     Raises
     ------
     DeviceError
-        A part of the compiler is missing; says what to install.
+        A part of the compiler is missing; names what to install.
     """
     missing = _missing_compiler()
     if missing is not None:
@@ -298,7 +298,7 @@ def _figures(kernel: launch.Kernel, signature: str, capability: tuple[int, int])
 
 
 def _title(kernel: launch.Kernel, signature: str) -> str:
-    """Name a kernel, and the types that tell this signature from its others."""
+    """Return a kernel's name, with the types that distinguish this signature from its others."""
     own = signature.split(", ")
     differ = [len(set(kinds)) > 1 for kinds in zip(*(each.split(", ") for each in kernel.signatures), strict=False)]
     kinds = [kind.rstrip("*") for kind, other in zip(own, differ, strict=False) if other]
@@ -307,7 +307,7 @@ def _title(kernel: launch.Kernel, signature: str) -> str:
 
 @contextmanager
 def _gpu_taken_for_granted(capability: tuple[int, int]) -> Iterator[None]:
-    """Let numba-cuda believe in a GPU inside the block: it asks the driver when it compiles a helper."""
+    """Simulate a GPU for numba-cuda inside the block: it asks the driver when it compiles a helper."""
     dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
     before = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)

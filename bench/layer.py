@@ -71,7 +71,7 @@ class LayerReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -89,7 +89,7 @@ def measure(
     threads : int, optional
         For torch and for Numba; by default all.
     seed : int
-        Decides digits, tokens and routing.
+        Seed for digits, tokens and routing.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def measure(
 
 
 def _build(layer: str, generator: torch.Generator) -> tuple[PackedExperts, nn.Module, float]:
-    """Make our experts and transformers' in bfloat16 on the generator's device; tell the bits of a weight of ours."""
+    """Make our experts and transformers' in bfloat16 on the generator's device; return our bits per weight."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, sizes = LAYERS[layer]

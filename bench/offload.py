@@ -116,7 +116,7 @@ class OffloadReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -133,7 +133,7 @@ def measure(
     seed: int = 0,
     shape: dict[str, Any] | None = None,
 ) -> OffloadReport:
-    """Let all contenders write.
+    """Run all contenders.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def measure(
     disk : bool
         Measure what reads experts from disk; else only both models in memory, and no dense one is written.
     traces : tuple of str
-        Files of `Runner.trace`, to compare the ways of choosing who gives way on.
+        Files of `Runner.trace`, on which to compare eviction policies.
     directory : str, optional
         Where there is room for the models; by default the system's place for temporary files. They are removed.
     seed : int
@@ -194,7 +194,7 @@ def _replay_all(
     recorded: list[tuple[str, int, list[list[list[int]]]]],
     seed: int,
 ) -> list[Policy]:
-    """Let caches of all half-lives serve even routing, the demo's, and recorded ones."""
+    """Replay even routing, the demo's, and recorded ones on caches of all half-lives."""
     experts, top_k = shape["num_experts"], shape["num_experts_per_tok"]
     rng = np.random.default_rng(seed)
     even = [

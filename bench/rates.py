@@ -243,7 +243,7 @@ def _measure_projection(experts: PackedExperts, projection: str, weights: int) -
 
 
 def _total(rates: tuple[ProjectionRates, ...]) -> ProjectionRates:
-    """Give the means over all weights."""
+    """Return the means over all weights."""
     weights = [each.weights for each in rates]
 
     def mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says, asked through no package: it is found even where torch or numba-cuda is not in order."""
+"""What NVIDIA's driver reports, asked through no package: it is found even where torch or numba-cuda is broken."""
 
 from __future__ import annotations
 

@@ -33,22 +33,22 @@ class Offload(StrEnum):
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-SequenceLengthOption = Annotated[int, typer.Option(help="Tokens of a sample.")]
+SequenceLengthOption = Annotated[int, typer.Option(help="Tokens per sample.")]
 DeviceOption = Annotated[
     str, typer.Option(help="auto: the first GPU that can be used, else the CPU; or cpu, cuda, cuda:1.")
 ]
 ModelArgument = Annotated[str, typer.Argument(help="Compressed directory, or a dense model's directory or name.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of everything but compressed experts.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Data type of everything but compressed experts.")]
 
-MaxNewTokensOption = Annotated[int, typer.Option(help="Where a text is cut, if the model does not end it.", min=1)]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(help="Stop after so many new tokens, if the text has not ended.", min=1)
+]
 PrefillChunkOption = Annotated[
-    int, typer.Option(help="Tokens of a long prompt taken at once: fewer need less memory, more go faster.", min=1)
+    int, typer.Option(help="Prompt tokens processed at a time: fewer need less memory, more are faster.", min=1)
 ]
-StatsOption = Annotated[
-    bool, typer.Option("--stats", help="Print speed, and the experts' cache hits, on standard error.")
-]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Print speed and expert cache hits on standard error.")]
 TraceOption = Annotated[
-    str | None, typer.Option(help="Write which experts each token goes through, as JSON lines.", metavar="FILE")
+    str | None, typer.Option(help="Write the experts that each token is routed to, as JSON lines.", metavar="FILE")
 ]
 
 
@@ -63,18 +63,19 @@ class Placement:
     expert_cache: Annotated[
         str | None,
         typer.Option(
-            help="Memory for experts where they are multiplied, such as 4GiB. [default: no limit]", metavar="SIZE"
+            help="Memory for experts on the device that multiplies them, such as 4GiB. [default: no limit]",
+            metavar="SIZE",
         ),
     ] = None
     ram_cache: Annotated[
         str | None,
-        typer.Option(help="Memory for experts beside a GPU's, such as 16GiB. [default: no limit]", metavar="SIZE"),
+        typer.Option(help="CPU memory for experts, such as 16GiB. [default: no limit]", metavar="SIZE"),
     ] = None
     offload: Annotated[
         Offload | None,
         typer.Option(
-            help="Where the other experts wait: in memory once they were read, or on disk, which needs a limit of "
-            "memory. [default: disk with such a limit, else ram]"
+            help="Where the other experts are kept: in memory once read, or on disk, which needs a memory limit. "
+            "[default: disk with a memory limit, else ram]"
         ),
     ] = None
     devices: Annotated[
@@ -95,16 +96,19 @@ class Draws:
     """How tokens are chosen: options of generate and chat."""
 
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token: the same text each time. Above 0 draws.", min=0)
+        float, typer.Option(help="0: the most likely token, the same text each time. Above 0: sample.", min=0)
     ] = 0.0
     top_p: Annotated[
-        float | None, typer.Option(help="Draw among the likeliest tokens of this probability. [default: all]", max=1)
+        float | None,
+        typer.Option(help="Sample from the most likely tokens up to this total probability. [default: all]", max=1),
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(help="Draw among this many of the likeliest tokens. [default: all]", min=1)
+        int | None, typer.Option(help="Sample from this many of the most likely tokens. [default: all]", min=1)
     ] = None
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 lowers what stands there already.")] = 1.0
-    seed: Annotated[int, typer.Option(help="Decides the draws.", min=0)] = 0
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens that occurred already less likely.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed for sampling.", min=0)] = 0
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         """Return them as the library takes them; raise SettingError for those that it refuses."""

@@ -42,10 +42,10 @@ def chat(
     stats: StatsOption = False,
     trace: TraceOption = None,
 ) -> None:
-    """Talk with a causal model, line by line.
+    """Chat with a causal model, line by line.
 
-    Each line goes through the model's chat template; a model without one goes on from all that stands there. /reset
-    begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+    Each line goes through the model's chat template; a model without one continues the text so far. /reset
+    starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 
     Example: qmoe chat qwen3-qmoe --temperature 0.7 --top-p 0.8
     """
@@ -63,10 +63,10 @@ def chat(
         _output.note("qmoe: interrupted.")
         raise typer.Exit(130) from None
     if not conversation.templated:
-        _output.note("qmoe: this model has no chat template; it goes on from what stands there, an empty line too.")
+        _output.note("qmoe: this model has no chat template; it continues the text so far, also after an empty line.")
     if sys.stdin.isatty():
         _edit_lines()
-        _output.note("qmoe: /reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
+        _output.note("qmoe: /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
     with watched(loaded, stats, trace):
         for question in _questions():
             if question == "/reset":
@@ -76,7 +76,7 @@ def chat(
 
 
 def _edit_lines() -> None:
-    """Give `input` arrow keys and a history, where Python was built with them."""
+    """Turn on arrow keys and a history for `input`, where Python was built with them."""
     with suppress(ImportError):
         import readline  # noqa: F401
 
@@ -121,7 +121,9 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
     try:
         with _interrupts() as interrupted:
             made = conversation.answer(question, write=write, stop=interrupted)
-    except SettingError as error:  # the conversation is too long, or the template refuses: it can go on without this
+    except (
+        SettingError
+    ) as error:  # the conversation is too long, or the template refuses: it continues without this question
         _output.note(f"qmoe: {error}")
         return
     finally:
@@ -130,7 +132,7 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
     if not made.text:  # a line for each answer
         write("\n")
     if made.finish_reason == "length":
-        _output.note("qmoe: cut; --max-new-tokens, or the model's positions, allow no more.")
+        _output.note("qmoe: cut; --max-new-tokens, or the model's context, allows no more.")
     elif made.finish_reason == "stopped":
         _output.note("qmoe: stopped.")
     if stats:
@@ -142,7 +144,7 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C only be noted, so that the model ends the pass it is in; a second one leaves."""
+    """Note Ctrl-C only, so that the model ends the pass it is in; a second one leaves."""
     seen: list[int] = []
 
     def note(number: int, frame: object) -> None:

@@ -22,7 +22,7 @@ def demo(
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
-    """Compress the bundled model to nearest and by QMoE, and compare both with the dense one. No GPU, no download.
+    """Compress the bundled model by rounding and by QMoE, and compare both with the dense one. No GPU, no download.
 
     Example: qmoe demo --out tiny-qmoe
     """
@@ -108,8 +108,7 @@ def data_file(name: str) -> Path:
 
 
 def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
-    """Let a model fill the gaps of one window, greedily; give the text before and after one gap, what stood there, and
-    what the model puts there."""
+    """Fill one window's gaps by a model, greedily; return the text around one gap, the original and the model's."""
     import torch
 
     from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens

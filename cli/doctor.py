@@ -1,4 +1,4 @@
-"""`qmoe doctor`: what of all that qmoe-lite stands on is here, and what to do about the rest.
+"""`qmoe doctor`: which of qmoe-lite's requirements are met, and what to do about the rest.
 
 Each check stands alone, and findings are printed as they are made: whatever is broken, the lines before it are there.
 """
@@ -52,7 +52,7 @@ class CheckResult:
 
 
 def doctor(json: JsonOption = False) -> None:
-    """Look for all that qmoe-lite needs; say what is missing, what follows from it, and what to run.
+    """Check what qmoe-lite needs; report what is missing, what that means, and what to run.
 
     Exit code 1 where something required is missing; a GPU is not.
 
@@ -74,13 +74,13 @@ def doctor(json: JsonOption = False) -> None:
     elif wrong:
         print_text(f"\nqmoe-lite does not work yet: see {', '.join(wrong)}.")
     else:
-        print_text("\nAll that qmoe-lite needs is here.")
+        print_text("\nEverything that qmoe-lite needs is installed.")
     if wrong:
         raise typer.Exit(1)
 
 
 def in_words(finding: CheckResult) -> Iterator[str]:
-    """Write a finding in lines of 80 columns."""
+    """Format a result in lines of 80 columns."""
     wrap = textwrap.TextWrapper(80 - _INDENT, break_on_hyphens=False)
     first, *rest = wrap.wrap(finding.found) or [""]
     yield f"{finding.status:<8}{finding.name:<{_INDENT - 8}}{first}"
@@ -140,7 +140,7 @@ def _processor() -> Iterator[CheckResult]:
 
 
 def _fields(file: Path, names: tuple[str, ...]) -> str:
-    """Give the first value of one of `names` in a file of /proc."""
+    """Return the first value of one of `names` in a file of /proc."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in names:
@@ -178,7 +178,9 @@ def _packages() -> Iterator[CheckResult]:
         yield CheckResult("packaging", first_line(error), "missing", True, follows, "pip install packaging")
         return
     status = _status(platform.python_version(), SpecifierSet(ours["Requires-Python"] or ""))
-    text = "" if status == "ok" else f"Python {ours['Requires-Python']} is needed: make a virtual environment of it."
+    text = (
+        "" if status == "ok" else f"Python {ours['Requires-Python']} is needed: create a virtual environment with it."
+    )
     yield CheckResult("Python", platform.python_version(), status, True, text)
     extras = [extra for extra in ours.get_all("Provides-Extra") or [] if extra != "dev"]
     needed: set[str] = set()
@@ -244,7 +246,7 @@ def _lacking(wanted: Requirement) -> str | None:
 
 
 def _status(found: str, wanted: SpecifierSet) -> str:
-    """Tell whether a version is ok, too old or too new; an unknown one passes."""
+    """Report whether a version is ok, too old or too new; an unknown one passes."""
     if not found or wanted.contains(found, prereleases=True):
         return "ok"
     floors = [one for one in wanted if one.operator in (">=", ">", "~=")]
@@ -298,12 +300,12 @@ def _driver() -> Iterator[CheckResult]:
 
 
 def _kernels(index: int, capability: tuple[int, int]) -> tuple[str, str]:
-    """Tell whether the GPU kernels can run on a GPU, as a status, and why not."""
+    """Report whether the GPU kernels can run on a GPU, as a status, and why not."""
     try:
         from qmoe_lite.cuda import launch
 
         why = launch.reason(index)
-    except Exception as error:  # the GPU is there, whatever torch or numba-cuda come to grief over
+    except Exception as error:  # the GPU is there, whatever fails in torch or numba-cuda
         return "broken", _words(error)
     if why is None:
         return "ok", ""

@@ -23,14 +23,16 @@ def evaluate(
     text: Annotated[str, typer.Option(help="UTF-8 text, .jsonl with a text field, a directory, or a data set.")],
     samples: Annotated[int | None, typer.Option(help="Samples drawn. [default: the whole text]", min=1)] = None,
     sequence_length: SequenceLengthOption = 512,
-    passes: Annotated[int, typer.Option(help="Times that each window is masked anew (seq2seq).", min=1)] = 1,
-    batch_size: Annotated[int, typer.Option(help="Samples at a time.", min=1)] = 16,
-    seed: Annotated[int, typer.Option(help="Decides samples and masked spans.", min=0)] = 1,
+    passes: Annotated[
+        int, typer.Option(help="How often each window is masked, differently each time (seq2seq).", min=1)
+    ] = 1,
+    batch_size: Annotated[int, typer.Option(help="Samples per batch.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Seed for samples and masked spans.", min=0)] = 1,
     placement: Placement,
     stats: StatsOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure loss and perplexity on a text; the same seed gives every model the same questions.
+    """Measure loss and perplexity on a text; the same seed draws the same samples for every model.
 
     Example: qmoe eval switch-qmoe --text held_out.txt
     """

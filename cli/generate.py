@@ -33,12 +33,12 @@ def generate(
     *,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text to go on from; - reads standard input. Several are one batch.", show_default=False),
+        typer.Option(help="Prompt; - reads standard input. Several form one batch.", show_default=False),
     ] = None,
     prompt_file: Annotated[
         list[str] | None,
         typer.Option(
-            help="UTF-8 file with a prompt, less one last newline; - reads standard input. Several are one batch.",
+            help="UTF-8 file with a prompt, without its last newline; - reads standard input. Several form one batch.",
             show_default=False,
         ),
     ] = None,
@@ -48,7 +48,7 @@ def generate(
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Wrap the prompt by the model's chat template. [default: never; a line says so if there is one]",
+            help="Apply the model's chat template to the prompt. [default: no, with a note if there is one]",
             show_default=False,
         ),
     ] = None,
@@ -60,12 +60,14 @@ def generate(
     trace: TraceOption = None,
     json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON document at the end, and no stream; for several prompts an array."),
+        typer.Option(
+            "--json", help="Print one JSON document at the end instead of streaming; an array for several prompts."
+        ),
     ] = False,
 ) -> None:
-    """Let a model go on from a prompt; the text appears as it is made.
+    """Generate text from a prompt; the text is streamed.
 
-    Without --prompt and --prompt-file the prompt is what is piped in. The model's generation_config.json decides only
+    Without --prompt and --prompt-file the prompt is read from a pipe. The model's generation_config.json decides only
     which tokens end the text.
 
     Example: qmoe generate switch-qmoe --prompt "The list <extra_id_0> sorted."

@@ -30,7 +30,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw the figures over the layers into this .png file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what a compressed model holds, layer by layer, and what its report says. Reads no codes.
+    """Show a compressed model layer by layer, with its report. Reads no codes.
 
     Example: qmoe inspect switch-qmoe --plot layers.png
     """
@@ -67,7 +67,7 @@ def inspect(
 
 
 def _head(found: Inspection) -> Table:
-    """Say in a few lines what the whole model is."""
+    """Return a few lines on the whole model."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -100,7 +100,7 @@ def _head(found: Inspection) -> Table:
 
 
 def _shapes(rows: list[StoredProjection]) -> Iterator[tuple[str, str]]:
-    """Say how large a projection is; name the layers where it is not the same in all."""
+    """Yield each projection's size, with the layers where it is not the same in all."""
     sizes: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         text = f"{row.experts} experts of {row.rows:,} x {row.columns:,}"
@@ -186,7 +186,7 @@ def _layers(found: Inspection) -> Table:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Write ascending numbers shortly: 3, 7-9."""
+    """Format ascending numbers shortly: 3, 7-9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -197,7 +197,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _largest(found: Inspection) -> str:
-    """Name the places to look at first."""
+    """Return the places to look at first."""
     rows = [(row.report.error, f"{row.short} {row.projection}") for row in found.projections if row.report]
     short = {row.layer: row.short for row in found.projections}
     held_out = [(error, short[layer]) for layer, error in found.held_out_error.items()]

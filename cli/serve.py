@@ -32,7 +32,7 @@ def serve(
     stats: StatsOption = False,
     trace: TraceOption = None,
 ) -> None:
-    """Answer OpenAI's HTTP interface with a causal model; Ctrl-C ends it.
+    """Serve a causal model over OpenAI's HTTP API; Ctrl-C stops it.
 
     The server is transformers' own (`transformers serve`): /v1/chat/completions, /v1/completions, /v1/responses,
     /v1/models. It needs pip install 'qmoe-lite[serve]'.
@@ -57,7 +57,7 @@ def serve(
 
 
 def _server_class() -> Any:
-    """Give transformers' server, which runs as long as it is being made."""
+    """Return transformers' server class, whose constructor runs the server."""
     from transformers.utils.import_utils import is_serve_available
 
     from qmoe_lite.errors import SettingError
@@ -69,13 +69,13 @@ def _server_class() -> Any:
 
     wanted = ("_load_model", "_load_processor", "list_models")
     if not all(hasattr(ModelManager, name) for name in wanted):
-        raise SettingError("this transformers has another server. Run: pip install 'qmoe-lite[serve]'")
+        raise SettingError("this version of transformers has a different server. Run: pip install 'qmoe-lite[serve]'")
     return Serve
 
 
 @contextmanager
 def _serving(loaded: Any, tokenizer: Any) -> Iterator[None]:
-    """Let the server answer with this model, instead of one that it loads itself."""
+    """Make the server answer with this model, instead of one that it loads itself."""
     from transformers.cli.serving import model_manager
 
     class OneModel(model_manager.ModelManager):

@@ -14,7 +14,7 @@ def verify(
     directory: Annotated[str, typer.Argument(help="Compressed directory.")],
     json: JsonOption = False,
 ) -> None:
-    """Check every byte of a compressed directory, and say all that is wrong with it. Exit code 1 where anything is.
+    """Check every byte of a compressed directory and report every problem. Exit code 1 if there is an error.
 
     Example: qmoe verify switch-qmoe
     """

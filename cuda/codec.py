@@ -151,7 +151,7 @@ def _check_digits(digits: Tensor, codebook: Codebook) -> None:
         row, column = outside.nonzero()[0].tolist()
         raise DigitError(
             f"digits holds {int(digits[row, column])} at row {row}, column {column}; expected {lowest} to {highest}. "
-            f"Fit the codebook with {'four counts' if codebook.digits == 3 else 'three counts'}, or mend the digits."
+            f"Fit the codebook with {'four counts' if codebook.digits == 3 else 'three counts'}, or fix the digits."
         )
 
 

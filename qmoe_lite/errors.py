@@ -9,7 +9,7 @@ QMoEError
 ├── CodebookError (ValueError)      counts, bits or entries that make no usable codebook
 ├── FormatError                     a compressed file that is truncated, forged or too new
 ├── CheckpointError                 a directory that is no model, a missing shard or tensor
-├── UnsupportedFamilyError          a model type that families.py does not know
+├── UnsupportedFamilyError          a model type that models/family.py lacks
 ├── TextError                       calibration or evaluation text that is missing, empty or not UTF-8
 ├── OutputError                     an output that exists already or cannot be written
 ├── DeviceError (RuntimeError)      a GPU, driver or CUDA package that is missing or too old
@@ -69,7 +69,7 @@ class CheckpointError(QMoEError):
 
 
 class UnsupportedFamilyError(QMoEError):
-    """families.py does not know this model type."""
+    """models/family.py does not know this model type."""
 
 
 class TextError(QMoEError):

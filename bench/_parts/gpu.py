@@ -244,7 +244,7 @@ def _clone(packed: PackedMatrix) -> PackedMatrix:
 
 
 def _copies(nbytes: int, first: Any, clone: Callable[[Any], Any]) -> list[Any]:
-    """Make so many copies of a matrix that taking them in turn finds none in the L2 cache."""
+    """Return so many copies of a matrix that taking them in turn finds none in the L2 cache."""
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 << 20
     return [first, *(clone(first) for _ in range(min(2 * cache // nbytes, _MOST_COPIES - 1)))]
 
@@ -320,7 +320,7 @@ def _times(ours: float | None, peer: float | None) -> str:
 
 
 def _named(rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
-    """Give each row with its shape, once for rows that follow each other."""
+    """Yield each row with its shape, once for rows that follow each other."""
     shown = ""
     for row in rows:
         name = f"{row['rows']} x {row['columns']}"

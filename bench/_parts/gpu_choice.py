@@ -76,7 +76,7 @@ def _time(copies: list[PackedMatrix], dense: Tensor, x: Tensor) -> float:
 
 @contextmanager
 def _forced(name: str, value: Any) -> Iterator[None]:
-    """Let `cuda.matmul` go by another value inside the block."""
+    """Set another value in `cuda.matmul` inside the block."""
     before = getattr(matmul, name)
     setattr(matmul, name, value)
     try:

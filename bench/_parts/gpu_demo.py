@@ -16,7 +16,7 @@ _MODELS = ("dense", "rtn", "qmoe")
 
 
 def measure_demo(quick: bool, end: float) -> Iterator[parts.Row]:
-    """Seconds and losses of the demo; a row that says so where the command has no such option."""
+    """Seconds and losses of the demo; a row that notes it where the command has no such option."""
     if "--device" not in _output("--help", end=end):
         yield {"note": "qmoe demo has no option --device: not run."}
         return

@@ -1,4 +1,4 @@
-"""The paper's own product (QMoE, arXiv:2310.16795, section 4.3), written anew: what ours is measured against.
+"""The paper's own product (QMoE, arXiv:2310.16795, section 4.3), reimplemented: what ours is measured against.
 
 A warp takes a row and all its lanes one codeword at a time: each lane reads the codeword's table entry, takes one digit
 out of it and multiplies its activation. Entries hold the digits as published: two words, each of seven pairs of 4 bits

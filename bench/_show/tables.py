@@ -147,7 +147,7 @@ def print_matmul(report: MatmulReport) -> None:
     )
     anew = ("x fp32\nours", "\nanew", "\nratio", "x bf16\nours", "\nanew", "\nratio")
     print_rows(
-        "Beside dequantising the matrix anew for each of torch's dense products",
+        "Against dequantising the matrix for each of torch's dense products",
         (*first, *anew),
         (name + against_dequantised(row) for row, name in names()),
         text=1,

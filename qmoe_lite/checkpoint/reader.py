@@ -278,7 +278,9 @@ class Checkpoint:
         except OSError as error:
             raise unreadable(path, error) from error
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} was cut or written anew meanwhile. Fetch the file again.") from error
+            raise CheckpointError(
+                f"{path} was truncated or rewritten while it was read. Fetch the file again."
+            ) from error
         return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
 
     @property
@@ -407,7 +409,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OutputError(
-            f"{path} cannot be written: {reason}. What is finished is kept: make room and run the same command again."
+            f"{path} cannot be written: {reason}. Finished work is kept: free some space, then rerun."
         ) from error
 
 

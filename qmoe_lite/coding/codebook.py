@@ -397,7 +397,7 @@ def check_counted(row_counts: NDArray[np.int64], digits: NDArray[np.int8], codeb
     row, column = np.argwhere((digits < lowest) | (digits > highest))[0]
     raise DigitError(
         f"digits holds {digits[row, column]} at row {row}, column {column}; expected {lowest} to {highest}. "
-        f"Fit the codebook with {'four counts' if codebook.digits == 3 else 'three counts'}, or mend the digits."
+        f"Fit the codebook with {'four counts' if codebook.digits == 3 else 'three counts'}, or fix the digits."
     )
 
 

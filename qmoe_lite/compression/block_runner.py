@@ -138,7 +138,7 @@ class BlockRunner:
             read = self._read(hidden, part), self._read(memory, part)
             out, following[size] = self._family.through(module, number, *read, calls[size])
             if not torch.isfinite(out).all():
-                raise NotFiniteError(f"{block} puts out NaN or infinity in float32. Is the checkpoint sound?")
+                raise NotFiniteError(f"{block} outputs NaN or infinity in float32. Fetch the checkpoint again.")
             hidden.write(part, out)
             if catcher is not None and inputs is not None:
                 given, index, weights = catcher.take()

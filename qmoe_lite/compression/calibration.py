@@ -100,7 +100,7 @@ def _read_file(path: Path) -> Iterator[str]:
                     yield text + "\n"
                 except (ValueError, KeyError, TypeError) as error:
                     problem = f'{path} line {number} is no JSON object with a "text" field.'
-                    raise TextError(f"{problem} Mend the line, or give a plain .txt file.") from error
+                    raise TextError(f"{problem} Fix the line, or use a plain .txt file.") from error
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text. Convert it, e.g. with iconv.") from error
     except OSError as error:

@@ -105,8 +105,8 @@ class ListBuffer:
                     if filled == len(flat):
                         return
         except (OSError, zstandard.ZstdError) as error:
-            raise FormatError(f"{file} is damaged ({error}). Begin anew with --restart.") from error
-        raise FormatError(f"{file} holds other activations than this run needs. Begin anew with --restart.")
+            raise FormatError(f"{file} is damaged ({error}). Start over with --restart.") from error
+        raise FormatError(f"{file} holds other activations than this run needs. Start over with --restart.")
 
 
 @dataclass(frozen=True)

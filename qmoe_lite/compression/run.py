@@ -94,7 +94,7 @@ def compress(
         Where blocks run and experts are solved: "auto" takes the first GPU that can be used, else the CPU; see
         :func:`qmoe_lite.devices.find_device`.
     resume : bool
-        Go on with what `OUT.partial` holds; False throws it away.
+        Resume from `OUT.partial`; False discards it.
     progress : callable, optional
         Called with a `Progress` after each group of experts.
     **settings
@@ -240,11 +240,11 @@ class _Run:
                 done = _Done(**state.pop("done"))
                 done.projections = [ProjectionReport(**row) for row in state.pop("projections")]
             except (ValueError, KeyError, TypeError) as error:
-                raise ResumeError(f"{state_file} is damaged. Begin anew with --restart.") from error
+                raise ResumeError(f"{state_file} is damaged. Start over with --restart.") from error
             if found != fingerprint:
                 raise ResumeError(
                     f"{self.partial} holds unfinished work of another model, text or setting. Use the same ones, or "
-                    f"begin anew with --restart."
+                    f"start over with --restart."
                 )
             self.done = done
             return state
@@ -275,7 +275,7 @@ class _Run:
         fingerprint: str,
         old: dict[str, Any],
     ) -> dict[str, Any]:
-        """Make what is finished durable: a killed run goes on from here."""
+        """Make what is finished durable: an interrupted run resumes from here."""
         state = {"fingerprint": fingerprint, **place}
         state["hidden"] = f"hidden-{place['stack']}-{place['block']}.zst"
         files.write_atomically(self.partial / state["hidden"], hidden.save)
@@ -391,8 +391,8 @@ class _Run:
             files.sync_directory(self.out.parent.resolve())
         except OSError as error:
             text = f"{self.partial} is finished but cannot become {self.out}: {error.strerror}. "
-            raise OutputError(text + "Make way, and run the same command again.") from error
-        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here they let a run go on
+            raise OutputError(text + "Move the existing directory, then rerun.") from error
+        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here a run could resume from them
             left.unlink(missing_ok=True)
         return report
 

@@ -744,7 +744,7 @@ def attach(
         raise SettingError("offload='ram' holds all experts in memory, a budget only some. Give one of them.")
     if offload == "disk" and memory is None:
         budget = "ram_cache" if gpus else "ram_cache or expert_cache"
-        raise SettingError(f"offload='disk' needs a budget of memory, or nothing is limited. Give {budget} too.")
+        raise SettingError(f"offload='disk' needs a budget of memory, or nothing is limited. Set {budget} too.")
     _, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
     return Runner(

@@ -63,7 +63,7 @@ def test_a_file_that_is_cut_or_replaced_is_an_error_at_the_read(tmp_path):
     files.write_tensors(file, {"a": torch.arange(1000.0), "b": torch.ones(3)})
     found = files.Checkpoint(tmp_path)
     files.write_tensors(file, {"c": torch.ones(3)})
-    with pytest.raises(CheckpointError, match="was cut or written anew meanwhile"):
+    with pytest.raises(CheckpointError, match="was truncated or rewritten while it was read"):
         found.place("a")
 
 

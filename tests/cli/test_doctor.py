@@ -72,7 +72,7 @@ def test_rows_fit_80_columns_and_the_last_line_is_the_verdict(run):
     code, printed, _ = run("doctor")
     assert code == 0
     assert max(map(len, printed.splitlines())) <= 80
-    assert printed.splitlines()[-1] == "All that qmoe-lite needs is here."
+    assert printed.splitlines()[-1] == "Everything that qmoe-lite needs is installed."
 
 
 def test_a_missing_required_package_is_exit_code_1_and_says_what_to_run(run, monkeypatch):

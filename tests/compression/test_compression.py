@@ -245,7 +245,7 @@ def test_a_finished_run_that_cannot_take_its_name_is_kept(tmp_path, switch, text
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.rename", fail)
-        with pytest.raises(OutputError, match="run the same command again"):
+        with pytest.raises(OutputError, match="Move the existing directory, then rerun"):
             qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
     places = []
     qm.compress(switch, tmp_path / "out", calibration=text_file, progress=places.append, **SMALL)

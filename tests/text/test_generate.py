@@ -349,7 +349,7 @@ def test_a_model_that_puts_out_nan_is_an_error(reciting):
     _, tokenizer = reciting
     model = reciter({}, len(tokenizer))
     model.lm_head.weight.data[3, 0] = float("nan")
-    with pytest.raises(NotFiniteError, match="puts out NaN"):
+    with pytest.raises(NotFiniteError, match="outputs NaN"):
         generate(model, tokenizer, "x")
 
 
