@@ -1,4 +1,4 @@
-"""Our CPU solver beside GPTQ as published code has it: a plain loop over columns in torch, one expert after another.
+"""Our CPU solver against GPTQ as in published code: a plain loop over columns in torch, one expert after another.
 
 Both get the same weights, Hessians, dampening and grid. They take turns, a group of experts at a time, and no figure is
 given unless both found the same digits.

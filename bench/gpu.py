@@ -1,4 +1,4 @@
-"""`python bench/gpu.py`: test the CUDA kernels on this machine's GPU, then time them beside their peers.
+"""`python bench/gpu.py`: test the CUDA kernels on this machine's GPU, then time them against their peers.
 
 Each part runs in a process of its own, so that a fault or a hang of one costs no other, and all of them within a time
 budget. Results are written after each part: as JSON, and as the tables that were printed.

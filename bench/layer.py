@@ -1,4 +1,4 @@
-"""A whole layer of experts straight from codewords beside Hugging Face's own experts module in bfloat16.
+"""A whole layer of experts straight from codewords against Hugging Face's own experts module in bfloat16.
 
 All get the same tokens and the same random routing, a new one for each call, and take turns, so that the caches hold
 few of the experts that are asked for. What ours computes is compared with its dequantised experts first.
@@ -23,7 +23,7 @@ from qmoe_lite.errors import QMoEError, SettingError
 from qmoe_lite.models.experts import PackedExperts, pack_experts
 from qmoe_lite.models.family import family_of, inner
 
-LAYERS: dict[str, tuple[str, dict[str, int]]] = {  # model type, and what its configuration must say
+LAYERS: dict[str, tuple[str, dict[str, int]]] = {  # model type, and what its configuration must contain
     "qwen3-30b-a3b": (
         "qwen3_moe",
         {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},

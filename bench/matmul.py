@@ -1,4 +1,4 @@
-"""The product straight from codewords beside torch's dense products, in one process.
+"""The product straight from codewords against torch's dense products, in one process.
 
 Weights are rotated through as many copies as do not fit the last cache, so that all of them come from memory, as they
 do when a model's layers take turns. Every product is compared with the dense one before anything is timed; then they

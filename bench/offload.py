@@ -1,9 +1,9 @@
-"""A model whose experts do not fit in memory: tokens a second beside the dense model, from disk and in memory.
+"""A model whose experts do not fit in memory: tokens a second against the dense model, from disk and in memory.
 
 The model is shaped as Qwen3-30B-A3B, with fewer layers, and lies on disk twice: compressed, and the same weights in
 bfloat16. Each contender writes a text, one token at a time, in a process of its own; before each token the files are
-taken out of the page cache, for all who read them. Which experts a token goes through is forced, evenly drawn or as the
-bundled Switch routed the evaluation text, so that all contenders do the same work.
+dropped from the page cache, whoever reads them. The routing is forced, evenly drawn or as the bundled Switch routed the
+evaluation text, so that all contenders do the same work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUDGETS = (1.0, 0.5, 0.25, 0.1)
 HALF_LIVES = (0.0, 8.0, 32.0, 128.0, math.inf)  # passes; the first is LRU, the last LFU
 _REPLAYED = 1024  # tokens
 _WARM = 8  # tokens before the timed ones
-_SPARE = 1 << 30  # bytes that must be free beside the dense model's experts before it is made
+_SPARE = 1 << 30  # bytes that must be free besides the dense model's experts before it is created
 
 
 @dataclass(frozen=True)

@@ -291,5 +291,5 @@ def _code_bits(rows: Digits, codebook: Codebook) -> float:
     """Code bits per weight of rows of digits, after a look that they come back."""
     packed = encode(rows, torch.ones(len(rows), 1, dtype=torch.bfloat16), codebook)
     if not np.array_equal(decode(packed)[0].numpy(), rows):
-        raise FormatError(f"{codebook!r} did not give back what it encoded. Report this with the machine's name.")
+        raise FormatError(f"{codebook!r} did not decode to what it encoded. Report this with the machine's name.")
     return codebook.bits * int(packed.count_codewords().sum()) / rows.size

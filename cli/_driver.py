@@ -17,7 +17,7 @@ class Driver:
     Attributes
     ----------
     version : str
-        Such as 580.65.06; "unknown" where the kernel does not tell.
+        Such as 580.65.06; "unknown" where the kernel does not report it.
     cuda : (int, int)
         Newest CUDA that it runs.
     gpus : list of (str, (int, int))

@@ -28,7 +28,7 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
         raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.")
     if quantized and (method := quantized.get("quant_method")) != "qmoe":
         raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
-    read_config(str(path))  # before the tokenizer, which transformers would say is what it cannot read
+    read_config(str(path))  # before the tokenizer, which transformers would blame
     tokenizer = open_tokenizer(path)
     if quantized:
         return load(path, device=placement.device, dtype=getattr(torch, dtype), **placement.given()), tokenizer
@@ -37,7 +37,7 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
         raise SettingError(f"{path} is a dense model, and --{option} is for compressed ones. Compress it first.")
     where = find_device(placement.device)
     model, info = auto_class(family).from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
-    # transformers fills what a checkpoint lacks with random numbers and goes on
+    # transformers silently fills what a checkpoint lacks with random numbers
     if lost := sorted(set(info["missing_keys"]) - family.tied(model.config)):
         more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
         raise CheckpointError(f"{path} lacks {lost[0]}{more}. Is it the whole model?")

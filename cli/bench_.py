@@ -1,4 +1,4 @@
-"""`qmoe bench`: measurements beside their baselines."""
+"""`qmoe bench`: measurements against their baselines."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def _figures(rows: list[StoredProjection], classes: list[str]) -> list[str]:
 
 
 def _layers(found: Inspection) -> Table:
-    """Make a row for each layer: what the calibration text and the held-out text say of it."""
+    """Make a row for each layer: its calibration tokens and its held-out error."""
     from statistics import median
 
     table = _table(title="Calibration tokens per expert", title_justify="left")

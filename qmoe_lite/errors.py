@@ -24,10 +24,10 @@ import errno
 from pathlib import Path
 
 _REMEDIES = {
-    errno.EACCES: "Give yourself permission to read it.",
-    errno.EPERM: "Give yourself permission to read it.",
-    errno.EMFILE: "Let the process open more files: ulimit -n 4096",
-    errno.ENFILE: "Let the system open more files: sysctl fs.file-max",
+    errno.EACCES: "Grant yourself read permission.",
+    errno.EPERM: "Grant yourself read permission.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+    errno.ENFILE: "Raise the system's limit of open files: sysctl fs.file-max",
     errno.ENOENT: "Fetch the file again.",
 }
 

@@ -83,7 +83,7 @@ def measure_launch(quick: bool, end: float) -> Iterator[Row]:
 
 
 def measure_matmul(quick: bool, end: float) -> Iterator[Row]:
-    """Our product beside torch's (cuBLAS) bfloat16 one, as called and in a graph, in microseconds."""
+    """Our product against torch's (cuBLAS) bfloat16 one, as called and in a graph, in microseconds."""
     captured: list[str] = []
     for rows, columns in QUICK_SHAPES if quick else SHAPES:
         if time.monotonic() > end - 8:

@@ -1,4 +1,4 @@
-"""Part "choice" of `bench/gpu.py`: what the product chose by a model of the time, beside what it might have chosen."""
+"""Part "choice" of `bench/gpu.py`: what the product chose by a model of the time, against its alternatives."""
 
 from __future__ import annotations
 

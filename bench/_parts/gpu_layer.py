@@ -1,4 +1,4 @@
-"""Part "layer" of `bench/gpu.py`: a whole layer of experts on the GPU beside transformers' own in bfloat16.
+"""Part "layer" of `bench/gpu.py`: a whole layer of experts on the GPU against transformers' own in bfloat16.
 
 Each call has another routing and, of ours, takes another copy, so that it finds none of its experts in the L2 cache.
 """

@@ -32,7 +32,7 @@ _TOLERANCE = 0.05  # of logits in bfloat16: largest difference over the largest 
 
 
 def measure_offload(quick: bool, end: float) -> Iterator[parts.Row]:
-    """Tokens a second each way, after a comparison of the logits; ours cached gives the bits of ours as a whole."""
+    """Tokens a second each way, after the logits were compared: cached and in memory they must be the same bits."""
     if time.monotonic() > end - _SECONDS:
         yield {"skipped": "all"}
         return

@@ -113,7 +113,7 @@ def make_models(
 
 
 def drop_cached(directory: Path) -> None:
-    """Take a model's files out of the page cache, as far as nobody maps them."""
+    """Drop a model's files from the page cache, as far as nobody maps them."""
     for file in directory.rglob("*"):
         if file.is_file():
             handle = os.open(file, os.O_RDONLY)
@@ -149,7 +149,7 @@ def _watched(found: dict[str, int]) -> Iterator[None]:
 
 
 class Routing:
-    """Forces which experts each token goes through: drawn evenly, or as a trace says.
+    """Forces the routing: drawn evenly, or as in a trace.
 
     Parameters
     ----------
@@ -216,9 +216,9 @@ def run_contender(
     trace: list[list[int]] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Load a model and let it write; return seconds, memory and tokens.
+    """Load a model and generate; return seconds, memory and tokens.
 
-    Before each token the model's files are taken out of the page cache. `timed` counts the timed tokens alone.
+    Before each token the model's files are dropped from the page cache. `timed` counts the timed tokens alone.
     """
     import transformers
 

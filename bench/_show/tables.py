@@ -116,7 +116,7 @@ def print_model_rates(report: ModelRatesReport) -> None:
 
 
 def print_matmul(report: MatmulReport) -> None:
-    """Print speeds beside torch's dense products, and beside dequantising."""
+    """Print speeds against torch's dense products, and against dequantising."""
     from qmoe_lite.bench.matmul import SHAPES
 
     def names() -> Iterable[tuple[Speed, list[str]]]:
@@ -287,7 +287,7 @@ def print_offload(report: OffloadReport) -> None:
     print_text("memory: anonymous, above what the process had before.")
     if slowest:
         print_text("least / this: ours with the smallest budget over this one.")
-        print_text("The files are taken out of the page cache before each token.")
+        print_text("The files are dropped from the page cache before each token.")
     for note in report.notes:
         print_text(note)
     print_text()

@@ -75,14 +75,16 @@ class WeightFile:
 
     def _shrunk(self, size: int) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} had {self.size} bytes and now has {size}: it was cut while the model ran. "
+            f"{self.path} had {self.size} bytes and now has {size}: it was truncated while the model ran. "
             "Restore the file and load the model again."
         )
 
     def _ended(self, end: int) -> CheckpointError:
         if (size := os.fstat(self._file).st_size) < self.size:
             return self._shrunk(size)
-        return CheckpointError(f"{self.path} has {size} bytes of at least {end}: it was cut. Fetch the file again.")
+        return CheckpointError(
+            f"{self.path} has {size} bytes of at least {end}: it was truncated. Fetch the file again."
+        )
 
     def read(self, offset: int, length: int) -> bytearray:
         """Read some bytes through the page cache, and drop them from it."""

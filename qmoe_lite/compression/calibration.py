@@ -153,7 +153,7 @@ def check_ids(samples: Samples, vocabulary: int) -> None:
     """Raise SettingError where the tokenizer gives ids that the model does not know."""
     largest = max(int(ids.max()) for ids in (samples.input_ids, samples.labels) if ids is not None)
     if largest >= vocabulary:
-        text = f"the tokenizer gives id {largest}, the model knows {vocabulary}. Use this model's own tokenizer."
+        text = f"the tokenizer produces id {largest}, the model knows {vocabulary}. Use this model's own tokenizer."
         raise SettingError(text)
 
 

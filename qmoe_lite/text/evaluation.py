@@ -109,5 +109,5 @@ def evaluate(
             )
             total += float(loss)
     if not math.isfinite(total):
-        raise NotFiniteError("the loss is NaN or infinite: weights or activations of the model are. Fetch it again.")
+        raise NotFiniteError("the loss is NaN or infinite, as are weights or activations of the model. Fetch it again.")
     return Evaluation(total / drawn.predicted_tokens, drawn.predicted_tokens)

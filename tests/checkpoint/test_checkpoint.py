@@ -58,7 +58,9 @@ def test_a_file_that_is_cut_or_replaced_is_an_error_at_the_read(tmp_path):
     found = files.Checkpoint(tmp_path)
     assert found.place("b").length == 12
     os.truncate(file, 2000)
-    with pytest.raises(CheckpointError, match=r"has 2000 bytes of at least \d+: it was cut\. Fetch the file again"):
+    with pytest.raises(
+        CheckpointError, match=r"has 2000 bytes of at least \d+: it was truncated\. Fetch the file again"
+    ):
         list(found.pieces("a"))
     files.write_tensors(file, {"a": torch.arange(1000.0), "b": torch.ones(3)})
     found = files.Checkpoint(tmp_path)
@@ -89,8 +91,8 @@ def closed(monkeypatch):
 
 
 REMEDIES = [
-    (errno.EACCES, "Permission denied. Give yourself permission to read it"),
-    (errno.EMFILE, "Too many open files. Let the process open more files: ulimit -n"),
+    (errno.EACCES, "Permission denied. Grant yourself read permission"),
+    (errno.EMFILE, "Too many open files. Raise the limit of open files: ulimit -n"),
     (errno.EIO, "Input/output error. Check the disk"),
 ]
 

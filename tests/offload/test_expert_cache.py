@@ -98,7 +98,7 @@ def test_any_bytes_of_a_file_are_read(tmp_path, monkeypatch, direct):
         assert b"".join(file.pieces(77, 2 * PAGE, memory)) == memory[: 2 * PAGE].tobytes()
         assert memory[: 2 * PAGE].tobytes() == data[77 : 77 + 2 * PAGE].tobytes()
         assert list(file.pieces(77, 0)) == []
-    with pytest.raises(CheckpointError, match=f"has {len(data)} bytes of at least {len(data) + 1}: it was cut"):
+    with pytest.raises(CheckpointError, match=f"has {len(data)} bytes of at least {len(data) + 1}: it was truncated"):
         file.read_into(memory, len(data) - 5, 6)
     file.close()
 
@@ -129,7 +129,7 @@ def test_files_that_cannot_be_opened_say_what_helps(tmp_path, monkeypatch):
     before = set(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 1, limit[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"Too many open files\. Let the process open more files: ulimit -n"):
+        with pytest.raises(CheckpointError, match=r"Too many open files\. Raise the limit of open files: ulimit -n"):
             [WeightFile(tmp_path / "file") for _ in range(1000)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)

@@ -619,7 +619,7 @@ for use in (lambda: model(input_ids=ids), lambda: inner(input_ids=ids), model.st
     lines = done.stdout.splitlines()
     assert len(lines) == 6
     assert all(line.startswith("CheckpointError") for line in lines)
-    assert all("it was cut while the model ran. Restore the file" in line for line in lines)
+    assert all("it was truncated while the model ran. Restore the file" in line for line in lines)
 
 
 def test_a_cut_that_only_a_read_meets_is_the_same_line(directory, limited):

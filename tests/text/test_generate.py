@@ -388,7 +388,7 @@ def test_relative_positions_have_no_limit(switch):
 
 def test_ids_beyond_the_vocabulary_are_refused(reciting):
     _, tokenizer = reciting
-    with pytest.raises(SettingError, match="the tokenizer gives id 87, the model knows 80"):
+    with pytest.raises(SettingError, match="the tokenizer produces id 87, the model knows 80"):
         generate(reciter({}, 80), tokenizer, "x")
 
 
