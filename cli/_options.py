@@ -125,12 +125,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     shown: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
-        if is_dataclass(parameter.annotation):
-            groups[name] = parameter.annotation
-            hints = inspect.get_annotations(parameter.annotation, eval_str=True)
+        group: Any = parameter.annotation
+        if is_dataclass(group):
+            groups[name] = group
+            hints = inspect.get_annotations(group, eval_str=True)
             shown += [
                 inspect.Parameter(f.name, parameter.kind, default=f.default, annotation=hints[f.name])
-                for f in fields(parameter.annotation)
+                for f in fields(group)
             ]
         else:
             shown.append(parameter)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.bench._show.text import print_text
+from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.cuda import matmul
 
@@ -102,7 +101,7 @@ def show_choice(rows: list[parts.Row]) -> None:
         chosen = r["by_lanes"][str(r["chosen"])]
         cells.append([name, *(f"{each:.1f}" for each in times), str(r["chosen"]), f"{chosen / min(times):.2f}x"])
     titles = ("rows x\ncolumns", *(f"{each}\nlanes" for each in LANES), "chosen", "its time\nto best")
-    _table("us of one token's product in a graph, by lanes a row", titles, cells, text=1)
+    print_rows("us of one token's product in a graph, by lanes a row", titles, cells, text=1)
     some = [row for row in rows if "tokens" in row]
     cells = [
         [
@@ -114,7 +113,9 @@ def show_choice(rows: list[parts.Row]) -> None:
         ]
         for r, name in parts._named(some)
     ]
-    _table("us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1)
+    print_rows(
+        "us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1
+    )
     for rows_, columns in dict.fromkeys((r["rows"], r["columns"]) for r in some):
         own = [r for r in some if (r["rows"], r["columns"]) == (rows_, columns)]
         faster = [r["tokens"] for r in own if r["tiles_us"] < r["gathered_us"]]

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.bench._show.text import print_text
+from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode as cpu_encode
 from qmoe_lite.coding.packed import PackedMatrix
@@ -210,7 +209,7 @@ def show_paper(rows: list[parts.Row]) -> None:
         "\nfitted",
         "its to\ncuBLAS",
     )
-    _table("us of one token's product in a graph", ("rows x\ncolumns", *titles), cells, text=1)
+    print_rows("us of one token's product in a graph", ("rows x\ncolumns", *titles), cells, text=1)
     print_text(f"Bits a weight, everything counted: {rows[0]['paper_bits']:.2f} and, fitted, {rows[0]['bits']:.2f}.\n")
 
 

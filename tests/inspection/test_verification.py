@@ -135,7 +135,7 @@ for finding in verification.verify({str(path)!r}):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
     _, found, where, message = line.split("|")
     assert (found, where) == ("", file.name)
-    assert "was cut" in message
+    assert "was truncated" in message
 
 
 @pytest.mark.parametrize("part", ["codes", "levels"])

@@ -634,7 +634,7 @@ def test_a_cut_that_only_a_read_meets_is_the_same_line(directory, limited):
     for layer in runner._layers:
         place = layer._places["gate_proj"]["codes"]
         os.truncate(place.path, place.offset)
-    with pytest.raises(CheckpointError, match="was cut while the model ran"):
+    with pytest.raises(CheckpointError, match="was truncated while the model ran"):
         runner._layers[0].experts(torch.ones(1, 24), torch.tensor([[0, 1]]), torch.ones(1, 2))
     while runner._ram._under_way:  # the other expert's read met the cut file too
         runner._ram.collect()
