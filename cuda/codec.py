@@ -114,7 +114,7 @@ def decode_rows(packed: PackedMatrix, values: Tensor, starts: Tensor, first: int
     )
 
 
-@functools.cache  # as `matmul.device_words`
+@functools.cache  # as `variants.device_words`
 def device_table(codebook: Codebook, device: torch.device) -> Tensor:
     """Return the codebook's table on a GPU; kept there for the next call."""
     return torch.from_numpy(codebook.table.copy()).to(device)

@@ -1,6 +1,6 @@
 """How many instructions the one-token product takes: read from machine code, with no GPU and no disassembler.
 
-For bench/kernels.py and the tests: `gather_variants()` lists kernels as `matmul.gather_kernel` makes them, `row_loops`
+For bench/kernels.py and the tests: `gather_variants()` lists kernels as `gather.gather_kernel` makes them, `row_loops`
 counts the loops that do a product's work, `per_weight` spreads them over the weights.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.cuda.launch import WARP
-from qmoe_lite.cuda.matmul import Variant, choose_lanes, choose_variant, turns
 from qmoe_lite.cuda.packets import codewords_each
+from qmoe_lite.cuda.variants import Variant, choose_lanes, choose_variant, turns
 
 COUNTS = (115, 1770, 115)  # P(0) = 0.885
 INSTRUCTION_BYTES = 16

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._show.tables import _table
 from qmoe_lite.cli._output import print_text
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.cuda import matmul
+from qmoe_lite.cuda import gather, matmul
 
 LANES = (2, 4, 8, 16, 32)
 TOKENS = (8, 16, 32, 64, 128)
@@ -42,8 +43,8 @@ def _chosen_lanes(packed: PackedMatrix) -> int:
         found.append(choose(*given))
         return found[0]
 
-    choose: Callable[..., int] = matmul.choose_lanes
-    with _forced("choose_lanes", noted):
+    choose: Callable[..., int] = gather.choose_lanes
+    with _forced(gather, "choose_lanes", noted):
         matmul.decode_matmul(packed, _draw(1, packed.columns))
     return found[0]
 
@@ -52,7 +53,7 @@ def _time_lanes(copies: list[PackedMatrix], dense: Tensor) -> dict[str, float]:
     x = _draw(1, dense.shape[1])
     found = {}
     for lanes in LANES:
-        with _forced("choose_lanes", functools.partial(_always, lanes)):
+        with _forced(gather, "choose_lanes", functools.partial(_always, lanes)):
             found[str(lanes)] = _time(copies, dense, x)
     return found
 
@@ -61,7 +62,7 @@ def _time_tokens(copies: list[PackedMatrix], dense: Tensor, tokens: int) -> part
     x = _draw(tokens, dense.shape[1])
     found = {}
     for name, most in (("gathered_us", tokens), ("tiles_us", 0)):
-        with _forced("GATHERED_TOKENS", most):
+        with _forced(matmul, "GATHERED_TOKENS", most):
             found[name] = _time(copies, dense, x)
     return found
 
@@ -75,14 +76,14 @@ def _time(copies: list[PackedMatrix], dense: Tensor, x: Tensor) -> float:
 
 
 @contextmanager
-def _forced(name: str, value: Any) -> Iterator[None]:
-    """Let `cuda.matmul` go by another value inside the block."""
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
+def _forced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Let a module go by another value inside the block."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        setattr(module, name, before)
 
 
 def _always(value: int, *_: Any) -> int:

@@ -19,12 +19,12 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.matmul import MatrixStack, decode_matmul, grouped_matmul
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.routing import count_tokens
 from qmoe_lite.coding.stream import stream_bytes
 from qmoe_lite.coding.validation import validate
 from qmoe_lite.compression.list_buffer import Assignment
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.models.family import Family, MoELayer, inner
-from qmoe_lite.models.routing import count_tokens
 
 FORMAT = 2
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
@@ -338,7 +338,7 @@ class PackedExperts(nn.Module):
 
     def _forward_on_gpu(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Do it with the CUDA twins: two launches for few tokens; else experts of many tokens are decoded."""
-        from qmoe_lite.cuda.matmul import GATHERED_PAIRS
+        from qmoe_lite.cuda.experts import GATHERED_PAIRS
 
         packets = {name: self._packets(name) for name in self.layer.projections}
         parts = []
@@ -360,7 +360,7 @@ class PackedExperts(nn.Module):
 
     def begin_call(self, packets: dict[str, Any], x: Tensor, index: Tensor, weights: Tensor) -> Any:
         """Begin to send tokens through experts that a GPU holds as packets, a projection an entry."""
-        from qmoe_lite.cuda.matmul import ExpertsCall
+        from qmoe_lite.cuda.experts import ExpertsCall
 
         first, (last,) = self.layer.stages
         activation = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__, self.activate)
