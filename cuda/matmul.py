@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmoe_lite.coding.decode_kernels import slot_values
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.cuda import launch
-from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts, slot_values
+from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts
 from qmoe_lite.cuda.gather import Groups, gather
 from qmoe_lite.cuda.launch import as_tensor
 from qmoe_lite.cuda.packets import Packets, decode_packets, make_packets
@@ -71,7 +72,7 @@ def _tile_product(packed: PackedMatrix, tokens: Tensor) -> Tensor:
 
     def decode(first: int, tile: Tensor) -> None:
         if tile.dtype not in values:
-            values[tile.dtype] = slot_values(packed, tile.dtype)
+            values[tile.dtype] = slot_values(packed.levels, packed.codebook.alphabet, tile.dtype)
         decode_rows(packed, values[tile.dtype], starts, first, tile)
 
     return _by_tiles(packed.shape[0], packed.levels.dtype, decode, tokens)

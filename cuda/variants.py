@@ -143,7 +143,7 @@ def table_words(codebook: Codebook, fields: int) -> NDArray[np.uint32]:
     plane's highest bits down, or, of three fields in one plane, in the highest bits of their own bytes.
     """
     table, digits = codebook.table, np.uint64(codebook.digits)
-    code_of_slot = np.array([1, 3, 0] if codebook.digits == 3 else [1, 2, 3, 0], dtype=np.uint32)
+    code_of_slot = (np.array(codebook.alphabet.slot_digits) & 3).astype(np.uint32)
     planes = np.zeros((Book(codebook.bits, fields).planes, len(table)), dtype=np.uint32)
     planes[0] = table & np.uint64(255)
     for i in range(fields):
