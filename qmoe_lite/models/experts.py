@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codes import code_from_config
 from qmoe_lite.coding.matmul import MatrixStack, decode_matmul, grouped_matmul
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.routing import count_tokens
@@ -493,7 +494,7 @@ def _codebooks(checkpoint: Checkpoint) -> dict[str, dict[str, Codebook]]:
     """Give the codebook of each experts module's projections; raise FormatError where one does not match its hash."""
     settings = quantization_of(checkpoint)
     try:
-        books = [Codebook.from_config(entry) for entry in settings["codebooks"]]
+        books = [code_from_config(entry) for entry in settings["codebooks"]]
         return {
             name: {projection: books[number] for projection, number in used.items()}
             for name, used in settings["layers"].items()
