@@ -56,9 +56,8 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
 def decode(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
     """CUDA twin of :func:`qmoe_lite.coding.codec.decode`; the matrix is validated already."""
     check_validated(packed)
-    values = torch.tensor([packed.codebook.alphabet.slot_digits], dtype=torch.int8, device=packed.device).repeat(
-        packed.shape[0], 1
-    )
+    slots = packed.codebook.alphabet.slot_digits
+    values = torch.tensor([slots], dtype=torch.int8, device=packed.device).repeat(packed.shape[0], 1)
     digits = torch.zeros(packed.shape, dtype=torch.int8, device=packed.device)
     decode_rows(packed, values, row_starts(packed), 0, digits)
     return digits, packed.levels

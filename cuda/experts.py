@@ -94,10 +94,10 @@ class ExpertsCall:
         if not self._index.numel():
             return
         if self._groups is None:
-            single = self._width == 1
-            self._groups = (
-                single_groups(self._index) if single else group_pairs(self._index, self._experts, self._width)
-            )
+            if self._width == 1:
+                self._groups = single_groups(self._index)
+            else:
+                self._groups = group_pairs(self._index, self._experts, self._width)
         if places is None:
             places = in_order(self._experts, self._x.device)
         *before, after = self._variants
@@ -158,7 +158,7 @@ class ExpertsCall:
 
 
 def single_groups(index: Tensor) -> Groups:
-    """Each pair of a token and an expert is a group of its own."""
+    """Return each pair of a token and an expert as a group of its own."""
     pairs = torch.arange(index.numel(), dtype=torch.int32, device=index.device)
     return index.reshape(-1).to(torch.int32), pairs
 

@@ -119,7 +119,7 @@ def _packets(packed: PackedMatrix) -> Packets:
 
 @functools.lru_cache(maxsize=64)
 def _groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
-    """Tokens of one matrix, `width` at a time."""
+    """Return the tokens of one matrix, `width` at a time."""
     groups = -(-tokens // width)
     members = torch.arange(groups * width, dtype=torch.int32)
     members[tokens:] = -1
@@ -129,5 +129,5 @@ def _groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
 
 @functools.cache  # as `variants.device_words`
 def in_order(experts: int, device: torch.device) -> Tensor:
-    """Places of experts that lie at their own numbers."""
+    """Return the places of experts that lie at their own numbers."""
     return torch.arange(experts, dtype=torch.int32).to(device)  # as `_groups_in_order`
