@@ -19,7 +19,7 @@ from typing import Any
 from qmoe_lite.bench._parts.common import machine_line
 from qmoe_lite.bench._parts.gpu_paper import paper_kernel
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.cuda import codec, launch, matmul, packets, solver, static
+from qmoe_lite.cuda import codec, gather, launch, packets, solver, static, variants
 from qmoe_lite.cuda.static import COUNTS
 from qmoe_lite.errors import DeviceError
 
@@ -168,9 +168,9 @@ def all_kernels() -> list[tuple[launch.Kernel, str]]:
     return [*known, *(_gather(_variant(product)) for product in PRODUCTS), (paper_kernel, paper_kernel.signatures[0])]
 
 
-def _variant(product: str) -> matmul.Variant:
+def _variant(product: str) -> variants.Variant:
     _, levels, tokens = PRODUCTS[product]
-    variant = matmul.choose_variant((_codebook(product),), levels, WIDTH, tokens, None, SHARED_LIMIT)
+    variant = variants.choose_variant((_codebook(product),), levels, WIDTH, tokens, None, SHARED_LIMIT)
     assert variant is not None
     return variant
 
@@ -180,9 +180,9 @@ def _codebook(product: str) -> Codebook:
     return Codebook.paper() if counts is None else Codebook.fit(counts)
 
 
-def _gather(variant: matmul.Variant) -> tuple[launch.Kernel, str]:
+def _gather(variant: variants.Variant) -> tuple[launch.Kernel, str]:
     """Return a product's kernel, and its signature for activations in bfloat16."""
-    kernel = matmul.gather_kernel(variant)
+    kernel = gather.gather_kernel(variant)
     signature = next(each for each in kernel.signatures if each.count("uint16*") == 4)  # levels, twice, x and y
     return kernel, signature
 

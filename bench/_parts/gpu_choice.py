@@ -1,4 +1,4 @@
-"""Part "choice" of `bench/gpu.py`: what the product chose by a model of the time, against its alternatives."""
+"""Part "choice" of `bench/gpu.py`: what the product chose by a model of the time, beside what it might have chosen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.cuda import matmul
+from qmoe_lite.cuda import gather, matmul
 
 LANES = (2, 4, 8, 16, 32)
 TOKENS = (8, 16, 32, 64, 128)
@@ -41,8 +42,8 @@ def _chosen_lanes(packed: PackedMatrix) -> int:
         found.append(choose(*given))
         return found[0]
 
-    choose: Callable[..., int] = matmul.choose_lanes
-    with _forced("choose_lanes", noted):
+    choose: Callable[..., int] = gather.choose_lanes
+    with _forced(gather, "choose_lanes", noted):
         matmul.decode_matmul(packed, _draw(1, packed.columns))
     return found[0]
 
@@ -51,7 +52,7 @@ def _time_lanes(copies: list[PackedMatrix], dense: Tensor) -> dict[str, float]:
     x = _draw(1, dense.shape[1])
     found = {}
     for lanes in LANES:
-        with _forced("choose_lanes", functools.partial(_always, lanes)):
+        with _forced(gather, "choose_lanes", functools.partial(_always, lanes)):
             found[str(lanes)] = _time(copies, dense, x)
     return found
 
@@ -60,7 +61,7 @@ def _time_tokens(copies: list[PackedMatrix], dense: Tensor, tokens: int) -> part
     x = _draw(tokens, dense.shape[1])
     found = {}
     for name, most in (("gathered_us", tokens), ("tiles_us", 0)):
-        with _forced("GATHERED_TOKENS", most):
+        with _forced(matmul, "GATHERED_TOKENS", most):
             found[name] = _time(copies, dense, x)
     return found
 
@@ -74,14 +75,14 @@ def _time(copies: list[PackedMatrix], dense: Tensor, x: Tensor) -> float:
 
 
 @contextmanager
-def _forced(name: str, value: Any) -> Iterator[None]:
-    """Set another value in `cuda.matmul` inside the block."""
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
+def _forced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Set another value in a module inside the block."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        setattr(module, name, before)
 
 
 def _always(value: int, *_: Any) -> int:
@@ -113,9 +114,7 @@ def show_choice(rows: list[parts.Row]) -> None:
         ]
         for r, name in parts._named(some)
     ]
-    print_rows(
-        "us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1
-    )
+    print_rows("us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1)
     for rows_, columns in dict.fromkeys((r["rows"], r["columns"]) for r in some):
         own = [r for r in some if (r["rows"], r["columns"]) == (rows_, columns)]
         faster = [r["tokens"] for r in own if r["tiles_us"] < r["gathered_us"]]

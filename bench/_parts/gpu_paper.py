@@ -27,9 +27,9 @@ from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.strings import paper_strings
 from qmoe_lite.cuda import launch, matmul
 from qmoe_lite.cuda.codec import row_starts
+from qmoe_lite.cuda.gather import sum_of_lanes
 from qmoe_lite.cuda.intrinsics import add_multiple, load_constant, load_float, origin, store_float
 from qmoe_lite.cuda.launch import WARP, cuda
-from qmoe_lite.cuda.matmul import sum_of_lanes
 from qmoe_lite.errors import ShapeError
 
 WARPS = (4, 8, 16, 32)  # rows of a block; each shape is given the fastest

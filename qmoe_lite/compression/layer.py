@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport
+from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
 from qmoe_lite.coding.packed import PackedMatrix
@@ -305,7 +306,7 @@ class _Tally:
     def report(self) -> ProjectionReport:
         rows, columns = self._layer.shapes[self._projection]
         weights = self._layer.count * rows * columns
-        zero = 1 if self._alphabet == 3 else 0
+        zero = ALPHABETS[self._alphabet].zero_symbol
         return ProjectionReport(
             layer=self._layer.experts,
             projection=self._projection,

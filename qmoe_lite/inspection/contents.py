@@ -13,7 +13,6 @@ from typing import Any
 
 from qmoe_lite.checkpoint.reader import find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
-from qmoe_lite.coding.strings import ZERO_SYMBOL
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.models.experts import PARTS, PackedExperts, empty_experts, quantization_of
 from qmoe_lite.models.family import MoELayer
@@ -227,7 +226,7 @@ def _stored(
         part_bytes={part: tensor.nbytes for part, tensor in parts.items()},
         level_dtype=str(parts["levels"].dtype).removeprefix("torch."),
         codeword_bits=codebook.bits,
-        zeros=codebook.counts[ZERO_SYMBOL[codebook.digits]] / weights if counted else None,
+        zeros=codebook.counts[codebook.alphabet.zero_symbol] / weights if counted else None,
         report=report,
     )
 

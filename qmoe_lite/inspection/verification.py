@@ -22,6 +22,7 @@ from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, read_report
 from qmoe_lite.checkpoint.weight_file import THREADS, page_memory
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codes import code_from_config
 from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
@@ -333,7 +334,7 @@ class _Search:
         for number, entry in enumerate(listed if isinstance(listed, list) else []):
             books.append(None)
             with self.found(f"codebooks[{number}]", "config.json"):
-                books[number] = Codebook.from_config(entry)
+                books[number] = code_from_config(entry)
         return books
 
     def look_at_experts(

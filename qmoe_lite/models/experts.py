@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codes import code_from_config
 from qmoe_lite.coding.matmul import MatrixStack, decode_matmul, grouped_matmul
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.routing import count_tokens
 from qmoe_lite.coding.stream import stream_bytes
 from qmoe_lite.coding.validation import validate
 from qmoe_lite.compression.list_buffer import Assignment
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.models.family import Family, MoELayer, inner
-from qmoe_lite.models.routing import count_tokens
 
 FORMAT = 2
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
@@ -338,7 +339,7 @@ class PackedExperts(nn.Module):
 
     def _forward_on_gpu(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Do it with the CUDA twins: two launches for few tokens; else experts of many tokens are decoded."""
-        from qmoe_lite.cuda.matmul import GATHERED_PAIRS
+        from qmoe_lite.cuda.experts import GATHERED_PAIRS
 
         packets = {name: self._packets(name) for name in self.layer.projections}
         parts = []
@@ -360,7 +361,7 @@ class PackedExperts(nn.Module):
 
     def begin_call(self, packets: dict[str, Any], x: Tensor, index: Tensor, weights: Tensor) -> Any:
         """Begin to send tokens through experts that a GPU holds as packets, a projection an entry."""
-        from qmoe_lite.cuda.matmul import ExpertsCall
+        from qmoe_lite.cuda.experts import ExpertsCall
 
         first, (last,) = self.layer.stages
         activation = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__, self.activate)
@@ -493,7 +494,7 @@ def _codebooks(checkpoint: Checkpoint) -> dict[str, dict[str, Codebook]]:
     """Give the codebook of each experts module's projections; raise FormatError where one does not match its hash."""
     settings = quantization_of(checkpoint)
     try:
-        books = [Codebook.from_config(entry) for entry in settings["codebooks"]]
+        books = [code_from_config(entry) for entry in settings["codebooks"]]
         return {
             name: {projection: books[number] for projection, number in used.items()}
             for name, used in settings["layers"].items()

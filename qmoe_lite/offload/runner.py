@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from qmoe_lite.checkpoint.reader import Checkpoint, write_json
 from qmoe_lite.checkpoint.weight_file import Readers, WeightFile
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.routing import count_tokens
 from qmoe_lite.errors import CheckpointError, OutputError, QMoEError, SettingError
 from qmoe_lite.models.experts import PackedExperts, quantization_of
-from qmoe_lite.models.routing import count_tokens
 from qmoe_lite.models.skeletons import open_checkpoint
 from qmoe_lite.offload.cache import HALF_LIFE
 from qmoe_lite.offload.gpu_tier import CudaDevice, Device, GpuTier, share_layers
