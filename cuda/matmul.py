@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.tokens import count_tokens, known_experts
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts, slot_values
 from qmoe_lite.cuda.intrinsics import (
@@ -47,7 +48,6 @@ from qmoe_lite.cuda.packets import (
     make_packets,
 )
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
-from qmoe_lite.models.routing import count_tokens, known_experts
 
 # Chosen by the model of bench/kernels.py, not measured: with x in bfloat16, decoding a matrix to write and read it
 # again takes about as long as walking its packets for 40 tokens, four at a time.

@@ -26,8 +26,9 @@ from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
 from qmoe_lite.inspection.contents import inspect_model, short_name
+from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.experts import PARTS, PackedExperts, quantization_of
-from qmoe_lite.models.family import Family, MoELayer, family_of
+from qmoe_lite.models.family import Family, family_of
 from qmoe_lite.models.skeletons import dense_faults, read_config, skeleton
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
-from qmoe_lite.checkpoint.reader import crc32
+from qmoe_lite.checkpoint.atomic import crc32
+from qmoe_lite.checkpoint.format import checksum
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, unreadable
 from qmoe_lite.inspection.verification import verify_model
-from qmoe_lite.models.experts import checksum
 from qmoe_lite.models.skeletons import open_checkpoint
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
