@@ -98,10 +98,8 @@ class PackedExperts(nn.Module):
         if (known := self._checked.get((expert, projection))) is not None:
             return known
         if projection not in self.layer.shapes or not 0 <= expert < self.layer.count:
-            names = ", ".join(self.layer.projections)
-            raise SettingError(
-                f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}."
-            )
+            there = f"there are {', '.join(self.layer.projections)} of experts 0 to {self.layer.count - 1}"
+            raise SettingError(f"no {projection} of expert {expert}; {there}.")
         if (source := self.source) is not None:  # read once: another thread may close it
             return source.packed(self, expert, projection)
         stack = self.stack(projection)
@@ -180,8 +178,8 @@ class PackedExperts(nn.Module):
                 return found.to(hidden_states.dtype)
         run = self._run_in_turn if learns and hidden_states.device.type != "cpu" else self._run_experts
         count = self.layer.count
-        out = run_stretches(run, hidden_states, Assignment.group(index, weights, count), count)
-        return out.to(hidden_states.dtype)
+        assigned = Assignment.group(index, weights, count)
+        return run_stretches(run, hidden_states, assigned, count).to(hidden_states.dtype)
 
     def _forward_on_gpu(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         packets = {name: self._packets(name) for name in self.layer.projections}
@@ -202,9 +200,8 @@ class PackedExperts(nn.Module):
         if projection not in self._packets_of:
             for expert in range(self.layer.count):
                 self.packed(expert, projection)
-            columns = self.layer.shapes[projection][1]
-            made = stack_packets(self.stack(projection).parts, self.codebooks[projection], columns)
-            self._packets_of[projection] = made
+            stack = self.stack(projection)
+            self._packets_of[projection] = stack_packets(stack.parts, stack.codebook, stack.shape[1])
         return self._packets_of[projection]
 
     def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
@@ -217,7 +214,7 @@ class PackedExperts(nn.Module):
             for projection in self.layer.projections:
                 for expert in experts:
                     self.packed(expert, projection)  # checked when it is first needed
-            return self.multiply(self._product_stack, experts, tokens, bounds)
+            return self.multiply(lambda name: self.stack(name).for_product(), experts, tokens, bounds)
         except NotFiniteError:  # NaN spreads as in dense experts
             return self._run_in_turn(experts, tokens.to(torch.float32), bounds)
 
@@ -234,17 +231,14 @@ class PackedExperts(nn.Module):
     def stack(self, projection: str) -> ExpertStack:
         """Return the projection's buffers: what is checked and what is multiplied must be the same."""
         if projection not in self._stacks:
-            names = parts_of(self.codebooks[projection])
-            held = {part: self.get_buffer(tensor_name(projection, part)) for part in names}
+            held = {p: self.get_buffer(tensor_name(projection, p)) for p in parts_of(self.codebooks[projection])}
             self._stacks[projection] = self._stack_of(projection, held)
         return self._stacks[projection]
 
     def _stack_of(self, projection: str, parts: dict[str, Tensor]) -> ExpertStack:
-        name, shape = f"{self.layer.experts}.{projection}", self.layer.shapes[projection]
-        return ExpertStack(name, self.layer.count, shape, self.codebooks[projection], parts)
-
-    def _product_stack(self, projection: str) -> MatrixStack:
-        return self.stack(projection).for_product()
+        layer = self.layer
+        name = f"{layer.experts}.{projection}"
+        return ExpertStack(name, layer.count, layer.shapes[projection], self.codebooks[projection], parts)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         if self.source is not None:
@@ -297,10 +291,9 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
             f"{checkpoint.directory}/config.json names other compressed layers or projections than the model has. "
             f"Fetch it again."
         )
-    made = []
-    for layer in layers:
-        made.append(PackedExperts(family, layer, codebooks[layer.experts], config))
-        for projection in layer.projections:
-            name, book = f"{layer.experts}.{projection}", codebooks[layer.experts][projection]
-            made[-1].fill(projection, {part: checkpoint.meta(tensor_name(name, part)) for part in parts_of(book)})
+    made = [PackedExperts(family, layer, codebooks[layer.experts], config) for layer in layers]
+    for experts in made:
+        for projection in experts.layer.projections:
+            name, parts = f"{experts.layer.experts}.{projection}", parts_of(experts.codebooks[projection])
+            experts.fill(projection, {part: checkpoint.meta(tensor_name(name, part)) for part in parts})
     return made
