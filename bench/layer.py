@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.bench._parts.common import limited_threads, machine_line
+from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
 from qmoe_lite.errors import QMoEError, SettingError
-from qmoe_lite.models.experts import PackedExperts, pack_experts
+from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.family import family_of, inner
 
 LAYERS: dict[str, tuple[str, dict[str, int]]] = {  # model type, and what its configuration must contain

@@ -17,8 +17,8 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
     from qmoe_lite.compression.calibration import open_tokenizer
     from qmoe_lite.devices import find_device, moved
     from qmoe_lite.errors import CheckpointError, FormatError, SettingError
-    from qmoe_lite.models.hf import load
     from qmoe_lite.models.skeletons import auto_class, open_checkpoint, read_config
+    from qmoe_lite.offload.loading import load
 
     placement = placement or Placement()
     path = find_model(name)

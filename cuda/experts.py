@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qmoe_lite.coding.routing import count_tokens, known_experts
+from qmoe_lite.coding.tokens import count_tokens, known_experts
 from qmoe_lite.cuda import launch, matmul
 from qmoe_lite.cuda.gather import Groups, gather
 from qmoe_lite.cuda.matmul import decoded_product, in_order

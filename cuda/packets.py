@@ -115,7 +115,7 @@ def stack_packets(held: dict[str, Tensor], codebook: Codebook, columns: int) -> 
     ----------
     held : dict of tensors on a GPU
         "codes", "expert_offsets", "row_codewords", "fewest_codewords" and "levels" as
-        :func:`qmoe_lite.models.experts.pack_experts` makes them; validated.
+        :func:`qmoe_lite.checkpoint.format.pack_experts` makes them; validated.
     codebook : Codebook
         Of all experts.
     columns : int

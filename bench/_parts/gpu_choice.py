@@ -114,7 +114,9 @@ def show_choice(rows: list[parts.Row]) -> None:
         ]
         for r, name in parts._named(some)
     ]
-    print_rows("us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1)
+    print_rows(
+        "us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1
+    )
     for rows_, columns in dict.fromkeys((r["rows"], r["columns"]) for r in some):
         own = [r for r in some if (r["rows"], r["columns"]) == (rows_, columns)]
         faster = [r["tokens"] for r in own if r["tiles_us"] < r["gathered_us"]]

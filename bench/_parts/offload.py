@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qmoe_lite.bench._parts.offload_dense import load_dense_cache, load_dense_in_memory
-from qmoe_lite.checkpoint.reader import write_json
+from qmoe_lite.checkpoint.atomic import write_json
+from qmoe_lite.checkpoint.format import pack_experts, quantization_config, tensor_name
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
-from qmoe_lite.models.experts import FORMAT, pack_experts
 from qmoe_lite.models.family import family_of
 from qmoe_lite.models.skeletons import skeleton
 
@@ -75,6 +75,7 @@ def make_models(
             matrices.append(encode(digits, torch.tensor([[-0.05, 0.05]] * rows, dtype=torch.bfloat16), books[number]))
         packed[projection] = pack_experts([matrices[e % _DISTINCT] for e in range(places[0].count)])
         dense[projection] = [matrix.dense(torch.bfloat16) for matrix in matrices]
+    used = {name: book.to_config() for name, book in zip(places[0].projections, books, strict=True)}
     others: dict[str, Tensor] = {}
     for name, target in skeleton(family, config, torch.bfloat16).state_dict().items():
         if ".experts." not in name:
@@ -87,7 +88,11 @@ def make_models(
         save_file(others, path / "model-others.safetensors", {"format": "pt"})
         for place in places:
             if kind == "packed":
-                tensors = {f"{place.experts}.{p}_{part}": t for p, parts in packed.items() for part, t in parts.items()}
+                tensors = {
+                    tensor_name(f"{place.experts}.{p}", part): tensor
+                    for p, parts in packed.items()
+                    for part, tensor in parts.items()
+                }
             else:
                 tensors = {  # each on its own: tensors that share memory are not saved
                     family.weight_name(place, e, p): dense[p][e % _DISTINCT].clone()
@@ -98,12 +103,7 @@ def make_models(
             save_file(tensors, path / file, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
         write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-        settings = {
-            "quant_method": "qmoe",
-            "format": FORMAT,
-            "codebooks": [book.to_config() for book in books],
-            "layers": {place.experts: {p: i for i, p in enumerate(place.projections)} for place in places},
-        }
+        settings = quantization_config({place.experts: used for place in places})
         extra = {"quantization_config": settings} if kind == "packed" else {}
         write_json(path / "config.json", {**config.to_dict(), **extra})
     os.sync()  # pages that are not on disk yet cannot be dropped

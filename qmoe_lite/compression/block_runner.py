@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, materialise
-from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
-from qmoe_lite.models.family import Family, MoELayer, Stack
+from qmoe_lite.models.blocks import MoELayer, Stack
+from qmoe_lite.models.family import Family
+from qmoe_lite.models.routing import Assignment
 
 
 def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:

@@ -26,7 +26,7 @@ from qmoe_lite.errors import (
     TextError,
     UnsupportedFamilyError,
 )
-from qmoe_lite.models.family import MoELayer
+from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Quantized
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}

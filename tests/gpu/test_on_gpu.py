@@ -579,10 +579,10 @@ def needed(name):
 
 def layer_packets(width, count=3):
     """Return the packets of the same layer's projections, and their dense matrices."""
-    experts_module = needed("models.experts")
+    pack_experts = needed("checkpoint.format").pack_experts
     found = []
     for matrices, dense in layer(width, count):
-        stored = {name: part.to(DEVICE) for name, part in experts_module.pack_experts(matrices).items()}
+        stored = {name: part.to(DEVICE) for name, part in pack_experts(matrices).items()}
         found.append((packets.stack_packets(stored, matrices[0].codebook, matrices[0].columns), dense))
     return found
 
@@ -705,7 +705,7 @@ def packed_experts(width, activation):
     books = {name: matrices[0].codebook for name, (matrices, _) in parts.items()}
     experts = experts_module.PackedExperts(family, place, books, config)
     for name, (matrices, _) in parts.items():
-        experts.fill(name, experts_module.pack_experts(matrices))
+        experts.fill(name, needed("checkpoint.format").pack_experts(matrices))
     return experts.to(DEVICE)
 
 

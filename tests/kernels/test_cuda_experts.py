@@ -13,7 +13,7 @@ import qmoe_lite as qm
 from qmoe_lite.cuda import codec, gather, matmul, packets
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import FormatError, SettingError
-from qmoe_lite.models import experts as experts_module
+from qmoe_lite.models import gpu_dispatch
 from qmoe_lite.models.experts import PackedExperts
 
 
@@ -69,7 +69,7 @@ def test_any_way_through_the_experts_gives_the_same(emulated, monkeypatch, exper
         monkeypatch.setattr(experts_twin, "GATHERED_PAIRS", 1)
         monkeypatch.setattr(matmul, "GATHERED_TOKENS", 1 if reason == "many pairs" else 0)
     elif reason == "stretches":
-        monkeypatch.setattr(experts_module, "GPU_BYTES", 1)
+        monkeypatch.setattr(gpu_dispatch, "GPU_BYTES", 1)
         assert len(experts.stretches(index)) == 3
     elif reason == "a wide layer":
         monkeypatch.setattr(experts_twin, "choose_variant", lambda *_: None)

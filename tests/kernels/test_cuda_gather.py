@@ -19,11 +19,11 @@ pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread;
 
 import emulator
 
+from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.coding import codec as cpu_codec
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.cuda import gather, launch, matmul, packets, static, variants
-from qmoe_lite.models.experts import pack_experts
 
 TERNARY = Codebook.fit(static.COUNTS)
 CODEBOOKS = {

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from qmoe_lite.bench._parts.offload import memory_now
-from qmoe_lite.checkpoint.weight_file import PAGE, Read, Readers, WeightFile, page_memory, room
+from qmoe_lite.checkpoint.weight_file import PAGE, WeightFile, page_memory, room
 from qmoe_lite.errors import CheckpointError, QMoEError
 from qmoe_lite.offload.cache import ExpertCache, replay
+from qmoe_lite.offload.readers import Read, Readers
 
 
 @pytest.mark.parametrize("half_life", [0, 1])
@@ -190,7 +191,7 @@ def test_a_forked_process_is_told_to_load_the_model():
     """In a process of its own, which has no other threads."""
     code = """
 import os
-from qmoe_lite.checkpoint.weight_file import Read, Readers
+from qmoe_lite.offload.readers import Read, Readers
 from qmoe_lite.errors import QMoEError
 readers = Readers()
 if os.fork() == 0:

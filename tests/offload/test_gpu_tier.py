@@ -507,7 +507,7 @@ def test_a_long_prompt_goes_in_stretches(directory, on_devices, monkeypatch):
     model, runner = on_devices(directory(), [FakeDevice()], 3)
     experts, inputs = layer_of(model, runner), drawn(9)
     whole = experts(*inputs)
-    monkeypatch.setattr("qmoe_lite.models.experts.GPU_BYTES", 4 * 24 * 2 * 4)
+    monkeypatch.setattr("qmoe_lite.models.gpu_dispatch.GPU_BYTES", 4 * 24 * 2 * 4)
     assert len(experts.stretches(inputs[1])) == 3
     assert torch.equal(experts(*inputs), whole)
     none = [part[:0] for part in inputs]
