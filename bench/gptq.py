@@ -1,4 +1,4 @@
-"""Our CPU solver beside GPTQ as published code has it: a plain loop over columns in torch, one expert after another.
+"""Our CPU solver against GPTQ as in published code: a plain loop over columns in torch, one expert after another.
 
 Both get the same weights, Hessians, dampening and grid. They take turns, a group of experts at a time, and no figure is
 given unless both found the same digits.
@@ -51,7 +51,7 @@ class GptqReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -67,7 +67,7 @@ def measure(
     threads : int, default 1
         For torch and for Numba.
     seed : int
-        Decides weights and Hessians.
+        Seed for weights and Hessians.
     shapes : tuple of (rows, columns)
         Rows are outputs, columns inputs: a Hessian is columns x columns.
 
@@ -106,7 +106,7 @@ def _measure_shape(rows: int, columns: int, experts: int, generator: torch.Gener
 
 
 def _take_turns(weight: Tensor, hessian: Tensor) -> tuple[tuple[float, ...], float]:
-    """Time ours, its factorisation by itself, the loop and its factorisation; give the share of equal digits too."""
+    """Time ours, its factorisation by itself, the loop and its factorisation; return the share of equal digits too."""
     grid = MinMaxTernary()
     levels = grid.fit(weight)
     start = time.perf_counter()
@@ -123,7 +123,7 @@ def _take_turns(weight: Tensor, hessian: Tensor) -> tuple[tuple[float, ...], flo
 
 
 def _draw(experts: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Give weights (E, R, C), and Hessians (E, C, C) of inputs that differ in size and have a part in common."""
+    """Return weights (E, R, C), and Hessians (E, C, C) of inputs that differ in size and have a part in common."""
     weight = torch.randn(experts, rows, columns, generator=generator)
     hessian = torch.empty(experts, columns, columns)
     for expert in range(experts):

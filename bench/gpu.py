@@ -1,4 +1,4 @@
-"""`python bench/gpu.py`: test the CUDA kernels on this machine's GPU, then time them beside their peers.
+"""`python bench/gpu.py`: test the CUDA kernels on this machine's GPU, then time them against their peers.
 
 Each part runs in a process of its own, so that a fault or a hang of one costs no other, and all of them within a time
 budget. Results are written after each part: as JSON, and as the tables that were printed.
@@ -33,7 +33,7 @@ from qmoe_lite.bench._parts import gpu as parts  # noqa: E402
 from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper  # noqa: E402
 from qmoe_lite.bench._parts.common import machine_line  # noqa: E402
 from qmoe_lite.bench._parts.gpu import Row, one_line  # noqa: E402
-from qmoe_lite.cli._output import print_text  # noqa: E402
+from qmoe_lite.bench._show.text import print_text  # noqa: E402
 from qmoe_lite.cuda import launch  # noqa: E402
 
 BUDGET = 450.0  # seconds for all of it: the tests' and the parts', each of which may take what those before it left

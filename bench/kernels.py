@@ -19,7 +19,7 @@ from typing import Any
 from qmoe_lite.bench._parts.common import machine_line
 from qmoe_lite.bench._parts.gpu_paper import paper_kernel
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.cuda import codec, launch, matmul, packets, solver, static
+from qmoe_lite.cuda import codec, gather, launch, packets, solver, static, variants
 from qmoe_lite.cuda.static import COUNTS
 from qmoe_lite.errors import DeviceError
 
@@ -132,7 +132,7 @@ class KernelsReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -142,7 +142,7 @@ def measure() -> KernelsReport:
     Raises
     ------
     DeviceError
-        A part of the compiler is missing; says what to install.
+        A part of the compiler is missing; names what to install.
     """
     missing = _missing_compiler()
     if missing is not None:
@@ -168,9 +168,9 @@ def all_kernels() -> list[tuple[launch.Kernel, str]]:
     return [*known, *(_gather(_variant(product)) for product in PRODUCTS), (paper_kernel, paper_kernel.signatures[0])]
 
 
-def _variant(product: str) -> matmul.Variant:
+def _variant(product: str) -> variants.Variant:
     _, levels, tokens = PRODUCTS[product]
-    variant = matmul.choose_variant((_codebook(product),), levels, WIDTH, tokens, None, SHARED_LIMIT)
+    variant = variants.choose_variant((_codebook(product),), levels, WIDTH, tokens, None, SHARED_LIMIT)
     assert variant is not None
     return variant
 
@@ -180,9 +180,9 @@ def _codebook(product: str) -> Codebook:
     return Codebook.paper() if counts is None else Codebook.fit(counts)
 
 
-def _gather(variant: matmul.Variant) -> tuple[launch.Kernel, str]:
+def _gather(variant: variants.Variant) -> tuple[launch.Kernel, str]:
     """Return a product's kernel, and its signature for activations in bfloat16."""
-    kernel = matmul.gather_kernel(variant)
+    kernel = gather.gather_kernel(variant)
     signature = next(each for each in kernel.signatures if each.count("uint16*") == 4)  # levels, twice, x and y
     return kernel, signature
 
@@ -298,7 +298,7 @@ def _figures(kernel: launch.Kernel, signature: str, capability: tuple[int, int])
 
 
 def _title(kernel: launch.Kernel, signature: str) -> str:
-    """Name a kernel, and the types that tell this signature from its others."""
+    """Return a kernel's name, with the types that distinguish this signature from its others."""
     own = signature.split(", ")
     differ = [len(set(kinds)) > 1 for kinds in zip(*(each.split(", ") for each in kernel.signatures), strict=False)]
     kinds = [kind.rstrip("*") for kind, other in zip(own, differ, strict=False) if other]
@@ -307,7 +307,7 @@ def _title(kernel: launch.Kernel, signature: str) -> str:
 
 @contextmanager
 def _gpu_taken_for_granted(capability: tuple[int, int]) -> Iterator[None]:
-    """Let numba-cuda believe in a GPU inside the block: it asks the driver when it compiles a helper."""
+    """Simulate a GPU for numba-cuda inside the block: it asks the driver when it compiles a helper."""
     dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
     before = dispatcher.get_current_device
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)

@@ -1,4 +1,4 @@
-"""A whole layer of experts straight from codewords beside Hugging Face's own experts module in bfloat16.
+"""A whole layer of experts straight from codewords against Hugging Face's own experts module in bfloat16.
 
 All get the same tokens and the same random routing, a new one for each call, and take turns, so that the caches hold
 few of the experts that are asked for. What ours computes is compared with its dequantised experts first.
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.bench._parts.common import limited_threads, machine_line
+from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
 from qmoe_lite.errors import QMoEError, SettingError
-from qmoe_lite.models.experts import PackedExperts, pack_experts
+from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.family import family_of, inner
 
-LAYERS: dict[str, tuple[str, dict[str, int]]] = {  # model type, and what its configuration must say
+LAYERS: dict[str, tuple[str, dict[str, int]]] = {  # model type, and what its configuration must contain
     "qwen3-30b-a3b": (
         "qwen3_moe",
         {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
@@ -71,7 +72,7 @@ class LayerReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -89,7 +90,7 @@ def measure(
     threads : int, optional
         For torch and for Numba; by default all.
     seed : int
-        Decides digits, tokens and routing.
+        Seed for digits, tokens and routing.
 
     Raises
     ------
@@ -111,7 +112,7 @@ def measure(
 
 
 def _build(layer: str, generator: torch.Generator) -> tuple[PackedExperts, nn.Module, float]:
-    """Make our experts and transformers' in bfloat16 on the generator's device; tell the bits of a weight of ours."""
+    """Make our experts and transformers' in bfloat16 on the generator's device; return our bits per weight."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, sizes = LAYERS[layer]

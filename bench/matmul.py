@@ -1,4 +1,4 @@
-"""The product straight from codewords beside torch's dense products, in one process.
+"""The product straight from codewords against torch's dense products, in one process.
 
 Weights are rotated through as many copies as do not fit the last cache, so that all of them come from memory, as they
 do when a model's layers take turns. Every product is compared with the dense one before anything is timed; then they
@@ -76,7 +76,7 @@ class MatmulReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -104,7 +104,7 @@ def measure(
     threads : int
         For torch and for Numba.
     seed : int
-        Decides digits and activations.
+        Seed for digits and activations.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def _measure_shape(shape: str, tokens: tuple[int, ...], rng: np.random.Generator
 
 
 def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
-    """Give every product by the name of its field in `Speed`."""
+    """Return every product by the name of its field in `Speed`."""
     full, half = torch.float32, torch.bfloat16
     exact, rounded = TOLERANCES["float32"], TOLERANCES["bfloat16"]
 
@@ -182,7 +182,7 @@ def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
 
 
 def _rotated(nbytes: int, first: Any, clone: Callable[[], Any]) -> Iterator[Any]:
-    """Give, for ever in turn, so many copies of a matrix that they do not fit the caches."""
+    """Yield, for ever in turn, so many copies of a matrix that they do not fit the caches."""
     return itertools.cycle([first, *(clone() for _ in range(COLD_BYTES // nbytes))])
 
 

@@ -1,9 +1,9 @@
-"""A model whose experts do not fit in memory: tokens a second beside the dense model, from disk and in memory.
+"""A model whose experts do not fit in memory: tokens a second against the dense model, from disk and in memory.
 
 The model is shaped as Qwen3-30B-A3B, with fewer layers, and lies on disk twice: compressed, and the same weights in
 bfloat16. Each contender writes a text, one token at a time, in a process of its own; before each token the files are
-taken out of the page cache, for all who read them. Which experts a token goes through is forced, evenly drawn or as the
-bundled Switch routed the evaluation text, so that all contenders do the same work.
+dropped from the page cache, whoever reads them. The routing is forced, evenly drawn or as the bundled Switch routed the
+evaluation text, so that all contenders do the same work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUDGETS = (1.0, 0.5, 0.25, 0.1)
 HALF_LIVES = (0.0, 8.0, 32.0, 128.0, math.inf)  # passes; the first is LRU, the last LFU
 _REPLAYED = 1024  # tokens
 _WARM = 8  # tokens before the timed ones
-_SPARE = 1 << 30  # bytes that must be free beside the dense model's experts before it is made
+_SPARE = 1 << 30  # bytes that must be free besides the dense model's experts before it is created
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class OffloadReport:
     machine: str
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
 
@@ -133,7 +133,7 @@ def measure(
     seed: int = 0,
     shape: dict[str, Any] | None = None,
 ) -> OffloadReport:
-    """Let all contenders write.
+    """Run all contenders.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def measure(
     disk : bool
         Measure what reads experts from disk; else only both models in memory, and no dense one is written.
     traces : tuple of str
-        Files of `Runner.trace`, to compare the ways of choosing who gives way on.
+        Files of `Runner.trace`, on which to compare eviction policies.
     directory : str, optional
         Where there is room for the models; by default the system's place for temporary files. They are removed.
     seed : int
@@ -194,7 +194,7 @@ def _replay_all(
     recorded: list[tuple[str, int, list[list[list[int]]]]],
     seed: int,
 ) -> list[Policy]:
-    """Let caches of all half-lives serve even routing, the demo's, and recorded ones."""
+    """Replay even routing, the demo's, and recorded ones on caches of all half-lives."""
     experts, top_k = shape["num_experts"], shape["num_experts_per_tok"]
     rng = np.random.default_rng(seed)
     even = [

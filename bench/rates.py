@@ -21,7 +21,7 @@ from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import decode, encode
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.inspection.contents import short_name
-from qmoe_lite.models.experts import PARTS, PackedExperts
+from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.quantization.digits import count, squeeze
 
 ZEROS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.885, 0.92, 0.95, 0.97)
@@ -176,7 +176,7 @@ def measure_model(directory: str, weights: int = WEIGHTS) -> ModelRatesReport:
     CheckpointError, FormatError
         No compressed model, or a damaged one.
     """
-    from qmoe_lite.models.hf import load  # transformers takes seconds, and random digits do not need it
+    from qmoe_lite.offload.loading import load  # transformers takes seconds, and random digits do not need it
 
     model = load(directory)
     layers = [module for module in model.modules() if isinstance(module, PackedExperts)]
@@ -225,7 +225,7 @@ def _measure_projection(experts: PackedExperts, projection: str, weights: int) -
     packed = [experts.packed(expert, projection) for expert in range(taken)]
     digits = np.concatenate([decode(each)[0].numpy() for each in packed])
     shares = count(digits, 3) / digits.size
-    stored = sum(experts.get_buffer(f"{projection}_{part}").nbytes for part in PARTS)
+    stored = experts.stack(projection).nbytes
     paper = _code_bits(digits, Codebook.paper())
     return ProjectionRates(
         layer=short_name(experts.layer.block),
@@ -243,7 +243,7 @@ def _measure_projection(experts: PackedExperts, projection: str, weights: int) -
 
 
 def _total(rates: tuple[ProjectionRates, ...]) -> ProjectionRates:
-    """Give the means over all weights."""
+    """Return the means over all weights."""
     weights = [each.weights for each in rates]
 
     def mean(values: list[float]) -> float:
@@ -291,5 +291,5 @@ def _code_bits(rows: Digits, codebook: Codebook) -> float:
     """Code bits per weight of rows of digits, after a look that they come back."""
     packed = encode(rows, torch.ones(len(rows), 1, dtype=torch.bfloat16), codebook)
     if not np.array_equal(decode(packed)[0].numpy(), rows):
-        raise FormatError(f"{codebook!r} did not give back what it encoded. Report this with the machine's name.")
+        raise FormatError(f"{codebook!r} did not decode to what it encoded. Report this with the machine's name.")
     return codebook.bits * int(packed.count_codewords().sum()) / rows.size

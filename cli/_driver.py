@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says, asked through no package: it is found even where torch or numba-cuda is not in order."""
+"""What NVIDIA's driver reports, asked through no package: it is found even where torch or numba-cuda is broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Driver:
     Attributes
     ----------
     version : str
-        Such as 580.65.06; "unknown" where the kernel does not tell.
+        Such as 580.65.06; "unknown" where the kernel does not report it.
     cuda : (int, int)
         Newest CUDA that it runs.
     gpus : list of (str, (int, int))

@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model runs and a compressed one's experts are kept: `qmoe_lite.load`'s options as the user gave them."""
-
-    device: str = "auto"
-    expert_cache: str | None = None
-    ram_cache: str | None = None
-    offload: str | None = None
-    devices: str | None = None  # separated by commas
-
-    def given(self) -> dict[str, Any]:
-        """Give the arguments for `load` but the device."""
-        found: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
-        del found["device"]
-        if self.devices is not None:
-            found["devices"] = [name.strip() for name in self.devices.split(",")]
-        return found
+from qmoe_lite.cli._options import Placement
 
 
 def open_model(name: str, dtype: str = "float32", placement: Placement | None = None) -> tuple[Any, Any]:
@@ -35,8 +17,8 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
     from qmoe_lite.compression.calibration import open_tokenizer
     from qmoe_lite.devices import find_device, moved
     from qmoe_lite.errors import CheckpointError, FormatError, SettingError
-    from qmoe_lite.models.hf import load
     from qmoe_lite.models.skeletons import auto_class, open_checkpoint, read_config
+    from qmoe_lite.offload.loading import load
 
     placement = placement or Placement()
     path = find_model(name)
@@ -46,7 +28,7 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
         raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.")
     if quantized and (method := quantized.get("quant_method")) != "qmoe":
         raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
-    read_config(str(path))  # before the tokenizer, which transformers would say is what it cannot read
+    read_config(str(path))  # before the tokenizer, which transformers would blame
     tokenizer = open_tokenizer(path)
     if quantized:
         return load(path, device=placement.device, dtype=getattr(torch, dtype), **placement.given()), tokenizer
@@ -55,7 +37,7 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
         raise SettingError(f"{path} is a dense model, and --{option} is for compressed ones. Compress it first.")
     where = find_device(placement.device)
     model, info = auto_class(family).from_pretrained(path, dtype=getattr(torch, dtype), output_loading_info=True)
-    # transformers fills what a checkpoint lacks with random numbers and goes on
+    # transformers silently fills what a checkpoint lacks with random numbers
     if lost := sorted(set(info["missing_keys"]) - family.tied(model.config)):
         more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
         raise CheckpointError(f"{path} lacks {lost[0]}{more}. Is it the whole model?")

@@ -1,11 +1,21 @@
-"""Options that several commands share."""
+"""Options that several commands share: the single ones, and the groups `Placement` and `Draws`.
+
+A command takes a group as one parameter, `placement: Placement`, under the decorator `grouped`.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
-from typing import Annotated
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from qmoe_lite.text.generation import Sampling
 
 
 class Dtype(StrEnum):
@@ -23,54 +33,114 @@ class Offload(StrEnum):
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-SequenceLengthOption = Annotated[int, typer.Option(help="Tokens of a sample.")]
+SequenceLengthOption = Annotated[int, typer.Option(help="Tokens per sample.")]
 DeviceOption = Annotated[
     str, typer.Option(help="auto: the first GPU that can be used, else the CPU; or cpu, cuda, cuda:1.")
 ]
 ModelArgument = Annotated[str, typer.Argument(help="Compressed directory, or a dense model's directory or name.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Of everything but compressed experts.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Data type of everything but compressed experts.")]
 
-# how tokens are chosen: qmoe generate, qmoe chat
-MaxNewTokensOption = Annotated[int, typer.Option(help="Where a text is cut, if the model does not end it.", min=1)]
-TemperatureOption = Annotated[
-    float, typer.Option(help="0 takes the likeliest token: the same text each time. Above 0 draws.", min=0)
+MaxNewTokensOption = Annotated[
+    int, typer.Option(help="Stop after so many new tokens, if the text has not ended.", min=1)
 ]
-TopPOption = Annotated[
-    float | None, typer.Option(help="Draw among the likeliest tokens of this probability. [default: all]", max=1)
-]
-TopKOption = Annotated[
-    int | None, typer.Option(help="Draw among this many of the likeliest tokens. [default: all]", min=1)
-]
-RepetitionPenaltyOption = Annotated[float, typer.Option(help="Above 1 lowers what stands there already.")]
-SeedOption = Annotated[int, typer.Option(help="Decides the draws.", min=0)]
 PrefillChunkOption = Annotated[
-    int, typer.Option(help="Tokens of a long prompt taken at once: fewer need less memory, more go faster.", min=1)
+    int, typer.Option(help="Prompt tokens processed at a time: fewer need less memory, more are faster.", min=1)
+]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Print speed and expert cache hits on standard error.")]
+TraceOption = Annotated[
+    str | None, typer.Option(help="Write the experts that each token is routed to, as JSON lines.", metavar="FILE")
 ]
 
-# where experts are kept: all commands that run a compressed model for long
-ExpertCacheOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Memory for experts where they are multiplied, such as 4GiB. [default: no limit]", metavar="SIZE"
-    ),
-]
-RamCacheOption = Annotated[
-    str | None,
-    typer.Option(help="Memory for experts beside a GPU's, such as 16GiB. [default: no limit]", metavar="SIZE"),
-]
-OffloadOption = Annotated[
-    Offload | None,
-    typer.Option(
-        help="Where the other experts wait: in memory once they were read, or on disk, which needs a limit of memory. "
-        "[default: disk with such a limit, else ram]"
-    ),
-]
-DevicesOption = Annotated[
-    str | None, typer.Option(help="GPUs to spread the experts over, such as cuda:0,cuda:1.", metavar="NAMES")
-]
-StatsOption = Annotated[
-    bool, typer.Option("--stats", help="Print speed, and the experts' cache hits, on standard error.")
-]
-TraceOption = Annotated[
-    str | None, typer.Option(help="Write which experts each token goes through, as JSON lines.", metavar="FILE")
-]
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs and a compressed one's experts are kept: options of eval, generate, chat and serve.
+
+    They are `qmoe_lite.load`'s arguments as the user gave them.
+    """
+
+    device: DeviceOption = "auto"
+    expert_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory for experts on the device that multiplies them, such as 4GiB. [default: no limit]",
+            metavar="SIZE",
+        ),
+    ] = None
+    ram_cache: Annotated[
+        str | None,
+        typer.Option(help="CPU memory for experts, such as 16GiB. [default: no limit]", metavar="SIZE"),
+    ] = None
+    offload: Annotated[
+        Offload | None,
+        typer.Option(
+            help="Where the other experts are kept: in memory once read, or on disk, which needs a memory limit. "
+            "[default: disk with a memory limit, else ram]"
+        ),
+    ] = None
+    devices: Annotated[
+        str | None, typer.Option(help="GPUs to spread the experts over, such as cuda:0,cuda:1.", metavar="NAMES")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the arguments for `load` but the device."""
+        found: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
+        del found["device"]
+        if self.devices is not None:
+            found["devices"] = [name.strip() for name in self.devices.split(",")]
+        return found
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How tokens are chosen: options of generate and chat."""
+
+    temperature: Annotated[
+        float, typer.Option(help="0: the most likely token, the same text each time. Above 0: sample.", min=0)
+    ] = 0.0
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the most likely tokens up to this total probability. [default: all]", max=1),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from this many of the most likely tokens. [default: all]", min=1)
+    ] = None
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens that occurred already less likely.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed for sampling.", min=0)] = 0
+
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        """Return them as the library takes them; raise SettingError for those that it refuses."""
+        from qmoe_lite.text.generation import Sampling
+
+        sampling = Sampling(max_new_tokens, **asdict(self))
+        sampling.check()
+        return sampling
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer the fields of a command's groups as options of their own, where the group's parameter stands."""
+    signature = inspect.signature(command, eval_str=True)
+    shown: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        group: Any = parameter.annotation
+        if is_dataclass(group):
+            groups[name] = group
+            hints = inspect.get_annotations(group, eval_str=True)
+            shown += [
+                inspect.Parameter(f.name, parameter.kind, default=f.default, annotation=hints[f.name])
+                for f in fields(group)
+            ]
+        else:
+            shown.append(parameter)
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+        command(**values)
+
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return run

@@ -1,4 +1,4 @@
-"""What commands print: tables and JSON on standard output, progress and errors on standard error."""
+"""What the command line alone prints: JSON on standard output, progress and notes on standard error."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from qmoe_lite.bench._show.text import duration
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from rich.table import Table
 
     from qmoe_lite.compression.settings import Progress
 
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
 def print_json(value: Any) -> None:
     """Print one JSON document."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-def print_table(table: Table) -> None:
-    """Print a table, at most 80 columns wide where the output is no terminal."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=80)
-    console.print(table)
-
-
-def print_text(text: str = "") -> None:
-    """Print one line on standard output."""
-    sys.stdout.write(text + "\n")
 
 
 def note(text: str) -> None:
@@ -53,7 +38,7 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def progress_shown(title: str, show: bool = True) -> Iterator[Callable[[Progress], None] | None]:
-    """Give a callback for `compress`: a bar with the time left on a terminal, now and then a plain line elsewhere."""
+    """Yield a callback for `compress`: a bar with the time left on a terminal, now and then a plain line elsewhere."""
     if not show:
         yield None
     elif sys.stderr.isatty():
@@ -92,17 +77,3 @@ class _PlainLines:
         each = (now - self._start) / max(event.done - self._first, 1)
         left = each * (event.total - event.done)
         note(f"{self._title}: {event.done} of {event.total} groups ({event.place}), about {duration(left)} left")
-
-
-def duration(seconds: float) -> str:
-    """Write a time span for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def megabytes(size: int) -> str:
-    """Write a size in units of 10^6 bytes."""
-    return f"{size / 1e6:,.2f}" if size < 1e8 else f"{size / 1e6:,.0f}"

@@ -1,4 +1,4 @@
-"""`qmoe bench`: measurements beside their baselines."""
+"""`qmoe bench`: measurements against their baselines."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.cli._options import JsonOption
 
 PlotOption = Annotated[Path | None, typer.Option(help="Draw the figures into this .png file.")]
-ThreadsOption = Annotated[int, typer.Option(help="For torch and Numba.", min=1)]
+ThreadsOption = Annotated[int, typer.Option(help="Threads for torch and Numba.", min=1)]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback()
 def _group() -> None:
-    """Measure beside baselines: one command for each question."""
+    """Measure against baselines: one command per question."""
 
 
 @app.command("rates")
@@ -26,9 +27,9 @@ def rates(
         str | None, typer.Option(help="Compressed directory: code its digits instead of random ones.")
     ] = None,
     weights: Annotated[
-        int, typer.Option(help="Digits drawn for each share of zeros, or read of each projection.", min=1)
+        int, typer.Option(help="Digits drawn per share of zeros, or read per projection.", min=1)
     ] = 4_300_800,
-    seed: Annotated[int, typer.Option(help="Decides the random digits.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the random digits.", min=0)] = 0,
     plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -56,14 +57,14 @@ def matmul(
         list[str] | None, typer.Option(help="switch-base, mixtral, ..; may be repeated. [default: all]")
     ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a product; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
+        list[int] | None, typer.Option(help="Tokens per product; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
     ] = None,
     threads: ThreadsOption = 1,
-    seed: Annotated[int, typer.Option(help="Decides digits and activations.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for digits and activations.", min=0)] = 0,
     plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Time the product from codewords beside torch's dense products, weights from memory.
+    """Time the product from codewords against torch's dense products, weights from memory.
 
     Example: qmoe bench matmul --shape qwen3-30b-a3b --threads 2
     """
@@ -79,14 +80,14 @@ def matmul(
 def layer(
     name: Annotated[str, typer.Option("--layer", help="qwen3-30b-a3b, olmoe-1b-7b or mixtral-8x7b.")] = "qwen3-30b-a3b",
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a call; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
+        list[int] | None, typer.Option(help="Tokens per call; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="For torch and Numba. [default: all]", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Decides digits, tokens and routing.", min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads for torch and Numba. [default: all]", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed for digits, tokens and routing.", min=0)] = 0,
     plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Time a whole layer of experts beside transformers' experts in bfloat16.
+    """Time a whole layer of experts against transformers' experts in bfloat16.
 
     Example: qmoe bench layer --tokens 1
     """
@@ -100,13 +101,13 @@ def layer(
 
 @app.command("gptq")
 def gptq(
-    experts: Annotated[int, typer.Option(help="Of each shape.", min=1)] = 16,
+    experts: Annotated[int, typer.Option(help="Experts of each shape.", min=1)] = 16,
     threads: ThreadsOption = 1,
-    seed: Annotated[int, typer.Option(help="Decides weights and Hessians.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for weights and Hessians.", min=0)] = 0,
     plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Time the solver beside GPTQ's plain loop over columns in torch.
+    """Time the solver against GPTQ's plain loop over columns in torch.
 
     Example: qmoe bench gptq --experts 4 --threads 2
     """
@@ -119,25 +120,28 @@ def gptq(
 
 @app.command("offload")
 def offload(
-    layers: Annotated[int, typer.Option(help="Of the model; the dense one takes 1.2 GB of disk each.", min=1)] = 2,
-    tokens: Annotated[int, typer.Option(help="Timed tokens of ours; slower contenders write fewer.", min=1)] = 24,
+    layers: Annotated[
+        int, typer.Option(help="Layers of the model; the dense one takes 1.2 GB of disk per layer.", min=1)
+    ] = 2,
+    tokens: Annotated[int, typer.Option(help="Timed tokens; slower contenders generate fewer.", min=1)] = 24,
     budget: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the experts' bytes; may be repeated. [default: 1, 0.5, 0.25, 0.1]"),
+        typer.Option(help="Cache size as a share of the experts' bytes; may be repeated. [default: 1, 0.5, 0.25, 0.1]"),
     ] = None,
     peers: Annotated[bool, typer.Option(help="Measure the dense model too.")] = True,
     disk: Annotated[
-        bool, typer.Option(help="Measure experts from disk; else both models in memory, and write no dense one.")
+        bool,
+        typer.Option(help="Measure experts from disk; otherwise both models in memory, with no dense one on disk."),
     ] = True,
     trace: Annotated[
-        list[str] | None, typer.Option(help="File of qmoe generate --trace, to compare cache policies on.")
+        list[str] | None, typer.Option(help="File of qmoe generate --trace on which to compare cache policies.")
     ] = None,
-    directory: Annotated[str | None, typer.Option(help="Where there is room for the models.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides weights, routing and prompt.", min=0)] = 0,
+    directory: Annotated[str | None, typer.Option(help="Directory with room for the models.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for weights, routing and prompt.", min=0)] = 0,
     plot: PlotOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Run a model that does not fit in memory, beside the dense one from disk and in memory.
+    """Run a model that does not fit in memory, against the dense one from disk and in memory.
 
     Example: qmoe bench offload --layers 4 --budget 0.1
     """
@@ -162,7 +166,7 @@ def offload(
 
 @app.command("kernels")
 def kernels(
-    static: Annotated[bool, typer.Option("--static", help="Compile them; needs no GPU.")] = False,
+    static: Annotated[bool, typer.Option("--static", help="Compile them without a GPU.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compile the CUDA kernels, and show their registers, memory and instructions.
@@ -180,7 +184,7 @@ def kernels(
 
 def _check(plot: Path | None) -> None:
     """Refuse a picture that cannot be drawn before minutes are spent on its figures."""
-    from qmoe_lite.bench._show.plots import check_picture
+    from qmoe_lite.bench._show.picture import check_picture
 
     if plot is not None:
         check_picture(plot)
@@ -194,6 +198,6 @@ def _show(report: Any, json: bool, show: Any, plot: Path | None, draw: Any) -> N
         _output.print_json(report.to_json())
     else:
         show(report)
-        _output.print_text(report.machine)
+        print_text(report.machine)
     if plot is not None:
         draw(report, plot)

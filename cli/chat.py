@@ -11,23 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe_lite.cli._options import (
-    DeviceOption,
-    DevicesOption,
+    Draws,
     Dtype,
     DtypeOption,
-    ExpertCacheOption,
     MaxNewTokensOption,
     ModelArgument,
-    OffloadOption,
+    Placement,
     PrefillChunkOption,
-    RamCacheOption,
-    RepetitionPenaltyOption,
-    SeedOption,
     StatsOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
     TraceOption,
+    grouped,
 )
 
 if TYPE_CHECKING:
@@ -36,52 +29,44 @@ if TYPE_CHECKING:
 ASK = "> "
 
 
+@grouped
 def chat(
     model: ModelArgument,
+    *,
     system: Annotated[str | None, typer.Option(help="System message before the conversation.")] = None,
     max_new_tokens: MaxNewTokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    seed: SeedOption = 0,
+    draws: Draws,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "auto",
-    expert_cache: ExpertCacheOption = None,
-    ram_cache: RamCacheOption = None,
-    offload: OffloadOption = None,
-    devices: DevicesOption = None,
+    placement: Placement,
     stats: StatsOption = False,
     trace: TraceOption = None,
 ) -> None:
-    """Talk with a causal model, line by line.
+    """Chat with a causal model, line by line.
 
-    Each line goes through the model's chat template; a model without one goes on from all that stands there. /reset
-    begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+    Each line goes through the model's chat template; a model without one continues the text so far. /reset
+    starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 
     Example: qmoe chat qwen3-qmoe --temperature 0.7 --top-p 0.8
     """
     from qmoe_lite.cli import _output
 
     try:
-        from qmoe_lite.cli._models import Placement, open_model, watched
+        from qmoe_lite.cli._models import open_model, watched
         from qmoe_lite.text.conversation import Conversation
-        from qmoe_lite.text.generation import Sampling
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-        sampling.check()
+        sampling = draws.sampling(max_new_tokens)
         _output.quiet_transformers()
-        loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
+        loaded, tokenizer = open_model(model, dtype, placement)
         conversation = Conversation(loaded, tokenizer, system=system, sampling=sampling, prefill_chunk=prefill_chunk)
     except KeyboardInterrupt:
         _output.note("qmoe: interrupted.")
         raise typer.Exit(130) from None
     if not conversation.templated:
-        _output.note("qmoe: this model has no chat template; it goes on from what stands there, an empty line too.")
+        _output.note("qmoe: this model has no chat template; it continues the text so far, also after an empty line.")
     if sys.stdin.isatty():
         _edit_lines()
-        _output.note("qmoe: /reset begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
+        _output.note("qmoe: /reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
     with watched(loaded, stats, trace):
         for question in _questions():
             if question == "/reset":
@@ -91,7 +76,7 @@ def chat(
 
 
 def _edit_lines() -> None:
-    """Give `input` arrow keys and a history, where Python was built with them."""
+    """Turn on arrow keys and a history for `input`, where Python was built with them."""
     with suppress(ImportError):
         import readline  # noqa: F401
 
@@ -136,7 +121,9 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
     try:
         with _interrupts() as interrupted:
             made = conversation.answer(question, write=write, stop=interrupted)
-    except SettingError as error:  # the conversation is too long, or the template refuses: it can go on without this
+    except (
+        SettingError
+    ) as error:  # the conversation is too long, or the template refuses: it continues without this question
         _output.note(f"qmoe: {error}")
         return
     finally:
@@ -145,7 +132,7 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
     if not made.text:  # a line for each answer
         write("\n")
     if made.finish_reason == "length":
-        _output.note("qmoe: cut; --max-new-tokens, or the model's positions, allow no more.")
+        _output.note("qmoe: cut; --max-new-tokens, or the model's context, allows no more.")
     elif made.finish_reason == "stopped":
         _output.note("qmoe: stopped.")
     if stats:
@@ -157,7 +144,7 @@ def _answer(conversation: Conversation, question: str, stats: bool) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C only be noted, so that the model ends the pass it is in; a second one leaves."""
+    """Note Ctrl-C only, so that the model ends the pass it is in; a second one leaves."""
     seen: list[int] = []
 
     def note(number: int, frame: object) -> None:

@@ -7,46 +7,47 @@ from typing import Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import duration, megabytes, print_table, print_text
 from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
 
 
 def compress(
     model: Annotated[str, typer.Argument(help="Hugging Face model directory, or its name on the hub.")],
-    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    out: Annotated[Path, typer.Argument(help="Directory to create.")],
     calibration: Annotated[
         str | None,
         typer.Option(help="UTF-8 text, .jsonl with a text field, a directory of them, or a data set's name."),
     ] = None,
     recipe: Annotated[
         str,
-        typer.Option(help="default; paper: its dictionary and settings; nearest: round, without calibration text."),
+        typer.Option(help="default; paper: the paper's settings; nearest: round to nearest, without calibration."),
     ] = "default",
     grid: Annotated[str, typer.Option(help="minmax: row minimum, 0, row maximum; or two-bit: 4 levels.")] = "minmax",
     samples: Annotated[
         int | None,
-        typer.Option(help="Calibration samples. [default: 80 for each expert, over the experts of a token]", min=1),
+        typer.Option(help="Calibration samples. [default: 80 x experts / experts per token]", min=1),
     ] = None,
     sequence_length: SequenceLengthOption = 512,
     codeword_bits: Annotated[
         int | None,
-        typer.Option(help="Bits of a codeword. [default: what serves each layer and projection best]", min=8, max=13),
+        typer.Option(help="Bits of a codeword. [default: chosen for each layer and projection]", min=8, max=13),
     ] = None,
     dampening: Annotated[float, typer.Option(help="Added to a Hessian's diagonal, as a share of its mean.")] = 0.1,
     validation_samples: Annotated[
         int, typer.Option(help="Samples from the text's end that measure the error and enter no Hessian.", min=0)
     ] = 8,
-    batch_size: Annotated[int, typer.Option(help="Samples that go through a block at a time.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Samples per pass through a block.", min=1)] = 16,
     activations: Annotated[
         str, typer.Option(help="How activations are kept: float32, or bfloat16 at half the memory.")
     ] = "float32",
     device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="Decides samples, masked spans and drawn tokens.", min=0)] = 0,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw unfinished work in OUT.partial away.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard unfinished work in OUT.partial.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compress a model's experts to less than one bit a weight.
 
-    A killed run goes on where it was when the same command is given again.
+    An interrupted run resumes when the same command is given again.
 
     Example: qmoe compress google/switch-base-8 switch-qmoe --calibration text.txt
     """
@@ -78,7 +79,7 @@ def compress(
         with _output.progress_shown("compressing", show=not json) as progress:
             report = run(model, out, calibration=calibration, resume=not restart, progress=progress, **settings)
     except KeyboardInterrupt:
-        _output.note("qmoe: interrupted. Finished layers are kept: the same command goes on from there.")
+        _output.note("qmoe: interrupted. Finished layers are kept: rerun the command to resume.")
         raise typer.Exit(130) from None
     if json:
         _output.print_json(report.to_json())
@@ -98,15 +99,15 @@ def compress(
             f"{row.error:.4f}",
             "" if held_out is None else f"{held_out:.4f}",
         )
-    _output.print_table(table)
+    print_table(table)
     sizes = report.sizes
-    _output.print_text(
-        f"experts {_output.megabytes(sizes['dense_expert_bytes'])} -> {_output.megabytes(sizes['expert_bytes'])} MB "
-        f"({report.bits_per_weight:.3f} bits a weight), all {_output.megabytes(sum_of(sizes, 'dense_'))} -> "
-        f"{_output.megabytes(sum_of(sizes, ''))} MB, {_output.duration(report.seconds)}"
+    print_text(
+        f"experts {megabytes(sizes['dense_expert_bytes'])} -> {megabytes(sizes['expert_bytes'])} MB "
+        f"({report.bits_per_weight:.3f} bits a weight), all {megabytes(sum_of(sizes, 'dense_'))} -> "
+        f"{megabytes(sum_of(sizes, ''))} MB, {duration(report.seconds)}"
     )
     for line in report.degraded:
-        _output.print_text(f"note: {line}")
+        print_text(f"note: {line}")
 
 
 def sum_of(sizes: dict[str, int], prefix: str) -> int:

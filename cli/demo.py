@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.cli._options import DeviceOption, JsonOption
+from qmoe_lite.bench._show.text import print_table, print_text
+from qmoe_lite.cli._options import DeviceOption, JsonOption, Placement
 
 SAMPLES, SEQUENCE, PASSES = 1536, 128, 2
 SHOWN = (42, 6)  # which window of the evaluation text is filled in, and which of its gaps is shown
@@ -21,7 +22,7 @@ def demo(
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
-    """Compress the bundled model to nearest and by QMoE, and compare both with the dense one. No GPU, no download.
+    """Compress the bundled model by rounding and by QMoE, and compare both with the dense one. No GPU, no download.
 
     Example: qmoe demo --out tiny-qmoe
     """
@@ -41,14 +42,14 @@ def demo(
         return
     _print(result)
     if out is not None:
-        _output.print_text(f"\nThe compressed model is in {out}. Try: qmoe eval {out} --text YOUR.txt")
+        print_text(f"\nThe compressed model is in {out}. Try: qmoe eval {out} --text YOUR.txt")
 
 
 def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
     from qmoe_lite.checkpoint.reader import Checkpoint
     from qmoe_lite.checkpoint.report import stored_bytes
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import Placement, open_model
+    from qmoe_lite.cli._models import open_model
     from qmoe_lite.compression.run import compress
     from qmoe_lite.text.evaluation import evaluate
 
@@ -107,8 +108,7 @@ def data_file(name: str) -> Path:
 
 
 def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
-    """Let a model fill the gaps of one window, greedily; give the text before and after one gap, what stood there, and
-    what the model puts there."""
+    """Fill one window's gaps by a model, greedily; return the text around one gap, the original and the model's."""
     import torch
 
     from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
@@ -135,8 +135,6 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
 def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from qmoe_lite.cli import _output
-
     table = Table(title=f"Switch Transformer, {result['expert_weights']:,} weights in experts")
     table.add_column("")
     for heading in ("dense", "round to nearest", "QMoE"):
@@ -154,13 +152,13 @@ def _print(result: dict[str, Any]) -> None:
         if key in ("zeros", "compression_seconds"):
             cells[0] = "-"
         table.add_row(label, *cells)
-    _output.print_table(table)
-    _output.print_text(
+    print_table(table)
+    print_text(
         f"QMoE recovers {result['recovered']:.1%} of what rounding to nearest loses "
         f"({result['dense']['tokens']:,} predicted tokens)."
     )
     sample = result["sample"]
-    _output.print_text(f"\nThe gap in:  {sample['text']}")
+    print_text(f"\nThe gap in:  {sample['text']}")
     for name, title in (("truth", "the text"), ("dense", "dense"), ("qmoe", "QMoE")):
-        _output.print_text(f"  {title:>8}: {sample[name]!r}")
-    _output.print_text(f"\n{result['seconds']:.0f} seconds in all.")
+        print_text(f"  {title:>8}: {sample[name]!r}")
+    print_text(f"\n{result['seconds']:.0f} seconds in all.")

@@ -1,4 +1,4 @@
-"""`qmoe doctor`: what of all that qmoe-lite stands on is here, and what to do about the rest.
+"""`qmoe doctor`: which of qmoe-lite's requirements are met, and what to do about the rest.
 
 Each check stands alone, and findings are printed as they are made: whatever is broken, the lines before it are there.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.cli._options import JsonOption
 from qmoe_lite.errors import first_line
 
@@ -36,7 +37,7 @@ _INDENT = 26  # columns before what was found
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One row: what was looked at, what was found, and where that is not enough, what follows and what to run.
 
     `status` is ok, missing, too old, too new or broken. Only a `required` row makes the command fail.
@@ -51,7 +52,7 @@ class Finding:
 
 
 def doctor(json: JsonOption = False) -> None:
-    """Look for all that qmoe-lite needs; say what is missing, what follows from it, and what to run.
+    """Check what qmoe-lite needs; report what is missing, what that means, and what to run.
 
     Exit code 1 where something required is missing; a GPU is not.
 
@@ -66,20 +67,20 @@ def doctor(json: JsonOption = False) -> None:
             findings.append(finding)
             if not json:
                 for line in in_words(finding):
-                    _output.print_text(line)
+                    print_text(line)
     wrong = [finding.name for finding in findings if finding.required and finding.status != "ok"]
     if json:
         _output.print_json({"ok": not wrong, "findings": [asdict(finding) for finding in findings]})
     elif wrong:
-        _output.print_text(f"\nqmoe-lite does not work yet: see {', '.join(wrong)}.")
+        print_text(f"\nqmoe-lite does not work yet: see {', '.join(wrong)}.")
     else:
-        _output.print_text("\nAll that qmoe-lite needs is here.")
+        print_text("\nEverything that qmoe-lite needs is installed.")
     if wrong:
         raise typer.Exit(1)
 
 
-def in_words(finding: Finding) -> Iterator[str]:
-    """Write a finding in lines of 80 columns."""
+def in_words(finding: CheckResult) -> Iterator[str]:
+    """Format a result in lines of 80 columns."""
     wrap = textwrap.TextWrapper(80 - _INDENT, break_on_hyphens=False)
     first, *rest = wrap.wrap(finding.found) or [""]
     yield f"{finding.status:<8}{finding.name:<{_INDENT - 8}}{first}"
@@ -89,9 +90,9 @@ def in_words(finding: Finding) -> Iterator[str]:
         yield " " * _INDENT + f"Run: {finding.run}"  # whole, so that it can be copied
 
 
-def examine() -> Iterator[Finding]:
+def examine() -> Iterator[CheckResult]:
     """Look at everything, the machine first."""
-    checks: tuple[tuple[str, Callable[[], Iterator[Finding]], bool, str], ...] = (
+    checks: tuple[tuple[str, Callable[[], Iterator[CheckResult]], bool, str], ...] = (
         ("system", _system, True, ""),
         ("processor", _processor, False, ""),
         ("memory", _memory, False, ""),
@@ -105,41 +106,41 @@ def examine() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # a broken installation can raise anything anywhere
-            yield Finding(name, _words(error), "broken", required, follows)
+            yield CheckResult(name, _words(error), "broken", required, follows)
 
 
 def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _system() -> Iterator[Finding]:
+def _system() -> Iterator[CheckResult]:
     from qmoe_lite import __version__
 
-    yield Finding("qmoe-lite", f"{__version__} in {Path(__file__).parents[1]}")
+    yield CheckResult("qmoe-lite", f"{__version__} in {Path(__file__).parents[1]}")
     linux = platform.system() == "Linux"
     follows = "" if linux else "qmoe-lite is made and tested for Linux only."
     system = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    yield Finding("system", system, "ok" if linux else "missing", True, follows)
+    yield CheckResult("system", system, "ok" if linux else "missing", True, follows)
 
 
-def _processor() -> Iterator[Finding]:
+def _processor() -> Iterator[CheckResult]:
     from qmoe_lite.bench._parts.common import processor
 
     usable, cores = len(os.sched_getaffinity(0)), os.cpu_count()
-    yield Finding("processor", f"{processor()}, {usable} of {cores} cores may be used")
+    yield CheckResult("processor", f"{processor()}, {usable} of {cores} cores may be used")
     known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
     flags = set(_fields(Path("/proc/cpuinfo"), ("flags", "Features")).split())
     found = [flag for flag in known if flag in flags]
     if not {"avx2", "asimd"} & set(found):
         text = "Everything works, but slower than with AVX2 or NEON."
-        yield Finding("SIMD", " ".join(found) or "neither AVX2 nor NEON", "too old", follows=text)
+        yield CheckResult("SIMD", " ".join(found) or "neither AVX2 nor NEON", "too old", follows=text)
         return
     slow = "bfloat16 layers are computed in software. Load models with dtype=torch.float32 where the memory allows it."
-    yield Finding("SIMD", " ".join(found), follows="" if any("bf16" in flag for flag in found) else slow)
+    yield CheckResult("SIMD", " ".join(found), follows="" if any("bf16" in flag for flag in found) else slow)
 
 
 def _fields(file: Path, names: tuple[str, ...]) -> str:
-    """Give the first value of one of `names` in a file of /proc."""
+    """Return the first value of one of `names` in a file of /proc."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in names:
@@ -147,7 +148,7 @@ def _fields(file: Path, names: tuple[str, ...]) -> str:
     return ""
 
 
-def _memory() -> Iterator[Finding]:
+def _memory() -> Iterator[CheckResult]:
     total, free = (
         int(_fields(Path("/proc/meminfo"), (name,)).split()[0]) << 10 for name in ("MemTotal", "MemAvailable")
     )
@@ -155,10 +156,10 @@ def _memory() -> Iterator[Finding]:
     text = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     if limit.is_file() and (most := limit.read_text().strip()).isdigit() and int(most) < total:
         text += f", this container may take {int(most) / 1e9:.1f} GB"
-    yield Finding("memory", text)
+    yield CheckResult("memory", text)
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[CheckResult]:
     """Compare what is installed with what the installed qmoe-lite asks for."""
     from importlib.metadata import PackageNotFoundError, metadata
 
@@ -167,18 +168,20 @@ def _packages() -> Iterator[Finding]:
     except PackageNotFoundError:
         text = "Which packages and versions it needs is not known."
         run = "pip install -e .   # in the checkout"
-        yield Finding("packages", "qmoe-lite itself is not installed", "missing", True, text, run)
+        yield CheckResult("packages", "qmoe-lite itself is not installed", "missing", True, text, run)
         return
     try:
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
     except ImportError as error:
         follows = "Versions cannot be compared, and transformers cannot be imported."
-        yield Finding("packaging", first_line(error), "missing", True, follows, "pip install packaging")
+        yield CheckResult("packaging", first_line(error), "missing", True, follows, "pip install packaging")
         return
     status = _status(platform.python_version(), SpecifierSet(ours["Requires-Python"] or ""))
-    text = "" if status == "ok" else f"Python {ours['Requires-Python']} is needed: make a virtual environment of it."
-    yield Finding("Python", platform.python_version(), status, True, text)
+    text = (
+        "" if status == "ok" else f"Python {ours['Requires-Python']} is needed: create a virtual environment with it."
+    )
+    yield CheckResult("Python", platform.python_version(), status, True, text)
     extras = [extra for extra in ours.get_all("Provides-Extra") or [] if extra != "dev"]
     needed: set[str] = set()
     for wanted in map(Requirement, ours.get_all("Requires-Dist") or []):
@@ -191,7 +194,7 @@ def _packages() -> Iterator[Finding]:
                 yield _package(wanted, extra, extra if wanted.name in needed else wanted.name)
 
 
-def _package(wanted: Requirement, extra: str | None, name: str = "") -> Finding:
+def _package(wanted: Requirement, extra: str | None, name: str = "") -> CheckResult:
     from importlib.metadata import PackageNotFoundError, version
 
     required = extra is None
@@ -203,12 +206,12 @@ def _package(wanted: Requirement, extra: str | None, name: str = "") -> Finding:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name == module_name:
-            return Finding(name, "not installed", "missing", required, follows, run)
-        return Finding(name, _words(error), "broken", required, follows, f"{run} --force-reinstall")
+            return CheckResult(name, "not installed", "missing", required, follows, run)
+        return CheckResult(name, _words(error), "broken", required, follows, f"{run} --force-reinstall")
     except (Exception, SystemExit) as error:
-        return Finding(name, _words(error), "broken", required, follows, f"{run} --force-reinstall")
+        return CheckResult(name, _words(error), "broken", required, follows, f"{run} --force-reinstall")
     if lacking := _lacking(wanted):
-        return Finding(name, f"{lacking} is not installed", "missing", required, follows, run)
+        return CheckResult(name, f"{lacking} is not installed", "missing", required, follows, run)
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
@@ -218,8 +221,8 @@ def _package(wanted: Requirement, extra: str | None, name: str = "") -> Finding:
         built = module.version.cuda
         found += ", built for the CPU" if built is None else f", built for CUDA {built}"
     if status == "ok":
-        return Finding(name, found, required=required)
-    return Finding(name, found, status, required, f"{wanted.specifier} is needed. {follows}".strip(), run)
+        return CheckResult(name, found, required=required)
+    return CheckResult(name, found, status, required, f"{wanted.specifier} is needed. {follows}".strip(), run)
 
 
 def _lacking(wanted: Requirement) -> str | None:
@@ -243,80 +246,80 @@ def _lacking(wanted: Requirement) -> str | None:
 
 
 def _status(found: str, wanted: SpecifierSet) -> str:
-    """Tell whether a version is ok, too old or too new; an unknown one passes."""
+    """Report whether a version is ok, too old or too new; an unknown one passes."""
     if not found or wanted.contains(found, prereleases=True):
         return "ok"
     floors = [one for one in wanted if one.operator in (">=", ">", "~=")]
     return "too old" if any(not one.contains(found, prereleases=True) for one in floors) else "too new"
 
 
-def _threads() -> Iterator[Finding]:
+def _threads() -> Iterator[CheckResult]:
     import numba
     import torch
 
-    yield Finding("threads", f"torch {torch.get_num_threads()}, numba {numba.get_num_threads()}")
+    yield CheckResult("threads", f"torch {torch.get_num_threads()}, numba {numba.get_num_threads()}")
 
 
-def _cache() -> Iterator[Finding]:
+def _cache() -> Iterator[CheckResult]:
     """Ask numba where it keeps a compiled function; it has tried to write there."""
     run = "export NUMBA_CACHE_DIR=DIRECTORY   # one that you may write to"
     try:
         from qmoe_lite.coding import codebook
     except RuntimeError as error:
-        yield Finding("numba cache", first_line(error), "missing", True, "The kernels cannot be imported.", run)
+        yield CheckResult("numba cache", first_line(error), "missing", True, "The kernels cannot be imported.", run)
         return
     path = codebook._count_codewords_kernel.stats.cache_path
     asked = os.environ.get("NUMBA_CACHE_DIR")
     if asked and not path.startswith(asked):
         follows = f"NUMBA_CACHE_DIR is {asked}, where nothing can be written."
-        yield Finding("numba cache", path, "broken", False, follows, run)
+        yield CheckResult("numba cache", path, "broken", False, follows, run)
     else:
-        yield Finding("numba cache", path)
+        yield CheckResult("numba cache", path)
 
 
-def _driver() -> Iterator[Finding]:
+def _driver() -> Iterator[CheckResult]:
     from qmoe_lite.cli._driver import find_driver
 
     driver = find_driver()
     if driver is None:
-        yield Finding("NVIDIA driver", "libcuda.so.1 was not found", "missing", follows=CPU_PATH)
+        yield CheckResult("NVIDIA driver", "libcuda.so.1 was not found", "missing", follows=CPU_PATH)
         return
     text = f"{driver.version}, for CUDA up to {'.'.join(map(str, driver.cuda))}"
     if driver.cuda[0] < CUDA:
         follows = f"{CPU_PATH} The GPU kernels need a driver for CUDA {CUDA}: 580 or later."
-        yield Finding("NVIDIA driver", text, "too old", follows=follows)
+        yield CheckResult("NVIDIA driver", text, "too old", follows=follows)
     else:
-        yield Finding("NVIDIA driver", text)
+        yield CheckResult("NVIDIA driver", text)
     if not driver.gpus:
-        yield Finding("GPU", "the driver shows none", "missing", follows=CPU_PATH)
+        yield CheckResult("GPU", "the driver shows none", "missing", follows=CPU_PATH)
         return
     for index, (name, capability) in enumerate(driver.gpus):
         status, why = _kernels(index, capability)
         text = f"{name}, compute capability {'.'.join(map(str, capability))}"
-        yield Finding(f"GPU {index}", text, status, follows=why and f"{CPU_PATH} {why}")
+        yield CheckResult(f"GPU {index}", text, status, follows=why and f"{CPU_PATH} {why}")
 
 
 def _kernels(index: int, capability: tuple[int, int]) -> tuple[str, str]:
-    """Tell whether the GPU kernels can run on a GPU, as a status, and why not."""
+    """Report whether the GPU kernels can run on a GPU, as a status, and why not."""
     try:
         from qmoe_lite.cuda import launch
 
         why = launch.reason(index)
-    except Exception as error:  # the GPU is there, whatever torch or numba-cuda come to grief over
+    except Exception as error:  # the GPU is there, whatever fails in torch or numba-cuda
         return "broken", _words(error)
     if why is None:
         return "ok", ""
     return "too old" if capability < launch._OLDEST else "missing", why
 
 
-def _compiler() -> Iterator[Finding]:
+def _compiler() -> Iterator[CheckResult]:
     from qmoe_lite.cuda import launch
 
     if launch.cuda is None:
         return  # numba-cuda has said so
     missing = launch._missing_library()
     if missing is None:
-        yield Finding("CUDA compiler", "libnvvm, libnvrtc and libnvJitLink were found")
+        yield CheckResult("CUDA compiler", "libnvvm, libnvrtc and libnvJitLink were found")
     else:
         run = "pip install 'qmoe-lite[cuda]'"
-        yield Finding("CUDA compiler", f"lib{missing} was not found", "missing", False, CPU_PATH, run)
+        yield CheckResult("CUDA compiler", f"lib{missing} was not found", "missing", False, CPU_PATH, run)

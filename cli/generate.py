@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.cli._options import (
-    DeviceOption,
-    DevicesOption,
+    Draws,
     Dtype,
     DtypeOption,
-    ExpertCacheOption,
     MaxNewTokensOption,
     ModelArgument,
-    OffloadOption,
+    Placement,
     PrefillChunkOption,
-    RamCacheOption,
-    RepetitionPenaltyOption,
-    SeedOption,
     StatsOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
     TraceOption,
+    grouped,
 )
 
 if TYPE_CHECKING:
@@ -34,51 +27,47 @@ if TYPE_CHECKING:
 HEADING = 76  # columns that a prompt gets above its text
 
 
+@grouped
 def generate(
     model: ModelArgument,
+    *,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text to go on from; - reads standard input. Several are one batch.", show_default=False),
+        typer.Option(help="Prompt; - reads standard input. Several form one batch.", show_default=False),
     ] = None,
     prompt_file: Annotated[
         list[str] | None,
         typer.Option(
-            help="UTF-8 file with a prompt, less one last newline; - reads standard input. Several are one batch.",
+            help="UTF-8 file with a prompt, without its last newline; - reads standard input. Several form one batch.",
             show_default=False,
         ),
     ] = None,
     max_new_tokens: MaxNewTokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    seed: SeedOption = 0,
+    draws: Draws,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Wrap the prompt by the model's chat template. [default: never; a line says so if there is one]",
+            help="Apply the model's chat template to the prompt. [default: no, with a note if there is one]",
             show_default=False,
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message before the prompt; needs --chat.")] = None,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "auto",
-    expert_cache: ExpertCacheOption = None,
-    ram_cache: RamCacheOption = None,
-    offload: OffloadOption = None,
-    devices: DevicesOption = None,
+    placement: Placement,
     stats: StatsOption = False,
     trace: TraceOption = None,
     json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON document at the end, and no stream; for several prompts an array."),
+        typer.Option(
+            "--json", help="Print one JSON document at the end instead of streaming; an array for several prompts."
+        ),
     ] = False,
 ) -> None:
-    """Let a model go on from a prompt; the text appears as it is made.
+    """Generate text from a prompt; the text is streamed.
 
-    Without --prompt and --prompt-file the prompt is what is piped in. The model's generation_config.json decides only
+    Without --prompt and --prompt-file the prompt is read from a pipe. The model's generation_config.json decides only
     which tokens end the text.
 
     Example: qmoe generate switch-qmoe --prompt "The list <extra_id_0> sorted."
@@ -95,13 +84,12 @@ def generate(
 
     try:
         texts = [_read_prompt(text) for text in prompt or []] + [_read_file(name) for name in prompt_file or []]
-        from qmoe_lite.cli._models import Placement, open_model, watched
-        from qmoe_lite.text.generation import Sampling, generate_batch
+        from qmoe_lite.cli._models import open_model, watched
+        from qmoe_lite.text.generation import generate_batch
 
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-        sampling.check()
+        sampling = draws.sampling(max_new_tokens)
         _output.quiet_transformers()
-        loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
+        loaded, tokenizer = open_model(model, dtype, placement)
         if chat is None and getattr(tokenizer, "chat_template", None):
             _output.note("qmoe: this model has a chat template. --chat applies it, --no-chat silences this line.")
         options: dict[str, Any] = {"chat": bool(chat), "system": system}

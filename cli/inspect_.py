@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qmoe_lite.bench._show.text import duration, megabytes, print_table, print_text
 from qmoe_lite.cli._options import JsonOption
 
 if TYPE_CHECKING:
@@ -29,12 +30,13 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw the figures over the layers into this .png file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what a compressed model holds, layer by layer, and what its report says. Reads no codes.
+    """Show a compressed model layer by layer, with its report. Reads no codes.
 
     Example: qmoe inspect switch-qmoe --plot layers.png
     """
-    from qmoe_lite.bench._show.plots import check_picture, draw
+    from qmoe_lite.bench._show.picture import check_picture
     from qmoe_lite.cli import _output
+    from qmoe_lite.cli._layers_plot import draw_layers
     from qmoe_lite.inspection.contents import inspect_model
 
     _output.quiet_transformers()
@@ -43,33 +45,32 @@ def inspect(
     whole = inspect_model(directory)
     found = whole.only(layers)
     if plot is not None:
-        draw(found, plot)
+        draw_layers(found, plot)
     if json:
         _output.print_json(found.to_json())
         return
-    _output.print_table(_head(whole))
-    _output.print_text()
-    _output.print_table(_projections(found))
-    _output.print_text()
+    print_table(_head(whole))
+    print_text()
+    print_table(_projections(found))
+    print_text()
     if found.report is None:
-        _output.print_text("There is no qmoe_report.json: errors, Hessians and tokens are not known.")
+        print_text("There is no qmoe_report.json: errors, Hessians and tokens are not known.")
         return
     if found.calibrated:
-        _output.print_table(_layers(found))
-        _output.print_text()
+        print_table(_layers(found))
+        print_text()
     else:
-        _output.print_text("Rounded without calibration text: there are no tokens and no held-out error.")
-    _output.print_text(_largest(found))
+        print_text("Rounded without calibration text: there are no tokens and no held-out error.")
+    print_text(_largest(found))
     for line in found.report.degraded:
-        _output.print_text(f"note: {line}")
+        print_text(f"note: {line}")
 
 
 def _head(found: Inspection) -> Table:
-    """Say in a few lines what the whole model is."""
+    """Return a few lines on the whole model."""
     from rich.markup import escape
     from rich.table import Table
 
-    from qmoe_lite.cli._output import duration
     from qmoe_lite.inspection.contents import UNKNOWN
 
     table = Table.grid(padding=(0, 2))
@@ -99,7 +100,7 @@ def _head(found: Inspection) -> Table:
 
 
 def _shapes(rows: list[StoredProjection]) -> Iterator[tuple[str, str]]:
-    """Say how large a projection is; name the layers where it is not the same in all."""
+    """Yield each projection's size, with the layers where it is not the same in all."""
     sizes: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         text = f"{row.experts} experts of {row.rows:,} x {row.columns:,}"
@@ -110,8 +111,6 @@ def _shapes(rows: list[StoredProjection]) -> Iterator[tuple[str, str]]:
 
 
 def _shrunk(dense: int, size: int) -> str:
-    from qmoe_lite.cli._output import megabytes
-
     return f"{megabytes(dense)} -> {megabytes(size)} MB" if dense else f"{megabytes(size)} MB"
 
 
@@ -168,7 +167,7 @@ def _figures(rows: list[StoredProjection], classes: list[str]) -> list[str]:
 
 
 def _layers(found: Inspection) -> Table:
-    """Make a row for each layer: what the calibration text and the held-out text say of it."""
+    """Make a row for each layer: its calibration tokens and its held-out error."""
     from statistics import median
 
     table = _table(title="Calibration tokens per expert", title_justify="left")
@@ -187,7 +186,7 @@ def _layers(found: Inspection) -> Table:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Write ascending numbers shortly: 3, 7-9."""
+    """Format ascending numbers shortly: 3, 7-9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -198,7 +197,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _largest(found: Inspection) -> str:
-    """Name the places to look at first."""
+    """Return the places to look at first."""
     rows = [(row.report.error, f"{row.short} {row.projection}") for row in found.projections if row.report]
     short = {row.layer: row.short for row in found.projections}
     held_out = [(error, short[layer]) for layer, error in found.held_out_error.items()]

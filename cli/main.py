@@ -43,7 +43,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Take the options that come before the command."""
@@ -71,7 +73,7 @@ def main() -> None:
             sys.stderr.write(f"qmoe: the output cannot be written: {error.strerror}.\n")
             sys.exit(1)
         if (memory := _used_up(error)) is not None:
-            sys.stderr.write(f"qmoe: {memory}, or let fewer tokens or samples go through at a time.\n")
+            sys.stderr.write(f"qmoe: {memory}, or process fewer tokens or samples at a time.\n")
             sys.exit(1)
         text = (str(error).strip().splitlines() or [""])[0]
         sys.stderr.write(f"qmoe: unexpected {type(error).__name__}: {text} (run with --debug and report it)\n")
@@ -79,9 +81,9 @@ def main() -> None:
 
 
 def _used_up(error: Exception) -> str | None:
-    """Say whose memory was used up, and what helps; by torch's words, since the command may not have imported it."""
+    """Return whose memory ran out, and what helps; by torch's words, since the command may not have imported it."""
     if type(error).__name__ == "OutOfMemoryError":
-        return "the GPU's memory is used up. Use --device cpu"
+        return "out of GPU memory. Use --device cpu"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return "memory is used up. Shorten the text"
+        return "out of memory. Shorten the text"
     return None

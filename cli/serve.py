@@ -9,35 +9,30 @@ from typing import Annotated, Any
 import typer
 
 from qmoe_lite.cli._options import (
-    DeviceOption,
-    DevicesOption,
     Dtype,
     DtypeOption,
-    ExpertCacheOption,
     ModelArgument,
-    OffloadOption,
+    Placement,
     PrefillChunkOption,
-    RamCacheOption,
     StatsOption,
     TraceOption,
+    grouped,
 )
 
 
+@grouped
 def serve(
     model: ModelArgument,
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     prefill_chunk: PrefillChunkOption = 1024,
     dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "auto",
-    expert_cache: ExpertCacheOption = None,
-    ram_cache: RamCacheOption = None,
-    offload: OffloadOption = None,
-    devices: DevicesOption = None,
+    placement: Placement,
     stats: StatsOption = False,
     trace: TraceOption = None,
 ) -> None:
-    """Answer OpenAI's HTTP interface with a causal model; Ctrl-C ends it.
+    """Serve a causal model over OpenAI's HTTP API; Ctrl-C stops it.
 
     The server is transformers' own (`transformers serve`): /v1/chat/completions, /v1/completions, /v1/responses,
     /v1/models. It needs pip install 'qmoe-lite[serve]'.
@@ -46,11 +41,11 @@ def serve(
     """
     server = _server_class()
     from qmoe_lite.cli import _output
-    from qmoe_lite.cli._models import Placement, open_model, watched
+    from qmoe_lite.cli._models import open_model, watched
     from qmoe_lite.errors import SettingError
 
     _output.quiet_transformers()
-    loaded, tokenizer = open_model(model, dtype, Placement(device, expert_cache, ram_cache, offload, devices))
+    loaded, tokenizer = open_model(model, dtype, placement)
     if loaded.config.is_encoder_decoder:
         raise SettingError(f"{model} is an encoder-decoder model; OpenAI's interface is for causal ones.")
     if not getattr(tokenizer, "chat_template", None):
@@ -62,7 +57,7 @@ def serve(
 
 
 def _server_class() -> Any:
-    """Give transformers' server, which runs as long as it is being made."""
+    """Return transformers' server class, whose constructor runs the server."""
     from transformers.utils.import_utils import is_serve_available
 
     from qmoe_lite.errors import SettingError
@@ -74,13 +69,13 @@ def _server_class() -> Any:
 
     wanted = ("_load_model", "_load_processor", "list_models")
     if not all(hasattr(ModelManager, name) for name in wanted):
-        raise SettingError("this transformers has another server. Run: pip install 'qmoe-lite[serve]'")
+        raise SettingError("this version of transformers has a different server. Run: pip install 'qmoe-lite[serve]'")
     return Serve
 
 
 @contextmanager
 def _serving(loaded: Any, tokenizer: Any) -> Iterator[None]:
-    """Let the server answer with this model, instead of one that it loads itself."""
+    """Make the server answer with this model, instead of one that it loads itself."""
     from transformers.cli.serving import model_manager
 
     class OneModel(model_manager.ModelManager):

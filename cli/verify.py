@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qmoe_lite.bench._show.text import duration, megabytes, plural, print_text
 from qmoe_lite.cli._options import JsonOption
 
 
@@ -13,13 +14,12 @@ def verify(
     directory: Annotated[str, typer.Argument(help="Compressed directory.")],
     json: JsonOption = False,
 ) -> None:
-    """Check every byte of a compressed directory, and say all that is wrong with it. Exit code 1 where anything is.
+    """Check every byte of a compressed directory and report every problem. Exit code 1 if there is an error.
 
     Example: qmoe verify switch-qmoe
     """
     import sys
 
-    from qmoe_lite.bench._show.tables import _plural
     from qmoe_lite.cli import _output
     from qmoe_lite.inspection.verification import verify_model
 
@@ -30,11 +30,11 @@ def verify(
         _output.print_json(found.to_json())
     else:
         for finding in found.findings:
-            _output.print_text(str(finding))
+            print_text(str(finding))
         errors = sum(finding.severity == "error" for finding in found.findings)
-        verdict = _plural(errors, "error") if errors else "sound"
-        size, time = _output.megabytes(found.bytes), _output.duration(found.seconds)
+        verdict = plural(errors, "error") if errors else "sound"
+        size, time = megabytes(found.bytes), duration(found.seconds)
         looked = f"{found.tensors:,} tensors, {found.experts:,} matrices of experts, {size} MB in {time}"
-        _output.print_text(f"{verdict}: {looked}")
+        print_text(f"{verdict}: {looked}")
     if not found.sound:
         raise typer.Exit(1)

@@ -11,12 +11,14 @@ from numba import njit
 from torch import Tensor
 
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.decode_kernels import slot_values
 from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
-from qmoe_lite.coding.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS
 from qmoe_lite.coding.stream import PADDING_BYTES, shorten_counts, stream_bytes
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.launch import WARP, as_tensor, cuda, kernel
-from qmoe_lite.errors import DigitError, DtypeError, NotFiniteError, SettingError, ShapeError
+from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 
 THREADS = 128  # per block where a thread has work of its own
 WARPS = 4  # per block where a warp has a row
@@ -54,7 +56,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
 def decode(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
     """CUDA twin of :func:`qmoe_lite.coding.codec.decode`; the matrix is validated already."""
     check_validated(packed)
-    slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
+    slots = packed.codebook.alphabet.slot_digits
     values = torch.tensor([slots], dtype=torch.int8, device=packed.device).repeat(packed.shape[0], 1)
     digits = torch.zeros(packed.shape, dtype=torch.int8, device=packed.device)
     decode_rows(packed, values, row_starts(packed), 0, digits)
@@ -67,7 +69,7 @@ def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> Te
         raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
     check_validated(packed)
     dense = torch.zeros(packed.shape, dtype=dtype, device=packed.device)
-    decode_rows(packed, slot_values(packed, dtype), row_starts(packed), 0, dense)
+    decode_rows(packed, slot_values(packed.levels, packed.codebook.alphabet, dtype), row_starts(packed), 0, dense)
     return dense
 
 
@@ -78,14 +80,6 @@ def check_validated(packed: PackedMatrix) -> None:
     if not packed._validated:
         message = "packed has not been validated; expected a checked matrix. "
         raise SettingError(message + "Call qmoe_lite.coding.validation.validate on it, once.")
-
-
-def slot_values(packed: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """Weight value of each slot: tensor of `dtype`, shape (R, digits); the last is the zero slot."""
-    levels = packed.levels.to(dtype)
-    if packed.codebook.digits == 3:
-        levels = torch.cat([levels, -levels], 1) if levels.shape[1] == 1 else levels.flip(1)
-    return torch.cat([levels, levels.new_zeros(len(levels), 1)], 1)
 
 
 def row_starts(packed: PackedMatrix) -> Tensor:
@@ -114,7 +108,7 @@ def decode_rows(packed: PackedMatrix, values: Tensor, starts: Tensor, first: int
     )
 
 
-@functools.cache  # as `matmul.device_words`
+@functools.cache  # as `variants.device_words`
 def device_table(codebook: Codebook, device: torch.device) -> Tensor:
     """Return the codebook's table on a GPU; kept there for the next call."""
     return torch.from_numpy(codebook.table.copy()).to(device)
@@ -145,18 +139,15 @@ def _check_digits(digits: Tensor, codebook: Codebook) -> None:
         raise ShapeError(message + "Split the matrix by columns.")
     if digits.dtype != torch.int8:
         raise DtypeError(f"digits is {digits.dtype}; expected int8. Convert it with digits.to(torch.int8).")
-    lowest, highest = codebook.lowest_digit, codebook.lowest_digit + codebook.digits - 1
-    outside = (digits < lowest) | (digits > highest)
+    alphabet = codebook.alphabet
+    outside = (digits < alphabet.lowest) | (digits > alphabet.highest)
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
-        raise DigitError(
-            f"digits holds {int(digits[row, column])} at row {row}, column {column}; expected {lowest} to {highest}. "
-            f"Fit the codebook with {'four counts' if codebook.digits == 3 else 'three counts'}, or mend the digits."
-        )
+        raise alphabet.refusal(int(digits[row, column]), row, column)
 
 
 def _check_levels(levels: Tensor, digits: Tensor, codebook: Codebook) -> None:
-    rows, widths = len(digits), LEVEL_COUNTS[codebook.digits]
+    rows, widths = len(digits), codebook.alphabet.level_counts
     if levels.dtype not in LEVEL_DTYPES:
         raise DtypeError(f"levels is {levels.dtype}; expected float32, float16 or bfloat16. Convert it first.")
     if levels.ndim != 2 or len(levels) != rows or levels.shape[1] not in widths:
@@ -195,7 +186,7 @@ def _step(word: Any, left: Any, entry: Any, entries: Any) -> Any:
     """Take one to eight digits of the `left` in a word: zeros that end no codeword, and one more.
 
     Returns what remains of the word, how many digits that is, and the entry of the step; see
-    `qmoe_lite.coding.strings.Steps`. The state and the zeros that may be passed are the last entry's.
+    `qmoe_lite.coding.automaton.Steps`. The state and the zeros that may be passed are the last entry's.
     """
     zeros = np.uint32(cuda.ffs(np.uint64(word | _TOP_BIT)) - 1) >> np.uint32(3)
     zeros = min(np.uint32(zeros), np.uint32(entry >> np.uint64(19)) & np.uint32(31), np.uint32(left - np.uint32(1)))

@@ -107,7 +107,7 @@ def _compiler() -> tuple[str, ...]:
 
 
 def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
-    """Give what tells a value from another one, bit by bit."""
+    """Return what tells a value from another one, bit by bit."""
     if isinstance(value, _PLAIN):
         yield f"{type(value).__qualname__} {value!r}".encode()
     elif isinstance(value, tuple | list | frozenset):

@@ -115,7 +115,7 @@ def stack_packets(held: dict[str, Tensor], codebook: Codebook, columns: int) -> 
     ----------
     held : dict of tensors on a GPU
         "codes", "expert_offsets", "row_codewords", "fewest_codewords" and "levels" as
-        :func:`qmoe_lite.models.experts.pack_experts` makes them; validated.
+        :func:`qmoe_lite.checkpoint.format.pack_experts` makes them; validated.
     codebook : Codebook
         Of all experts.
     columns : int
@@ -216,7 +216,7 @@ def filler(codebook: Codebook) -> int:
     return int(np.where(lengths > 0, lengths, 256).argmin())
 
 
-@functools.cache  # as `matmul.device_words`
+@functools.cache  # as `variants.device_words`
 def device_lengths(codebook: Codebook, device: torch.device) -> Tensor:
     """Return the weights of each codeword on a GPU, uint8; kept there for the next call."""
     return torch.from_numpy((codebook.table & np.uint64(255)).astype(np.uint8)).to(device)

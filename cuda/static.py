@@ -1,6 +1,6 @@
 """How many instructions the one-token product takes: read from machine code, with no GPU and no disassembler.
 
-For bench/kernels.py and the tests: `gather_variants()` lists kernels as `matmul.gather_kernel` makes them, `row_loops`
+For bench/kernels.py and the tests: `gather_variants()` lists kernels as `gather.gather_kernel` makes them, `row_loops`
 counts the loops that do a product's work, `per_weight` spreads them over the weights.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.cuda.launch import WARP
-from qmoe_lite.cuda.matmul import Variant, choose_lanes, choose_variant, turns
 from qmoe_lite.cuda.packets import codewords_each
+from qmoe_lite.cuda.variants import Variant, choose_lanes, choose_variant, turns
 
 COUNTS = (115, 1770, 115)  # P(0) = 0.885
 INSTRUCTION_BYTES = 16
@@ -71,7 +71,7 @@ def loops(cubin: bytes, name: str, capability: tuple[int, int]) -> list[tuple[in
     cubin : bytes
         Machine code, for 8.0 to 9.0.
     name : str
-        The kernel's, as `launch.entry_name` gives it.
+        The kernel's, as `launch.entry_name` returns it.
     capability : (int, int)
         That it was made for.
     """
@@ -91,12 +91,12 @@ def machine_words(cubin: bytes, name: str) -> list[int]:
 
 
 def is_wide_load(word: int) -> bool:
-    """Tell whether an instruction loads 128 bits from global memory."""
+    """Return whether an instruction loads 128 bits from global memory."""
     return word & _OPCODE == _LOAD_GLOBAL and word >> _WIDTH_PLACE & 7 == _WIDTH_128
 
 
 def is_shared_load(word: int) -> bool:
-    """Tell whether an instruction loads from shared memory."""
+    """Return whether an instruction loads from shared memory."""
     return word & _OPCODE == _LOAD_SHARED
 
 
@@ -131,7 +131,7 @@ def per_weight(of: Loops, codebook: Codebook, columns: int) -> tuple[float, floa
     Parameters
     ----------
     of : Loops
-        What `row_loops` gave.
+        What `row_loops` returned.
     codebook : Codebook
         Its mean codeword is taken.
     columns : int

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qmoe_lite.errors import QMoEError as QMoEError
     from qmoe_lite.inspection.verification import verify as verify
     from qmoe_lite.models.experts import PackedExperts as PackedExperts
-    from qmoe_lite.models.hf import load as load
+    from qmoe_lite.offload.loading import load as load
     from qmoe_lite.quantization.grid import MinMaxTernary as MinMaxTernary
     from qmoe_lite.quantization.grid import MinMaxTwoBit as MinMaxTwoBit
     from qmoe_lite.quantization.grid import Quantized as Quantized
@@ -44,7 +44,7 @@ _HOMES = {
     "encode": "coding.codec",
     "evaluate": "text.evaluation",
     "gptq": "quantization.solver",
-    "load": "models.hf",
+    "load": "offload.loading",
     "verify": "inspection.verification",
 }
 

@@ -34,5 +34,5 @@ def provide_cache_directory() -> None:
     # to a log and not as a warning, which would show a line of whoever imports: unless told otherwise Python prints it
     logging.getLogger(__name__).warning(
         "note: numba may write neither to the package's directory nor to the user's cache: the kernels are compiled "
-        "anew in each process. Set NUMBA_CACHE_DIR to a directory that is kept."
+        "again in each process. Set NUMBA_CACHE_DIR to a directory that is kept."
     )

@@ -50,4 +50,4 @@ def moved(model: Any, device: torch.device, path: Path) -> Any:
     except torch.OutOfMemoryError as error:
         free, whole = (round(each / 1e9, 1) for each in torch.cuda.mem_get_info(device))
         message = f"{path} does not fit {device}, where {free} of {whole} GB are free. "
-        raise DeviceError(message + "Use device cpu, or end what takes the rest.") from error
+        raise DeviceError(message + "Use device cpu, or free GPU memory.") from error

@@ -9,7 +9,7 @@ QMoEError
 ├── CodebookError (ValueError)      counts, bits or entries that make no usable codebook
 ├── FormatError                     a compressed file that is truncated, forged or too new
 ├── CheckpointError                 a directory that is no model, a missing shard or tensor
-├── UnsupportedFamilyError          a model type that families.py does not know
+├── UnsupportedFamilyError          a model type that models/family.py lacks
 ├── TextError                       calibration or evaluation text that is missing, empty or not UTF-8
 ├── OutputError                     an output that exists already or cannot be written
 ├── DeviceError (RuntimeError)      a GPU, driver or CUDA package that is missing or too old
@@ -24,10 +24,10 @@ import errno
 from pathlib import Path
 
 _REMEDIES = {
-    errno.EACCES: "Give yourself permission to read it.",
-    errno.EPERM: "Give yourself permission to read it.",
-    errno.EMFILE: "Let the process open more files: ulimit -n 4096",
-    errno.ENFILE: "Let the system open more files: sysctl fs.file-max",
+    errno.EACCES: "Grant yourself read permission.",
+    errno.EPERM: "Grant yourself read permission.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+    errno.ENFILE: "Raise the system's limit of open files: sysctl fs.file-max",
     errno.ENOENT: "Fetch the file again.",
 }
 
@@ -69,7 +69,7 @@ class CheckpointError(QMoEError):
 
 
 class UnsupportedFamilyError(QMoEError):
-    """families.py does not know this model type."""
+    """models/family.py does not know this model type."""
 
 
 class TextError(QMoEError):

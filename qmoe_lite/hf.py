@@ -1,5 +1,6 @@
-"""`qmoe_lite.models.hf` under the short name that other programs import."""
+"""`qmoe_lite.models.hf` and `load` under the short name that other programs import."""
 
-from qmoe_lite.models.hf import QMoEConfig, QMoEQuantizer, load
+from qmoe_lite.models.hf import QMoEConfig, QMoEQuantizer
+from qmoe_lite.offload.loading import load
 
 __all__ = ["QMoEConfig", "QMoEQuantizer", "load"]

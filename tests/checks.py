@@ -35,7 +35,7 @@ def naive_packets(packed):
 
 def run_experts(first, last, activation, x, index, weights):
     """Send tokens through all experts of a layer on a GPU in one turn; None where shared memory is too small."""
-    from qmoe_lite.cuda.matmul import ExpertsCall
+    from qmoe_lite.cuda.experts import ExpertsCall
 
     call = ExpertsCall(first, last, activation, x, index, weights, last.experts)
     if not call.fits:

@@ -142,8 +142,8 @@ def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str
 def make_large_mixtral(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Write a compressed Mixtral whose dense experts would take 12.9 GB; each of its experts is the same."""
     from qmoe_lite import Codebook, encode
-    from qmoe_lite.checkpoint.reader import write_json
-    from qmoe_lite.models.experts import FORMAT, pack_experts
+    from qmoe_lite.checkpoint.atomic import write_json
+    from qmoe_lite.checkpoint.format import pack_experts, quantization_config
 
     config = AutoConfig.for_model(
         "mixtral",
@@ -165,7 +165,7 @@ def make_large_mixtral(directory: Path, tokenizer: PreTrainedTokenizerFast) -> P
     packed = {name: pack_experts([encode(d, levels[: len(d)], book)] * 8) for name, d in shapes.items()}
     for number in range(config.num_hidden_layers):
         name = f"model.layers.{number}.mlp.experts"
-        layers[name] = dict.fromkeys(shapes, 0)
+        layers[name] = dict.fromkeys(shapes, book.to_config())
         for projection, parts in packed.items():
             tensors |= {f"{name}.{projection}_{part}": tensor.clone() for part, tensor in parts.items()}
     with torch.device("meta"):
@@ -173,6 +173,5 @@ def make_large_mixtral(directory: Path, tokenizer: PreTrainedTokenizerFast) -> P
     dense = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in model.state_dict().items() if ".experts." not in n}
     directory.mkdir()
     save_file(tensors | dense, directory / "model.safetensors", {"format": "pt"})
-    settings = {"quant_method": "qmoe", "format": FORMAT, "codebooks": [book.to_config()], "layers": layers}
-    write_json(directory / "config.json", {**config.to_dict(), "quantization_config": settings})
+    write_json(directory / "config.json", {**config.to_dict(), "quantization_config": quantization_config(layers)})
     return directory

@@ -1,4 +1,4 @@
-"""What every measurement says about where it was made, and the threads it may use."""
+"""What every measurement reports of the machine, and the threads it may use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qmoe_lite.errors import SettingError
 
 
 def machine_line(*packages: str) -> str:
-    """Name processor, system, Python and the packages' versions in one line."""
+    """Return processor, system, Python and the packages' versions in one line."""
     versions = [f"qmoe-lite {__version__}", f"Python {platform.python_version()}"]
     versions += [f"{name} {version(name)}" for name in packages]
     return f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; {', '.join(versions)}"
@@ -32,7 +32,7 @@ def processor() -> str:
 
 @contextmanager
 def limited_threads(threads: int) -> Iterator[None]:
-    """Let torch and Numba use so many threads inside the block; raise SettingError for more than there are."""
+    """Limit torch and Numba to so many threads inside the block; raise SettingError for more than there are."""
     import numba
     import torch
 

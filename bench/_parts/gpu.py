@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qmoe_lite.bench import gptq as plain
-from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode as cpu_encode
 from qmoe_lite.coding.packed import PackedMatrix
@@ -83,7 +82,7 @@ def measure_launch(quick: bool, end: float) -> Iterator[Row]:
 
 
 def measure_matmul(quick: bool, end: float) -> Iterator[Row]:
-    """Our product beside torch's (cuBLAS) bfloat16 one, as called and in a graph, in microseconds."""
+    """Our product against torch's (cuBLAS) bfloat16 one, as called and in a graph, in microseconds."""
     captured: list[str] = []
     for rows, columns in QUICK_SHAPES if quick else SHAPES:
         if time.monotonic() > end - 8:
@@ -244,7 +243,7 @@ def _clone(packed: PackedMatrix) -> PackedMatrix:
 
 
 def _copies(nbytes: int, first: Any, clone: Callable[[Any], Any]) -> list[Any]:
-    """Make so many copies of a matrix that taking them in turn finds none in the L2 cache."""
+    """Return so many copies of a matrix that taking them in turn finds none in the L2 cache."""
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 << 20
     return [first, *(clone(first) for _ in range(min(2 * cache // nbytes, _MOST_COPIES - 1)))]
 
@@ -320,7 +319,7 @@ def _times(ours: float | None, peer: float | None) -> str:
 
 
 def _named(rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
-    """Give each row with its shape, once for rows that follow each other."""
+    """Yield each row with its shape, once for rows that follow each other."""
     shown = ""
     for row in rows:
         name = f"{row['rows']} x {row['columns']}"
@@ -331,7 +330,7 @@ def _named(rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
 def show_launch(rows: list[Row]) -> None:
     """Print host microseconds a call, and the copy's speed."""
     cells = ([r["call"], f"{r['host_us']:.1f}"] for r in rows if "host_us" in r)
-    _table("Host time of a call, us", ("call", "us"), cells, text=1)
+    print_rows("Host time of a call, us", ("call", "us"), cells, text=1)
     for row in rows:
         if "gigabytes" in row:
             print_text(f"Copying memory: {row['gigabytes']:,.0f} GB/s read and written.\n")
@@ -348,7 +347,7 @@ def show_matmul(rows: list[Row]) -> None:
         cells.append([name, str(r["tokens"]), *figures])
     titles = ("as called\nours", "\ncuBLAS", "\nratio", "in a graph\nours", "\ncuBLAS", "\nratio")
     title = f"us of a product, x bfloat16; ours {rows[0]['bits']:.2f} bits a weight, cuBLAS's bfloat16"
-    _table(title, ("rows x\ncolumns", "tokens", *titles), cells, text=1)
+    print_rows(title, ("rows x\ncolumns", "tokens", *titles), cells, text=1)
     for row in rows:
         if "note" in row:
             print_text(f"{row['note']}\n")
@@ -369,7 +368,7 @@ def show_solver(rows: list[Row]) -> None:
             ratios = _times(mine, batched), _times(mine, single)
             cells.append([name, part, *(f"{value:.1f}" for value in (mine, batched, single)), *ratios])
     titles = ("ours", "torch loop\nbatched", "\nsingle", "ratio to\nbatched", "\nsingle")
-    _table(f"ms for {rows[0]['experts']} experts", ("rows x\ncolumns", "", *titles), cells, text=2)
+    print_rows(f"ms for {rows[0]['experts']} experts", ("rows x\ncolumns", "", *titles), cells, text=2)
     for r in rows:
         shape = f"{r['rows']} x {r['columns']}"
         print_text(f"{shape}: {r['same']:.3%} of the digits are the torch loop's; {r['block_us']:.1f} us a block.")
@@ -381,7 +380,7 @@ def show_coder(rows: list[Row]) -> None:
     names = ("encode", "decode", "dense_bfloat16", "dense_float32")
     cells = ([name, *(f"{r[each]:.1f}" for each in names)] for r, name in _named(rows))
     titles = ("encode", "decode", "to dense\nbf16", "\nfp32")
-    _table("10^9 weights a second", ("rows x\ncolumns", *titles), cells, text=1)
+    print_rows("10^9 weights a second", ("rows x\ncolumns", *titles), cells, text=1)
 
 
 PARTS = {

@@ -6,16 +6,16 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.cuda import matmul
+from qmoe_lite.cuda import gather, matmul
 
 LANES = (2, 4, 8, 16, 32)
 TOKENS = (8, 16, 32, 64, 128)
@@ -42,8 +42,8 @@ def _chosen_lanes(packed: PackedMatrix) -> int:
         found.append(choose(*given))
         return found[0]
 
-    choose: Callable[..., int] = matmul.choose_lanes
-    with _forced("choose_lanes", noted):
+    choose: Callable[..., int] = gather.choose_lanes
+    with _forced(gather, "choose_lanes", noted):
         matmul.decode_matmul(packed, _draw(1, packed.columns))
     return found[0]
 
@@ -52,7 +52,7 @@ def _time_lanes(copies: list[PackedMatrix], dense: Tensor) -> dict[str, float]:
     x = _draw(1, dense.shape[1])
     found = {}
     for lanes in LANES:
-        with _forced("choose_lanes", functools.partial(_always, lanes)):
+        with _forced(gather, "choose_lanes", functools.partial(_always, lanes)):
             found[str(lanes)] = _time(copies, dense, x)
     return found
 
@@ -61,7 +61,7 @@ def _time_tokens(copies: list[PackedMatrix], dense: Tensor, tokens: int) -> part
     x = _draw(tokens, dense.shape[1])
     found = {}
     for name, most in (("gathered_us", tokens), ("tiles_us", 0)):
-        with _forced("GATHERED_TOKENS", most):
+        with _forced(matmul, "GATHERED_TOKENS", most):
             found[name] = _time(copies, dense, x)
     return found
 
@@ -75,14 +75,14 @@ def _time(copies: list[PackedMatrix], dense: Tensor, x: Tensor) -> float:
 
 
 @contextmanager
-def _forced(name: str, value: Any) -> Iterator[None]:
-    """Let `cuda.matmul` go by another value inside the block."""
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
+def _forced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Set another value in a module inside the block."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        setattr(module, name, before)
 
 
 def _always(value: int, *_: Any) -> int:
@@ -102,7 +102,7 @@ def show_choice(rows: list[parts.Row]) -> None:
         chosen = r["by_lanes"][str(r["chosen"])]
         cells.append([name, *(f"{each:.1f}" for each in times), str(r["chosen"]), f"{chosen / min(times):.2f}x"])
     titles = ("rows x\ncolumns", *(f"{each}\nlanes" for each in LANES), "chosen", "its time\nto best")
-    _table("us of one token's product in a graph, by lanes a row", titles, cells, text=1)
+    print_rows("us of one token's product in a graph, by lanes a row", titles, cells, text=1)
     some = [row for row in rows if "tokens" in row]
     cells = [
         [
@@ -114,7 +114,9 @@ def show_choice(rows: list[parts.Row]) -> None:
         ]
         for r, name in parts._named(some)
     ]
-    _table("us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1)
+    print_rows(
+        "us of a product in a graph", ("rows x\ncolumns", "tokens", "gathered", "tiles", "chosen"), cells, text=1
+    )
     for rows_, columns in dict.fromkeys((r["rows"], r["columns"]) for r in some):
         own = [r for r in some if (r["rows"], r["columns"]) == (rows_, columns)]
         faster = [r["tokens"] for r in own if r["tiles_us"] < r["gathered_us"]]

@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.errors import QMoEError
 
 _MODELS = ("dense", "rtn", "qmoe")
 
 
 def measure_demo(quick: bool, end: float) -> Iterator[parts.Row]:
-    """Seconds and losses of the demo; a row that says so where the command has no such option."""
+    """Seconds and losses of the demo; a row that notes it where the command has no such option."""
     if "--device" not in _output("--help", end=end):
         yield {"note": "qmoe demo has no option --device: not run."}
         return

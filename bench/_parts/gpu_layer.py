@@ -1,4 +1,4 @@
-"""Part "layer" of `bench/gpu.py`: a whole layer of experts on the GPU beside transformers' own in bfloat16.
+"""Part "layer" of `bench/gpu.py`: a whole layer of experts on the GPU against transformers' own in bfloat16.
 
 Each call has another routing and, of ours, takes another copy, so that it finds none of its experts in the L2 cache.
 """
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_rows, print_text
 
 if TYPE_CHECKING:
     from qmoe_lite.bench.layer import Routings
@@ -100,7 +99,7 @@ def show_layer(rows: list[parts.Row]) -> None:
         cells.append([r["layer"] if r["layer"] != shown else "", str(r["tokens"]), *figures])
         shown = r["layer"]
     titles = ("as called\nours", "\neager", "\ngrouped", "\nratio", "in a graph\nours", "\ngrouped", "\nratio")
-    _table("us of a layer's call, x bfloat16", ("layer", "tokens", *titles), cells, text=1, tight=True)
+    print_rows("us of a layer's call, x bfloat16", ("layer", "tokens", *titles), cells, text=1, tight=True)
     bits = "; ".join(f"{name} {each:.2f}" for name, each in {r["layer"]: r["bits"] for r in rows}.items())
     print_text(f"Bits a weight, everything counted: {bits}.")
     print_text("Eager, grouped (_mm): transformers' experts. Ratio: the faster one to ours.")

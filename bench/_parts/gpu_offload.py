@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._parts import offload as models
-from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.cuda import launch
 from qmoe_lite.errors import QMoEError
 from qmoe_lite.offload.runner import attach, show_size
@@ -32,7 +31,7 @@ _TOLERANCE = 0.05  # of logits in bfloat16: largest difference over the largest 
 
 
 def measure_offload(quick: bool, end: float) -> Iterator[parts.Row]:
-    """Tokens a second each way, after a comparison of the logits; ours cached gives the bits of ours as a whole."""
+    """Tokens a second each way, after the logits were compared: cached and in memory they must be the same bits."""
     if time.monotonic() > end - _SECONDS:
         yield {"skipped": "all"}
         return
@@ -181,7 +180,9 @@ def show_offload(rows: list[parts.Row]) -> None:
         cells.append([r["routing"] if r["routing"] != shown else "", names[r["way"]], f"{speed:.1f}", ratio, *cache])
         shown = r["routing"]
     titles = ("experts\ndrawn", "", "tokens/\ns", "to\ndense", "hits", "copied\na token", "lost to\ncopies")
-    _table(f"{rows[0]['layers']} layers of Qwen3-30B-A3B's shape, a token at a time", titles, cells, text=2, tight=True)
+    print_rows(
+        f"{rows[0]['layers']} layers of Qwen3-30B-A3B's shape, a token at a time", titles, cells, text=2, tight=True
+    )
     first = rows[0]
     sizes = f"Experts {show_size(first['packed_bytes'])}, dense {show_size(first['dense_bytes'])}. "
     peers = ", ".join(dict.fromkeys(row["peer"] for row in rows if "peer" in row))

@@ -1,4 +1,4 @@
-"""The paper's own product (QMoE, arXiv:2310.16795, section 4.3), written anew: what ours is measured against.
+"""The paper's own product (QMoE, arXiv:2310.16795, section 4.3), reimplemented: what ours is measured against.
 
 A warp takes a row and all its lanes one codeword at a time: each lane reads the codeword's table entry, takes one digit
 out of it and multiplies its activation. Entries hold the digits as published: two words, each of seven pairs of 4 bits
@@ -20,17 +20,16 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.bench._show.tables import _table
-from qmoe_lite.cli._output import print_text
+from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode as cpu_encode
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.strings import paper_strings
 from qmoe_lite.cuda import launch, matmul
 from qmoe_lite.cuda.codec import row_starts
+from qmoe_lite.cuda.gather import sum_of_lanes
 from qmoe_lite.cuda.intrinsics import add_multiple, load_constant, load_float, origin, store_float
 from qmoe_lite.cuda.launch import WARP, cuda
-from qmoe_lite.cuda.matmul import sum_of_lanes
 from qmoe_lite.errors import ShapeError
 
 WARPS = (4, 8, 16, 32)  # rows of a block; each shape is given the fastest
@@ -210,7 +209,7 @@ def show_paper(rows: list[parts.Row]) -> None:
         "\nfitted",
         "its to\ncuBLAS",
     )
-    _table("us of one token's product in a graph", ("rows x\ncolumns", *titles), cells, text=1)
+    print_rows("us of one token's product in a graph", ("rows x\ncolumns", *titles), cells, text=1)
     print_text(f"Bits a weight, everything counted: {rows[0]['paper_bits']:.2f} and, fitted, {rows[0]['bits']:.2f}.\n")
 
 

@@ -16,15 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qmoe_lite.checkpoint.reader import Checkpoint, write_json
-from qmoe_lite.checkpoint.weight_file import WeightFile, room
+from qmoe_lite.bench._parts.offload_dense import load_dense_cache, load_dense_in_memory
+from qmoe_lite.checkpoint.atomic import write_json
+from qmoe_lite.checkpoint.format import pack_experts, quantization_config, tensor_name
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
-from qmoe_lite.models.experts import FORMAT, pack_experts
 from qmoe_lite.models.family import family_of
 from qmoe_lite.models.skeletons import skeleton
-from qmoe_lite.offload.cache import HALF_LIFE
-from qmoe_lite.offload.ram_tier import RamTier
 
 SHAPE = {  # of Qwen3-30B-A3B, with fewer layers and a smaller vocabulary
     "hidden_size": 2048,
@@ -77,6 +75,7 @@ def make_models(
             matrices.append(encode(digits, torch.tensor([[-0.05, 0.05]] * rows, dtype=torch.bfloat16), books[number]))
         packed[projection] = pack_experts([matrices[e % _DISTINCT] for e in range(places[0].count)])
         dense[projection] = [matrix.dense(torch.bfloat16) for matrix in matrices]
+    used = {name: book.to_config() for name, book in zip(places[0].projections, books, strict=True)}
     others: dict[str, Tensor] = {}
     for name, target in skeleton(family, config, torch.bfloat16).state_dict().items():
         if ".experts." not in name:
@@ -89,7 +88,11 @@ def make_models(
         save_file(others, path / "model-others.safetensors", {"format": "pt"})
         for place in places:
             if kind == "packed":
-                tensors = {f"{place.experts}.{p}_{part}": t for p, parts in packed.items() for part, t in parts.items()}
+                tensors = {
+                    tensor_name(f"{place.experts}.{p}", part): tensor
+                    for p, parts in packed.items()
+                    for part, tensor in parts.items()
+                }
             else:
                 tensors = {  # each on its own: tensors that share memory are not saved
                     family.weight_name(place, e, p): dense[p][e % _DISTINCT].clone()
@@ -100,12 +103,7 @@ def make_models(
             save_file(tensors, path / file, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)
         write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-        settings = {
-            "quant_method": "qmoe",
-            "format": FORMAT,
-            "codebooks": [book.to_config() for book in books],
-            "layers": {place.experts: {p: i for i, p in enumerate(place.projections)} for place in places},
-        }
+        settings = quantization_config({place.experts: used for place in places})
         extra = {"quantization_config": settings} if kind == "packed" else {}
         write_json(path / "config.json", {**config.to_dict(), **extra})
     os.sync()  # pages that are not on disk yet cannot be dropped
@@ -115,7 +113,7 @@ def make_models(
 
 
 def drop_cached(directory: Path) -> None:
-    """Take a model's files out of the page cache, as far as nobody maps them."""
+    """Drop a model's files from the page cache, as far as nobody maps them."""
     for file in directory.rglob("*"):
         if file.is_file():
             handle = os.open(file, os.O_RDONLY)
@@ -151,7 +149,7 @@ def _watched(found: dict[str, int]) -> Iterator[None]:
 
 
 class Routing:
-    """Forces which experts each token goes through: drawn evenly, or as a trace says.
+    """Forces the routing: drawn evenly, or as in a trace.
 
     Parameters
     ----------
@@ -179,121 +177,6 @@ class Routing:
         return hidden, torch.from_numpy(np.stack(rows)).to(index.device), torch.full_like(weights, 1 / self._top_k)
 
 
-class _DenseLayer:
-    """A layer's experts in bfloat16, as `RamTier` asks for them."""
-
-    def __init__(
-        self, experts: nn.Module, place: Any, first: int, checkpoint: Checkpoint, files: dict[Path, WeightFile]
-    ) -> None:
-        self.experts, self.first, self.projections, self.place = experts, first, place.projections, place
-        self._files, self._checkpoint = files, checkpoint
-        self._memory: Any = None
-        self.offsets = {name: np.zeros(place.count, dtype=np.int64) for name in place.projections}
-
-    def open(self, memory: Any) -> None:
-        self._memory = memory
-
-    def largest(self, projection: str) -> int:
-        rows, columns = self.place.shapes[projection]
-        return 2 * int(rows * columns)
-
-    def fetch(self, expert: int, projection: str, memory: Any, start: int) -> int:
-        where = self._checkpoint.place(f"{self.place.experts}.{expert}.{projection}.weight")
-        target = memory[start : start + room(where.length)]
-        self.offsets[projection][expert] = start + self._files[where.path].read_into(target, where.offset, where.length)
-        return where.length
-
-    def matrix(self, expert: int, projection: str) -> Tensor:
-        start = int(self.offsets[projection][expert])
-        flat = torch.from_numpy(self._memory[start : start + self.largest(projection)])
-        return flat.view(torch.bfloat16).view(self.place.shapes[projection])
-
-
-class DenseCache(nn.Module):
-    """Peer: bfloat16 experts from disk through a cache of the same bytes, policy and reading threads as ours."""
-
-    def __init__(self, number: int, place: Any) -> None:
-        super().__init__()
-        self.num_experts, self.number, self.place = place.count, number, place
-        self.tier: Any = None
-
-    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        layer, out = self.tier.layers[self.number], torch.zeros_like(hidden_states)
-        self.tier.open(layer)
-        left = [layer.first + expert for expert in torch.unique(index).tolist()]
-        for number in left:
-            self.tier.cache.use(number)
-        while left:
-            self.tier.want(left)
-            ready = [number for number in left if self.tier.ready(number)]
-            if not ready:
-                self.tier.wait(left)
-            for number in ready:
-                gate, up, down = (layer.matrix(number - layer.first, name) for name in self.place.projections)
-                token, choice = torch.where(index == number - layer.first)
-                x = hidden_states[token]
-                inside = nn.functional.silu(x @ gate.T) * (x @ up.T)
-                out.index_add_(0, token, (inside @ down.T) * weights[token, choice, None].to(out.dtype))
-            self.tier.release(ready)
-            left = [number for number in left if number not in ready]
-        return out
-
-
-def _load_dense(directory: Path, make: Callable[[int, Any, Any], nn.Module]) -> tuple[nn.Module, list[Any]]:
-    """Transformers' model in bfloat16 around experts modules that `make(number, place, config)` gives."""
-    from transformers import AutoConfig
-
-    from qmoe_lite.checkpoint.reader import materialise
-
-    config = AutoConfig.from_pretrained(directory)
-    family, checkpoint = family_of("qwen3_moe"), Checkpoint(directory)
-    model = skeleton(family, config, torch.bfloat16)
-    modules = []
-    for number, place in enumerate(family.layers(config)):
-        parent, _, child = place.experts.rpartition(".")
-        modules.append(make(number, place, model.config))
-        setattr(model.get_submodule(parent), child, modules[-1])
-    materialise(model, "", checkpoint, torch.bfloat16)
-    family.load_outside_blocks(model, checkpoint, torch.bfloat16)
-    return model.eval(), modules
-
-
-def _load_dense_in_memory(directory: Path) -> nn.Module:
-    """The dense model, its experts filled with what the compressed ones decode to: no files of it are needed."""
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    import qmoe_lite as qm
-
-    packed: Any = qm.load(directory)
-
-    def make(number: int, place: Any, config: Any) -> nn.Module:
-        with torch.device("meta"):
-            experts: Any = Qwen3MoeExperts(config).to(torch.bfloat16).requires_grad_(False)
-        experts.to_empty(device="cpu")
-        ours = packed.model.layers[number].mlp.experts
-        for expert in range(place.count):
-            gate_up = [ours.dense(expert, name, torch.bfloat16) for name in ("gate_proj", "up_proj")]
-            experts.gate_up_proj[expert] = torch.cat(gate_up)
-            experts.down_proj[expert] = ours.dense(expert, "down_proj", torch.bfloat16)
-        return experts  # type: ignore[no-any-return]
-
-    return _load_dense(directory, make)[0]
-
-
-def _load_dense_cache(directory: Path, budget: int) -> nn.Module:
-    """The dense model without its experts in memory."""
-    checkpoint = Checkpoint(directory)
-    model, modules = _load_dense(directory, lambda number, place, config: DenseCache(number, place))
-    files = {directory / name: WeightFile(directory / name) for name in checkpoint.files}
-    layers: Any = [_DenseLayer(m, m.place, m.place.count * m.number, checkpoint, files) for m in modules]
-    size = sum(room(layers[0].largest(name)) for name in layers[0].projections)
-    tier = RamTier(layers, max(1, min(budget // size, sum(m.num_experts for m in modules))), HALF_LIFE)
-    for module in modules:
-        module.tier = tier
-    model.register_forward_pre_hook(lambda module, arguments: tier.cache.tick())
-    return model
-
-
 def load_contender(kind: str, directory: Path, budget: int | None) -> nn.Module:
     """Load "ours", "dense", "dense cache" or "accelerate"."""
     from transformers import AutoModelForCausalLM
@@ -308,9 +191,9 @@ def load_contender(kind: str, directory: Path, budget: int | None) -> nn.Module:
         return model
     if kind == "dense cache":
         assert budget is not None
-        return _load_dense_cache(directory / "dense", budget)
+        return load_dense_cache(directory / "dense", budget)
     if kind == "dense":
-        return _load_dense_in_memory(directory / "packed")
+        return load_dense_in_memory(directory / "packed")
     from transformers import AutoConfig
 
     places: dict[str, str] = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
@@ -333,9 +216,9 @@ def run_contender(
     trace: list[list[int]] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Load a model and let it write; tell seconds, memory and tokens.
+    """Load a model and generate; return seconds, memory and tokens.
 
-    Before each token the model's files are taken out of the page cache. `timed` counts the timed tokens alone.
+    Before each token the model's files are dropped from the page cache. `timed` counts the timed tokens alone.
     """
     import transformers
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmoe_lite.bench._show.picture import new_figure, save_figure
+from qmoe_lite.bench._show.text import print_rows, print_text
+
 if TYPE_CHECKING:
     from qmoe_lite.bench.accuracy import AccuracyReport
 
 
 def print_accuracy(report: AccuracyReport) -> None:
     """Print what each variant loses, llama.cpp's types between them by their bits."""
-    from qmoe_lite.bench._show.tables import _table
-
     dense, *rest = report.points
     rows = [
         (p.bits, [p.name, f"{p.bits:.3f}", f"{p.loss:.3f}", f"{p.gap:.3f}", f"{p.standard_error:.3f}", p.verdict or ""])
@@ -21,10 +22,8 @@ def print_accuracy(report: AccuracyReport) -> None:
     rows += [(bits, [f"llama.cpp {name}", f"{bits:.3f}", "", f"{gap:.3f}", "", ""]) for name, bits, gap in report.peers]
     title = f"{report.model}: dense loss {dense.loss:.3f} nats on {report.tokens:,} held-out tokens"
     headings = ("", "bits a weight", "loss", "gap", "+-", "verdict")
-    _table(title, headings, [row for _, row in sorted(rows, key=lambda pair: pair[0])], text=1)
+    print_rows(title, headings, [row for _, row in sorted(rows, key=lambda pair: pair[0])], text=1)
     if report.peers:
-        from qmoe_lite.cli._output import print_text
-
         print_text("llama.cpp: measured on 2026-11-25 by llama-cpp-python 0.3.36's ggml, see bench/README.md")
 
 
@@ -36,9 +35,7 @@ def draw_accuracy(report: AccuracyReport, file: Path) -> None:
     OutputError
         The file cannot be written.
     """
-    from qmoe_lite.bench._show.plots import _figure, _save
-
-    figure = _figure(7.2, 4.4)
+    figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
     rates = sorted((p.bits, p.gap, p.standard_error) for p in report.points if p.name.startswith("--rate"))
     if rates:
@@ -57,4 +54,4 @@ def draw_accuracy(report: AccuracyReport, file: Path) -> None:
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
     axes.legend(fontsize="small", frameon=False)
     figure.suptitle(Path(report.model).name, fontsize="medium", parse_math=False)
-    _save(figure, file)
+    save_figure(figure, file)

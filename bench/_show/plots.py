@@ -1,138 +1,26 @@
-"""Pictures: figures over the layers for `qmoe inspect`, and what `qmoe bench` measured."""
+"""Pictures of what `qmoe bench` measured, as .png files; each raises OutputError where its file cannot be written."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe_lite.errors import OutputError, SettingError
+from qmoe_lite.bench._show.picture import NAMES_BELOW, legend_beside, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from qmoe_lite.bench.gptq import GptqReport
     from qmoe_lite.bench.layer import LayerReport
     from qmoe_lite.bench.matmul import MatmulReport
     from qmoe_lite.bench.offload import OffloadReport, Parts
     from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, Rates, RatesReport
-    from qmoe_lite.inspection.contents import Inspection, StoredProjection
-
-_NAMES = 24  # that fit under a panel
-
-
-def check_picture(file: Path) -> None:
-    """Raise SettingError unless matplotlib is there and the file's name ends in .png."""
-    if file.suffix != ".png":
-        raise SettingError(f"the picture's name is {file.name}; expected one that ends in .png.")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise SettingError("a picture needs matplotlib. Run: pip install 'qmoe-lite[plot]'") from error
-
-
-def draw(found: Inspection, file: Path) -> None:
-    """Draw bits per weight, errors and tokens over the layers, as far as they are known.
-
-    Raises
-    ------
-    OutputError
-        The file cannot be written.
-    """
-    panels = [_bits]
-    if found.report is not None:
-        panels.append(_errors)
-    if found.calibrated:
-        panels.append(_tokens)
-    names = list(dict.fromkeys(p.short for p in found.projections))
-    figure = _figure(max(6.4, min(12.8, 0.2 * len(names))), 2.4 * len(panels))
-    column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, axes in zip(panels, column, strict=True):
-        panel(axes, found, names)
-        axes.grid(axis="y", alpha=0.3)
-        _legend_beside(axes)
-    step = -(-len(names) // _NAMES)
-    column[-1].set_xticks(range(0, len(names), step), names[::step], rotation=45, ha="right")
-    figure.suptitle(f"{Path(found.directory).name} ({found.model_type})", fontsize="medium", parse_math=False)
-    _save(figure, file)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Make an empty picture, sizes in inches of 120 pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # by itself: pyplot would keep global state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _legend_beside(axes: Axes) -> None:
-    """Put the legend to the right of a panel."""
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-
-
-def _save(figure: Figure, file: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    try:
-        file.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror}. Name another file.") from error
-
-
-def _by_projection(found: Inspection) -> dict[str, list[StoredProjection]]:
-    rows: dict[str, list[StoredProjection]] = {}
-    for row in found.projections:
-        rows.setdefault(row.projection, []).append(row)
-    return rows
-
-
-def _bits(axes: Axes, found: Inspection, names: list[str]) -> None:
-    for projection, rows in _by_projection(found).items():
-        places = [names.index(row.short) for row in rows]
-        axes.plot(places, [row.bits_per_weight for row in rows], ".-", linewidth=0.8, label=projection)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("bits per weight")
-
-
-def _errors(axes: Axes, found: Inspection, names: list[str]) -> None:
-    drawn: list[float] = []
-    for projection, rows in _by_projection(found).items():
-        values = [row.report.error for row in rows if row.report]
-        axes.plot([names.index(row.short) for row in rows], values, ".-", linewidth=0.8, label=projection)
-        drawn += values
-    short = {row.layer: row.short for row in found.projections}
-    if held_out := found.held_out_error:
-        places = [names.index(short[layer]) for layer in held_out]
-        axes.plot(places, list(held_out.values()), "k.--", linewidth=0.8, label="held-out")
-        drawn += held_out.values()
-    if min(drawn) > 0:
-        axes.set_yscale("log")
-    axes.set_ylabel("relative error")
-
-
-def _tokens(axes: Axes, found: Inspection, names: list[str]) -> None:
-    from statistics import median
-
-    seen = dict.fromkeys((row.short, tuple(row.report.tokens)) for row in found.projections if row.report)
-    places = [names.index(short) for short, _ in seen]
-    lowest, middle, highest = ([find(tokens) for _, tokens in seen] for find in (min, median, max))
-    axes.vlines(places, lowest, highest, linewidth=3, alpha=0.5, label="min to max")
-    axes.plot(places, middle, "k.", label="median")
-    if min(lowest) > 0:
-        axes.set_yscale("log")
-    else:  # an expert without a token is seen at the bottom
-        axes.set_yscale("symlog")
-        axes.set_ylim(bottom=0)
-    axes.set_ylabel("tokens per expert")
 
 
 def draw_rates(report: RatesReport, file: Path) -> None:
-    """Draw code bits over the share of zeros, and below what each adds to the entropy; errors as `draw`."""
-    figure = _figure(6.4, 6.4)
+    """Draw code bits over the share of zeros, and below what each adds to the entropy."""
+    figure = new_figure(6.4, 6.4)
     over_zeros, over_entropy = figure.subplots(2, 1, sharex=True)
     zeros, entropy = [r.zeros for r in report.rates], [r.entropy for r in report.rates]
     over_zeros.plot(zeros, entropy, "k--", linewidth=1, label="entropy")
@@ -150,31 +38,31 @@ def draw_rates(report: RatesReport, file: Path) -> None:
     ticks = (0, 1, 2, 5, 10, 20, 50, 100, 200)
     over_entropy.set_yticks(ticks, [str(tick) for tick in ticks])
     over_zeros.legend(fontsize="small", frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_model_rates(report: ModelRatesReport, file: Path) -> None:
-    """Draw the code bits of each projection of a model, with its entropy; errors as `draw`."""
+    """Draw the code bits of each projection of a model, with its entropy."""
     rows = report.projections
-    figure = _figure(max(6.4, min(12.8, 0.4 * len(rows))), 3.6)
+    figure = new_figure(max(6.4, min(12.8, 0.4 * len(rows))), 3.6)
     axes = figure.subplots()
     places = range(len(rows))
     axes.plot(places, [r.entropy for r in rows], "k_", markersize=12, label="entropy")
     for (name, values), marker in zip(_codes(rows).items(), "oxs^", strict=True):
         axes.plot(places, values, marker=marker, markersize=6, markerfacecolor="none", linewidth=0, label=name)
-    step = -(-len(rows) // _NAMES)
+    step = -(-len(rows) // NAMES_BELOW)
     names = [f"{r.layer} {r.projection}" for r in rows]
     axes.set_xticks(places[::step], names[::step], rotation=45, ha="right")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("code bits per weight")
     axes.grid(axis="y", alpha=0.3)
-    _legend_beside(axes)
+    legend_beside(axes)
     figure.suptitle(Path(report.directory).name, fontsize="medium", parse_math=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _codes(rows: Sequence[Rates] | Sequence[ProjectionRates]) -> dict[str, list[float]]:
-    """Give the curves that both pictures of rates have."""
+    """Return the curves that both pictures of rates have."""
     return {
         "ours": [r.ours for r in rows],
         "paper": [r.paper for r in rows],
@@ -184,7 +72,7 @@ def _codes(rows: Sequence[Rates] | Sequence[ProjectionRates]) -> dict[str, list[
 
 
 def draw_matmul(report: MatmulReport, file: Path) -> None:
-    """Draw speed over tokens, a panel a shape; errors as `draw`."""
+    """Draw speed over tokens, a panel a shape."""
     from qmoe_lite.bench.matmul import SHAPES
 
     curves = {
@@ -200,7 +88,7 @@ def draw_matmul(report: MatmulReport, file: Path) -> None:
     shapes = list(dict.fromkeys(row.shape for row in report.speeds))
     across = min(3, len(shapes))
     down = -(-len(shapes) // across)
-    figure = _figure(max(6.4, 3.2 * across), 2.8 * down + 0.8)
+    figure = new_figure(max(6.4, 3.2 * across), 2.8 * down + 0.8)
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flat
     for axes, shape in zip(panels, shapes, strict=False):
         rows = [row for row in report.speeds if row.shape == shape]
@@ -221,12 +109,12 @@ def draw_matmul(report: MatmulReport, file: Path) -> None:
     figure.supylabel("10$^9$ multiply-adds a second", fontsize="small")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize="small", ncols=4, loc="outside upper center", frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_layer(report: LayerReport, file: Path) -> None:
-    """Draw the milliseconds of a layer's call over tokens; errors as `draw`."""
-    figure = _figure(6.4, 3.6)
+    """Draw the milliseconds of a layer's call over tokens."""
+    figure = new_figure(6.4, 3.6)
     axes = figure.subplots()
     tokens = [s.tokens for s in report.speeds]
     axes.plot(tokens, [s.ours for s in report.speeds], "C0o-", markersize=4, linewidth=1, label="ours")
@@ -241,12 +129,12 @@ def draw_layer(report: LayerReport, file: Path) -> None:
     axes.set_title(f"experts of a layer, {report.layer}", fontsize="small")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_gptq(report: GptqReport, file: Path) -> None:
-    """Draw the seconds of both solvers, in their parts; errors as `draw`."""
-    figure = _figure(6.4, 0.6 + 0.9 * len(report.speeds))
+    """Draw the seconds of both solvers, in their parts."""
+    figure = new_figure(6.4, 0.6 + 0.9 * len(report.speeds))
     axes = figure.subplots()
     bars = [
         (f"{name}, {s.rows} x {s.columns}", factorisation, whole - factorisation)
@@ -263,13 +151,13 @@ def draw_gptq(report: GptqReport, file: Path) -> None:
     axes.set_xlabel("seconds an expert")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize="small", frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_offload(report: OffloadReport, file: Path) -> None:
-    """Draw tokens a second over the budget, and the parts of a token in memory, as far as measured; as `draw`."""
+    """Draw tokens a second over the budget, and the parts of a token in memory, as far as measured."""
     limited = any(run.budget is not None for run in report.runs)
-    figure = _figure(6.4, 3.6 * limited + 1.8 * (report.parts is not None))
+    figure = new_figure(6.4, 3.6 * limited + 1.8 * (report.parts is not None))
     heights = [3.6] * limited + [1.8] * (report.parts is not None)
     panels = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     if limited:
@@ -277,7 +165,7 @@ def draw_offload(report: OffloadReport, file: Path) -> None:
     if report.parts is not None:
         _parts_of_token(panels[-1], report.parts)
     figure.suptitle(f"Qwen3-30B-A3B's shape, {report.layers} layers, one token at a time", fontsize="small")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _over_budget(axes: Axes, report: OffloadReport) -> None:
@@ -303,7 +191,7 @@ def _over_budget(axes: Axes, report: OffloadReport) -> None:
     axes.set_xlabel("memory for experts, of all compressed ones' bytes")
     axes.set_ylabel("tokens a second")
     axes.grid(alpha=0.3)
-    _legend_beside(axes)
+    legend_beside(axes)
 
 
 def _parts_of_token(axes: Axes, parts: Parts) -> None:
@@ -321,4 +209,4 @@ def _parts_of_token(axes: Axes, parts: Parts) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a token, all in memory")
     axes.grid(axis="x", alpha=0.3)
-    _legend_beside(axes)
+    legend_beside(axes)

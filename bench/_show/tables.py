@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from qmoe_lite.bench._show.text import plural, print_rows, print_text
+
 if TYPE_CHECKING:
     from qmoe_lite.bench.gptq import GptqReport
     from qmoe_lite.bench.kernels import KernelsReport
@@ -12,33 +14,6 @@ if TYPE_CHECKING:
     from qmoe_lite.bench.matmul import MatmulReport, Speed
     from qmoe_lite.bench.offload import OffloadReport
     from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, RatesReport
-
-
-def _table(
-    title: str, headings: Iterable[str], rows: Iterable[list[str]], *, text: int = 0, tight: bool = False
-) -> None:
-    """Print a title and a table; its first `text` columns hold words, the others figures.
-
-    A row without its first cell belongs to the one above; a line parts such groups. A tight table has one space between
-    columns, not two.
-    """
-    from rich import box
-    from rich.table import Table
-
-    from qmoe_lite.cli import _output
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0 if tight else 1, 0, 0))
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < text else "right", overflow="fold")
-    grouped = False
-    for row in rows:
-        if grouped and row[0]:
-            table.add_section()
-        grouped = not row[0]
-        table.add_row(*row)
-    _output.print_text(title)
-    _output.print_table(table)
-    _output.print_text()
 
 
 def _figures(*values: float) -> list[str]:
@@ -60,10 +35,6 @@ def _ratio(ours: float, peer: float | None) -> str:
     return f"{ours / peer:.2f}x" if ours < 9.995 * peer else f"{ours / peer:.1f}x"
 
 
-def _plural(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
 def _zstd(names: Iterable[str]) -> list[str]:
     return [name.replace(" -", "\n-") for name in names]
 
@@ -71,9 +42,8 @@ def _zstd(names: Iterable[str]) -> list[str]:
 def print_rates(report: RatesReport) -> None:
     """Print the rates of random digits: codes, zstd, and with what is stored of a row."""
     from qmoe_lite.bench.rates import BITS, WIDTH, WIDTHS
-    from qmoe_lite.cli import _output
 
-    _table(
+    print_rows(
         f"Code bits per weight, {report.weights:,} ternary digits in rows of {WIDTH}",
         ["P(0)", "entropy", *(f"b={bits}" for bits in BITS), "auto", "over", "paper", "over"],
         (
@@ -88,8 +58,8 @@ def print_rates(report: RatesReport) -> None:
         ),
         tight=True,
     )
-    _output.print_text("b: bits of a codeword, the code fitted to the counts; auto: what qmoe chooses.\n")
-    _table(
+    print_text("b: bits of a codeword, the code fitted to the counts; auto: what qmoe chooses.\n")
+    print_rows(
         "The same digits through zstd (all rows at once)",
         ["P(0)", "entropy", "ours", *_zstd(report.rates[0].zstd), "best over"],
         (
@@ -97,7 +67,7 @@ def print_rates(report: RatesReport) -> None:
             for r in report.rates
         ),
     )
-    _table(
+    print_rows(
         "With all that is stored of a row and its two levels, by columns",
         ["P(0)", *(heading for width in WIDTHS for heading in (f"{width:,}\nours", "\npaper"))],
         (
@@ -105,7 +75,7 @@ def print_rates(report: RatesReport) -> None:
             for r in report.rates
         ),
     )
-    _output.print_text(
+    print_text(
         f"One thread encodes {report.encode_speed:,.0f} and decodes {report.decode_speed:,.0f} million weights a "
         f"second at P(0) = {report.speed_zeros}."
     )
@@ -118,7 +88,7 @@ def print_model_rates(report: ModelRatesReport) -> None:
     def names(r: ProjectionRates) -> list[str]:
         return [r.layer, r.projection]
 
-    _table(
+    print_rows(
         "Bits per weight of the model's digits: codes, and with all that is stored",
         ["layer", "projection", "P(0)", "entropy", "bits", "ours", "over", "stored", "paper", "over", "stored"],
         (
@@ -137,7 +107,7 @@ def print_model_rates(report: ModelRatesReport) -> None:
         text=2,
         tight=True,
     )
-    _table(
+    print_rows(
         "The same digits through zstd (all experts at once)",
         ["layer", "projection", "entropy", "ours", *_zstd(report.total.zstd)],
         ([*names(r), *_figures(r.entropy, r.ours, *r.zstd.values())] for r in rows),
@@ -146,9 +116,8 @@ def print_model_rates(report: ModelRatesReport) -> None:
 
 
 def print_matmul(report: MatmulReport) -> None:
-    """Print speeds beside torch's dense products, and beside dequantising."""
+    """Print speeds against torch's dense products, and against dequantising."""
     from qmoe_lite.bench.matmul import SHAPES
-    from qmoe_lite.cli import _output
 
     def names() -> Iterable[tuple[Speed, list[str]]]:
         shown = ""
@@ -168,46 +137,44 @@ def print_matmul(report: MatmulReport) -> None:
         return [cell for ours, peer in pairs for cell in (*figures(ours, peer), _ratio(ours, peer))]
 
     first = ("rows x\ncolumns", "tokens")
-    threads, bits = _plural(report.threads, "thread"), f"{report.bits_per_weight:.2f} bits a weight"
+    threads, bits = plural(report.threads, "thread"), f"{report.bits_per_weight:.2f} bits a weight"
     dense = ("one\nlevel", "two\nlevels", "torch\nfp32", "\nbf16", "\nint8", "ours /\nfp32", "\nbf16", "\nint8")
-    _table(
+    print_rows(
         f"10^9 multiply-adds a second, {threads}, {bits}",
         (*first, *dense),
         (name + against_dense(row) for row, name in names()),
         text=1,
     )
     anew = ("x fp32\nours", "\nanew", "\nratio", "x bf16\nours", "\nanew", "\nratio")
-    _table(
-        "Beside dequantising the matrix anew for each of torch's dense products",
+    print_rows(
+        "Against dequantising the matrix for each of torch's dense products",
         (*first, *anew),
         (name + against_dequantised(row) for row, name in names()),
         text=1,
     )
-    _output.print_text("Ratios: two levels a row, as qmoe compress stores them; above 1 ours is faster.")
-    _output.print_text("int8: torch's dynamic product, rows of weights and x rounded to 8 bits.")
-    _output.print_text("Not measured here: ggml TQ1_0 25, IQ1_S 8.2 (one token, a thread of a Xeon).")
-    _output.print_text(f"Copying float32 in memory: {report.copy_gigabytes:.1f} GB/s read and written.")
+    print_text("Ratios: two levels a row, as qmoe compress stores them; above 1 ours is faster.")
+    print_text("int8: torch's dynamic product, rows of weights and x rounded to 8 bits.")
+    print_text("Not measured here: ggml TQ1_0 25, IQ1_S 8.2 (one token, a thread of a Xeon).")
+    print_text(f"Copying float32 in memory: {report.copy_gigabytes:.1f} GB/s read and written.")
 
 
 def print_layer(report: LayerReport) -> None:
     """Print the milliseconds of a layer's call, ours and transformers'."""
-    from qmoe_lite.cli import _output
 
     peers = list(report.speeds[0].peers)
-    _table(
-        f"A layer of {report.layer}'s experts: milliseconds a call, {_plural(report.threads, 'thread')}",
+    print_rows(
+        f"A layer of {report.layer}'s experts: milliseconds a call, {plural(report.threads, 'thread')}",
         ("tokens", "ours", *(f"{peer}\nbf16" for peer in peers), "ours /\nfastest"),
         (
             [str(s.tokens), f"{s.ours:.2f}", *(f"{s.peers[peer]:.2f}" for peer in peers), f"{s.ratio:.2f}x"]
             for s in report.speeds
         ),
     )
-    _output.print_text(f"Ours: {report.bits_per_weight:.2f} bits a weight, everything counted. Above 1 ours is faster.")
+    print_text(f"Ours: {report.bits_per_weight:.2f} bits a weight, everything counted. Above 1 ours is faster.")
 
 
 def print_gptq(report: GptqReport) -> None:
     """Print the seconds of both solvers, in their parts."""
-    from qmoe_lite.cli import _output
 
     rows = []
     for s in report.speeds:
@@ -221,20 +188,19 @@ def print_gptq(report: GptqReport) -> None:
             rows.append([name, part, f"{ours:.3f}", f"{peer:.3f}", _ratio(peer, ours)])
         size = s.rows * s.columns / 1e6
         rows.append(["", "10^6 weights/s", f"{size / s.ours:.2f}", f"{size / s.torch:.2f}", ""])
-    _table(
-        f"Seconds an expert, {_plural(report.experts, 'expert')}, {_plural(report.threads, 'thread')}",
+    print_rows(
+        f"Seconds an expert, {plural(report.experts, 'expert')}, {plural(report.threads, 'thread')}",
         ("rows x columns", "", "ours", "torch loop", "ratio"),
         rows,
         text=2,
     )
     same = ", ".join(f"{s.same:.2%} of {s.rows} x {s.columns}" for s in report.speeds)
-    _output.print_text(f"Equal digits: {same}.")
+    print_text(f"Equal digits: {same}.")
 
 
 def print_kernels(report: KernelsReport) -> None:
     """Print what each kernel compiles to, and the model of the product's time."""
     from qmoe_lite.bench.kernels import WIDTH
-    from qmoe_lite.cli import _output
 
     def rows() -> Iterable[list[str]]:
         shown = ""
@@ -246,18 +212,18 @@ def print_kernels(report: KernelsReport) -> None:
             shown = k.kernel
 
     order = [k.kernel for k in report.kernels]
-    _table(
+    print_rows(
         "CUDA kernels, compiled without a GPU",
         ("kernel", "code", "regis-\nters", "stack", "shared", ".f64", "widest\nload", "instruc-\ntions", "a weight"),
         rows(),
         text=2,
         tight=True,
     )
-    _output.print_text("stack: bytes a thread, spilled registers among them. shared: bytes a block, as")
-    _output.print_text("the code declares; 1,024 of sm_90's are its own. widest load: bytes, of global")
-    _output.print_text(f"memory. a weight: warp instructions in rows of {WIDTH} columns at P(0) = .885.")
-    _output.print_text()
-    _table(
+    print_text("stack: bytes a thread, spilled registers among them. shared: bytes a block, as")
+    print_text("the code declares; 1,024 of sm_90's are its own. widest load: bytes, of global")
+    print_text(f"memory. a weight: warp instructions in rows of {WIDTH} columns at P(0) = .885.")
+    print_text()
+    print_rows(
         f"A model of one token's product, unmeasured: us, packets of {report.bits_per_weight:.2f} bits a weight",
         ("GPU", "rows x columns", "our\nbytes", "instruc-\ntions", "shared\nloads", "bf16\nbytes", "ratio"),
         (
@@ -274,14 +240,13 @@ def print_kernels(report: KernelsReport) -> None:
         ),
         text=2,
     )
-    _output.print_text("Bytes over bandwidth, instructions over issue rate, shared loads at 3.53 passes")
-    _output.print_text("each (random banks), all at the makers' peaks; the ratio takes the longest of")
-    _output.print_text("ours. Launch, latency and what a block loads before it begins are left out.")
+    print_text("Bytes over bandwidth, instructions over issue rate, shared loads at 3.53 passes")
+    print_text("each (random banks), all at the makers' peaks; the ratio takes the longest of")
+    print_text("ours. Launch, latency and what a block loads before it begins are left out.")
 
 
 def print_offload(report: OffloadReport) -> None:
     """Print tokens a second and memory of all contenders, the parts of a token, and the cache policies."""
-    from qmoe_lite.cli import _output
 
     slowest = {r.routing: r.tokens_per_second for r in report.runs if r.contender == "ours" and r.budget is not None}
 
@@ -300,8 +265,8 @@ def print_offload(report: OffloadReport) -> None:
                 f"{r.file_bytes / 1e6:,.0f}",
             ]
 
-    _table(
-        f"{_plural(report.layers, 'layer')} of Qwen3-30B-A3B: experts {report.packed_bytes / 1e6:,.0f} MB, "
+    print_rows(
+        f"{plural(report.layers, 'layer')} of Qwen3-30B-A3B: experts {report.packed_bytes / 1e6:,.0f} MB, "
         f"in bfloat16 {report.dense_bytes / 1e6:,.0f} MB",
         (
             "contender",
@@ -319,15 +284,15 @@ def print_offload(report: OffloadReport) -> None:
         text=2,
         tight=True,
     )
-    _output.print_text("memory: anonymous, above what the process had before.")
+    print_text("memory: anonymous, above what the process had before.")
     if slowest:
-        _output.print_text("least / this: ours with the smallest budget over this one.")
-        _output.print_text("The files are taken out of the page cache before each token.")
+        print_text("least / this: ours with the smallest budget over this one.")
+        print_text("The files are dropped from the page cache before each token.")
     for note in report.notes:
-        _output.print_text(note)
-    _output.print_text()
+        print_text(note)
+    print_text()
     if (parts := report.parts) is not None:
-        _table(
+        print_rows(
             "One token, all in memory: milliseconds",
             ("", "ours", "dense bf16", "ratio", "share of\ndense"),
             (
@@ -342,12 +307,12 @@ def print_offload(report: OffloadReport) -> None:
             ),
             text=1,
         )
-        _output.print_text(f"Experts take {parts.share:.0%} of the dense model; Amdahl's law then predicts")
-        _output.print_text(f"{parts.predicted:.2f}x for the whole.\n")
+        print_text(f"Experts take {parts.share:.0%} of the dense model; Amdahl's law then predicts")
+        print_text(f"{parts.predicted:.2f}x for the whole.\n")
     if report.policies:
         names = {"0.0": "LRU", "inf": "LFU"}
         lives = list(report.policies[0].hit_rates)
-        _table(
+        print_rows(
             "Hits of a cache, by the passes after which a use counts half",
             ("trace", "budget", *(names.get(life, f"{float(life):.0f}") for life in lives)),
             ([p.trace, f"{p.budget:.0%}", *(f"{p.hit_rates[life]:.1%}" for life in lives)] for p in report.policies),

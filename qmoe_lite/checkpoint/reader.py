@@ -1,15 +1,10 @@
-"""Read checkpoints lazily, a tensor at a time; write safetensors crash-safely.
-
-A file is written under a temporary name, synced, and renamed: it is there whole or not at all.
-"""
+"""Read checkpoints lazily, a tensor at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -21,11 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qmoe_lite.checkpoint.weight_file import WeightFile
-from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError, first_line, unreadable
+from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
@@ -46,7 +40,6 @@ _DTYPES = {  # what safetensors calls them
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_COPIED = re.compile(r".*(token|vocab|merges|spiece|special|generation_config|chat_template|\.model$|\.jinja$).*")
 
 
 def find_model(name: str | Path) -> Path:
@@ -278,7 +271,9 @@ class Checkpoint:
         except OSError as error:
             raise unreadable(path, error) from error
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} was cut or written anew meanwhile. Fetch the file again.") from error
+            raise CheckpointError(
+                f"{path} was truncated or rewritten while it was read. Fetch the file again."
+            ) from error
         return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
 
     @property
@@ -380,71 +375,3 @@ def compare_checksums(name: str, path: Path, expected: int | None, found: int) -
     """Raise FormatError where a tensor's CRC-32 is not the one in the index."""
     if found != expected:
         raise FormatError(f"{name} in {path} is damaged (checksum). Fetch or make it again.")
-
-
-def crc32(tensor: Tensor) -> int:
-    """CRC-32 of a CPU tensor's bytes."""
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, sync it, and rename it to `path`.
-
-    Raises
-    ------
-    OutputError
-        The disk is full or the place not writable; the temporary file is removed.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors leaves its files to their owner alone
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OutputError(
-            f"{path} cannot be written: {reason}. What is finished is kept: make room and run the same command again."
-        ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON crash-safely."""
-    write_atomically(path, lambda file: _dump(file, value))
-
-
-def _dump(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Write a safetensors file crash-safely; give the CRC-32 of each tensor."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # one key only: safetensors writes several in random order, and equal runs must give equal bytes
-    write_atomically(path, lambda file: save_file(contiguous, file, {"format": "pt"}))
-    return {name: crc32(tensor) for name, tensor in contiguous.items()}
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and chat-template files of a model."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and _COPIED.fullmatch(file.name) and file.suffix != ".safetensors":
-            write_atomically(target / file.name, lambda out, file=file: shutil.copyfile(file, out))  # type: ignore[misc]

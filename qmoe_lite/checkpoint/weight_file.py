@@ -1,4 +1,4 @@
-"""Reads experts' codes from a model's files into memory of ours: exactly the bytes asked for, by threads.
+"""Reads a model's files into memory of ours: exactly the bytes asked for.
 
 A file is opened once, so one that is deleted later can still be read. Nothing is mapped: a file that got shorter is an
 error at the read, where a map would end the process. Where the file system allows it the page cache is passed by
@@ -10,11 +10,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qmoe_lite.errors import CheckpointError, QMoEError, unreadable
+from qmoe_lite.errors import CheckpointError, unreadable
 
 PAGE = 4096  # bytes; what O_DIRECT wants places, lengths and addresses to be multiples of
 THREADS = 4
@@ -75,14 +72,16 @@ class WeightFile:
 
     def _shrunk(self, size: int) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} had {self.size} bytes and now has {size}: it was cut while the model ran. "
+            f"{self.path} had {self.size} bytes and now has {size}: it was truncated while the model ran. "
             "Restore the file and load the model again."
         )
 
     def _ended(self, end: int) -> CheckpointError:
         if (size := os.fstat(self._file).st_size) < self.size:
             return self._shrunk(size)
-        return CheckpointError(f"{self.path} has {size} bytes of at least {end}: it was cut. Fetch the file again.")
+        return CheckpointError(
+            f"{self.path} has {size} bytes of at least {end}: it was truncated. Fetch the file again."
+        )
 
     def read(self, offset: int, length: int) -> bytearray:
         """Read some bytes through the page cache, and drop them from it."""
@@ -188,111 +187,3 @@ class SizeGuard:
     def __reduce__(self) -> tuple[Any, ...]:
         self()
         return SizeGuard, ([],)
-
-
-@dataclass(eq=False)
-class Read:
-    """One expert's codes on their way into a slot.
-
-    `work` gives their bytes; `error` is set if they did not arrive. `early`: it began before the expert was wanted.
-    """
-
-    work: Callable[[], int]
-    urgent: bool
-    early: bool = False
-    nbytes: int = 0
-    started: bool = False
-    done: bool = False
-    error: QMoEError | None = field(default=None)
-
-
-class Readers:
-    """Threads that do reads: urgent ones first, else in the order in which they were asked for.
-
-    Attributes
-    ----------
-    closed : bool
-        The threads have been told to end: no read that has not begun will be done.
-    """
-
-    def __init__(self, threads: int = THREADS) -> None:
-        self._changed = threading.Condition()
-        self._urgent: deque[Read] = deque()
-        self._later: deque[Read] = deque()
-        self.closed = False
-        self._process = os.getpid()
-        self._threads = [threading.Thread(target=self._work, daemon=True, name=f"experts-{i}") for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, read: Read) -> None:
-        """Let a read be done.
-
-        Raises
-        ------
-        QMoEError
-            This is a forked process.
-        """
-        self._check_process()
-        with self._changed:
-            (self._urgent if read.urgent else self._later).append(read)
-            self._changed.notify_all()
-
-    def hurry(self, read: Read) -> None:
-        """Let a read that could wait come before the others."""
-        with self._changed:
-            if not read.urgent and not read.started and not self.closed:
-                self._later.remove(read)
-                self._urgent.append(read)
-            read.urgent = True
-
-    def cancel(self, read: Read) -> bool:
-        """Take back a read that no thread has begun; tell whether that was so."""
-        with self._changed:
-            if read.started or self.closed:
-                return False
-            (self._urgent if read.urgent else self._later).remove(read)
-            return True
-
-    def wait(self, reads: list[Read]) -> None:
-        """Wait until one of them is done, or the threads end; raise QMoEError in a forked process."""
-        self._check_process()
-        with self._changed:
-            self._changed.wait_for(lambda: self.closed or any(read.done for read in reads))
-
-    def close(self) -> None:
-        """Finish the reads that have begun, drop the others, end the threads."""
-        if os.getpid() != self._process:  # a fork has none of the threads, and a lock as it happened to be
-            return
-        with self._changed:
-            self.closed = True
-            self._urgent.clear()
-            self._later.clear()
-            self._changed.notify_all()
-        if threading.current_thread() in self._threads:  # the collector may end a forgotten model in any thread
-            return
-        for thread in self._threads:
-            thread.join()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise QMoEError("this process was forked without the threads that read experts. Load the model in it.")
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self.closed or self._urgent or self._later)
-                if self.closed:
-                    return
-                read = (self._urgent or self._later).popleft()
-                read.started = True
-            try:
-                read.nbytes = read.work()
-            except QMoEError as error:
-                read.error = error
-            except Exception as error:  # would be lost with the thread, and the model wait for ever
-                read.error = QMoEError(f"an expert could not be read: {error!r}. Please report this as a bug.")
-            with self._changed:
-                read.done = True
-                self._changed.notify_all()
-            del read  # its work holds the model

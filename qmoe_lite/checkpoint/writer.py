@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qmoe_lite.checkpoint import reader as files
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint
-from qmoe_lite.models.experts import FORMAT
-from qmoe_lite.models.family import Family
+from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, names_in
 
 _DENSE_SHARD = 2 << 30  # bytes of dense tensors in one file
 
@@ -23,18 +22,21 @@ class Writer:
     ----------
     directory : path
         Exists.
-    family, checkpoint
+    checkpoint : Checkpoint
         Of the dense model.
+    stored_name : callable
+        Returns a tensor's name in the files for the model's own.
     layers : int
         Number of sparse layers.
     """
 
-    def __init__(self, directory: Path, family: Family, checkpoint: Checkpoint, layers: int) -> None:
-        self._directory, self._family, self._checkpoint, self._layers = directory, family, checkpoint, layers
+    def __init__(self, directory: Path, checkpoint: Checkpoint, stored_name: Callable[[str], str], layers: int) -> None:
+        self._directory, self._checkpoint, self._layers = directory, checkpoint, layers
+        self._stored_name = stored_name
 
     def write_layer(self, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
-        """Write one sparse layer's tensors; give the CRC-32 of each."""
-        stored = {self._family.stored(name): tensor for name, tensor in tensors.items()}
+        """Write one sparse layer's tensors; return the CRC-32 of each."""
+        stored = {self._stored_name(name): tensor for name, tensor in tensors.items()}
         return files.write_tensors(self._directory / self._file_name(number), stored)
 
     def write_rest(self, checksums: dict[str, int], settings: dict[str, Any]) -> None:
@@ -45,12 +47,12 @@ class Writer:
         checksums : dict, tensor name to CRC-32
             Of the sparse layers' tensors.
         settings : dict
-            Entries of quantization_config besides the method and the format.
+            As `format.quantization_config` makes it.
         """
         weight_map: dict[str, str] = {}
         for number in range(self._layers):
             file_name = self._file_name(number)
-            weight_map |= dict.fromkeys(files.names_in(self._directory / file_name), file_name)
+            weight_map |= dict.fromkeys(names_in(self._directory / file_name), file_name)
         for number, shard in enumerate(self._dense_shards, self._layers):
             file_name = self._file_name(number)
             # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
@@ -72,7 +74,7 @@ class Writer:
             dense = [self._checkpoint.tensor(name) for name in self._dense_names]
             largest = max(dense, key=lambda tensor: tensor.nbytes)
             config["dtype"] = str(largest.dtype).removeprefix("torch.")
-        config["quantization_config"] = {"quant_method": "qmoe", "format": FORMAT, **settings}
+        config["quantization_config"] = settings
         return config
 
     @property

@@ -18,26 +18,22 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.alphabet import ALPHABETS, Alphabet
+from qmoe_lite.coding.automaton import Automaton, Steps, build_automaton, walk_steps
 from qmoe_lite.coding.gather import STEP_IN_BYTES
 from qmoe_lite.coding.strings import (
-    MAX_WEIGHTS,
     PAPER_BITS,
     PAPER_COUNTS,
-    ZERO_SYMBOL,
-    Automaton,
-    Steps,
-    build_automaton,
     mean_length,
     paper_strings,
     table_entry,
     tunstall_strings,
-    walk_steps,
 )
-from qmoe_lite.coding.walk import LANES, walk_rows
-from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
+from qmoe_lite.coding.walk import LANES, check_counted, digit_bytes, walk_rows
+from qmoe_lite.errors import CodebookError, FormatError, QMoEError, SettingError
 
 _FIELD_COUNTS = (2, 3, 4, 7)  # nonzeros an entry that kernels are compiled for: each costs seconds once
-_RATE_MARGIN = 1.02  # what `Codebook.choose` gives away for a faster product
+_RATE_MARGIN = 1.02  # the size that `Codebook.choose` pays for a faster product
 
 
 @dataclass(frozen=True, repr=False)
@@ -178,9 +174,14 @@ class Codebook:
         return len(self.counts)
 
     @property
+    def alphabet(self) -> Alphabet:
+        """The digits that the codes stand for."""
+        return ALPHABETS[self.digits]
+
+    @property
     def lowest_digit(self) -> int:
         """The alphabet's lowest digit: -1 or 0; the others follow without a gap."""
-        return -ZERO_SYMBOL[self.digits]
+        return self.alphabet.lowest
 
     @cached_property
     def table(self) -> NDArray[np.uint64]:
@@ -207,7 +208,7 @@ class Codebook:
         -------
         uint32 array, shape (2**bits,), where the fields leave room in it, else uint64
             The fields, first one lowest; above them the weights as a step in x: in bytes (4 * digits * tokens each)
-            where `_products.STEP_IN_BYTES` says so, else in slots (digits each).
+            where `gather.STEP_IN_BYTES` holds their number, else in slots (digits each).
         """
         if tokens not in self._gather_tables:
             scale = self.digits * (4 * tokens if len(self.fields) in STEP_IN_BYTES else 1)
@@ -243,7 +244,7 @@ class Codebook:
     @cached_property
     def max_nonzeros(self) -> int:
         """Most nonzeros of a codeword: how many fields of an entry a kernel must look at."""
-        zero = ZERO_SYMBOL[self.digits]
+        zero = self.alphabet.zero_symbol
         return max(len(string) - string.count(zero) for string in self._strings)
 
     @cached_property
@@ -320,7 +321,7 @@ class Codebook:
         rows, columns = digits.shape
         counts = np.empty(rows, dtype=np.int64)
         _count_codewords_kernel(digits_bytes, columns, self.lowest_digit, self.digits, *self.steps, counts)
-        check_counted(counts, digits, self)
+        check_counted(counts, digits, self.alphabet)
         return counts
 
     def to_config(self) -> dict[str, Any]:
@@ -329,7 +330,7 @@ class Codebook:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Codebook:
-        """Rebuild a codebook from what `to_config` gave.
+        """Rebuild a codebook from what `to_config` returned.
 
         Raises
         ------
@@ -373,32 +374,11 @@ def _checked_counts(counts: Iterable[Any]) -> tuple[int, ...]:
         checked = tuple(operator.index(count) for count in counts)
     except TypeError as error:
         raise CodebookError(f"counts is {counts!r}; expected three or four integers. Pass digit counts.") from error
-    if len(checked) not in MAX_WEIGHTS:
+    if len(checked) not in ALPHABETS:
         raise CodebookError(f"counts has {len(checked)} numbers; expected 3 (ternary) or 4 (two-bit), one a digit.")
     if min(checked) < 0 or not 0 < sum(checked) < 1 << 63:
         raise CodebookError(f"counts is {list(checked)}; expected none negative, a sum from 1 to 2**63 - 1.")
     return checked
-
-
-def digit_bytes(digits: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Return the digits' bytes row by row, shape (R * C,), for `walk_rows`; refuse what are no rows of int8."""
-    if digits.ndim != 2 or digits.size == 0:
-        raise ShapeError(f"digits has shape {tuple(digits.shape)}; expected (rows, columns), at least one of each.")
-    if digits.dtype != np.int8:
-        raise DtypeError(f"digits is {digits.dtype}; expected int8. Convert it with digits.astype(numpy.int8).")
-    return np.ascontiguousarray(digits).view(np.uint8).reshape(-1)
-
-
-def check_counted(row_counts: NDArray[np.int64], digits: NDArray[np.int8], codebook: Codebook) -> None:
-    """Refuse digits of which `walk_rows` found some outside the codebook's alphabet."""
-    if row_counts.min() >= 0:
-        return
-    lowest, highest = codebook.lowest_digit, codebook.lowest_digit + codebook.digits - 1
-    row, column = np.argwhere((digits < lowest) | (digits > highest))[0]
-    raise DigitError(
-        f"digits holds {digits[row, column]} at row {row}, column {column}; expected {lowest} to {highest}. "
-        f"Fit the codebook with {'four counts' if codebook.digits == 3 else 'three counts'}, or mend the digits."
-    )
 
 
 @njit(parallel=True, cache=True, fastmath=False)

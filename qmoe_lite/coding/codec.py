@@ -1,7 +1,7 @@
 """Digits to codewords and back: encode, decode, decode_dense.
 
-A row's codewords are found by one walk of the codebook's automaton, from nonzero to nonzero; decoding costs one table
-look-up a codeword and one store a nonzero. Floor: C bytes of digits in or out, about C/12 bytes of codes.
+A row's codewords are found by one walk of the codebook's automaton, from nonzero to nonzero; how they are decoded is
+said in `decode_kernels`. Floor: C bytes of digits in or out, about C/12 bytes of codes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from qmoe_lite.coding.codebook import Codebook, check_counted, digit_bytes
-from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
-from qmoe_lite.coding.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
-from qmoe_lite.coding.stream import load_word, row_starts, shorten_counts, stream_bytes
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.decode_kernels import decode_rows
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS
+from qmoe_lite.coding.stream import row_starts, shorten_counts, stream_bytes
 from qmoe_lite.coding.validation import prepare
-from qmoe_lite.coding.walk import LANES, walk_rows
+from qmoe_lite.coding.walk import LANES, check_counted, digit_bytes, walk_rows
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 
 _BLOCK = 4 * LANES  # rows whose codes a thread keeps together
-_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: a store copies a bit pattern
 
 
 def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
@@ -80,7 +80,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     rows, columns = digits_array.shape
     if columns > MAX_COLUMNS:
         raise ShapeError(f"digits has {columns} columns; expected at most {MAX_COLUMNS}. Split the matrix by columns.")
-    widths = LEVEL_COUNTS[codebook.digits]
+    widths = codebook.alphabet.level_counts
     if levels_tensor.ndim != 2 or len(levels_tensor) != rows or levels_tensor.shape[1] not in widths:
         raise ShapeError(
             f"levels has shape {tuple(levels_tensor.shape)} but digits has {rows} rows of {codebook.digits} digits; "
@@ -92,9 +92,9 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     row_counts = np.empty(rows, dtype=np.int64)
     room = -(-columns // codebook.min_weights) * _BLOCK
     indices = np.empty((-(-rows // _BLOCK), room), dtype=np.uint16)
-    alphabet = codebook.lowest_digit, codebook.digits
-    _encode_kernel(digits_bytes, columns, *alphabet, *codebook.steps, row_counts, indices)
-    check_counted(row_counts, digits_array, codebook)
+    alphabet = codebook.alphabet
+    _encode_kernel(digits_bytes, columns, alphabet.lowest, alphabet.digits, *codebook.steps, row_counts, indices)
+    check_counted(row_counts, digits_array, alphabet)
     starts = row_starts(row_counts)
     total = int(starts[-1])
     words = np.zeros(-(-total // 64) * codebook.bits + 1, dtype=np.uint64)
@@ -137,10 +137,11 @@ def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
 
         return twin.decode(packed)
     rows, columns = packed.shape
-    slots = [1, -1, 0] if packed.codebook.digits == 3 else [1, 2, 3, 0]
+    codebook = packed.codebook
+    values = torch.tensor([codebook.alphabet.slot_digits] * rows, dtype=torch.int8)
     digits = torch.empty(rows, columns, dtype=torch.int8)
     starts = row_starts(packed.count_codewords().numpy())
-    decode_rows(packed, torch.tensor([slots] * rows, dtype=torch.int8), starts, 0, digits)
+    decode_rows(packed.codes.numpy(), codebook, values, starts, 0, digits)
     return digits, packed.levels
 
 
@@ -166,61 +167,7 @@ def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> to
     FormatError, SettingError, DeviceError
         As for `decode`.
     """
-    if dtype not in (*LEVEL_DTYPES, torch.float64):
-        raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
-    prepare(packed)
-    if packed.codes.is_cuda:
-        from qmoe_lite.cuda import codec as twin
-
-        return twin.decode_dense(packed, dtype)
-    dense = torch.empty(packed.shape, dtype=dtype)
-    decode_rows(
-        packed,
-        slot_values(packed.levels, packed.codebook.digits, dtype),
-        row_starts(packed.count_codewords().numpy()),
-        0,
-        dense,
-    )
-    return dense
-
-
-def slot_values(levels: torch.Tensor, digits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Weight value of each slot: levels (..., L) to a tensor of `dtype` (..., digits); the last is the zero slot."""
-    levels = levels.to(dtype)
-    if digits == 3:
-        levels = torch.cat([levels, -levels], -1) if levels.shape[-1] == 1 else levels.flip(-1)
-    return torch.cat([levels, levels.new_zeros(*levels.shape[:-1], 1)], -1)
-
-
-def decode_rows(
-    packed: PackedMatrix, values: torch.Tensor, starts: NDArray[np.int64], first: int, out: torch.Tensor
-) -> None:
-    """Write rows `first` and following of a validated matrix into `out`, `values[row, slot]` for each digit.
-
-    Parameters
-    ----------
-    packed : PackedMatrix
-        Validated, on the CPU.
-    values : tensor, shape (R, digits), contiguous
-        The zero slot's value must be 0.
-    starts : int64 array, shape (R + 1,)
-        From `row_starts`.
-    first : int
-        Number of the first row.
-    out : tensor of the same dtype, shape (any number of rows, C), contiguous
-        Is modified.
-    """
-    codebook, pattern = packed.codebook, _PATTERNS[out.element_size()]
-    _decode_kernel(
-        packed.codes.numpy(),
-        starts[first : first + len(out) + 1],
-        codebook.table,
-        codebook.bits,
-        codebook.digits,
-        codebook.fields,
-        values[first : first + len(out)].view(pattern).numpy(),
-        out.view(pattern).numpy(),
-    )
+    return packed.dense(dtype)
 
 
 def _digits_array(digits: Any) -> NDArray[Any]:
@@ -298,40 +245,3 @@ def _pack_kernel(indices: NDArray[np.uint16], starts: NDArray[np.int64], bits: i
                 words[word] = pending
                 pending = np.uint64(code) >> (n_bits - held)
                 word += 1
-
-
-@njit(parallel=True, cache=True, fastmath=False)
-def _decode_kernel(
-    codes: NDArray[np.uint8],
-    starts: NDArray[np.int64],
-    table: NDArray[np.uint64],
-    bits: int,
-    digits: int,
-    fields: tuple[int, ...],
-    values: NDArray[Any],
-    out: NDArray[Any],
-) -> None:
-    """Write out (R, C): zeros, then values[row, slot] at each nonzero; len(fields) fields an entry."""
-    mask = np.uint64((1 << bits) - 1)
-    n_bits = np.uint64(bits)
-    columns = np.uint64(out.shape[1])
-    for row in prange(out.shape[0]):
-        out[row, :] = 0
-        row_index = np.uint64(row)
-        bit = np.uint64(starts[row]) * n_bits
-        last = np.uint64(starts[row + 1]) * n_bits - n_bits
-        base = np.uint64(0)
-        while bit < last:
-            entry = table[load_word(codes, bit) & mask]
-            for i in range(len(fields) - 1, -1, -1):  # backwards: an absent field's zero never overwrites
-                field = entry_field(entry, i)
-                position = field_position(field, digits)
-                out[row_index, base + np.uint64(position)] = values[row_index, field_slot(field, position, digits)]
-            base += np.uint64(entry_length(entry))
-            bit += n_bits
-        entry = table[load_word(codes, last) & mask]
-        for i in range(len(fields) - 1, -1, -1):
-            field = entry_field(entry, i)
-            position = field_position(field, digits)
-            if base + np.uint64(position) < columns:
-                out[row_index, base + np.uint64(position)] = values[row_index, field_slot(field, position, digits)]

@@ -1,17 +1,12 @@
-"""The kernels of the product: a row's codewords are walked once for some tokens, whose sums stay in registers.
+"""The product of few tokens: a row's codewords are walked once for all of them, whose sums stay in registers.
 
-A job is a group of tokens that go through one expert; a task is a block of a job's rows, and tasks are spread over the
-threads.
-
-Few tokens (`gather`): x is laid out in groups of `digits * tokens` floats a column that hold zeros and once the tokens'
-values, so that what lies at a nonzero's slot IS what it adds to the sums of each level and token: one load and addition
-a nonzero, no sign, no multiplication. An absent nonzero points at the zero slot. Where a row has one level, the group
-holds the values negated too, and there is one sum a token. Rows are walked one by one: only the place in x waits for
-the codeword before, one addition, and the processor looks tens of codewords ahead. Sixteen codewords of b bits are 2 b
-bytes, so that a row keeps its shift within a byte. With one token, one level and 10 bits, x86 takes 8.6 instructions a
-codeword, which is 15 weights: 1.3 for its code, 4 for the entry and its parts, 2 for the nonzeros, 1 for the place.
-More tokens (`block`): a nonzero adds its level times the tokens' values. Two rows are walked at a time: the processor
-adds the one while it waits for the other's table entries.
+x is laid out in groups of `digits * tokens` floats a column that hold zeros and once the tokens' values, so that what
+lies at a nonzero's slot IS what it adds to the sums of each level and token: one load and addition a nonzero, no sign,
+no multiplication. An absent nonzero points at the zero slot. Where a row has one level, the group holds the values
+negated too, and there is one sum a token. Rows are walked one by one: only the place in x waits for the codeword
+before, one addition, and the processor looks tens of codewords ahead. Sixteen codewords of b bits are 2 b bytes, so
+that a row keeps its shift within a byte. With one token, one level and 10 bits, x86 takes 8.6 instructions a codeword,
+which is 15 weights: 1.3 for its code, 4 for the entry and its parts, 2 for the nonzeros, 1 for the place.
 """
 
 from __future__ import annotations
@@ -22,13 +17,23 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.jobs import (
+    CHOICE,
+    COUNT,
+    EXPERT,
+    FIRST,
+    TASK_ROWS,
+    entry_part,
+    entry_step,
+    first_codewords,
+    load_codewords,
+    load_entry,
+)
 from qmoe_lite.coding.vectors import (
     add,
     add_at,
-    add_multiple_at,
     address_of,
     code_bits,
-    load_32_at,
     load_64_at,
     prefetch_first,
     prefetch_second,
@@ -36,66 +41,7 @@ from qmoe_lite.coding.vectors import (
     zeros,
 )
 
-EXPERT, CHOICE, FIRST, COUNT = range(4)  # columns of `jobs`: expert, its place in `levels`, first token, tokens
-TASK_ROWS = 64  # even
 STEP_IN_BYTES = (2, 4)  # fields of an entry of `Codebook.gather_table` that leave room for the step in x in bytes
-_COLUMNS = 64  # expanded at a time
-_LARGEST = np.float32(1e33)  # sums of so many columns cannot overflow before a level makes them small
-
-
-@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
-def expand_kernel(
-    x: NDArray[np.float32], jobs: NDArray[np.int64], offset: int, negated: int, out: NDArray[np.float32]
-) -> bool:
-    """Lay x (N, C) out for each job: out (J, C + padding, group), tokens side by side from `offset` on, else zeros.
-
-    Unless `negated` is -1, -x lies from there on. Returns whether all of x that the jobs name is finite, and not so
-    large that sums of it might not be.
-    """
-    pieces = (out.shape[1] + _COLUMNS - 1) // _COLUMNS
-    spoilt = 0
-    for task in prange(len(jobs) * pieces):
-        job = task // pieces
-        start = task % pieces * _COLUMNS
-        spoilt += _expand_piece(
-            x[:, start : start + _COLUMNS], jobs[job], offset, negated, out[job, start : start + _COLUMNS]
-        )
-    return spoilt == 0
-
-
-@njit(forceinline=True, error_model="numpy")
-def _expand_piece(
-    x: NDArray[np.float32], job: NDArray[np.int64], offset: int, negated: int, out: NDArray[np.float32]
-) -> int:
-    first, count, columns = job[FIRST], job[COUNT], x.shape[1]
-    spoilt = 0
-    out[:] = 0
-    for token in range(count):
-        row = x[first + token]
-        for column in range(columns):
-            value = row[column]
-            out[column, offset + token] = value
-            if negated >= 0:
-                out[column, negated + token] = -value
-            spoilt += not abs(value) <= _LARGEST
-    return spoilt
-
-
-@njit(forceinline=True, error_model="numpy")
-def _entry(table: np.uint64, code: np.uint64, fields: tuple[int, ...]) -> np.uint64:
-    if len(fields) <= 3:
-        return load_32_at(table + np.uint64(4) * code)
-    return load_64_at(table + np.uint64(8) * code)
-
-
-@njit(forceinline=True, error_model="numpy")
-def _field(entry: np.uint64, i: int) -> np.uint64:
-    return (entry >> np.uint64(8 * i)) & np.uint64(255)
-
-
-@njit(forceinline=True, error_model="numpy")
-def _step(entry: np.uint64, fields: tuple[int, ...]) -> np.uint64:
-    return entry >> np.uint64(8 * len(fields))
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -104,31 +50,10 @@ def _code(word: np.uint64, k: np.uint64, bits: Any) -> np.uint64:
 
 
 @njit(forceinline=True, error_model="numpy")
-def _word(codes: np.uint64, bit: np.uint64) -> np.uint64:
-    return load_64_at(codes + (bit >> np.uint64(3))) >> (bit & np.uint64(7))  # 57 bits: four codewords, or 16-bit ones
-
-
-@njit(forceinline=True, error_model="numpy")
 def _group(row: np.uint64, shift: np.uint64, group: int, bits: Any) -> np.uint64:
     """Four codewords: group 0, 1, 2 or 3 of the sixteen that begin `shift` bits behind the address `row`."""
     bit = np.uint64(4 * group) * code_bits(bits)
     return load_64_at(row + (bit >> np.uint64(3))) >> (shift + (bit & np.uint64(7)))
-
-
-@njit(forceinline=True, error_model="numpy")
-def _first_codewords(row_codewords: NDArray[Any], fewest: NDArray[np.int32], jobs: NDArray[np.int64]) -> Any:
-    """Number of each task's first codeword within its expert: (J, tasks of a job)."""
-    rows = row_codewords.shape[1]
-    firsts = np.empty((len(jobs), (rows + TASK_ROWS - 1) // TASK_ROWS), dtype=np.int64)
-    for job in range(len(jobs)):
-        expert, before = jobs[job, EXPERT], np.int64(0)
-        for block in range(firsts.shape[1]):
-            firsts[job, block] = before
-            own = row_codewords[expert, block * TASK_ROWS : (block + 1) * TASK_ROWS]
-            before += np.int64(fewest[expert]) * len(own)
-            for count in own:
-                before += np.int64(count)
-    return firsts
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -140,14 +65,14 @@ def _gather_codeword(
     place: np.uint64,
     total: Any,
 ) -> tuple[np.uint64, Any]:
-    """Add what lies at a codeword's slots; give the place behind the codeword, and the sums."""
+    """Add what lies at a codeword's slots; return the place behind the codeword, and the sums."""
     slot_bytes = np.uint64(4 * len(tokens))
-    entry = _entry(table, code, fields)
+    entry = load_entry(table, code, fields)
     for i in range(len(fields)):
-        total = add_at(total, place + slot_bytes * _field(entry, i))
+        total = add_at(total, place + slot_bytes * entry_part(entry, i))
     if len(fields) in STEP_IN_BYTES:
-        return place + _step(entry, fields), total
-    return place + slot_bytes * _step(entry, fields), total
+        return place + entry_step(entry, fields), total
+    return place + slot_bytes * entry_step(entry, fields), total
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -185,7 +110,7 @@ def _gather_row(
     place: np.uint64,
     sums: np.uint64,
 ) -> np.uint64:
-    """Walk groups of four codewords from `bit` on; add to the lanes at `sums`, and give the place behind them.
+    """Walk groups of four codewords from `bit` on; add to the lanes at `sums`, and return the place behind them.
 
     Where the row's last group has fewer than four, what follows it in the stream is added too: it finds the zeros
     behind x. What lies `ahead` bytes behind each codeword is asked for.
@@ -203,7 +128,7 @@ def _gather_row(
         row += sixteen
     bit = shift
     for _ in range(groups & np.uint64(3)):
-        place, a, b, c, d = _gather_four(_word(row, bit), table, bits, fields, tokens, place, a, b, c, d)
+        place, a, b, c, d = _gather_four(load_codewords(row, bit), table, bits, fields, tokens, place, a, b, c, d)
         bit += np.uint64(4) * code_bits(bits)
     store(sums, add_at(add(add(a, b), add(c, d)), sums))
     return place
@@ -297,7 +222,7 @@ def gather_kernel(
     equal shares of their codewords, so that x stays in the first-level cache: all rows of a task in one, then in the
     next.
     """
-    firsts = _first_codewords(row_codewords, fewest, jobs)
+    firsts = first_codewords(row_codewords, fewest, jobs)
     blocks = firsts.shape[1]
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
@@ -315,181 +240,6 @@ def gather_kernel(
             levels,
             slots[task // blocks],
             chunks,
-            task % blocks * TASK_ROWS,
-            firsts[task // blocks, task % blocks],
-            y,
-        )
-
-
-@njit(forceinline=True, error_model="numpy")
-def _add_codeword(
-    code: np.uint64,
-    positions: np.uint64,
-    slots: np.uint64,
-    fields: tuple[int, ...],
-    levels: np.uint64,
-    lanes: tuple[int, ...],
-    place: np.uint64,
-    total: Any,
-) -> tuple[np.uint64, Any]:
-    """Add levels times activations of a codeword's nonzeros; give the place behind the codeword, and the sums."""
-    column_bytes = np.uint64(4 * len(lanes))
-    entry, of_entry = _entry(positions, code, fields), _entry(slots, code, fields)
-    for i in range(len(fields)):
-        level = levels + np.uint64(4) * _field(of_entry, i)
-        total = add_multiple_at(total, level, place + column_bytes * _field(entry, i))
-    return place + column_bytes * _step(entry, fields), total
-
-
-@njit(forceinline=True, error_model="numpy")
-def _block_pair(
-    stream: np.uint64,
-    bit0: np.uint64,
-    end0: np.uint64,
-    end1: np.uint64,
-    positions: np.uint64,
-    slots: np.uint64,
-    bits: int,
-    fields: tuple[int, ...],
-    values: np.uint64,
-    digits: int,
-    lanes: tuple[int, ...],
-    x_start: np.uint64,
-    sums: np.uint64,
-) -> None:
-    """Write the sums of two rows, bits bit0 to end0 and end0 to end1, to 2 * lanes at `sums`; values (2, digits)."""
-    step = np.uint64(bits)
-    mask = (np.uint64(1) << step) - np.uint64(1)
-    bit1 = end0
-    levels0 = values
-    levels1 = values + np.uint64(4 * digits)
-    place0 = place1 = x_start
-    total0 = total1 = zeros(lanes)
-    while bit0 + np.uint64(3) * step < end0 and bit1 + np.uint64(3) * step < end1:
-        word0, word1 = _word(stream, bit0), _word(stream, bit1)
-        for k in range(4):
-            place0, total0 = _add_codeword(
-                (word0 >> (np.uint64(k) * step)) & mask, positions, slots, fields, levels0, lanes, place0, total0
-            )
-            place1, total1 = _add_codeword(
-                (word1 >> (np.uint64(k) * step)) & mask, positions, slots, fields, levels1, lanes, place1, total1
-            )
-        bit0 += np.uint64(4) * step
-        bit1 += np.uint64(4) * step
-    while bit0 < end0:
-        code = _word(stream, bit0) & mask
-        place0, total0 = _add_codeword(code, positions, slots, fields, levels0, lanes, place0, total0)
-        bit0 += step
-    while bit1 < end1:
-        code = _word(stream, bit1) & mask
-        place1, total1 = _add_codeword(code, positions, slots, fields, levels1, lanes, place1, total1)
-        bit1 += step
-    store(sums, total0)
-    store(sums + np.uint64(4 * len(lanes)), total1)
-
-
-@njit(forceinline=True, error_model="numpy")
-def _fill_values(levels: NDArray[np.float32], choice: int, row: int, values: NDArray[np.float32], digits: int) -> None:
-    """Write the weight value of each slot to values (digits,), the zero slot's last; see `codec.slot_values`."""
-    if levels.shape[2] == 1:
-        values[0], values[1] = levels[choice, row, 0], -levels[choice, row, 0]
-    elif levels.shape[2] == 2:
-        values[0], values[1] = levels[choice, row, 1], levels[choice, row, 0]
-    else:
-        values[0], values[1], values[2] = levels[choice, row, 0], levels[choice, row, 1], levels[choice, row, 2]
-    values[digits - 1] = 0
-
-
-@njit(forceinline=True, error_model="numpy")
-def _block_rows(
-    codes: NDArray[np.uint8],
-    offset: int,
-    row_codewords: NDArray[Any],
-    fewest: NDArray[np.int32],
-    positions: NDArray[Any],
-    slots: NDArray[Any],
-    bits: int,
-    fields: tuple[int, ...],
-    lanes: tuple[int, ...],
-    job: NDArray[np.int64],
-    levels: NDArray[np.float32],
-    digits: int,
-    x_columns: NDArray[np.float32],
-    first: int,
-    codeword: int,
-    y: NDArray[np.float32],
-) -> None:
-    """Fill y[tokens of the job, first : first + TASK_ROWS]; `codeword` is the number of the first row's first."""
-    expert = job[EXPERT]
-    rows = min(TASK_ROWS, levels.shape[1] - first)
-    sums = np.empty((TASK_ROWS, len(lanes)), dtype=np.float32)
-    values = np.empty((2, digits), dtype=np.float32)
-    stream = address_of(codes) + np.uint64(offset)
-    bit = np.uint64(codeword * bits)
-    for i in range(0, rows, 2):
-        end0 = bit + np.uint64((np.int64(row_codewords[expert, first + i]) + fewest[expert]) * bits)
-        end1 = end0  # a row of no codewords beside the last of an odd number
-        _fill_values(levels, job[CHOICE], first + i, values[0], digits)
-        if i + 1 < rows:
-            end1 += np.uint64((np.int64(row_codewords[expert, first + i + 1]) + fewest[expert]) * bits)
-            _fill_values(levels, job[CHOICE], first + i + 1, values[1], digits)
-        _block_pair(
-            stream,
-            bit,
-            end0,
-            end1,
-            address_of(positions),
-            address_of(slots),
-            bits,
-            fields,
-            address_of(values),
-            digits,
-            lanes,
-            address_of(x_columns),
-            address_of(sums) + np.uint64(4 * len(lanes) * i),
-        )
-        bit = end1
-    for token in range(job[COUNT]):
-        for i in range(rows):
-            y[job[FIRST] + token, first + i] = sums[i, token]
-
-
-@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
-def block_kernel(
-    codes: NDArray[np.uint8],
-    offsets: NDArray[np.int64],
-    row_codewords: NDArray[Any],
-    fewest: NDArray[np.int32],
-    positions: NDArray[Any],
-    slots: NDArray[Any],
-    bits: int,
-    fields: tuple[int, ...],
-    lanes: tuple[int, ...],
-    jobs: NDArray[np.int64],
-    levels: NDArray[np.float32],
-    digits: int,
-    x_columns: NDArray[np.float32],
-    y: NDArray[np.float32],
-) -> None:
-    """Fill y (N, R) for jobs of up to len(lanes) tokens; x_columns (J, C + padding, lanes) from `expand_kernel`."""
-    firsts = _first_codewords(row_codewords, fewest, jobs)
-    blocks = firsts.shape[1]
-    for task in prange(len(jobs) * blocks):
-        job = jobs[task // blocks]
-        _block_rows(
-            codes,
-            offsets[job[EXPERT]],
-            row_codewords,
-            fewest,
-            positions,
-            slots,
-            bits,
-            fields,
-            lanes,
-            job,
-            levels,
-            digits,
-            x_columns[task // blocks],
             task % blocks * TASK_ROWS,
             firsts[task // blocks, task % blocks],
             y,

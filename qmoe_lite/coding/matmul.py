@@ -1,7 +1,8 @@
 """y = W x straight from the codewords: W is never written out as a whole.
 
-One matrix, or many side by side that each multiply their own tokens: a mixture's experts in one call. What the kernels
-do is said in `_products`. Floor for one token: the bytes of the codes, some 25 times fewer than bfloat16 weights.
+One matrix, or many side by side that each multiply their own tokens: a mixture's experts in one call. The kernels are
+`gather` (up to four tokens) and `block` (more). Floor for one token: the bytes of the codes, some 25 times fewer than
+bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qmoe_lite.coding import gather
+from qmoe_lite.coding.block import block_kernel
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.codec import decode_rows, slot_values
+from qmoe_lite.coding.decode_kernels import decode_rows, slot_values
+from qmoe_lite.coding.gather import gather_kernel
+from qmoe_lite.coding.jobs import expand_kernel
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.stream import row_starts
 from qmoe_lite.coding.validation import prepare
@@ -120,7 +123,7 @@ _stacks: WeakKeyDictionary[PackedMatrix, MatrixStack] = WeakKeyDictionary()
 
 
 def _stack_of(packed: PackedMatrix) -> MatrixStack:
-    """Validate a matrix and give it as a stack; kept with it, since making one takes as long as a small product."""
+    """Validate a matrix and return it as a stack; kept with it, since making one takes as long as a small product."""
     if (stack := _stacks.get(packed)) is None:
         prepare(packed)
         stack = _stacks[packed] = MatrixStack.of(packed)
@@ -172,7 +175,7 @@ def grouped_matmul(
         for start in range(0, len(all_jobs), step):
             jobs = all_jobs[start : start + step]
             expanded = np.empty((len(jobs), padded, group), dtype=np.float32)
-            if not gather.expand_kernel(x.numpy(), jobs, offset, negated, expanded):
+            if not expand_kernel(x.numpy(), jobs, offset, negated, expanded):
                 raise NotFiniteError("x holds NaN or values over 1e33; expected activations. Use the dense matrix.")
             for stack, own, out in zip(stacks, levels, y, strict=True):
                 (_gather if gathered else _block)(stack, jobs, own, lanes, expanded, out.numpy())
@@ -180,7 +183,7 @@ def grouped_matmul(
 
 
 def _levels(stack: MatrixStack, experts: list[int], symmetric: bool) -> NDArray[np.float32]:
-    """Give the levels of some of a stack's matrices, both of a symmetric row's where others have two."""
+    """Return the levels of some of a stack's matrices, both of a symmetric row's where others have two."""
     levels = stack.levels[experts] if len(stack.levels) > 1 else stack.levels  # one matrix needs no copy
     levels = levels.float()
     if levels.shape[2] == 1 and not symmetric:
@@ -208,7 +211,7 @@ def _gather(
     # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take seconds to compile
     bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
     lengths = bits, book.fields, (0,) * tokens, (0,) * sums
-    gather.gather_kernel(*matrices, table, *lengths, jobs, levels, expanded, chunks, y)
+    gather_kernel(*matrices, table, *lengths, jobs, levels, expanded, chunks, y)
 
 
 def _block(
@@ -221,7 +224,7 @@ def _block(
 ) -> None:
     book = stack.codebook
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
-    gather.block_kernel(
+    block_kernel(
         *matrices,
         *book.split_table,
         book.bits,
@@ -236,7 +239,7 @@ def _block(
 
 
 def _jobs(experts: list[int], bounds: list[int]) -> dict[int, NDArray[np.int64]]:
-    """Cut groups into jobs; by the kernel's tokens, see `_products`."""
+    """Cut groups into jobs; by the kernel's tokens, see `jobs`."""
     jobs: dict[int, list[tuple[int, int, int, int]]] = {}
     for choice, expert in enumerate(experts):
         first, end = bounds[choice], bounds[choice + 1]
@@ -278,11 +281,11 @@ def _tile_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
     y = torch.empty(len(tokens), rows, dtype=torch.float32)
     if not len(tokens):
         return y
-    values = slot_values(packed.levels, packed.codebook.digits, torch.float32)
+    values = slot_values(packed.levels, packed.codebook.alphabet, torch.float32)
     starts = row_starts(packed.count_codewords().numpy())
     tile = torch.empty(min(rows, max(1, TILE_VALUES // columns)), columns, dtype=torch.float32)
     for first in range(0, rows, len(tile)):
         part = tile[: rows - first]
-        decode_rows(packed, values, starts, first, part)
+        decode_rows(packed.codes.numpy(), packed.codebook, values, starts, first, part)
         y[:, first : first + len(part)] = tokens @ part.T
     return y

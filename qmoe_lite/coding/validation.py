@@ -8,7 +8,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.entry import entry_length
-from qmoe_lite.coding.packed import LEVEL_COUNTS, LEVEL_DTYPES, MAX_COLUMNS, PackedMatrix
+from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS, MatrixParts
 from qmoe_lite.coding.stream import PADDING_BYTES, load_word, row_starts, stream_bytes
 from qmoe_lite.errors import FormatError, SettingError
 
@@ -19,7 +19,7 @@ _FAULTS = {
 }
 
 
-def prepare(packed: PackedMatrix) -> None:
+def prepare(packed: MatrixParts) -> None:
     """Validate a matrix unless that is done, wherever it is.
 
     Raises
@@ -32,7 +32,7 @@ def prepare(packed: PackedMatrix) -> None:
     _check_device(packed)
 
 
-def validate(packed: PackedMatrix) -> None:
+def validate(packed: MatrixParts) -> None:
     """Check that the matrix decodes to exactly its shape, so that no kernel can read or write outside its row.
 
     Raises
@@ -75,7 +75,7 @@ def validate(packed: PackedMatrix) -> None:
     object.__setattr__(packed, "_validated", True)
 
 
-def _check_structure(packed: PackedMatrix) -> None:
+def _check_structure(packed: MatrixParts) -> None:
     """Raise FormatError where a tensor has the wrong dtype, shape or values, before any byte of the stream is read."""
     tensors = {"codes": packed.codes, "row_codewords": packed.row_codewords, "levels": packed.levels}
     dtypes = {"codes": (torch.uint8,), "row_codewords": (torch.uint8, torch.uint16), "levels": LEVEL_DTYPES}
@@ -88,7 +88,7 @@ def _check_structure(packed: PackedMatrix) -> None:
                 f"{name} has {tensor.ndim} axes or strides; expected 1 (levels: 2), contiguous. Rebuild it."
             )
     rows, width = packed.levels.shape
-    if rows != len(packed.row_codewords) or rows == 0 or width not in LEVEL_COUNTS[packed.codebook.digits]:
+    if rows != len(packed.row_codewords) or rows == 0 or width not in packed.codebook.alphabet.level_counts:
         raise FormatError(
             f"levels has shape {(rows, width)} beside {len(packed.row_codewords)} rows of digits. "
             "The data is damaged; get it again."
@@ -109,7 +109,7 @@ def _check_structure(packed: PackedMatrix) -> None:
         raise FormatError("levels holds NaN or infinity; expected finite values. The data is damaged; get it again.")
 
 
-def _check_device(packed: PackedMatrix) -> None:
+def _check_device(packed: MatrixParts) -> None:
     device = packed.codes.device
     if device.type not in ("cpu", "cuda") or not device == packed.row_codewords.device == packed.levels.device:
         tensors = packed.codes, packed.row_codewords, packed.levels

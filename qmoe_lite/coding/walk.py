@@ -1,7 +1,7 @@
 """The encoder's walk: rows of digits to codes, from nonzero to nonzero, four rows at a time.
 
 A step looks at eight digits, passes the zeros before the first nonzero as far as no codeword ends in them, and takes
-one digit more; see `qmoe_lite.coding.strings.Steps`. A row's steps wait for one another, so four rows share a loop.
+one digit more; see `qmoe_lite.coding.automaton.Steps`. A row's steps wait for one another, so four rows share a loop.
 """
 
 from __future__ import annotations
@@ -14,9 +14,28 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.alphabet import Alphabet
 from qmoe_lite.coding.vectors import load_64_bits
+from qmoe_lite.errors import DtypeError, ShapeError
 
 LANES = 4  # rows at a time
+
+
+def digit_bytes(digits: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Return the digits' bytes row by row, shape (R * C,), for `walk_rows`; refuse what are no rows of int8."""
+    if digits.ndim != 2 or digits.size == 0:
+        raise ShapeError(f"digits has shape {tuple(digits.shape)}; expected (rows, columns), at least one of each.")
+    if digits.dtype != np.int8:
+        raise DtypeError(f"digits is {digits.dtype}; expected int8. Convert it with digits.astype(numpy.int8).")
+    return np.ascontiguousarray(digits).view(np.uint8).reshape(-1)
+
+
+def check_counted(row_counts: NDArray[np.int64], digits: NDArray[np.int8], alphabet: Alphabet) -> None:
+    """Refuse digits of which `walk_rows` found some outside the alphabet."""
+    if row_counts.min() >= 0:
+        return
+    row, column = np.argwhere((digits < alphabet.lowest) | (digits > alphabet.highest))[0]
+    raise alphabet.refusal(digits[row, column], row, column)
 
 
 @intrinsic

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, materialise
-from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
-from qmoe_lite.models.family import Family, MoELayer, Stack
+from qmoe_lite.models.blocks import MoELayer, Stack
+from qmoe_lite.models.family import Family
+from qmoe_lite.models.routing import Assignment
 
 
 def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:
@@ -138,7 +140,7 @@ class BlockRunner:
             read = self._read(hidden, part), self._read(memory, part)
             out, following[size] = self._family.through(module, number, *read, calls[size])
             if not torch.isfinite(out).all():
-                raise NotFiniteError(f"{block} puts out NaN or infinity in float32. Is the checkpoint sound?")
+                raise NotFiniteError(f"{block} outputs NaN or infinity in float32. Fetch the checkpoint again.")
             hidden.write(part, out)
             if catcher is not None and inputs is not None:
                 given, index, weights = catcher.take()

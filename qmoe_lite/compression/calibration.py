@@ -100,7 +100,7 @@ def _read_file(path: Path) -> Iterator[str]:
                     yield text + "\n"
                 except (ValueError, KeyError, TypeError) as error:
                     problem = f'{path} line {number} is no JSON object with a "text" field.'
-                    raise TextError(f"{problem} Mend the line, or give a plain .txt file.") from error
+                    raise TextError(f"{problem} Fix the line, or use a plain .txt file.") from error
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text. Convert it, e.g. with iconv.") from error
     except OSError as error:
@@ -153,7 +153,7 @@ def check_ids(samples: Samples, vocabulary: int) -> None:
     """Raise SettingError where the tokenizer gives ids that the model does not know."""
     largest = max(int(ids.max()) for ids in (samples.input_ids, samples.labels) if ids is not None)
     if largest >= vocabulary:
-        text = f"the tokenizer gives id {largest}, the model knows {vocabulary}. Use this model's own tokenizer."
+        text = f"the tokenizer produces id {largest}, the model knows {vocabulary}. Use this model's own tokenizer."
         raise SettingError(text)
 
 

@@ -10,16 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qmoe_lite.checkpoint.format import pack_experts, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport
+from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
-from qmoe_lite.models.experts import pack_experts
-from qmoe_lite.models.family import Family, MoELayer, inner
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.family import Family, inner
+from qmoe_lite.models.routing import Assignment
 from qmoe_lite.quantization.digits import count, squeeze, unsqueeze
 from qmoe_lite.quantization.grid import Grid, Quantized
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
@@ -156,7 +159,7 @@ class LayerCompressor:
                 encode(d, levels.to(self._grid.level_dtype or torch.float32), book) for d, levels in tally.matrices()
             ]
             stored = pack_experts(packed)
-            tensors |= {f"{layer.experts}.{name}_{part}": tensor for part, tensor in stored.items()}
+            tensors |= {tensor_name(f"{layer.experts}.{name}", part): tensor for part, tensor in stored.items()}
             codebooks[name] = book.to_config()
             tally.stored(stored, packed)
         reports = [tally.report() for tally in tallies.values()]
@@ -305,7 +308,7 @@ class _Tally:
     def report(self) -> ProjectionReport:
         rows, columns = self._layer.shapes[self._projection]
         weights = self._layer.count * rows * columns
-        zero = 1 if self._alphabet == 3 else 0
+        zero = ALPHABETS[self._alphabet].zero_symbol
         return ProjectionReport(
             layer=self._layer.experts,
             projection=self._projection,

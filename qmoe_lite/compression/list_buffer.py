@@ -7,7 +7,6 @@ samples of equal length, sample i is rows [i * tokens, (i + 1) * tokens).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,49 +104,5 @@ class ListBuffer:
                     if filled == len(flat):
                         return
         except (OSError, zstandard.ZstdError) as error:
-            raise FormatError(f"{file} is damaged ({error}). Begin anew with --restart.") from error
-        raise FormatError(f"{file} holds other activations than this run needs. Begin anew with --restart.")
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Which tokens each expert gets.
-
-    Attributes
-    ----------
-    rows : int64 tensor
-        Row numbers of the tokens, grouped by expert, ascending within an expert.
-    weights : float32 tensor
-        Routing weight of each of them.
-    bounds : list of int, length experts + 1
-        Expert e owns entries [bounds[e], bounds[e + 1]).
-    """
-
-    rows: Tensor
-    weights: Tensor
-    bounds: list[int]
-
-    @classmethod
-    def group(cls, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Assignment:
-        """Group tokens by expert.
-
-        Parameters
-        ----------
-        top_k_index : integer tensor, shape (T, K)
-            Experts of each token; -1 where a token was dropped.
-        top_k_weights : float tensor, shape (T, K)
-            What each expert's output is multiplied by.
-        experts : int
-            Number of experts.
-        """
-        flat = top_k_index.reshape(-1).long()
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat + 1, minlength=experts + 1)
-        bounds = torch.cumsum(counts, 0).tolist()
-        rows = torch.div(order, top_k_index.shape[1], rounding_mode="floor")
-        return cls(rows, top_k_weights.reshape(-1)[order].float(), bounds)
-
-    def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Row numbers and routing weights of one expert's tokens."""
-        span = slice(self.bounds[expert], self.bounds[expert + 1])
-        return self.rows[span], self.weights[span]
+            raise FormatError(f"{file} is damaged ({error}). Start over with --restart.") from error
+        raise FormatError(f"{file} holds other activations than this run needs. Start over with --restart.")

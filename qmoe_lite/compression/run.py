@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.checkpoint import reader as files
-from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.format import FORMAT, quantization_config
+from qmoe_lite.checkpoint.reader import Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, stored_bytes
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner
@@ -35,11 +36,11 @@ from qmoe_lite.compression.calibration import (
     window_length,
 )
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
-from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import OutputError, ResumeError, SettingError
-from qmoe_lite.models.experts import FORMAT
+from qmoe_lite.models.routing import Assignment
 from qmoe_lite.models.skeletons import (
     capacity_lifted,
     check_dense,
@@ -94,7 +95,7 @@ def compress(
         Where blocks run and experts are solved: "auto" takes the first GPU that can be used, else the CPU; see
         :func:`qmoe_lite.devices.find_device`.
     resume : bool
-        Go on with what `OUT.partial` holds; False throws it away.
+        Resume from `OUT.partial`; False discards it.
     progress : callable, optional
         Called with a `Progress` after each group of experts.
     **settings
@@ -137,7 +138,7 @@ def compress(
     grid = grid or MinMaxTernary(level_dtype=torch.bfloat16)
     if options.recipe == "paper" and grid.alphabet != 3:
         raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for a two-bit grid.")
-    run = _Run(files.find_model(model), target, grid, options, progress)
+    run = _Run(find_model(model), target, grid, options, progress)
     with torch.inference_mode():
         return run.run(calibration, resume)
 
@@ -163,7 +164,7 @@ class _Run:
         self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
-        self.writer = Writer(self.partial, self.family, self.checkpoint, len(self.layers))
+        self.writer = Writer(self.partial, self.checkpoint, self.family.stored, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
         self.done = _Done()
         self._progress = progress or (lambda event: None)
@@ -240,11 +241,11 @@ class _Run:
                 done = _Done(**state.pop("done"))
                 done.projections = [ProjectionReport(**row) for row in state.pop("projections")]
             except (ValueError, KeyError, TypeError) as error:
-                raise ResumeError(f"{state_file} is damaged. Begin anew with --restart.") from error
+                raise ResumeError(f"{state_file} is damaged. Start over with --restart.") from error
             if found != fingerprint:
                 raise ResumeError(
                     f"{self.partial} holds unfinished work of another model, text or setting. Use the same ones, or "
-                    f"begin anew with --restart."
+                    f"start over with --restart."
                 )
             self.done = done
             return state
@@ -275,7 +276,7 @@ class _Run:
         fingerprint: str,
         old: dict[str, Any],
     ) -> dict[str, Any]:
-        """Make what is finished durable: a killed run goes on from here."""
+        """Make what is finished durable: an interrupted run resumes from here."""
         state = {"fingerprint": fingerprint, **place}
         state["hidden"] = f"hidden-{place['stack']}-{place['block']}.zst"
         files.write_atomically(self.partial / state["hidden"], hidden.save)
@@ -367,22 +368,13 @@ class _Run:
         promised = sum(layer.matrices for layer in self.layers)
         if matrices != promised:
             raise OutputError(f"{matrices} matrices were compressed, {promised} promised; please report this as a bug.")
-        books: list[dict[str, Any]] = []
-        used: dict[str, dict[str, int]] = {}
-        for layer, by_projection in self.done.codebooks.items():
-            used[layer] = {}
-            for name, book in by_projection.items():
-                if book not in books:
-                    books.append(book)
-                used[layer][name] = books.index(book)
-        settings = {
-            "recipe": self.settings.recipe,
-            "grid": self.grid.to_config(),
-            "level_dtype": str(self.grid.level_dtype or torch.float32).removeprefix("torch."),
-            "codebooks": books,
-            "layers": used,
-            "versions": _versions(),
-        }
+        settings = quantization_config(
+            self.done.codebooks,
+            recipe=self.settings.recipe,
+            grid=self.grid.to_config(),
+            level_dtype=self.grid.level_dtype or torch.float32,
+            versions=_versions(),
+        )
         self.writer.write_rest(self.done.checksums, settings)
         report = self._report()
         files.write_json(self.partial / FILE_NAME, report.to_json())
@@ -391,8 +383,8 @@ class _Run:
             files.sync_directory(self.out.parent.resolve())
         except OSError as error:
             text = f"{self.partial} is finished but cannot become {self.out}: {error.strerror}. "
-            raise OutputError(text + "Make way, and run the same command again.") from error
-        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here they let a run go on
+            raise OutputError(text + "Move the existing directory, then rerun.") from error
+        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here a run could resume from them
             left.unlink(missing_ok=True)
         return report
 

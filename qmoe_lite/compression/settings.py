@@ -41,11 +41,11 @@ class Settings:
     validation_samples : int
         Samples that ride along for `Report.held_out_error` and enter no Hessian.
     batch_size : int
-        Samples that go through a block at a time.
+        Samples per pass through a block.
     activations : str
         "float32", or "bfloat16" at half the memory.
     seed : int
-        Decides samples, masked spans and drawn tokens.
+        Seed for samples, masked spans and drawn tokens.
     device : str
         Where blocks run and experts are solved; activations stay in the CPU's memory.
     """

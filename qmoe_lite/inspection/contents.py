@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from qmoe_lite.checkpoint.format import quantization_of
 from qmoe_lite.checkpoint.reader import find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
-from qmoe_lite.coding.strings import ZERO_SYMBOL
 from qmoe_lite.errors import FormatError, SettingError
-from qmoe_lite.models.experts import PARTS, PackedExperts, empty_experts, quantization_of
-from qmoe_lite.models.family import MoELayer
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.experts import PackedExperts, empty_experts
 from qmoe_lite.models.skeletons import open_checkpoint, read_config
 
 UNKNOWN = "unknown"  # what config.json does not say
@@ -216,7 +216,7 @@ def _stored(
     weights = layer.count * rows * columns
     codebook = experts.codebooks[projection]
     counted = sum(codebook.counts) == weights  # not where a code was fitted to other digits
-    parts = {part: experts.get_buffer(f"{projection}_{part}") for part in PARTS}
+    parts = experts.stack(projection).parts
     return StoredProjection(
         layer=layer.experts,
         projection=projection,
@@ -227,7 +227,7 @@ def _stored(
         part_bytes={part: tensor.nbytes for part, tensor in parts.items()},
         level_dtype=str(parts["levels"].dtype).removeprefix("torch."),
         codeword_bits=codebook.bits,
-        zeros=codebook.counts[ZERO_SYMBOL[codebook.digits]] / weights if counted else None,
+        zeros=codebook.counts[codebook.alphabet.zero_symbol] / weights if counted else None,
         report=report,
     )
 

@@ -11,81 +11,28 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qmoe_lite.checkpoint.format import PARTS_OF, check_alphabets, parts_of, quantization_of, tensor_name
 from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, read_report
+from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import THREADS, page_memory
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codes import code_from_config
 from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
 from qmoe_lite.inspection.contents import inspect_model, short_name
-from qmoe_lite.models.experts import PARTS, PackedExperts, quantization_of
-from qmoe_lite.models.family import Family, MoELayer, family_of
+from qmoe_lite.inspection.findings import Finding, Verification
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.family import Family, family_of
 from qmoe_lite.models.skeletons import dense_faults, read_config, skeleton
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong with a compressed directory, or worth knowing.
-
-    Attributes
-    ----------
-    severity : str
-        "error": the model does not load, or gives wrong numbers. "note": it works.
-    name : str
-        The tensor, expert or setting; "" for a whole file.
-    file : str
-        Name of the file in the directory; "" where it is in none, or concerns them all.
-    message : str
-        What is wrong with it and what to do, in one line.
-    """
-
-    severity: str
-    name: str
-    file: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {'' if self.file in self.message else f'{self.file}: '}{self.message}"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify_model` found.
-
-    Attributes
-    ----------
-    directory : str
-    findings : list of Finding
-    tensors, experts : int
-        Tensors, those of experts among them, and matrices of experts that were looked at.
-    bytes : int
-        Of these tensors.
-    seconds : float
-    """
-
-    directory: str
-    findings: list[Finding]
-    tensors: int
-    experts: int
-    bytes: int
-    seconds: float
-
-    @property
-    def sound(self) -> bool:
-        """Whether there is no error among the findings."""
-        return all(finding.severity != "error" for finding in self.findings)
-
-    def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
-        return {**asdict(self), "sound": self.sound}
 
 
 def verify(directory: str | Path) -> list[Finding]:
@@ -147,6 +94,22 @@ def _reading(file: Path) -> Iterator[None]:
         raise _FileFault(file.name, str(error)) from error
 
 
+@dataclass(frozen=True)
+class _Projection:
+    layer: MoELayer
+    projection: str
+    codebook: Codebook
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer.experts}.{self.projection}"
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Names of its tensors, by part."""
+        return {part: tensor_name(self.name, part) for part in parts_of(self.codebook)}
+
+
 @dataclass
 class _Search:
     path: Path
@@ -171,14 +134,8 @@ class _Search:
             self.error("", "", error)
         else:
             self.look_at(checkpoint, faults)
-        return Verification(
-            str(self.path),
-            self.findings,
-            self.tensors,
-            self.experts,
-            self.bytes,
-            round(time.perf_counter() - started, 3),
-        )
+        seconds = round(time.perf_counter() - started, 3)
+        return Verification(str(self.path), self.findings, self.tensors, self.experts, self.bytes, seconds)
 
     def look_at(self, checkpoint: Checkpoint, faults: list[CheckpointError]) -> None:
         for fault in faults:
@@ -287,7 +244,8 @@ class _Search:
             elif checkpoint.stored_name(name) not in self.lost:
                 self.error(name, checkpoint.file_of(name).name, error)
         promised = {name: tensor.dtype for name, tensor in model.state_dict().items() if EXPERTS not in name}
-        parts = {f"{layer.experts}.{p}_{part}" for layer in layers for p in layer.projections for part in PARTS}
+        projections = [f"{layer.experts}.{projection}" for layer in layers for projection in layer.projections]
+        parts = {tensor_name(each, part) for each in projections for some in PARTS_OF.values() for part in some}
         for name in checkpoint.names:
             file = checkpoint.file_of(name).name
             if checkpoint.stored_name(name) in self.lost or name in parts:
@@ -333,7 +291,7 @@ class _Search:
         for number, entry in enumerate(listed if isinstance(listed, list) else []):
             books.append(None)
             with self.found(f"codebooks[{number}]", "config.json"):
-                books[number] = Codebook.from_config(entry)
+                books[number] = code_from_config(entry)
         return books
 
     def look_at_experts(
@@ -346,7 +304,7 @@ class _Search:
         checkpoint: Checkpoint,
     ) -> None:
         """Compare each expert with its checksum, and walk its codes."""
-        todo: list[tuple[MoELayer, dict[str, Codebook], str]] = []
+        todo: list[_Projection] = []
         used = settings.get("layers")
         used = used if isinstance(used, dict) else {}
         for name in sorted(used.keys() - {layer.experts for layer in layers}):
@@ -364,54 +322,55 @@ class _Search:
                 else:
                     own |= {projection: book} if book is not None else {}
             with self.found(layer.experts, "config.json"):
-                PackedExperts(family, layer, own, config)
-                todo += [(layer, own, projection) for projection in own if self.complete(layer, projection, checkpoint)]
+                check_alphabets(layer.experts, own)
+                family.activation(config)
+                whole = (_Projection(layer, projection, book) for projection, book in own.items())
+                todo += [each for each in whole if self.complete(each, checkpoint)]
         with ThreadPoolExecutor(1) as reader:
-            reads = (reader.submit(self.read_projection, layer, each, checkpoint) for layer, _, each in todo)
+            reads = (reader.submit(self.read_projection, each, checkpoint) for each in todo)
             ahead = next(reads, None)  # one projection is read while another is walked
-            for layer, own, projection in todo:
+            for each in todo:
                 assert ahead is not None
                 read, ahead = ahead, next(reads, None)
-                experts = PackedExperts(family, layer, own, config)  # each lets go of the last one's tensors
-                self.look_at_projection(experts, projection, read, settings.get("level_dtype"), checkpoint)
+                self.look_at_projection(each, read, settings.get("level_dtype"), checkpoint)
 
-    def complete(self, layer: MoELayer, projection: str, checkpoint: Checkpoint) -> bool:
-        """Tell whether all tensors of a projection are there."""
-        names = [f"{layer.experts}.{projection}_{part}" for part in PARTS]
+    def complete(self, projection: _Projection, checkpoint: Checkpoint) -> bool:
+        """Return whether all tensors of a projection are there."""
+        names = projection.tensors.values()
         absent = [each for each in names if each not in checkpoint]
         for each in absent:
             text = f"the index does not name {each}, which the model needs. Fetch the directory again."
             self.error(each, "", CheckpointError(text))
         return not absent and not any(checkpoint.stored_name(each) in self.lost for each in names)
 
-    def read_projection(self, layer: MoELayer, projection: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    def read_projection(self, projection: _Projection, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Read all tensors of a projection of a layer."""
-        return {part: self.read(checkpoint, f"{layer.experts}.{projection}_{part}") for part in PARTS}
+        return {part: self.read(checkpoint, name) for part, name in projection.tensors.items()}
 
     def look_at_projection(
         self,
-        experts: PackedExperts,
-        projection: str,
+        projection: _Projection,
         read: Future[dict[str, Tensor]],
         level_dtype: str | None,
         checkpoint: Checkpoint,
     ) -> None:
-        name = f"{experts.layer.experts}.{projection}"
-        file = checkpoint.file_of(f"{name}_codes").name
+        layer, name = projection.layer, projection.name
+        file = checkpoint.file_of(projection.tensors["codes"]).name
         with self.found(name, file):
-            experts.fill(projection, read.result())
-            found = str(experts.get_buffer(f"{projection}_levels").dtype).removeprefix("torch.")
+            shape = layer.shapes[projection.projection]
+            stack = ExpertStack(name, layer.count, shape, projection.codebook, read.result())
+            found = str(stack.parts["levels"].dtype).removeprefix("torch.")
             if level_dtype not in (None, found):
                 text = f"{name}_levels in {file} is {found}; config.json says {level_dtype}. Fetch the file again."
-                self.error(f"{name}_levels", file, FormatError(text))
-            for expert in range(experts.num_experts):
+                self.error(projection.tensors["levels"], file, FormatError(text))
+            for expert in range(layer.count):
                 try:
-                    experts.packed(expert, projection)
+                    stack.checked(expert)
                 except Exception as error:
                     self.spoilt.add(name)
-                    self.error(experts.name_of(expert, projection), file, error)
+                    self.error(stack.name_of(expert), file, error)
                 self.experts += 1
-                self.step(short_name(experts.layer.block))
+                self.step(short_name(layer.block))
 
     def collect(self, names: list[str], work: dict[str, Future[None]], checkpoint: Checkpoint) -> None:
         """Take note of what the threads ran into; not of a tensor whose damaged experts are named already."""

@@ -6,123 +6,38 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qmoe_lite.checkpoint.format import check_alphabets, codebooks_of, parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.matmul import MatrixStack, decode_matmul, grouped_matmul
+from qmoe_lite.coding.matmul import MatrixStack
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.coding.stream import stream_bytes
-from qmoe_lite.coding.validation import validate
-from qmoe_lite.compression.list_buffer import Assignment
-from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, SettingError, ShapeError
-from qmoe_lite.models.family import Family, MoELayer, inner
-from qmoe_lite.models.routing import count_tokens
-
-FORMAT = 2
-PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
-STRETCH = 4096  # routed tokens that go through a layer at a time, so that memory does not grow with a prompt
-ALIGNMENT = 16  # bytes; where an expert's codes may start
-GPU_BYTES = 1 << 28  # of what one projection puts out on a GPU, so that memory does not grow with a prompt
-_KERNEL_ACTIVATIONS = {  # classes of transformers and torch: what the GPU's kernel calls them
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-}
-
-
-def checksum(packed: PackedMatrix) -> int:
-    """CRC-32 of one expert's matrix: its codes, row lengths and levels."""
-    fewest = torch.tensor([packed.fewest_codewords], dtype=torch.int32)
-    crc = 0
-    for part in (packed.codes, packed.row_codewords, fewest, packed.levels):
-        crc = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
-    return crc
-
-
-def check_sum(packed: PackedMatrix, crc: int, name: str) -> None:
-    """Raise FormatError unless the matrix is, byte for byte, what was written."""
-    if checksum(packed) != crc:
-        raise FormatError(f"{name} is damaged (checksum). Fetch or make the file again.")
-
-
-def check_codes(packed: PackedMatrix, name: str) -> None:
-    """Raise FormatError unless the matrix decodes to exactly its rows."""
-    try:
-        validate(packed)
-    except FormatError as error:
-        raise FormatError(f"{name}: {error}") from error
+from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.cpu_dispatch import multiply, product, run_stretches
+from qmoe_lite.models.family import Family, inner
+from qmoe_lite.models.gpu_dispatch import begin_call, run_packets, stretches
+from qmoe_lite.models.routing import Assignment
 
 
 class ExpertSource(Protocol):
     """Where experts come from that are not to be multiplied from the module's own buffers; see `offload`."""
 
     def packed(self, experts: PackedExperts, expert: int, projection: str) -> PackedMatrix:
-        """Give an own copy of one expert's matrix, checked."""
+        """Return an own copy of one expert's matrix, checked."""
 
     def run(self, experts: PackedExperts, numbers: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through expert numbers[i]; float32."""
 
     def run_layer(self, experts: PackedExperts, hidden_states: Tensor, routing: Sequence[Tensor]) -> Tensor | None:
         """Send each token through its experts, float32; None where they are multiplied on the CPU, by `run`."""
-
-
-def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
-    """Lay the matrices of a layer's experts side by side, as they are stored.
-
-    Parameters
-    ----------
-    matrices : list of PackedMatrix, one an expert
-        Of one shape and codebook.
-
-    Returns
-    -------
-    dict
-        "codes" uint8 (bytes,), "expert_offsets" int64 (E + 1,), "row_codewords" (E, R), uint8 or, where one expert
-        needs it, uint16, "fewest_codewords" int32 (E,), "levels" (E, R, L), "checksums" int64 (E,).
-    """
-    if any(packed.row_codewords.dtype == torch.uint16 for packed in matrices):
-        matrices = [replace(packed, row_codewords=packed.row_codewords.to(torch.uint16)) for packed in matrices]
-    row_codewords = torch.stack([packed.row_codewords.view(torch.uint8) for packed in matrices])  # uint16 has no stack
-    offsets = [0]
-    for packed in matrices:
-        offsets.append(offsets[-1] + -(-len(packed.codes) // ALIGNMENT) * ALIGNMENT)
-    codes = torch.zeros(offsets[-1], dtype=torch.uint8)
-    for packed, start in zip(matrices, offsets[:-1], strict=True):
-        codes[start : start + len(packed.codes)] = packed.codes
-    return {
-        "codes": codes,
-        "expert_offsets": torch.tensor(offsets, dtype=torch.int64),
-        "row_codewords": row_codewords.view(matrices[0].row_codewords.dtype),
-        "fewest_codewords": torch.tensor([p.fewest_codewords for p in matrices], dtype=torch.int32),
-        "levels": torch.stack([p.levels for p in matrices]),
-        "checksums": torch.tensor([checksum(p) for p in matrices], dtype=torch.int64),
-    }
-
-
-class _Product(torch.autograd.Function):
-    """y = W x with a gradient for x: what trains around the experts, such as LoRA, sees through them."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: PackedMatrix, x: Tensor) -> Tensor:
-        ctx.packed = packed
-        return decode_matmul(packed, x)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        (gradient,) = gradients
-        return None, (gradient.float() @ ctx.packed.dense()).to(gradient.dtype)
 
 
 class PackedExperts(nn.Module):
@@ -142,8 +57,7 @@ class PackedExperts(nn.Module):
 
     def __init__(self, family: Family, layer: MoELayer, codebooks: dict[str, Codebook], config: Any) -> None:
         super().__init__()
-        if len({book.digits for book in codebooks.values()}) > 1:
-            raise FormatError(f"{layer.experts} mixes codebooks of three and of four digits. Fetch the file again.")
+        check_alphabets(layer.experts, codebooks)
         self.family = family
         self.layer = layer
         self.codebooks = codebooks
@@ -151,7 +65,7 @@ class PackedExperts(nn.Module):
         self.source: ExpertSource | None = None
         self.guard: Callable[[], None] | None = None  # raises where a file that the buffers are maps of was cut
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
-        self._buffers_of: dict[str, dict[str, Tensor]] = {}
+        self._stacks: dict[str, ExpertStack] = {}
         self._packets_of: dict[str, Any] = {}  # on a GPU
 
     @property
@@ -159,42 +73,20 @@ class PackedExperts(nn.Module):
         return self.layer.count
 
     def fill(self, projection: str, tensors: dict[str, Tensor]) -> None:
-        """Take over one projection's tensors, as `pack_experts` makes them.
+        """Take over one projection's tensors, as `format.pack_experts` makes them.
 
         Raises
         ------
         FormatError
             A tensor has another shape or dtype than the layer needs.
         """
-        experts, (rows, _) = self.layer.count, self.layer.shapes[projection]
-        expected = {
-            "expert_offsets": ((experts + 1,), (torch.int64,)),
-            "row_codewords": ((experts, rows), (torch.uint8, torch.uint16)),
-            "fewest_codewords": ((experts,), (torch.int32,)),
-            "checksums": ((experts,), (torch.int64,)),
-        }
-        for part, (shape, dtypes) in expected.items():
-            found = tensors[part]
-            if tuple(found.shape) != shape or found.dtype not in dtypes:
-                raise FormatError(
-                    f"{self.layer.experts}.{projection}_{part} is {found.dtype} {tuple(found.shape)}; "
-                    f"config.json promises {' or '.join(map(str, dtypes))} {shape}. Fetch both again."
-                )
-        levels, codes = tensors["levels"], tensors["codes"]
-        if levels.dim() != 3 or tuple(levels.shape[:2]) != (experts, rows) or not levels.is_floating_point():
-            raise FormatError(f"{self.layer.experts}.{projection}_levels is not (experts, rows, levels) of floats.")
-        if codes.dim() != 1 or codes.dtype != torch.uint8:
-            raise FormatError(f"{self.layer.experts}.{projection}_codes is not a row of bytes. Fetch the file again.")
-        for part in PARTS:
-            self.register_buffer(f"{projection}_{part}", tensors[part])
+        self._stack_of(projection, tensors)  # which checks them
+        for part in parts_of(self.codebooks[projection]):
+            self.register_buffer(tensor_name(projection, part), tensors[part])
         self._forget()
 
-    def name_of(self, expert: int, projection: str) -> str:
-        """What errors call one expert's matrix."""
-        return f"expert {expert} of {self.layer.experts}.{projection}"
-
     def packed(self, expert: int, projection: str) -> PackedMatrix:
-        """Give one expert's matrix as it is stored; check it when it is first asked for.
+        """Return one expert's matrix as it is stored; check it when it is first asked for.
 
         Raises
         ------
@@ -206,53 +98,16 @@ class PackedExperts(nn.Module):
         if (known := self._checked.get((expert, projection))) is not None:
             return known
         if projection not in self.layer.shapes or not 0 <= expert < self.layer.count:
-            names = ", ".join(self.layer.projections)
-            raise SettingError(
-                f"no {projection} of expert {expert}; there are {names} of experts 0 to {self.layer.count - 1}."
-            )
+            there = f"there are {', '.join(self.layer.projections)} of experts 0 to {self.layer.count - 1}"
+            raise SettingError(f"no {projection} of expert {expert}; {there}.")
         if (source := self.source) is not None:  # read once: another thread may close it
             return source.packed(self, expert, projection)
-        held = self._held(projection)
-        if held["codes"].device.type != "cpu":
-            self._check_on_host(projection)
-            return self._checked[expert, projection]
-        self._checked[expert, projection] = self._check(expert, projection, held)
+        stack = self.stack(projection)
+        if stack.parts["codes"].device.type == "cpu":
+            self._checked[expert, projection] = stack.checked(expert)
+        else:
+            self._checked |= {(i, projection): matrix for i, matrix in enumerate(stack.checked_on_device())}
         return self._checked[expert, projection]
-
-    def _check(self, expert: int, projection: str, held: dict[str, Tensor]) -> PackedMatrix:
-        name = self.name_of(expert, projection)
-        start, stop = held["expert_offsets"][expert : expert + 2].tolist()
-        codes = held["codes"]
-        if start < 0 or start % ALIGNMENT or not start <= stop <= len(codes):
-            raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
-        packed = PackedMatrix(
-            codes=codes[start:stop],
-            row_codewords=held["row_codewords"][expert],
-            levels=held["levels"][expert],
-            codebook=self.codebooks[projection],
-            columns=self.layer.shapes[projection][1],
-            fewest_codewords=int(held["fewest_codewords"][expert]),
-        )
-        used = stream_bytes(int(packed.count_codewords().sum()), packed.codebook.bits)
-        if not 0 <= used <= stop - start:
-            raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
-        packed = replace(packed, codes=packed.codes[:used])
-        check_sum(packed, int(held["checksums"][expert]), name)
-        check_codes(packed, name)
-        return packed
-
-    def _check_on_host(self, projection: str) -> None:
-        """Check all experts of a projection that lies on a GPU, in one copy of it."""
-        held = self._held(projection)
-        on_host = {part: tensor.cpu() for part, tensor in held.items()}
-        for expert in range(self.layer.count):
-            known, start = self._check(expert, projection, on_host), int(on_host["expert_offsets"][expert])
-            self._checked[expert, projection] = replace(
-                known,
-                codes=held["codes"][start : start + len(known.codes)],
-                row_codewords=held["row_codewords"][expert],
-                levels=held["levels"][expert],
-            )
 
     def dense(self, expert: int, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantise one expert's matrix.
@@ -275,7 +130,7 @@ class PackedExperts(nn.Module):
         return self.packed(expert, projection).dense(dtype)
 
     def activate(self, outputs: list[Tensor]) -> Tensor:
-        """Give what the last projection takes, of what the first ones put out."""
+        """Return what the last projection takes, of what the first ones put out."""
         return inner(self.activation, outputs)
 
     def run_expert(self, expert: int, hidden_states: Tensor) -> Tensor:
@@ -288,9 +143,7 @@ class PackedExperts(nn.Module):
         packed = self.packed(expert, projection)
         if packed.device != x.device:  # a source gives it on the CPU
             packed = packed.to(x.device)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Product.apply(packed, x)  # type: ignore[no-any-return,no-untyped-call]
-        return decode_matmul(packed, x)  # type: ignore[no-any-return]
+        return product(packed, x)
 
     @torch.compiler.disable  # torch.compile goes around it: Numba's kernels are not for it to trace
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
@@ -324,50 +177,21 @@ class PackedExperts(nn.Module):
             if found is not None:
                 return found.to(hidden_states.dtype)
         run = self._run_in_turn if learns and hidden_states.device.type != "cpu" else self._run_experts
-        assigned = Assignment.group(index, weights, self.layer.count)
-        bounds = assigned.bounds[: self.layer.count + 1]  # a number beyond the last expert means none, as -1 does
-        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        for start in range(bounds[0], bounds[-1], STRETCH):
-            stop = min(start + STRETCH, bounds[-1])
-            clipped = [min(max(bound, start), stop) - start for bound in bounds]
-            experts = [expert for expert, (first, end) in enumerate(pairwise(clipped)) if first < end]
-            ends = [*(clipped[expert] for expert in experts), stop - start]
-            rows, shares = assigned.rows[start:stop], assigned.weights[start:stop, None]
-            out = out.index_add(0, rows, run(experts, hidden_states[rows], ends) * shares)
-        return out.to(hidden_states.dtype)
+        count = self.layer.count
+        assigned = Assignment.group(index, weights, count)
+        return run_stretches(run, hidden_states, assigned, count).to(hidden_states.dtype)
 
     def _forward_on_gpu(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Do it with the CUDA twins: two launches for few tokens; else experts of many tokens are decoded."""
-        from qmoe_lite.cuda.matmul import GATHERED_PAIRS
-
         packets = {name: self._packets(name) for name in self.layer.projections}
-        parts = []
-        for some in self.stretches(index):
-            call = self.begin_call(packets, hidden_states[some], index[some], weights[some])
-            if call.fits and index[some].numel() <= GATHERED_PAIRS:
-                call.gather()
-            else:
-                sizes = count_tokens(index[some], self.layer.count)[:-1].tolist()
-                call.turn({expert: expert for expert, size in enumerate(sizes) if size}, sizes, self.activate)
-            parts.append(call.total())
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return run_packets(self.layer, self.activation, packets, hidden_states, index, weights)
 
     def stretches(self, index: Tensor) -> list[slice]:
-        """Give the tokens that go through the layer on a GPU at a time: as many as `GPU_BYTES` suffice for."""
-        widest = max(rows for rows, _ in self.layer.shapes.values())
-        step = max(1, GPU_BYTES // (4 * widest * index.shape[1]))
-        return [slice(start, start + step) for start in range(0, max(len(index), 1), step)]
+        """Return the tokens that go through the layer on a GPU at a time; see `gpu_dispatch.stretches`."""
+        return stretches(self.layer, index)
 
     def begin_call(self, packets: dict[str, Any], x: Tensor, index: Tensor, weights: Tensor) -> Any:
-        """Begin to send tokens through experts that a GPU holds as packets, a projection an entry."""
-        from qmoe_lite.cuda.matmul import ExpertsCall
-
-        first, (last,) = self.layer.stages
-        activation = _KERNEL_ACTIVATIONS.get(type(self.activation).__name__, self.activate)
-        x = (x.float() if x.dtype == torch.float64 else x).contiguous()
-        return ExpertsCall(
-            [packets[name] for name in first], packets[last], activation, x, index, weights, self.layer.count
-        )
+        """Begin to send tokens through experts that a GPU holds as packets; see `gpu_dispatch.begin_call`."""
+        return begin_call(self.layer, self.activation, packets, x, index, weights)
 
     def _packets(self, projection: str) -> Any:
         """A projection as the GPU's kernels read it; made when it is first needed."""
@@ -376,9 +200,8 @@ class PackedExperts(nn.Module):
         if projection not in self._packets_of:
             for expert in range(self.layer.count):
                 self.packed(expert, projection)
-            columns = self.layer.shapes[projection][1]
-            made = stack_packets(self._held(projection), self.codebooks[projection], columns)
-            self._packets_of[projection] = made
+            stack = self.stack(projection)
+            self._packets_of[projection] = stack_packets(stack.parts, stack.codebook, stack.shape[1])
         return self._packets_of[projection]
 
     def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
@@ -391,51 +214,31 @@ class PackedExperts(nn.Module):
             for projection in self.layer.projections:
                 for expert in experts:
                     self.packed(expert, projection)  # checked when it is first needed
-            return self.multiply(self._stack, experts, tokens, bounds)
+            return self.multiply(lambda name: self.stack(name).for_product(), experts, tokens, bounds)
         except NotFiniteError:  # NaN spreads as in dense experts
             return self._run_in_turn(experts, tokens.to(torch.float32), bounds)
 
     def multiply(
         self, stack: Callable[[str], MatrixStack], experts: list[int], tokens: Tensor, bounds: list[int]
     ) -> Tensor:
-        """Send tokens[bounds[i] : bounds[i + 1]] through the stacks' matrices experts[i], on the CPU; in float32.
-
-        Raises
-        ------
-        NotFiniteError
-            As `grouped_matmul`.
-        """
-        first, (last,) = self.layer.stages
-        tokens = tokens.to(torch.float32).contiguous()
-        sizes = [end - start for start, end in pairwise(bounds)]
-        outputs = grouped_matmul([stack(name) for name in first], tokens, experts, bounds)
-        # an expert at a time: torch's activations round an element at a tensor's end otherwise than one in its middle
-        groups = zip(*(torch.split(output, sizes) for output in outputs), strict=True)
-        inside = torch.cat([inner(self.activation, group) for group in groups])
-        return grouped_matmul([stack(last)], inside, experts, bounds)[0]
+        """Send tokens[bounds[i] : bounds[i + 1]] through the stacks' experts[i]; see `cpu_dispatch.multiply`."""
+        return multiply(self.layer, self.activation, stack, experts, tokens, bounds)
 
     def _run_in_turn(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         parts = zip(experts, pairwise(bounds), strict=True)
         return torch.cat([self.run_expert(expert, tokens[start:end]) for expert, (start, end) in parts])
 
-    def _held(self, projection: str) -> dict[str, Tensor]:
-        """The projection's buffers: what is checked and what is multiplied must be the same."""
-        if projection not in self._buffers_of:
-            self._buffers_of[projection] = {part: self.get_buffer(f"{projection}_{part}") for part in PARTS}
-        return self._buffers_of[projection]
+    def stack(self, projection: str) -> ExpertStack:
+        """Return the projection's buffers: what is checked and what is multiplied must be the same."""
+        if projection not in self._stacks:
+            held = {p: self.get_buffer(tensor_name(projection, p)) for p in parts_of(self.codebooks[projection])}
+            self._stacks[projection] = self._stack_of(projection, held)
+        return self._stacks[projection]
 
-    def _stack(self, projection: str) -> MatrixStack:
-        """All experts' matrices of a projection, whether checked or not."""
-        held = self._held(projection)
-        return MatrixStack(
-            codes=held["codes"].numpy(),
-            offsets=held["expert_offsets"].numpy(),
-            row_codewords=held["row_codewords"].numpy(),
-            fewest=held["fewest_codewords"].numpy(),
-            levels=held["levels"],
-            codebook=self.codebooks[projection],
-            columns=self.layer.shapes[projection][1],
-        )
+    def _stack_of(self, projection: str, parts: dict[str, Tensor]) -> ExpertStack:
+        layer = self.layer
+        name = f"{layer.experts}.{projection}"
+        return ExpertStack(name, layer.count, layer.shapes[projection], self.codebooks[projection], parts)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         if self.source is not None:
@@ -458,49 +261,16 @@ class PackedExperts(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has buffers of its own
-        return {**self.__dict__, "_checked": {}, "_buffers_of": {}, "_packets_of": {}, "source": None}
+        return {**self.__dict__, "_checked": {}, "_stacks": {}, "_packets_of": {}, "source": None}
 
     def _forget(self) -> None:
         self._checked.clear()
-        self._buffers_of.clear()
+        self._stacks.clear()
         self._packets_of.clear()
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.layer.shapes.items())
         return f"{self.layer.count} experts, {shapes}"
-
-
-def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give the `quantization_config` of a compressed model's config.json.
-
-    Raises
-    ------
-    CheckpointError
-        The model is not compressed by qmoe.
-    FormatError
-        It is of a newer format.
-    """
-    directory, settings = checkpoint.directory, checkpoint.config.get("quantization_config") or {}
-    if not isinstance(settings, dict) or settings.get("quant_method") != "qmoe":
-        raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
-    if (found := settings.get("format")) != FORMAT:
-        remedy = "Upgrade qmoe-lite" if isinstance(found, int) and found > FORMAT else "Compress the model again"
-        raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {FORMAT}. {remedy}.")
-    return settings  # type: ignore[no-any-return]
-
-
-def _codebooks(checkpoint: Checkpoint) -> dict[str, dict[str, Codebook]]:
-    """Give the codebook of each experts module's projections; raise FormatError where one does not match its hash."""
-    settings = quantization_of(checkpoint)
-    try:
-        books = [Codebook.from_config(entry) for entry in settings["codebooks"]]
-        return {
-            name: {projection: books[number] for projection, number in used.items()}
-            for name, used in settings["layers"].items()
-        }
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        path = checkpoint.directory
-        raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.") from error
 
 
 def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[PackedExperts]:
@@ -513,7 +283,7 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
     FormatError
         The configuration, the model and the files do not go together.
     """
-    codebooks = _codebooks(checkpoint)
+    codebooks = codebooks_of(checkpoint)
     layers = family.layers(config)
     promised = {layer.experts: set(layer.projections) for layer in layers}
     if promised != {name: set(books) for name, books in codebooks.items()}:
@@ -521,10 +291,9 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
             f"{checkpoint.directory}/config.json names other compressed layers or projections than the model has. "
             f"Fetch it again."
         )
-    made = []
-    for layer in layers:
-        made.append(PackedExperts(family, layer, codebooks[layer.experts], config))
-        for projection in layer.projections:
-            parts = {part: checkpoint.meta(f"{layer.experts}.{projection}_{part}") for part in PARTS}
-            made[-1].fill(projection, parts)
+    made = [PackedExperts(family, layer, codebooks[layer.experts], config) for layer in layers]
+    for experts in made:
+        for projection in experts.layer.projections:
+            name, parts = f"{experts.layer.experts}.{projection}", parts_of(experts.codebooks[projection])
+            experts.fill(projection, {part: checkpoint.meta(tensor_name(name, part)) for part in parts})
     return made

@@ -1,22 +1,52 @@
-"""Which experts tokens go through, counted without waiting for the GPU that knows."""
+"""Which tokens each expert of a layer gets."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def known_experts(index: Tensor, experts: int) -> Tensor:
-    """Return the experts' numbers, int64 and flat; `experts` stands for any that is no expert's."""
-    flat = index.reshape(-1).long()
-    return torch.where((flat >= 0) & (flat < experts), flat, experts)
+@dataclass(frozen=True)
+class Assignment:
+    """Which tokens each expert gets.
 
-
-def count_tokens(index: Tensor, experts: int) -> Tensor:
-    """Return how many elements of an integer tensor name each expert, int64 (experts + 1,); last those that name none.
-
-    `index` may be of any shape.
+    Attributes
+    ----------
+    rows : int64 tensor
+        Row numbers of the tokens, grouped by expert, ascending within an expert.
+    weights : float32 tensor
+        Routing weight of each of them.
+    bounds : list of int, length experts + 1
+        Expert e owns entries [bounds[e], bounds[e + 1]).
     """
-    flat = known_experts(index, experts)
-    counts = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
-    return counts.scatter_add_(0, flat, torch.ones_like(flat))
+
+    rows: Tensor
+    weights: Tensor
+    bounds: list[int]
+
+    @classmethod
+    def group(cls, top_k_index: Tensor, top_k_weights: Tensor, experts: int) -> Assignment:
+        """Group tokens by expert.
+
+        Parameters
+        ----------
+        top_k_index : integer tensor, shape (T, K)
+            Experts of each token; -1 where a token was dropped.
+        top_k_weights : float tensor, shape (T, K)
+            What each expert's output is multiplied by.
+        experts : int
+            Number of experts.
+        """
+        flat = top_k_index.reshape(-1).long()
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat + 1, minlength=experts + 1)
+        bounds = torch.cumsum(counts, 0).tolist()
+        rows = torch.div(order, top_k_index.shape[1], rounding_mode="floor")
+        return cls(rows, top_k_weights.reshape(-1)[order].float(), bounds)
+
+    def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Row numbers and routing weights of one expert's tokens."""
+        span = slice(self.bounds[expert], self.bounds[expert + 1])
+        return self.rows[span], self.weights[span]

@@ -15,7 +15,8 @@ from torch import nn
 
 from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint
 from qmoe_lite.errors import CheckpointError, first_line
-from qmoe_lite.models.family import Family, MoELayer, family_of
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.family import Family, family_of
 
 UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
 

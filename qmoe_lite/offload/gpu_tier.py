@@ -45,7 +45,7 @@ class Repack(NamedTuple):
 
 
 class Call(Protocol):
-    """Tokens on their way through a layer's experts; `cuda.matmul.ExpertsCall` is one."""
+    """Tokens on their way through a layer's experts; `cuda.experts.ExpertsCall` is one."""
 
     def turn(self, places: dict[int, int], sizes: Sequence[int], activation: Callable[[list[Tensor]], Tensor]) -> None:
         """Send tokens through the experts that lie at these places."""
@@ -492,7 +492,7 @@ class GpuTier(Wanting):
         layer : Layer
             Whose they are.
         x, index, weights : tensors
-            On the device, as `cuda.matmul.ExpertsCall` takes them.
+            On the device, as `cuda.experts.ExpertsCall` takes them.
         sizes : list of int
             Tokens of each of the layer's experts.
         arriving : function

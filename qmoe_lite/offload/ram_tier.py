@@ -21,16 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe_lite.checkpoint.format import parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint, Place
-from qmoe_lite.checkpoint.weight_file import PAGE, Read, Readers, WeightFile, page_memory, room
+from qmoe_lite.checkpoint.stack import ExpertStack
+from qmoe_lite.checkpoint.weight_file import PAGE, WeightFile, page_memory, room
 from qmoe_lite.coding.matmul import MatrixStack
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.coding.stream import stream_bytes
-from qmoe_lite.errors import FormatError, QMoEError
-from qmoe_lite.models.experts import ALIGNMENT, PackedExperts, check_codes, check_sum
+from qmoe_lite.errors import QMoEError
+from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.offload.cache import ExpertCache, Wanting
-
-_KEPT = ("row_codewords", "fewest_codewords", "levels", "checksums")  # parts that stay once the layer has run
+from qmoe_lite.offload.readers import Read, Readers
 
 
 class Layer:
@@ -41,6 +41,8 @@ class Layer:
     experts : PackedExperts
     first : int
         Number of its first expert among those of all layers.
+    parts : dict, projection to ExpertStack
+        All parts but the codes, once the layer has run.
     """
 
     def __init__(
@@ -49,19 +51,17 @@ class Layer:
         self.experts, self.first = experts, first
         self.projections = experts.layer.projections
         self.index_bytes = 0
-        self.stored: dict[str, NDArray[np.int64]] = {}  # where each expert's codes begin in the file's tensor
+        self.parts: dict[str, ExpertStack] = {}
+        self._starts: dict[str, NDArray[np.int64]] = {}  # where each expert's codes begin in the file's tensor
         self._files = files
         self._places: dict[str, dict[str, Place]] = {}
         for projection in self.projections:
-            name = f"{experts.layer.experts}.{projection}_"
-            places = {part: checkpoint.place(name + part) for part in ("codes", "expert_offsets", *_KEPT)}
+            name, names = f"{experts.layer.experts}.{projection}", parts_of(experts.codebooks[projection])
+            places = {part: checkpoint.place(tensor_name(name, part)) for part in names}
             self._places[projection] = places
-            self.stored[projection] = self._read(places["expert_offsets"]).numpy()
-            self.index_bytes += sum(places[part].length for part in ("expert_offsets", *_KEPT))
-        self._held: dict[str, dict[str, Tensor]] = {}
-        self._used: dict[str, NDArray[np.int64]] = {}  # bytes of each expert's stream
-        self._stacks: dict[str, MatrixStack] = {}
-        self._valid: dict[str, NDArray[np.bool_]] = {}
+            self._starts[projection] = self._read(places["expert_offsets"]).numpy()
+            self.index_bytes += sum(place.length for part, place in places.items() if part != "codes")
+        self._stacks: dict[str, MatrixStack] = {}  # the codes in memory, of those experts that are there
         self._sums: dict[str, NDArray[np.int64]] = {}  # CRC-32 of the codes alone; -1 before they were first read
 
     @property
@@ -71,7 +71,7 @@ class Layer:
 
     def largest(self, projection: str) -> int:
         """Bytes of the longest codes of one expert."""
-        sizes = np.diff(self.stored[projection])
+        sizes = np.diff(self._starts[projection])
         return int(sizes[(sizes >= 0) & (sizes <= self._places[projection]["codes"].length)].max(initial=0))
 
     def part_sizes(self, projection: str) -> tuple[int, int, int]:
@@ -90,17 +90,16 @@ class Layer:
             return
         stacks = {}
         for projection in self.projections:
-            held = {part: self._read(self._places[projection][part]) for part in _KEPT}
-            row_codewords, fewest = held["row_codewords"].numpy(), held["fewest_codewords"].numpy()
-            book = self.experts.codebooks[projection]
-            rows, columns = self.experts.layer.shapes[projection]
-            codewords = row_codewords.sum(1, dtype=np.int64) + fewest.astype(np.int64) * rows
-            self._used[projection] = np.array([stream_bytes(int(n), book.bits) for n in codewords])
-            self._valid[projection] = np.zeros(self.experts.num_experts, dtype=bool)
-            self._sums[projection] = np.full(self.experts.num_experts, -1)
-            self._held[projection] = held
-            offsets = np.full(self.experts.num_experts, -1, dtype=np.int64)
-            stacks[projection] = MatrixStack(memory, offsets, row_codewords, fewest, held["levels"], book, columns)
+            places = self._places[projection]
+            held = {
+                part: self._read(place) for part, place in places.items() if part not in ("codes", "expert_offsets")
+            }
+            held["expert_offsets"] = torch.from_numpy(self._starts[projection])
+            name, layer = f"{self.experts.layer.experts}.{projection}", self.experts.layer
+            book, length = self.experts.codebooks[projection], places["codes"].length
+            self.parts[projection] = ExpertStack(name, layer.count, layer.shapes[projection], book, held, length)
+            self._sums[projection] = np.full(layer.count, -1)
+            stacks[projection] = self.parts[projection].for_product(memory, np.full(layer.count, -1, dtype=np.int64))
         self._stacks = stacks  # last, so that a read that fails is not half a layer
 
     def stack(self, projection: str) -> MatrixStack:
@@ -115,35 +114,23 @@ class Layer:
         int
             Bytes read.
         """
-        first, end = (int(offset) for offset in self.stored[projection][expert : expert + 2])
-        place, used = self._places[projection]["codes"], int(self._used[projection][expert])
-        if first < 0 or first % ALIGNMENT or not first <= first + used <= end <= place.length:
-            name = self.experts.name_of(expert, projection)
-            raise FormatError(f"{name} does not lie inside its codes. Fetch or make the file again.")
+        stack = self.parts[projection]
+        first, used = stack.span(expert)
+        place = self._places[projection]["codes"]
         target = memory[start : start + room(used)]
         offset = start + self._files[place.path].read_into(target, place.offset + first, used)
         self._stacks[projection].offsets[expert] = offset
         crc, known = zlib.crc32(memory[offset : offset + used].data), self._sums[projection]
         if crc != known[expert]:  # the whole matrix is what the file has a checksum of: slower, so only once
-            packed = self.packed(expert, projection)
-            name = self.experts.name_of(expert, projection)
-            check_sum(packed, int(self._held[projection]["checksums"][expert]), name)
+            stack.check_sum(expert, self.packed(expert, projection))
             known[expert] = crc
         return used
 
     def packed(self, expert: int, projection: str) -> PackedMatrix:
-        """View of an expert in memory."""
-        stack, held = self._stacks[projection], self._held[projection]
-        start = int(stack.offsets[expert])
-        return PackedMatrix(
-            codes=torch.from_numpy(stack.codes[start : start + int(self._used[projection][expert])]),
-            row_codewords=held["row_codewords"][expert],
-            levels=held["levels"][expert],
-            codebook=stack.codebook,
-            columns=stack.columns,
-            fewest_codewords=int(stack.fewest[expert]),
-            _validated=bool(self._valid[projection][expert]),
-        )
+        """Return a view of an expert in memory."""
+        memory, stack = self._stacks[projection], self.parts[projection]
+        start, used = int(memory.offsets[expert]), stack.span(expert)[1]
+        return stack.matrix(expert, torch.from_numpy(memory.codes[start : start + used]))
 
     def validate(self, expert: int) -> None:
         """Walk an expert's codes, if that was never done; raise FormatError where they are not to be multiplied.
@@ -151,9 +138,8 @@ class Layer:
         Not by the reading threads: Numba's kernels are to be started by one thread.
         """
         for projection in self.projections:
-            if not self._valid[projection][expert]:
-                check_codes(self.packed(expert, projection), self.experts.name_of(expert, projection))
-                self._valid[projection][expert] = True
+            if not self.parts[projection].valid[expert]:
+                self.parts[projection].check_codes(expert, self.packed(expert, projection))
 
 
 class RamTier(Wanting):

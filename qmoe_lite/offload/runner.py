@@ -27,16 +27,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qmoe_lite.checkpoint.reader import Checkpoint, write_json
-from qmoe_lite.checkpoint.weight_file import Readers, WeightFile
+from qmoe_lite.checkpoint.atomic import write_json
+from qmoe_lite.checkpoint.format import quantization_of
+from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.tokens import count_tokens
 from qmoe_lite.errors import CheckpointError, OutputError, QMoEError, SettingError
-from qmoe_lite.models.experts import PackedExperts, quantization_of
-from qmoe_lite.models.routing import count_tokens
+from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.skeletons import open_checkpoint
 from qmoe_lite.offload.cache import HALF_LIFE
 from qmoe_lite.offload.gpu_tier import CudaDevice, Device, GpuTier, share_layers
 from qmoe_lite.offload.ram_tier import Layer, RamTier, slot_layout
+from qmoe_lite.offload.readers import Readers
 
 COUNTS_FILE = "expert_counts.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -744,7 +747,7 @@ def attach(
         raise SettingError("offload='ram' holds all experts in memory, a budget only some. Give one of them.")
     if offload == "disk" and memory is None:
         budget = "ram_cache" if gpus else "ram_cache or expert_cache"
-        raise SettingError(f"offload='disk' needs a budget of memory, or nothing is limited. Give {budget} too.")
+        raise SettingError(f"offload='disk' needs a budget of memory, or nothing is limited. Set {budget} too.")
     _, checkpoint = open_checkpoint(path)
     quantization_of(checkpoint)
     return Runner(

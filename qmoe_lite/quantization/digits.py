@@ -6,6 +6,8 @@ import functools
 
 import numpy as np
 
+from qmoe_lite.coding.alphabet import ALPHABETS
+
 _PER_BYTE = {3: 5, 4: 4}  # alphabet size to digits in a byte
 
 
@@ -24,7 +26,7 @@ def squeeze(digits: np.ndarray, alphabet: int) -> np.ndarray:
     uint8 array, one-dimensional
     """
     per_byte = _PER_BYTE[alphabet]
-    symbols = digits.reshape(-1).view(np.uint8) + np.uint8(alphabet == 3)
+    symbols = digits.reshape(-1).view(np.uint8) + np.uint8(ALPHABETS[alphabet].zero_symbol)
     padded = np.zeros(-(-len(symbols) // per_byte) * per_byte, dtype=np.uint8)
     padded[: len(symbols)] = symbols
     columns = padded.reshape(-1, per_byte)
@@ -36,7 +38,7 @@ def squeeze(digits: np.ndarray, alphabet: int) -> np.ndarray:
 
 
 def unsqueeze(packed: np.ndarray, shape: tuple[int, ...], alphabet: int) -> np.ndarray:
-    """Give back what `squeeze` packed, int8, of the given shape."""
+    """Return what `squeeze` packed, int8, of the given shape."""
     size = int(np.prod(shape))
     return _table(alphabet)[packed].reshape(-1)[:size].reshape(shape)
 
@@ -45,10 +47,10 @@ def unsqueeze(packed: np.ndarray, shape: tuple[int, ...], alphabet: int) -> np.n
 def _table(alphabet: int) -> np.ndarray:
     per_byte = _PER_BYTE[alphabet]
     values = np.arange(256)[:, None] // alphabet ** np.arange(per_byte) % alphabet
-    return (values - (alphabet == 3)).astype(np.int8)
+    return (values - ALPHABETS[alphabet].zero_symbol).astype(np.int8)
 
 
 def count(digits: np.ndarray, alphabet: int) -> np.ndarray:
     """Count each digit, ascending; int64 array, shape (alphabet,)."""
-    symbols = digits.reshape(-1).view(np.uint8) + np.uint8(alphabet == 3)
+    symbols = digits.reshape(-1).view(np.uint8) + np.uint8(ALPHABETS[alphabet].zero_symbol)
     return np.bincount(symbols, minlength=alphabet).astype(np.int64)

@@ -128,5 +128,5 @@ def evaluate(
             counts += (labels != IGNORED).sum(1).tolist()
     total = math.fsum(losses)
     if not math.isfinite(total):
-        raise NotFiniteError("the loss is NaN or infinite: weights or activations of the model are. Fetch it again.")
+        raise NotFiniteError("the loss is NaN or infinite, as are weights or activations of the model. Fetch it again.")
     return Evaluation(total / sum(counts), sum(counts), tuple(losses), tuple(counts))

@@ -40,7 +40,7 @@ class Sampling:
     top_p, top_k : float, int, or None
         Draw among the likeliest tokens that together have this probability, or this many. None: among all.
     repetition_penalty : float
-        Above 1 lowers what stands there already; 1 is off.
+        Above 1 makes tokens that occurred already less likely; 1 is off.
     seed : int
         Decides the draws.
     """
@@ -108,7 +108,7 @@ class Generation:
 def encode_prompt(
     model: Any, tokenizer: Any, prompt: str, *, chat: bool = False, system: str | None = None
 ) -> list[int]:
-    """Turn a prompt into the ids that the model is to go on from.
+    """Turn a prompt into the token ids that the model continues.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def chat_ids(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> list
 
 
 def _known(model: Any, ids: list[int]) -> list[int]:
-    """Refuse ids that the model cannot go on from."""
+    """Refuse ids that the model cannot continue."""
     if not ids:
         raise SettingError("the prompt is empty, and this tokenizer has no token that begins a text. Give some text.")
     check_ids(Samples(np.asarray([ids]), None, 1), model.config.vocab_size)
@@ -185,7 +185,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     write: Callable[[str], object] | None = None,
 ) -> Generation:
-    """Let a model go on from a prompt.
+    """Generate text from a prompt.
 
     Parameters
     ----------
@@ -238,7 +238,7 @@ def generate_batch(
     prefill_chunk: int = PREFILL_CHUNK,
     write: Callable[[int, str], object] | None = None,
 ) -> list[Generation]:
-    """Let a model go on from several prompts at once.
+    """Generate text from several prompts at once.
 
     Greedily, each text is the one that its prompt alone gives, but for rounding. Drawn texts depend on the whole batch.
 
@@ -444,7 +444,7 @@ def _only(model: Any, settings: Any) -> Iterator[None]:
 
 def _refuse_nan(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     if torch.isnan(scores).any():  # argmax would call it the likeliest token
-        raise NotFiniteError("the model puts out NaN: its weights or activations hold it. Fetch the model again.")
+        raise NotFiniteError("the model outputs NaN: its weights or activations contain it. Fetch the model again.")
     return scores
 
 

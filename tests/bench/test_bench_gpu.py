@@ -30,7 +30,8 @@ from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload,
 from qmoe_lite.bench._parts import offload as offload_parts
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
-from qmoe_lite.cuda import codec, launch, matmul
+from qmoe_lite.cuda import codec, gather, launch, matmul, packets, variants
+from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import QMoEError, ShapeError
 from qmoe_lite.models.experts import PackedExperts
 
@@ -85,7 +86,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(gpu_choice, "LANES", (4, 32))
     monkeypatch.setattr(gpu_paper, "WARPS", (1, 2))
     monkeypatch.setattr(gpu_demo, "_command", demo_without_a_gpu)
-    monkeypatch.setattr(matmul, "WARPS", (1, 2))
+    monkeypatch.setattr(gather, "WARPS", (1, 2))
     properties = type("Properties", (), {"L2_cache_size": 1 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
@@ -153,7 +154,7 @@ def test_choices_are_those_that_the_product_makes(emulated, capsys):
     assert matmul.GATHERED_TOKENS == 32
     assert [sorted(row["by_lanes"]) for row in rows if "by_lanes" in row] == [["32", "4"]]
     packed, _ = parts._matrix(3, 200)
-    assert rows[0]["chosen"] == matmul.choose_lanes(len(matmul.make_packets(packed).words) / 3, 3, 1)
+    assert rows[0]["chosen"] == variants.choose_lanes(len(packets.make_packets(packed).words) / 3, 3, 1)
     assert [row["tokens"] for row in rows[1:]] == [2, 3]
     assert all(row["gathers"] for row in rows[1:])
     swapped = [row | {"gathered_us": row["tiles_us"], "tiles_us": row["gathered_us"]} for row in rows[1:]]
@@ -196,14 +197,14 @@ def test_nothing_is_timed_that_is_wrong(emulated, monkeypatch):
         list(gpu_paper.measure_paper(True, FOR_EVER))
     with pytest.raises(QMoEError, match=r"decode_matmul of \(3, 200\)"):
         list(gpu_choice.measure_choice(True, FOR_EVER))
-    total = matmul.ExpertsCall.total
-    monkeypatch.setattr(matmul.ExpertsCall, "total", lambda call: 1.1 * total(call))
+    total = experts_twin.ExpertsCall.total
+    monkeypatch.setattr(experts_twin.ExpertsCall, "total", lambda call: 1.1 * total(call))
     with pytest.raises(QMoEError, match="the layer differs"):
         list(gpu_layer.measure_layer(True, FOR_EVER))
-    monkeypatch.setattr(matmul.ExpertsCall, "total", lambda call: 50 * total(call))
+    monkeypatch.setattr(experts_twin.ExpertsCall, "total", lambda call: 50 * total(call))
     with pytest.raises(QMoEError, match="the logits differ from the dense model's"):
         list(gpu_offload.measure_offload(True, FOR_EVER))
-    monkeypatch.setattr(matmul.ExpertsCall, "total", total)
+    monkeypatch.setattr(experts_twin.ExpertsCall, "total", total)
     there = PackedExperts._forward_on_gpu
     monkeypatch.setattr(PackedExperts, "_forward_on_gpu", lambda *given: 3 * there(*given))
     with pytest.raises(QMoEError, match="not the same bits"):

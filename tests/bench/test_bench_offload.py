@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import qmoe_lite as qm
 from qmoe_lite.bench import offload
 from qmoe_lite.bench._parts import offload as parts
+from qmoe_lite.checkpoint.weight_file import room
 from qmoe_lite.cli import bench_
 from qmoe_lite.errors import OutputError, QMoEError, SettingError
 from qmoe_lite.offload.runner import runner_of
@@ -64,7 +65,7 @@ def test_all_models_hold_the_same_weights(models):
 @pytest.mark.parametrize("slots", [1, 3, 100])
 def test_the_bfloat16_cache_computes_what_the_dense_model_does(models, slots):
     ids = torch.arange(20)[None]
-    model = parts.load_contender("dense cache", models, slots * 3 * parts.room(2 * 256 * 512))
+    model = parts.load_contender("dense cache", models, slots * 3 * room(2 * 256 * 512))
     with torch.no_grad():
         found, expected = (m(input_ids=ids).logits for m in (model, parts.load_contender("dense", models, None)))
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from qmoe_lite.checkpoint import reader as files
+from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.reader import Checkpoint, find_model
 from qmoe_lite.checkpoint.report import read_report
 from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError
@@ -37,7 +38,7 @@ def test_tensors_are_checked_against_the_index(tmp_path):
     checksums = files.write_tensors(tmp_path / "part.safetensors", values)
     index = {"metadata": {"crc32": {**checksums, "b": 5}}, "weight_map": dict.fromkeys(values, "part.safetensors")}
     files.write_json(tmp_path / "model.safetensors.index.json", index)
-    found = files.Checkpoint(tmp_path)
+    found = Checkpoint(tmp_path)
     for name, value in values.items():
         assert torch.equal(found.tensor(name), value)
     for name in "ac":
@@ -55,15 +56,17 @@ def test_a_file_that_is_cut_or_replaced_is_an_error_at_the_read(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "model.safetensors"
     files.write_tensors(file, {"a": torch.arange(1000.0), "b": torch.ones(3)})
-    found = files.Checkpoint(tmp_path)
+    found = Checkpoint(tmp_path)
     assert found.place("b").length == 12
     os.truncate(file, 2000)
-    with pytest.raises(CheckpointError, match=r"has 2000 bytes of at least \d+: it was cut\. Fetch the file again"):
+    with pytest.raises(
+        CheckpointError, match=r"has 2000 bytes of at least \d+: it was truncated\. Fetch the file again"
+    ):
         list(found.pieces("a"))
     files.write_tensors(file, {"a": torch.arange(1000.0), "b": torch.ones(3)})
-    found = files.Checkpoint(tmp_path)
+    found = Checkpoint(tmp_path)
     files.write_tensors(file, {"c": torch.ones(3)})
-    with pytest.raises(CheckpointError, match="was cut or written anew meanwhile"):
+    with pytest.raises(CheckpointError, match="was truncated or rewritten while it was read"):
         found.place("a")
 
 
@@ -89,8 +92,8 @@ def closed(monkeypatch):
 
 
 REMEDIES = [
-    (errno.EACCES, "Permission denied. Give yourself permission to read it"),
-    (errno.EMFILE, "Too many open files. Let the process open more files: ulimit -n"),
+    (errno.EACCES, "Permission denied. Grant yourself read permission"),
+    (errno.EMFILE, "Too many open files. Raise the limit of open files: ulimit -n"),
     (errno.EIO, "Input/output error. Check the disk"),
 ]
 
@@ -103,7 +106,7 @@ def test_a_file_that_may_not_be_opened_is_not_called_damaged(tmp_path, closed, n
     files.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "part.safetensors"}})
     closed(tmp_path / name, number)
     with pytest.raises(CheckpointError) as caught:
-        files.Checkpoint(tmp_path).tensor("a")
+        Checkpoint(tmp_path).tensor("a")
     assert str(caught.value).startswith(f"{tmp_path / name} cannot be opened: {message}")
 
 
@@ -127,10 +130,10 @@ def test_a_tokenizer_that_may_not_be_opened_is_not_called_damaged(tmp_path, toke
 def test_what_looks_like_a_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=f"^{re.escape(name)} is no model directory: there is no such directory"):
-        files.find_model(name)
+        find_model(name)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="it is a file"):
-        files.find_model("./file")
+        find_model("./file")
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path):
@@ -153,17 +156,17 @@ def test_names_on_the_hub_that_cannot_be_fetched_are_one_line():
     with pytest.raises(
         CheckpointError, match=r"some-owner/some-model is no directory here, and the .* hub answers"
     ) as caught:
-        files.find_model("some-owner/some-model")
+        find_model("some-owner/some-model")
     assert "\n" not in str(caught.value)
 
 
 def test_a_fingerprint_changes_with_the_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     files.write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(3)})
-    first = files.Checkpoint(tmp_path).fingerprint()
-    assert files.Checkpoint(tmp_path).fingerprint() == first
+    first = Checkpoint(tmp_path).fingerprint()
+    assert Checkpoint(tmp_path).fingerprint() == first
     files.write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(4)})
-    assert files.Checkpoint(tmp_path).fingerprint() != first
+    assert Checkpoint(tmp_path).fingerprint() != first
 
 
 def test_an_index_cannot_name_files_elsewhere(tmp_path):
@@ -173,4 +176,4 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path):
     index = {"weight_map": {"a": "../outside.safetensors"}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is no shard index"):
-        files.Checkpoint(tmp_path / "model")
+        Checkpoint(tmp_path / "model")

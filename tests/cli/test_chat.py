@@ -40,7 +40,7 @@ def say(run, monkeypatch):
 def test_each_line_that_is_piped_in_gets_an_answer(say, chatty):
     code, printed, noted = say("hi\n\n  \nhello", chatty, "--max-new-tokens", 4)
     assert (code, printed) == (0, " y y\n y y\n")
-    assert noted == "qmoe: cut; --max-new-tokens, or the model's positions, allow no more.\n" * 2
+    assert noted == "qmoe: cut; --max-new-tokens, or the model's context, allows no more.\n" * 2
 
 
 def test_the_speed_is_printed_when_asked_and_reset_forgets(say, chatty):
@@ -59,7 +59,7 @@ def test_exit_leaves_whatever_follows(say, chatty):
 def test_without_a_template_the_model_goes_on(say, plain):
     code, printed, noted = say("x\n\n", plain, "--max-new-tokens", 3)
     assert (code, printed) == (0, " y \ny y\n")
-    assert noted.splitlines()[0].startswith("qmoe: this model has no chat template; it goes on")
+    assert noted.splitlines()[0].startswith("qmoe: this model has no chat template; it continues")
 
 
 def test_a_conversation_survives_a_question_that_is_too_long(say, tmp_path):

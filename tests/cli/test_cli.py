@@ -125,14 +125,14 @@ def test_debug_shows_where_an_error_came_from(run, tmp_path):
         run("compress", tmp_path, tmp_path / "out", "--recipe", "nearest", "--debug")
 
 
-def test_an_interrupted_run_says_that_it_can_go_on(run, tmp_path, switch, monkeypatch):
+def test_an_interrupted_run_says_how_to_resume(run, tmp_path, switch, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qmoe_lite.compression._Run.run", interrupt)
+    monkeypatch.setattr("qmoe_lite.compression.run._Run.run", interrupt)
     code, _, noted = run("compress", switch, tmp_path / "out", "--recipe", "nearest")
     assert code == 130
-    assert "the same command goes on" in noted
+    assert "rerun the command to resume" in noted
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_model_of_another_quantization_is_refused_by_name(run, tmp_path, switc
         ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
-            "qmoe: memory is used up. Shorten the text, or let fewer tokens or samples go through at a time.",
+            "qmoe: out of memory. Shorten the text, or process fewer tokens or samples at a time.",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from importlib.metadata import metadata, version
 
 import pytest
 
-from qmoe_lite.cli.doctor import Finding, in_words
+from qmoe_lite.cli.doctor import CheckResult, in_words
 
 HEAVY = ("torch", "numba", "numpy", "transformers")
 
@@ -72,7 +72,7 @@ def test_rows_fit_80_columns_and_the_last_line_is_the_verdict(run):
     code, printed, _ = run("doctor")
     assert code == 0
     assert max(map(len, printed.splitlines())) <= 80
-    assert printed.splitlines()[-1] == "All that qmoe-lite needs is here."
+    assert printed.splitlines()[-1] == "Everything that qmoe-lite needs is installed."
 
 
 def test_a_missing_required_package_is_exit_code_1_and_says_what_to_run(run, monkeypatch):
@@ -164,6 +164,6 @@ def test_the_cache_is_where_numba_has_tried_to_write(tmp_path):
 
 def test_a_command_to_run_is_never_broken_into_lines():
     command = "pip install " + "x" * 90
-    *others, last = in_words(Finding("a", "b " * 60, "missing", False, "c " * 60, command))
+    *others, last = in_words(CheckResult("a", "b " * 60, "missing", False, "c " * 60, command))
     assert last.strip() == f"Run: {command}"
     assert max(map(len, others)) <= 80

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 import qmoe_lite as qm
-from qmoe_lite.cli._models import Placement, open_model
+from qmoe_lite.cli._models import open_model
+from qmoe_lite.cli._options import Placement
 
 PROMPT = ["--prompt", "router expert token", "--max-new-tokens", 5]
 

@@ -13,9 +13,9 @@ from checks import draw_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
-from qmoe_lite.coding.strings import MAX_WEIGHTS
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, SettingError, ShapeError
 
 COUNTS = [
@@ -67,7 +67,7 @@ def test_strings_are_sorted_prefix_free_complete_and_within_the_limits(counts, b
     assert not any(b[: len(a)] == a for a, b in itertools.pairwise(strings))
     longest = max(len(string) for string in strings)
     assert sum(codebook.digits ** (longest - len(string)) for string in strings) == codebook.digits**longest
-    assert longest <= MAX_WEIGHTS[codebook.digits]
+    assert longest <= ALPHABETS[codebook.digits].longest
     nonzeros = max(sum(digit != 0 for digit in string) for string in strings)
     assert nonzeros == codebook.max_nonzeros <= 7
     assert 0 <= 2**bits - len(strings) < codebook.digits - 1

@@ -15,9 +15,10 @@ from checks import draw_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmoe_lite.coding.automaton import build_automaton
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import decode, encode
-from qmoe_lite.coding.strings import build_automaton, paper_strings, table_entry
+from qmoe_lite.coding.strings import paper_strings, table_entry
 from qmoe_lite.coding.validation import validate
 from qmoe_lite.errors import CodebookError, DigitError, FormatError, ShapeError
 

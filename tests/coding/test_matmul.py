@@ -11,12 +11,12 @@ from checks import draw_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.coding import matmul
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
 from qmoe_lite.coding.matmul import MatrixStack, decode_matmul
 from qmoe_lite.errors import DtypeError, FormatError, SettingError, ShapeError
-from qmoe_lite.models.experts import pack_experts
 
 TERNARY = Codebook.fit([115, 1770, 115])
 TWO_BIT = Codebook.fit([885, 50, 40, 25])

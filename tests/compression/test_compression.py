@@ -26,7 +26,7 @@ from qmoe_lite.errors import (
     TextError,
     UnsupportedFamilyError,
 )
-from qmoe_lite.models.family import MoELayer
+from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Quantized
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
@@ -245,7 +245,7 @@ def test_a_finished_run_that_cannot_take_its_name_is_kept(tmp_path, switch, text
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.rename", fail)
-        with pytest.raises(OutputError, match="run the same command again"):
+        with pytest.raises(OutputError, match="Move the existing directory, then rerun"):
             qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
     places = []
     qm.compress(switch, tmp_path / "out", calibration=text_file, progress=places.append, **SMALL)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qmoe_lite.compression.list_buffer import Assignment, ListBuffer
+from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.errors import FormatError, ShapeError
+from qmoe_lite.models.routing import Assignment
 
 
 @pytest.fixture(params=["memory", "file"])

@@ -24,7 +24,8 @@ from torch.nn import functional
 import qmoe_lite as qm
 from qmoe_lite.coding import codec as cpu_codec
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.cuda import codec, launch, matmul, packets, solver
+from qmoe_lite.cuda import codec, gather, launch, matmul, packets, solver, variants
+from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.quantization import solver as cpu_solver
 from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
@@ -522,8 +523,8 @@ def test_packets_are_those_of_the_description(codebook, shape):
 @pytest.mark.parametrize("lanes", [2, 4, 8, 16, 32])
 @pytest.mark.parametrize("warps", [1, 3, 16])
 def test_any_number_of_lanes_may_share_a_row_and_of_warps_a_block(monkeypatch, lanes, warps):
-    monkeypatch.setattr(matmul, "choose_lanes", lambda *_: lanes)
-    monkeypatch.setattr(matmul, "WARPS", (warps, warps))
+    monkeypatch.setattr(gather, "choose_lanes", lambda *_: lanes)
+    monkeypatch.setattr(gather, "WARPS", (warps, warps))
     for codebook, width in ((TERNARY, 2), (TWO_BIT, 3)):
         _, _, on_gpu, dense = pack(codebook, (257, 3001), width)
         for tokens in (1, 3):
@@ -535,14 +536,14 @@ def test_any_number_of_lanes_may_share_a_row_and_of_warps_a_block(monkeypatch, l
 def test_a_block_may_ask_for_more_shared_memory_than_it_has_at_once(tokens):
     columns = 12_000 if tokens == 1 else 4_000
     _, _, on_gpu, dense = pack(TERNARY, (40, columns))
-    needed = matmul.Book(TERNARY.bits, len(TERNARY.fields)).shared_bytes + 4 * tokens * columns
+    needed = variants.Book(TERNARY.bits, len(TERNARY.fields)).shared_bytes + 4 * tokens * columns
     assert launch.SHARED_BYTES < needed < launch.shared_limit(DEVICE)
     x = torch.randn(tokens, columns)
     assert_product(matmul.decode_matmul(on_gpu, x.to(DEVICE)), dense, x)
 
 
 def test_x_that_shared_memory_cannot_hold_meets_decoded_tiles(monkeypatch):
-    monkeypatch.setattr(matmul, "gather_kernel", None)
+    monkeypatch.setattr(gather, "gather_kernel", None)
     monkeypatch.setattr(launch, "shared_limit", lambda device: 48 << 10)
     _, _, on_gpu, dense = pack(TERNARY, (3, 65535))
     x = torch.randn(2, 65535)
@@ -578,10 +579,10 @@ def needed(name):
 
 def layer_packets(width, count=3):
     """Return the packets of the same layer's projections, and their dense matrices."""
-    experts_module = needed("models.experts")
+    pack_experts = needed("checkpoint.format").pack_experts
     found = []
     for matrices, dense in layer(width, count):
-        stored = {name: part.to(DEVICE) for name, part in experts_module.pack_experts(matrices).items()}
+        stored = {name: part.to(DEVICE) for name, part in pack_experts(matrices).items()}
         found.append((packets.stack_packets(stored, matrices[0].codebook, matrices[0].columns), dense))
     return found
 
@@ -704,7 +705,7 @@ def packed_experts(width, activation):
     books = {name: matrices[0].codebook for name, (matrices, _) in parts.items()}
     experts = experts_module.PackedExperts(family, place, books, config)
     for name, (matrices, _) in parts.items():
-        experts.fill(name, experts_module.pack_experts(matrices))
+        experts.fill(name, needed("checkpoint.format").pack_experts(matrices))
     return experts.to(DEVICE)
 
 
@@ -729,7 +730,7 @@ def test_packed_experts_one_after_another_give_the_same(monkeypatch):
     index, weights = (part.to(DEVICE) for part in draw_routing(40))
     with torch.no_grad():
         together = experts(x, index, weights)
-        monkeypatch.setattr(matmul, "GATHERED_PAIRS", 0)
+        monkeypatch.setattr(experts_twin, "GATHERED_PAIRS", 0)
         monkeypatch.setattr(matmul, "GATHERED_TOKENS", 0)
         apart = experts(x, index, weights)
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-5 * float(together.abs().max()))
@@ -789,7 +790,7 @@ def logits_of(model, tokens, where=DEVICE):
 @pytest.mark.parametrize("slots", [1, 3, 8, 16])
 def test_experts_from_slots_give_the_bits_of_a_model_that_is_there(model_directory, monkeypatch, slots, tokens):
     path, size = model_directory
-    monkeypatch.setattr(matmul, "GATHERED_PAIRS", 256)  # the long prompt's experts are decoded
+    monkeypatch.setattr(experts_twin, "GATHERED_PAIRS", 256)  # the long prompt's experts are decoded
     expected = logits_of(qm.load(path, device="cuda"), tokens)
     model, runner = offloaded(path, size // 16 * slots)
     for _ in range(3):

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
-from qmoe_lite.checkpoint.reader import crc32
+from qmoe_lite.checkpoint.atomic import crc32
+from qmoe_lite.checkpoint.format import checksum
+from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, unreadable
 from qmoe_lite.inspection.verification import verify_model
-from qmoe_lite.models.experts import checksum
 from qmoe_lite.models.skeletons import open_checkpoint
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
@@ -135,7 +136,7 @@ for finding in verification.verify({str(path)!r}):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
     _, found, where, message = line.split("|")
     assert (found, where) == ("", file.name)
-    assert "was cut" in message
+    assert "was truncated" in message
 
 
 @pytest.mark.parametrize("part", ["codes", "levels"])
@@ -408,15 +409,15 @@ def test_a_dtype_that_nobody_knows(directory):
 
 def test_an_error_that_nobody_foresaw_is_one_finding(directory, monkeypatch):
     path = directory()
-    original = qm.PackedExperts.packed
+    original = ExpertStack.checked
 
-    def fail(experts, expert, projection):
-        if (expert, projection) == (1, "up_proj"):
+    def fail(stack, expert):
+        if expert == 1 and stack.name.endswith("up_proj"):
             raise ZeroDivisionError("division\nby zero")
-        return original(experts, expert, projection)
+        return original(stack, expert)
 
     damage(path, "model.norm.weight")
-    monkeypatch.setattr(qm.PackedExperts, "packed", fail)
+    monkeypatch.setattr(ExpertStack, "checked", fail)
     found = [str(finding) for finding in errors(path)]
     assert any("could not be checked: ZeroDivisionError: division." in line for line in found)
     assert any("model.norm.weight" in line for line in found)

@@ -16,7 +16,7 @@ import emulator
 
 from qmoe_lite.coding import codec as cpu_codec
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.cuda import codec, launch, matmul
+from qmoe_lite.cuda import codec, gather, launch, matmul
 from qmoe_lite.cuda import solver as cuda_solver
 from qmoe_lite.cuda.launch import kernel
 from qmoe_lite.errors import DigitError, DtypeError, NotFiniteError, SettingError, ShapeError
@@ -37,7 +37,7 @@ def emulated(request, monkeypatch):
     """The twins on CPU tensors, 1 to 4 warps a block, each with another order of the threads."""
     emulator.install(monkeypatch, seed=request.param)
     monkeypatch.setattr(codec, "WARPS", request.param)
-    monkeypatch.setattr(matmul, "WARPS", (request.param, request.param))
+    monkeypatch.setattr(gather, "WARPS", (request.param, request.param))
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def test_product_equals_the_naive_one(emulated, codebook, width, shape, tokens):
 def test_many_tokens_meet_decoded_tiles(emulated, monkeypatch, dtype):
     digits, levels = draw(EVEN, (7, 63)), draw_levels(EVEN, 7).to(dtype)
     packed = cpu_codec.encode(digits, levels, EVEN)
-    monkeypatch.setattr(matmul, "gather_kernel", None)
+    monkeypatch.setattr(gather, "gather_kernel", None)
     monkeypatch.setattr(matmul, "TILE_VALUES", 150)  # tiles of two rows
     x = torch.randn(33, 63).to(dtype)
     y = matmul.decode_matmul(packed, x)

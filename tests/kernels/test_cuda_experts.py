@@ -10,16 +10,17 @@ pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread;
 import emulator
 
 import qmoe_lite as qm
-from qmoe_lite.cuda import codec, matmul, packets
+from qmoe_lite.cuda import codec, gather, matmul, packets
+from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import FormatError, SettingError
-from qmoe_lite.models import experts as experts_module
+from qmoe_lite.models import gpu_dispatch
 from qmoe_lite.models.experts import PackedExperts
 
 
 @pytest.fixture
 def emulated(monkeypatch):
     emulator.install(monkeypatch, seed=3)
-    monkeypatch.setattr(matmul, "WARPS", (1, 2))
+    monkeypatch.setattr(gather, "WARPS", (1, 2))
     monkeypatch.setattr(codec, "WARPS", 2)
 
 
@@ -65,13 +66,13 @@ def test_any_way_through_the_experts_gives_the_same(emulated, monkeypatch, exper
     decode = matmul.decode_packets
     monkeypatch.setattr(matmul, "decode_packets", lambda *given: decoded.append(given[1]) or decode(*given))
     if reason in ("many pairs", "many tokens"):
-        monkeypatch.setattr(matmul, "GATHERED_PAIRS", 1)
+        monkeypatch.setattr(experts_twin, "GATHERED_PAIRS", 1)
         monkeypatch.setattr(matmul, "GATHERED_TOKENS", 1 if reason == "many pairs" else 0)
     elif reason == "stretches":
-        monkeypatch.setattr(experts_module, "GPU_BYTES", 1)
+        monkeypatch.setattr(gpu_dispatch, "GPU_BYTES", 1)
         assert len(experts.stretches(index)) == 3
     elif reason == "a wide layer":
-        monkeypatch.setattr(matmul, "choose_variant", lambda *_: None)
+        monkeypatch.setattr(experts_twin, "choose_variant", lambda *_: None)
     found = experts._forward_on_gpu(hidden, index, weights)
     torch.testing.assert_close(
         found, expected, rtol=1e-4, atol=1e-5 * max(expected.abs().flatten().tolist(), default=0) + 1e-6

@@ -19,10 +19,11 @@ pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread;
 
 import emulator
 
+from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.coding import codec as cpu_codec
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.cuda import launch, matmul, packets, static
-from qmoe_lite.models.experts import pack_experts
+from qmoe_lite.cuda import experts as experts_twin
+from qmoe_lite.cuda import gather, launch, matmul, packets, static, variants
 
 TERNARY = Codebook.fit(static.COUNTS)
 CODEBOOKS = {
@@ -44,7 +45,7 @@ MOST_REGISTERS, MOST_PER_WEIGHT = 128, 0.12
 @pytest.fixture
 def emulated(monkeypatch):
     emulator.install(monkeypatch, seed=7)
-    monkeypatch.setattr(matmul, "WARPS", (1, 2))
+    monkeypatch.setattr(gather, "WARPS", (1, 2))
 
 
 def draw(codebook, width, shape, seed=0):
@@ -75,10 +76,10 @@ def test_every_variant_gives_the_naive_product(emulated, monkeypatch, name, toke
 
 def test_what_is_held_follows_from_what_fits():
     def held(codebook, columns, limit):
-        variant = matmul.choose_variant((codebook,), 1, columns, 4, None, limit)
+        variant = variants.choose_variant((codebook,), 1, columns, 4, None, limit)
         if variant is None:
             return None
-        assert variant.shared_bytes(matmul.padded_columns((codebook,), columns)) <= limit
+        assert variant.shared_bytes(variants.padded_columns((codebook,), columns)) <= limit
         return variant.tokens, variant.books[0].held
 
     assert held(TERNARY, 4096, 227 << 10) == (4, True)
@@ -91,7 +92,7 @@ def test_what_is_held_follows_from_what_fits():
 def test_activations_too_wide_for_shared_memory_meet_decoded_tiles(emulated, monkeypatch):
     digits, levels, packed = draw(TERNARY, 2, (4, 700))
     monkeypatch.setattr(launch, "shared_limit", lambda device: 2048)
-    monkeypatch.setattr(matmul, "gather_kernel", None)
+    monkeypatch.setattr(gather, "gather_kernel", None)
     x = torch.randn(2, 700)
     assert_close(matmul.decode_matmul(packed, x), digits, levels, x)
 
@@ -207,17 +208,17 @@ def test_packets_are_made_once_a_matrix(emulated, monkeypatch):
 @pytest.mark.parametrize("name", ["ternary-10-two-levels", "seven-fields"])
 def test_any_number_of_lanes_may_share_a_row(emulated, monkeypatch, name, lanes):
     codebook, width = CODEBOOKS[name]
-    monkeypatch.setattr(matmul, "choose_lanes", lambda *_: lanes)
+    monkeypatch.setattr(gather, "choose_lanes", lambda *_: lanes)
     digits, levels, packed = draw(codebook, width, (37, 700))
     x = torch.randn(1, 700)
     assert_close(matmul.decode_matmul(packed, x), digits, levels, x)
 
 
 def test_lanes_are_few_where_rows_are_many_and_many_where_rows_are_few():
-    assert matmul.choose_lanes(25, 14336, 132) in (4, 8)
-    assert matmul.choose_lanes(25, 14336, 1) == 2
-    assert matmul.choose_lanes(86, 500, 132) == 32
-    assert matmul.choose_lanes(1, 768, 132) == 2
+    assert variants.choose_lanes(25, 14336, 132) in (4, 8)
+    assert variants.choose_lanes(25, 14336, 1) == 2
+    assert variants.choose_lanes(86, 500, 132) == 32
+    assert variants.choose_lanes(1, 768, 132) == 2
 
 
 EXPERTS, WIDE, NARROW = 5, 60, 21  # columns of x, rows of the first projections
@@ -331,7 +332,7 @@ def test_experts_in_slots_take_their_turns_and_give_the_same_bytes(emulated):
         for own in (activation, torch_activation):
             whole = run_experts([gate, up], down, own, x, index, weights)
             for turns in ((range(EXPERTS),), ((3,), (0, 4), (2, 1)), ((1, 2), (0,))):
-                call = matmul.ExpertsCall(slots[:2], slots[2], own, x, index, weights, EXPERTS)
+                call = experts_twin.ExpertsCall(slots[:2], slots[2], own, x, index, weights, EXPERTS)
                 assert call.fits
                 for turn in turns:
                     places = torch.full((EXPERTS,), -1, dtype=torch.int32)
@@ -358,7 +359,7 @@ def test_many_tokens_of_some_experts_are_decoded_in_between(emulated):
     expected = naive_experts([gates, ups], downs, inside, x, index, weights)
     counts = [int((index == expert).sum()) for expert in range(EXPERTS)]
     ends = np.cumsum(counts).tolist()
-    call = matmul.ExpertsCall([gate, up], down, "silu", x, index, weights, EXPERTS)
+    call = experts_twin.ExpertsCall([gate, up], down, "silu", x, index, weights, EXPERTS)
     for expert in (2, 0):
         call.decode(expert, slice(ends[expert] - counts[expert], ends[expert]), inside)
     call.gather(torch.tensor([-1, 1, -1, 3, 4], dtype=torch.int32))
@@ -380,7 +381,7 @@ needs_compiler = pytest.mark.skipif(
 def compiled(variant, capability, signature=0):
     from qmoe_lite.bench import kernels
 
-    kernel = matmul.gather_kernel(variant)
+    kernel = gather.gather_kernel(variant)
     return kernels.compiled(kernel, kernel.signatures[signature], capability)
 
 
@@ -412,7 +413,7 @@ def test_variant_fits_the_gpu(name, capability):
 @needs_compiler
 def test_half_precision_compiles_to_the_same_loop():
     variant = static.gather_variants()["10 bits"]
-    signatures = matmul.gather_kernel(variant).signatures
+    signatures = gather.gather_kernel(variant).signatures
     numbers = [0, *(i for i, each in enumerate(signatures) if each.count("float16*") == 4)]  # levels twice, x and y
     assert len(numbers) == 2
     codes = [compiled(variant, (8, 0), number) for number in numbers]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.cuda import codec, cubins, launch, matmul
+from qmoe_lite.cuda import codec, cubins, gather, launch, variants
 from qmoe_lite.errors import DeviceError, DtypeError, SettingError, ShapeError
 
 
@@ -340,19 +340,20 @@ def test_a_kernel_is_known_by_all_that_it_is_made_of(monkeypatch):
 
 def test_kernels_of_one_source_have_names_of_their_own():
     codebook, wider = (Codebook.fit([115, 1770, 115], bits=bits) for bits in (10, 11))
-    variants = [matmul.choose_variant((each,), 1, 4096, 1, None, 96 << 10) for each in (codebook, wider)]
-    first, second = (cubins.cubin_key(matmul.gather_kernel(variant).py_func) for variant in variants)
+    both = [variants.choose_variant((each,), 1, 4096, 1, None, 96 << 10) for each in (codebook, wider)]
+    first, second = (cubins.cubin_key(gather.gather_kernel(variant).py_func) for variant in both)
     assert first is not None
     assert first != second
-    matmul.gather_kernel.cache_clear()
-    assert cubins.cubin_key(matmul.gather_kernel(variants[0]).py_func) == first
+    gather.gather_kernel.cache_clear()
+    assert cubins.cubin_key(gather.gather_kernel(both[0]).py_func) == first
 
 
 def test_a_changed_helper_is_noticed(monkeypatch):
-    gather = matmul.gather_kernel(matmul.choose_variant((Codebook.fit([1, 8, 1]),), 1, 64, 1, None, 96 << 10)).py_func
+    variant = variants.choose_variant((Codebook.fit([1, 8, 1]),), 1, 64, 1, None, 96 << 10)
+    product = gather.gather_kernel(variant).py_func
     decode = codec._decode_kernel.py_func
-    named = [name for name in gather.__code__.co_names if hasattr(getattr(matmul, name, None), "_defn")]
-    helpers = [(codec, decode, "entry_field", "py_func"), *((matmul, gather, name, "_defn") for name in named)]
+    named = [name for name in product.__code__.co_names if hasattr(getattr(gather, name, None), "_defn")]
+    helpers = [(codec, decode, "entry_field", "py_func"), *((gather, product, name, "_defn") for name in named)]
     assert len(helpers) > 1 or launch.cuda is None
     for module, kernel, name, inner in helpers:
         before = cubins.cubin_key(kernel)

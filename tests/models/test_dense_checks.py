@@ -244,7 +244,7 @@ except qm.QMoEError as error:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("CheckpointError")
-    assert "it was cut while the model ran" in done.stdout
+    assert "it was truncated while the model ran" in done.stdout
     assert len(done.stdout.splitlines()) == 1
 
 

@@ -15,8 +15,9 @@ from test_compression import dense_model
 from test_hf import layers_of, logits_of
 
 import qmoe_lite as qm
+from qmoe_lite.checkpoint.format import PARTS, checksum, pack_experts
 from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, SettingError, ShapeError
-from qmoe_lite.models.experts import PARTS, PackedExperts, checksum, pack_experts
+from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.offload.runner import runner_of
 
 
@@ -94,7 +95,7 @@ def test_many_tokens_go_through_a_layer_in_stretches(compressed_causal, monkeypa
     index = torch.randint(experts.num_experts, (50, 2), generator=generator)
     weights = torch.rand(50, 2, generator=generator)
     whole = experts(hidden, index, weights)
-    monkeypatch.setattr("qmoe_lite.models.experts.STRETCH", 7)
+    monkeypatch.setattr("qmoe_lite.models.cpu_dispatch.STRETCH", 7)
     torch.testing.assert_close(experts(hidden, index, weights), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import qmoe_lite as qm
 from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
 from qmoe_lite.errors import CheckpointError
-from qmoe_lite.models.family import FAMILIES, family_of, inner, recorded_calls
+from qmoe_lite.models.blocks import recorded_calls
+from qmoe_lite.models.family import FAMILIES, family_of, inner
 from qmoe_lite.models.skeletons import open_checkpoint, skeleton, unused
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from qmoe_lite.bench._parts.offload import memory_now
-from qmoe_lite.checkpoint.weight_file import PAGE, Read, Readers, WeightFile, page_memory, room
+from qmoe_lite.checkpoint.weight_file import PAGE, WeightFile, page_memory, room
 from qmoe_lite.errors import CheckpointError, QMoEError
 from qmoe_lite.offload.cache import ExpertCache, replay
+from qmoe_lite.offload.readers import Read, Readers
 
 
 @pytest.mark.parametrize("half_life", [0, 1])
@@ -98,7 +99,7 @@ def test_any_bytes_of_a_file_are_read(tmp_path, monkeypatch, direct):
         assert b"".join(file.pieces(77, 2 * PAGE, memory)) == memory[: 2 * PAGE].tobytes()
         assert memory[: 2 * PAGE].tobytes() == data[77 : 77 + 2 * PAGE].tobytes()
         assert list(file.pieces(77, 0)) == []
-    with pytest.raises(CheckpointError, match=f"has {len(data)} bytes of at least {len(data) + 1}: it was cut"):
+    with pytest.raises(CheckpointError, match=f"has {len(data)} bytes of at least {len(data) + 1}: it was truncated"):
         file.read_into(memory, len(data) - 5, 6)
     file.close()
 
@@ -129,7 +130,7 @@ def test_files_that_cannot_be_opened_say_what_helps(tmp_path, monkeypatch):
     before = set(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 1, limit[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"Too many open files\. Let the process open more files: ulimit -n"):
+        with pytest.raises(CheckpointError, match=r"Too many open files\. Raise the limit of open files: ulimit -n"):
             [WeightFile(tmp_path / "file") for _ in range(1000)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
@@ -190,7 +191,7 @@ def test_a_forked_process_is_told_to_load_the_model():
     """In a process of its own, which has no other threads."""
     code = """
 import os
-from qmoe_lite.checkpoint.weight_file import Read, Readers
+from qmoe_lite.offload.readers import Read, Readers
 from qmoe_lite.errors import QMoEError
 readers = Readers()
 if os.fork() == 0:

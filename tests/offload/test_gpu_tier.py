@@ -17,7 +17,8 @@ from test_offload import outputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qmoe_lite as qm
-from qmoe_lite.cuda import codec, matmul, packets
+from qmoe_lite.cuda import codec, gather, matmul, packets
+from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import DeviceError, SettingError
 from qmoe_lite.offload import runner as offload
 from qmoe_lite.offload.gpu_tier import GpuTier, share_layers
@@ -355,7 +356,7 @@ def test_without_a_gpu_one_is_refused_in_one_line(directory):
 def emulated(monkeypatch):
     emulator = pytest.importorskip("emulator", reason="it runs one greenlet a thread", exc_type=ImportError)
     emulator.install(monkeypatch, seed=5)
-    monkeypatch.setattr(matmul, "WARPS", (1, 2))
+    monkeypatch.setattr(gather, "WARPS", (1, 2))
     monkeypatch.setattr(codec, "WARPS", 2)
 
 
@@ -399,7 +400,7 @@ def test_many_tokens_of_an_expert_meet_its_decoded_matrix_in_the_slot(directory,
     model, runner = on_devices(directory(), [EmulatedDevice()], 3)
     experts, inputs = layer_of(model, runner), drawn(9)
     gathered = experts(*inputs)
-    monkeypatch.setattr(matmul, "GATHERED_PAIRS", 4)
+    monkeypatch.setattr(experts_twin, "GATHERED_PAIRS", 4)
     monkeypatch.setattr(matmul, "GATHERED_TOKENS", 2)
     decoded = []
     decode = packets.decode_packets
@@ -506,7 +507,7 @@ def test_a_long_prompt_goes_in_stretches(directory, on_devices, monkeypatch):
     model, runner = on_devices(directory(), [FakeDevice()], 3)
     experts, inputs = layer_of(model, runner), drawn(9)
     whole = experts(*inputs)
-    monkeypatch.setattr("qmoe_lite.models.experts.GPU_BYTES", 4 * 24 * 2 * 4)
+    monkeypatch.setattr("qmoe_lite.models.gpu_dispatch.GPU_BYTES", 4 * 24 * 2 * 4)
     assert len(experts.stretches(inputs[1])) == 3
     assert torch.equal(experts(*inputs), whole)
     none = [part[:0] for part in inputs]

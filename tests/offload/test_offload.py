@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 import qmoe_lite as qm
-from qmoe_lite.checkpoint.weight_file import Read
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError, QMoEError, SettingError
 from qmoe_lite.offload import runner as offload
 from qmoe_lite.offload.cache import ExpertCache
 from qmoe_lite.offload.ram_tier import slot_layout
+from qmoe_lite.offload.readers import Read
 from qmoe_lite.offload.runner import attach, parse_size, runner_of
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
@@ -172,7 +172,7 @@ def test_training_steps_end_with_fewer_slots_than_experts(directory, limited):
 
 def test_a_prompt_in_stretches_runs_with_fewer_slots_than_experts(directory, limited, monkeypatch):
     """The slots hold the last stretch's experts, and the first one is of others."""
-    monkeypatch.setattr("qmoe_lite.models.experts.STRETCH", 2)
+    monkeypatch.setattr("qmoe_lite.models.cpu_dispatch.STRETCH", 2)
     path = directory()
     plain, (model, runner) = qm.load(path, dtype=torch.float32), limited(path, 2)
     name = runner._layers[0].experts.layer.experts
@@ -619,7 +619,7 @@ for use in (lambda: model(input_ids=ids), lambda: inner(input_ids=ids), model.st
     lines = done.stdout.splitlines()
     assert len(lines) == 6
     assert all(line.startswith("CheckpointError") for line in lines)
-    assert all("it was cut while the model ran. Restore the file" in line for line in lines)
+    assert all("it was truncated while the model ran. Restore the file" in line for line in lines)
 
 
 def test_a_cut_that_only_a_read_meets_is_the_same_line(directory, limited):
@@ -634,7 +634,7 @@ def test_a_cut_that_only_a_read_meets_is_the_same_line(directory, limited):
     for layer in runner._layers:
         place = layer._places["gate_proj"]["codes"]
         os.truncate(place.path, place.offset)
-    with pytest.raises(CheckpointError, match="was cut while the model ran"):
+    with pytest.raises(CheckpointError, match="was truncated while the model ran"):
         runner._layers[0].experts(torch.ones(1, 24), torch.tensor([[0, 1]]), torch.ones(1, 2))
     while runner._ram._under_way:  # the other expert's read met the cut file too
         runner._ram.collect()
@@ -719,13 +719,14 @@ def test_bytes_that_change_are_noticed_at_every_read(directory, limited, part):
 
 def test_codes_that_do_not_decode_never_reach_a_kernel(directory, limited):
     """Their checksum is right: whoever wrote them meant it."""
-    from qmoe_lite.models.experts import checksum
+    from qmoe_lite.checkpoint.format import checksum
 
     path = directory()
     _, runner = limited(path, 3)
     layer = runner._layers[0]
     runner._ram.open(layer)
-    layer._held["gate_proj"]["checksums"].fill_(0)
+    stack = layer.parts["gate_proj"]
+    stack.parts["checksums"].fill_(0)
     codes = next(t for f in shards(path) for n, t in load_file(f).items() if "layers.0" in n and "gate_proj_codes" in n)
     place = layer._places["gate_proj"]["codes"]
     changed = codes.clone()
@@ -734,15 +735,8 @@ def test_codes_that_do_not_decode_never_reach_a_kernel(directory, limited):
         file.seek(place.offset)
         file.write(changed.numpy().tobytes())
     for expert in range(6):
-        view = qm.PackedMatrix(
-            changed[layer.stored["gate_proj"][expert] :][: layer._used["gate_proj"][expert]],
-            layer._held["gate_proj"]["row_codewords"][expert],
-            layer._held["gate_proj"]["levels"][expert],
-            layer.experts.codebooks["gate_proj"],
-            24,
-            fewest_codewords=int(layer._held["gate_proj"]["fewest_codewords"][expert]),
-        )
-        layer._held["gate_proj"]["checksums"][expert] = checksum(view)
+        start, used = stack.span(expert)
+        stack.parts["checksums"][expert] = checksum(stack.matrix(expert, changed[start : start + used]))
     with pytest.raises(FormatError, match=r"expert 0 of .*gate_proj: row \d+ "):
         layer.experts(torch.ones(1, 24), torch.tensor([[0, 1]]), torch.ones(1, 2))
 

@@ -349,7 +349,7 @@ def test_a_model_that_puts_out_nan_is_an_error(reciting):
     _, tokenizer = reciting
     model = reciter({}, len(tokenizer))
     model.lm_head.weight.data[3, 0] = float("nan")
-    with pytest.raises(NotFiniteError, match="puts out NaN"):
+    with pytest.raises(NotFiniteError, match="outputs NaN"):
         generate(model, tokenizer, "x")
 
 
@@ -388,7 +388,7 @@ def test_relative_positions_have_no_limit(switch):
 
 def test_ids_beyond_the_vocabulary_are_refused(reciting):
     _, tokenizer = reciting
-    with pytest.raises(SettingError, match="the tokenizer gives id 87, the model knows 80"):
+    with pytest.raises(SettingError, match="the tokenizer produces id 87, the model knows 80"):
         generate(reciter({}, 80), tokenizer, "x")
 
 

@@ -1,0 +1,186 @@
+"""ExpertStack: the parts of one projection of one layer, from which an expert's matrix is sliced and checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_lite.checkpoint.format import ALIGNMENT, checksum, tensor_name
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.matmul import MatrixStack
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.stream import stream_bytes
+from qmoe_lite.coding.validation import validate
+from qmoe_lite.errors import FormatError
+
+
+class ExpertStack:
+    """One projection of all experts of a layer, as it is stored.
+
+    Parameters
+    ----------
+    name : str
+        Of the projection: "model.layers.0.mlp.experts.gate_proj".
+    experts : int
+        Number of experts.
+    shape : tuple of int
+        (rows, columns) of each matrix.
+    codebook : Codebook
+    parts : dict, part to tensor
+        All that `format.parts_of` names, on one device; without "codes" where these lie elsewhere an expert at a time.
+    codes_bytes : int, optional
+        Length of the codes' tensor; needed where it is not among the parts.
+
+    Attributes
+    ----------
+    valid : bool array, shape (experts,)
+        Whose codes are known to decode to exactly their rows.
+
+    Raises
+    ------
+    FormatError
+        A tensor has another shape or dtype than the projection needs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        experts: int,
+        shape: tuple[int, int],
+        codebook: Codebook,
+        parts: dict[str, Tensor],
+        codes_bytes: int | None = None,
+    ) -> None:
+        self.name, self.experts, self.shape, self.codebook, self.parts = name, experts, shape, codebook, parts
+        self._check_parts()
+        self.codes_bytes = len(parts["codes"]) if codes_bytes is None else codes_bytes
+        self.valid: NDArray[np.bool_] = np.zeros(experts, dtype=bool)
+        self._spans: dict[int, tuple[int, int]] = {}
+
+    def _check_parts(self) -> None:
+        experts, rows = self.experts, self.shape[0]
+        expected = {
+            "expert_offsets": ((experts + 1,), (torch.int64,)),
+            "row_codewords": ((experts, rows), (torch.uint8, torch.uint16)),
+            "fewest_codewords": ((experts,), (torch.int32,)),
+            "checksums": ((experts,), (torch.int64,)),
+        }
+        for part, (shape, dtypes) in expected.items():
+            found = self.parts[part]
+            if tuple(found.shape) != shape or found.dtype not in dtypes:
+                raise FormatError(
+                    f"{tensor_name(self.name, part)} is {found.dtype} {tuple(found.shape)}; "
+                    f"config.json promises {' or '.join(map(str, dtypes))} {shape}. Fetch both again."
+                )
+        levels, codes = self.parts["levels"], self.parts.get("codes")
+        if levels.dim() != 3 or tuple(levels.shape[:2]) != (experts, rows) or not levels.is_floating_point():
+            raise FormatError(f"{tensor_name(self.name, 'levels')} is not (experts, rows, levels) of floats.")
+        if codes is not None and (codes.dim() != 1 or codes.dtype != torch.uint8):
+            raise FormatError(f"{tensor_name(self.name, 'codes')} is not a row of bytes. Fetch the file again.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts that are here."""
+        return sum(tensor.nbytes for tensor in self.parts.values())
+
+    def name_of(self, expert: int) -> str:
+        """Return what errors call one expert's matrix."""
+        return f"expert {expert} of {self.name}"
+
+    def span(self, expert: int) -> tuple[int, int]:
+        """Return where in the codes' tensor an expert's stream begins, and its bytes with the zeros behind it.
+
+        Raises
+        ------
+        FormatError
+            It does not lie inside the tensor.
+        """
+        if expert in self._spans:
+            return self._spans[expert]
+        start, stop = self.parts["expert_offsets"][expert : expert + 2].tolist()
+        lengths = self.matrix(expert, torch.empty(0, dtype=torch.uint8)).count_codewords()
+        used = stream_bytes(int(lengths.sum()), self.codebook.bits)
+        if start < 0 or start % ALIGNMENT or not start <= start + used <= stop <= self.codes_bytes:
+            raise FormatError(f"{self.name_of(expert)} does not lie inside its codes. Fetch or make the file again.")
+        self._spans[expert] = start, used
+        return start, used
+
+    def matrix(self, expert: int, codes: Tensor) -> PackedMatrix:
+        """Return one expert's matrix, of its own codes and views of the other parts; it may not have been checked."""
+        return PackedMatrix(
+            codes=codes,
+            row_codewords=self.parts["row_codewords"][expert],
+            levels=self.parts["levels"][expert],
+            codebook=self.codebook,
+            columns=self.shape[1],
+            fewest_codewords=int(self.parts["fewest_codewords"][expert]),
+            _validated=bool(self.valid[expert]),
+        )
+
+    def checked(self, expert: int) -> PackedMatrix:
+        """Return one expert's matrix as it is stored, on the CPU, once it has passed every check.
+
+        Raises
+        ------
+        FormatError
+            It does not lie inside its codes, its checksum differs, or its codes do not decode to exactly its rows.
+        """
+        start, used = self.span(expert)
+        packed = self.matrix(expert, self.parts["codes"][start : start + used])
+        self.check_sum(expert, packed)
+        self.check_codes(expert, packed)
+        return packed
+
+    def check_sum(self, expert: int, packed: PackedMatrix) -> None:
+        """Raise FormatError unless an expert's matrix is, byte for byte, what was written."""
+        if checksum(packed) != int(self.parts["checksums"][expert]):
+            raise FormatError(f"{self.name_of(expert)} is damaged (checksum). Fetch or make the file again.")
+
+    def check_codes(self, expert: int, packed: PackedMatrix) -> None:
+        """Raise FormatError unless an expert's matrix decodes to exactly its rows; note that it is valid."""
+        try:
+            validate(packed)
+        except FormatError as error:
+            raise FormatError(f"{self.name_of(expert)}: {error}") from error
+        self.valid[expert] = True
+
+    def checked_on_device(self) -> list[PackedMatrix]:
+        """Return all experts' matrices where they lie, checked in one copy of the parts on the CPU; errors as there."""
+        on_host = {part: tensor.cpu() for part, tensor in self.parts.items()}
+        host = ExpertStack(self.name, self.experts, self.shape, self.codebook, on_host)
+        found = []
+        for expert in range(self.experts):
+            known, (start, used) = host.checked(expert), host.span(expert)
+            found.append(
+                replace(
+                    known,
+                    codes=self.parts["codes"][start : start + used],
+                    row_codewords=self.parts["row_codewords"][expert],
+                    levels=self.parts["levels"][expert],
+                )
+            )
+        return found
+
+    def for_product(
+        self, codes: NDArray[np.uint8] | None = None, offsets: NDArray[np.int64] | None = None
+    ) -> MatrixStack:
+        """Return all matrices as the CPU's kernels take them, whether checked or not.
+
+        Parameters
+        ----------
+        codes, offsets : arrays, optional
+            Memory that holds the codes, and where each expert's begin there; by default the parts.
+        """
+        return MatrixStack(
+            codes=self.parts["codes"].numpy() if codes is None else codes,
+            offsets=self.parts["expert_offsets"].numpy() if offsets is None else offsets,
+            row_codewords=self.parts["row_codewords"].numpy(),
+            fewest=self.parts["fewest_codewords"].numpy(),
+            levels=self.parts["levels"],
+            codebook=self.codebook,
+            columns=self.shape[1],
+        )

@@ -1,0 +1,99 @@
+"""The family of SwitchTransformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qmoe_lite.checkpoint.reader import Checkpoint, materialise
+from qmoe_lite.models.blocks import MoELayer, Stack, recorded_calls, tied_head
+
+
+class SwitchTransformers:
+    """SwitchTransformers: T5 with one expert of many for each token (arXiv:2101.03961)."""
+
+    model_type = "switch_transformers"
+    seq2seq = True
+    experts_class = "SwitchTransformersExperts"
+    router = "router.classifier"
+
+    def tied(self, config: Any) -> frozenset[str]:
+        embeddings = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
+        return embeddings | tied_head(config)
+
+    def canonical(self, name: str) -> str:
+        return name
+
+    def stored(self, name: str) -> str:
+        return name
+
+    def layers(self, config: Any) -> list[MoELayer]:
+        found = []
+        shapes = {"wi": (config.d_ff, config.d_model), "wo": (config.d_model, config.d_ff)}
+        for name, blocks, step, part in (
+            ("encoder", config.num_layers, config.encoder_sparse_step, 1),
+            ("decoder", config.num_decoder_layers, config.decoder_sparse_step, 2),
+        ):
+            for i in range(blocks):
+                if step == 1 or (step > 0 and i % step == 1):
+                    block = f"{name}.block.{i}"
+                    found.append(MoELayer(f"{block}.layer.{part}.mlp.experts", block, config.num_experts, shapes))
+        return found
+
+    def weight_name(self, layer: MoELayer, expert: int, projection: str) -> str:
+        return f"{layer.experts}.expert_{expert}.{projection}.weight"
+
+    def stacks(self, config: Any) -> list[Stack]:
+        sizes = (("encoder", config.num_layers), ("decoder", config.num_decoder_layers))
+        return [Stack(name, tuple(f"{name}.block.{i}" for i in range(size))) for name, size in sizes]
+
+    def activation(self, config: Any) -> Callable[[Tensor], Tensor]:
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[config.dense_act_fn]  # type: ignore[no-any-return]
+
+    def routing(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        one_hot, weights = arguments
+        value, index = one_hot[:, 0].max(-1)
+        return torch.where(value > 0, index, -1)[:, None], weights
+
+    def load_outside_blocks(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        for name in ("shared", "encoder.final_layer_norm", "decoder.final_layer_norm"):
+            materialise(model.get_submodule(name), name, checkpoint, dtype)
+        for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+            if f"{name}.weight" in checkpoint:
+                materialise(model.get_submodule(name), name, checkpoint, dtype)
+        self.tie(model, checkpoint)
+
+    def tie(self, model: Any, held: Container[str]) -> None:
+        # transformers ties the embeddings only together with lm_head, but checkpoints hold `shared` alone either way
+        shared = model.shared.weight
+        for name in ("encoder.embed_tokens", "decoder.embed_tokens"):
+            if f"{name}.weight" not in held:
+                model.get_submodule(name).weight = shared
+        if model.config.tie_word_embeddings:
+            for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+                module = model.get_submodule(name)  # one that differs is kept, as transformers keeps it
+                if f"{name}.weight" not in held or torch.equal(module.weight, shared):
+                    module.weight = shared
+
+    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, memory: Tensor | None) -> Any:
+        owner = model.get_submodule(stack.name)
+        arguments = {} if memory is None else {"encoder_hidden_states": memory, "use_cache": False}
+        calls = recorded_calls(owner, "block", lambda: owner(input_ids=tokens, **arguments), handed_on=2)
+        (hidden, mask, bias, _, memory_mask, cross_bias), kwargs = calls[0]
+        return hidden, ((mask, bias, memory_mask, cross_bias), kwargs)
+
+    def through(
+        self, block: nn.Module, number: int, hidden: Tensor, memory: Tensor | None, call: Any
+    ) -> tuple[Tensor, Any]:
+        # the first block makes the position biases, the others take them over
+        (mask, bias, memory_mask, cross_bias), kwargs = call
+        hidden, bias, cross_bias = block(hidden, mask, bias, memory, memory_mask, cross_bias, **kwargs)
+        return hidden, ((mask, bias, memory_mask, cross_bias), kwargs)
+
+    def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
+        return model.get_submodule(f"{stack.name}.final_layer_norm")(hidden)  # type: ignore[no-any-return]
