@@ -131,7 +131,15 @@ def _multiply(
     bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest, stack.steps
     exceptions = stack.exception_starts, stack.exception_positions, stack.exception_values
-    coded = *matrices, *exceptions, book.digits, book.lengths, stack.columns, bits, (0,) * book.digits.shape[1]
+    coded = (
+        *matrices,
+        *exceptions,
+        book.digits_table,
+        book.lengths,
+        stack.columns,
+        bits,
+        (0,) * book.digits_table.shape[1],
+    )
     if lanes in FEW_TOKENS:
         window_kernels.few_kernel(*coded, (0,) * lanes, jobs, x, y)
     else:

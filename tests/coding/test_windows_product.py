@@ -22,7 +22,7 @@ def draw_tables(seed, bits=10, longest=8, clip=5):
     lengths = rng.integers(1, longest + 1, 4 << bits).astype(np.uint8)
     digits = rng.integers(-clip, clip + 1, (4 << bits, width)).astype(np.int8)
     digits[np.arange(width) >= lengths[:, None]] = 0
-    return SimpleNamespace(bits=bits, digits=digits, lengths=lengths)
+    return SimpleNamespace(bits=bits, digits_table=digits, lengths=lengths)
 
 
 def draw_codewords(rng, tables, rows, columns):
@@ -56,7 +56,7 @@ def read_digits(codes, tables, counts, columns):
         digits = []
         for _ in range(count):
             window = int(stream[at : at + tables.bits + 2] @ weights)
-            digits.extend(tables.digits[window, : tables.lengths[window]])
+            digits.extend(tables.digits_table[window, : tables.lengths[window]])
             at += tables.bits
         rows.append(digits[:columns])
     return np.array(rows, dtype=np.int64)
@@ -161,7 +161,7 @@ def test_other_widths_of_codewords(bits, tokens):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_rows_of_zeros(tokens):
     tables = draw_tables(3)
-    tables.digits[:] = 0
+    tables.digits_table[:] = 0
     stack, _ = draw_stack(tables, 1, 9, 300, exceptions=0)
     assert not multiply_windows([stack], draw_x(tokens, 300), [0], [0, tokens])[0].any()
 
