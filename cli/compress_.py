@@ -55,15 +55,12 @@ def compress(
 
     from qmoe_lite.cli import _output
     from qmoe_lite.compression.run import compress as run
-    from qmoe_lite.errors import SettingError
-    from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit
+    from qmoe_lite.quantization.grid import grid_of_word
 
-    grids = {"minmax": MinMaxTernary, "two-bit": MinMaxTwoBit}
-    if grid not in grids:
-        raise SettingError(f"grid is {grid}; expected one of {', '.join(grids)}.")
+    chosen = grid_of_word(grid)
     _output.quiet_transformers()
     settings: dict[str, Any] = {
-        "grid": grids[grid](level_dtype=torch.bfloat16),
+        "grid": chosen(level_dtype=torch.bfloat16),
         "recipe": recipe,
         "samples": samples,
         "sequence_length": sequence_length,

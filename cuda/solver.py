@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qmoe_lite.cuda.launch import as_tensor, cuda, kernel
 from qmoe_lite.errors import ShapeError
-from qmoe_lite.quantization.grid import RoundingTable
 from qmoe_lite.quantization.hessian import full_float32
+from qmoe_lite.quantization.rounding import RoundingTable
 
 ROWS = 32  # per block
 COLUMNS = 128  # solved at a time; wider blocks are walked in steps

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qmoe_lite.quantization.grid import MinMaxTernary as MinMaxTernary
     from qmoe_lite.quantization.grid import MinMaxTwoBit as MinMaxTwoBit
     from qmoe_lite.quantization.grid import Quantized as Quantized
+    from qmoe_lite.quantization.grid import UniformGrid as UniformGrid
     from qmoe_lite.quantization.solver import gptq as gptq
     from qmoe_lite.text.evaluation import evaluate as evaluate
 
@@ -38,6 +39,7 @@ _HOMES = {
     "QMoEError": "errors",
     "Quantized": "quantization.grid",
     "Report": "checkpoint.report",
+    "UniformGrid": "quantization.grid",
     "compress": "compression.run",
     "decode": "coding.codec",
     "decode_matmul": "coding.matmul",
@@ -57,6 +59,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "QMoEError",
     "Quantized",
     "Report",
+    "UniformGrid",
     "compress",
     "decode",
     "decode_matmul",

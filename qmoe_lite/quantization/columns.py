@@ -6,11 +6,14 @@ whole block in the first-level cache. Floor: B^2 / 2 multiplications and as many
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.vectors import add_at, address_of, replace_above_at, store, subtract_multiple_at, zeros
+from qmoe_lite.quantization.rounding import MOST_STEPS
 
 _LANES = 64  # rows that a tile of the kernel holds: four registers of AVX-512, enough to hide an addition's latency
 _LANE_TUPLE = (0,) * _LANES
@@ -52,6 +55,74 @@ def _pad_table(
     return table
 
 
+@njit(cache=True, parallel=True)
+def uniform_kernel(
+    block: NDArray[np.float32],
+    digits: NDArray[np.int16],
+    factor: NDArray[np.float32],
+    steps: NDArray[np.float32],
+    inverses: NDArray[np.float32],
+    shift: np.float32,
+) -> None:
+    """Do what `block_kernel` does, on multiples of the rows' steps (E, R); inverses (E, R) are 1 / step, or 0."""
+    experts, _, rows = block.shape
+    tiles = (rows + _LANES - 1) // _LANES
+    for unit in prange(experts * tiles):
+        expert = unit // tiles
+        first = (unit - expert * tiles) * _LANES
+        own = np.zeros((2, _LANES), np.float32)
+        for row in range(min(_LANES, rows - first)):
+            own[0, row] = steps[expert, first + row]
+            own[1, row] = inverses[expert, first + row]
+        _solve_uniform_tile(block[expert], digits[expert], factor[expert], own, shift, first)
+
+
+@njit(cache=True)
+def _correct(place: int, multiple: int, earlier: int, columns: int) -> Any:
+    """Return the lanes at `place` less the factor's entries times the errors of the columns before, two addresses."""
+    weight = add_at(zeros(_LANE_TUPLE), place)
+    for _ in range(columns):
+        weight = subtract_multiple_at(weight, multiple, earlier)
+        multiple += np.uint64(4)
+        earlier += _LINE
+    return weight
+
+
+@njit(cache=True)
+def _solve_uniform_tile(
+    block: NDArray[np.float32],
+    digits: NDArray[np.int16],
+    factor: NDArray[np.float32],
+    own: NDArray[np.float32],
+    shift: np.float32,
+    first: int,
+) -> None:
+    """Do what `_solve_tile` does, on multiples of the lanes' steps; own (2, lanes) are the steps and their inverses."""
+    columns, rows = block.shape
+    width = min(_LANES, rows - first)
+    tile, chosen = np.zeros((columns, _LANES), np.float32), np.empty((columns, _LANES), np.int16)
+    _copy_tile(block, first, tile, False)
+    start = address_of(tile)
+    place = start
+    steps, inverses = own[0], own[1]
+    most = np.float32(MOST_STEPS)
+    for column in range(columns):
+        store(place, _correct(place, address_of(factor[column]), start, column))
+        line, taken, pivot = tile[column], chosen[column], factor[column, column]
+        for row in range(_LANES):
+            weight = line[row]
+            size = abs(weight * inverses[row]) + shift
+            size = np.float32(np.int32(size if size < most else most))
+            digit = size if weight > 0 else -size
+            taken[row] = np.int16(digit)
+            line[row] = (weight - digit * steps[row]) / pivot
+        place += _LINE
+    _copy_tile(block, first, tile, True)
+    for column in range(columns):
+        for row in range(width):
+            digits[column, first + row] = chosen[column, row]
+
+
 @njit(cache=True)
 def _solve_tile(
     block: NDArray[np.float32],
@@ -74,12 +145,7 @@ def _solve_tile(
     start, digit_place = address_of(tile), address_of(chosen)
     place = start
     for column in range(columns):
-        weight = add_at(zeros(_LANE_TUPLE), place)
-        multiple, earlier = address_of(factor[column]), start
-        for _ in range(column):
-            weight = subtract_multiple_at(weight, multiple, earlier)
-            multiple += np.uint64(4)
-            earlier += _LINE
+        weight = _correct(place, address_of(factor[column]), start, column)
         value, symbol = add_at(zeros(_LANE_TUPLE), values), add_at(zeros(_LANE_TUPLE), symbols)
         for kind in range(1, table.shape[1]):
             offset = np.uint64(kind) * _LINE
@@ -124,7 +190,7 @@ def _copy_tile(block: NDArray[np.float32], first: int, tile: NDArray[np.float32]
 @njit(cache=True, parallel=True)
 def lost_kernel(
     whole: NDArray[np.float32],
-    digits: NDArray[np.int8],
+    digits: NDArray[np.int8] | NDArray[np.int16],
     scaled: NDArray[np.float32],
     levels: NDArray[np.float32],
     start: int,
@@ -144,10 +210,17 @@ def lost_kernel(
 
 @njit(cache=True)
 def _subtract_levels(
-    weight: NDArray[np.float32], digits: NDArray[np.int8], levels: NDArray[np.float32], rest: NDArray[np.float32]
+    weight: NDArray[np.float32],
+    digits: NDArray[np.int8] | NDArray[np.int16],
+    levels: NDArray[np.float32],
+    rest: NDArray[np.float32],
 ) -> None:
     """Write to rest (R,) a column's weights less what their digits stand for; levels (L, R) as in `dequantize`."""
     kinds, rows = levels.shape
+    if kinds == 1:
+        for row in range(rows):
+            rest[row] = weight[row] - np.float32(digits[row]) * levels[0, row]
+        return
     for row in range(rows):
         rest[row] = weight[row]
     for kind in range(kinds):

@@ -1,42 +1,24 @@
-"""Which levels the weights of a row may take: the paper's min/max ternary grid and its two-bit one.
+"""Which levels the weights of a row may take. A new grid is one file and one line in `GRIDS`.
 
-A grid fits levels (..., R, L) to a weight (..., R, C) and turns them into a table of sorted values and thresholds, so
-that one kernel rounds on every grid. Zero is always a value. Digits: -1, 0, +1 for ternary; for two-bit 0 is the zero
-weight and 1 to 3 are the row's other levels, ascending.
+A grid fits levels (..., R, L) to a weight (..., R, C) and says how a kernel rounds to them. Zero is always a value.
+Digits: -1, 0, +1 for ternary; for two-bit 0 is the zero weight and 1 to 3 are the row's other levels, ascending; any
+int16 for uniform, where the one level is the row's step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
-
-_LEVEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, eq=False)
-class RoundingTable:
-    """What a kernel needs to round: K values a row, ascending, with K - 1 thresholds between them.
-
-    Attributes
-    ----------
-    values : float32 tensor, shape (..., R, K)
-        Zero among them.
-    thresholds : float32 tensor, shape (..., R, K - 1)
-        A number takes the value whose index is the count of thresholds strictly below it. A tie between two values goes
-        to the one nearer to zero; a value equal to its neighbour nearer to zero is never taken.
-    digits : int8 tensor, shape (..., R, K)
-        Digit of each value.
-    """
-
-    values: Tensor
-    thresholds: Tensor
-    digits: Tensor
+from qmoe_lite.errors import FormatError, SettingError, ShapeError
+from qmoe_lite.quantization.minmax import MinMaxTernary as MinMaxTernary
+from qmoe_lite.quantization.minmax import MinMaxTwoBit as MinMaxTwoBit
+from qmoe_lite.quantization.rounding import LEVEL_DTYPES, Rounding
+from qmoe_lite.quantization.uniform import UniformGrid as UniformGrid
 
 
 class Grid(Protocol):
@@ -47,18 +29,26 @@ class Grid(Protocol):
         """Word that stands for the grid in a file."""
 
     @property
+    def word(self) -> str:
+        """Word that stands for the grid on the command line."""
+
+    @property
     def alphabet(self) -> int:
-        """Number of different digits: 3 or 4."""
+        """Number of different digits: 3, 4, or 65,535 for any int16 but the lowest."""
 
     @property
     def level_dtype(self) -> torch.dtype | None:
         """16-bit dtype that the levels are rounded to before the solver runs; None leaves them float32."""
 
+    @property
+    def column_steps(self) -> bool:
+        """Whether steps follow the columns as well: the solver then divides each column by a scale of its own."""
+
     def fit(self, weight: Tensor) -> Tensor:
         """Return the levels (..., R, L), float32, for a weight (..., R, C)."""
 
-    def rounding(self, levels: Tensor) -> RoundingTable:
-        """Return the values, thresholds and digits for levels (..., R, L)."""
+    def rounding(self, levels: Tensor) -> Rounding:
+        """Return how a kernel rounds to levels (..., R, L)."""
 
     def to_config(self) -> dict[str, Any]:
         """Return what :func:`grid_from_config` needs, as JSON values."""
@@ -70,10 +60,10 @@ class Quantized:
 
     Attributes
     ----------
-    digits : int8 tensor, shape (E, R, C) or (R, C), like the weight
-        -1, 0, +1, or 0 to 3 (see the module).
+    digits : int8 tensor, or int16 for uniform, shape (E, R, C) or (R, C), like the weight
+        -1, 0, +1, or 0 to 3, or any within +-32,767 (see the module).
     levels : float32 tensor, shape (E, R, L) or (R, L)
-        Ternary: value of -1, value of +1. Two-bit: values of 1, 2, 3.
+        Ternary: value of -1, value of +1. Two-bit: values of 1, 2, 3. Uniform: the row's step.
     error : float32 tensor, shape (E,)
         tr((W - Q) H (W - Q)^T) / tr(W H W^T), H without dampening; 0 where the denominator is 0. H is the layer's for
         "blended", and the identity where there was none or the matrix's own was not finite.
@@ -81,8 +71,11 @@ class Quantized:
         The Hessian was unusable, and the matrix was rounded to nearest for that reason.
     hessian_class : tuple of str, length E
         "own", "dampened" (more dampening than asked for), "blended" (the layer's Hessian) or "nearest" (none).
+    column_scales : float32 tensor, shape (E, C) or (C,), or None
+        Each column's share in the step, values of bfloat16; 1 where there was no usable Hessian. The same for all
+        matrices that `gptq_shared` is given. None for a grid whose steps follow the rows alone.
 
-    A two-dimensional weight has E = 1 in the last three.
+    A two-dimensional weight has E = 1 in `error`, `fallback` and `hessian_class`.
     """
 
     digits: Tensor
@@ -90,162 +83,83 @@ class Quantized:
     error: Tensor
     fallback: Tensor
     hessian_class: tuple[str, ...]
+    column_scales: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         """The weights that the digits stand for, float32, the digits' shape; computed anew at each access."""
-        return dequantize(self.digits, self.levels)
+        return dequantize(self.digits, self.levels, self.column_scales)
 
 
-@dataclass(frozen=True)
-class MinMaxTernary:
-    """The paper's grid: the row's minimum, zero and the row's maximum, rounded at half of each.
-
-    A row whose weights have one sign has level 0 for the digit of the other sign, and that digit never occurs.
-
-    Parameters
-    ----------
-    level_dtype : torch.bfloat16, torch.float16 or None, default None
-        Dtype that the levels are rounded to before any weight is rounded; None keeps float32.
-
-    Raises
-    ------
-    SettingError
-        Another `level_dtype`; in `fit`, a level outside its range.
-    NotFiniteError
-        In `fit`, NaN or infinity in the weight.
-
-    Notes
-    -----
-    QMoE (arXiv:2310.16795), section 3.2. A weight exactly halfway becomes 0. Departs from the published code in rows of
-    zeros only: levels 0 instead of -1 and +1.
-    """
-
-    level_dtype: torch.dtype | None = None
-    name: ClassVar[str] = "minmax-ternary"
-    alphabet: ClassVar[int] = 3
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown level dtype."""
-        _level_dtype_name(self.level_dtype)
-
-    def fit(self, weight: Tensor) -> Tensor:
-        """Return the levels (..., R, 2), float32: the row's minimum and maximum, clamped to either side of 0."""
-        return _round_levels(torch.stack(_clamped_range(weight), dim=-1), self.level_dtype)
-
-    def rounding(self, levels: Tensor) -> RoundingTable:
-        """Return the table for levels (..., R, 2): values low, 0, high."""
-        _check_levels(levels, 2)
-        values = torch.stack((levels[..., 0], torch.zeros_like(levels[..., 0]), levels[..., 1]), dim=-1)
-        digits = torch.arange(-1, 2, dtype=torch.int8, device=levels.device).expand(values.shape)
-        return _table(values, digits)
-
-    def to_config(self) -> dict[str, Any]:
-        """Return what :func:`grid_from_config` needs, as JSON values."""
-        return {"name": self.name, "level_dtype": _level_dtype_name(self.level_dtype)}
+AnyGrid = MinMaxTernary | MinMaxTwoBit | UniformGrid
+GRIDS: tuple[type[MinMaxTernary] | type[MinMaxTwoBit] | type[UniformGrid], ...] = (
+    MinMaxTernary,
+    MinMaxTwoBit,
+    UniformGrid,
+)
 
 
-@dataclass(frozen=True)
-class MinMaxTwoBit:
-    """The paper's two-bit grid: four evenly spaced values from row minimum to maximum, shifted so that one is 0.
-
-    scale = (max - min) / 3, zero_point = round(-min / scale), values = scale * (q - zero_point) for q = 0 to 3.
-
-    Parameters
-    ----------
-    level_dtype : torch.bfloat16, torch.float16 or None, default None
-        Dtype that the levels are rounded to before any weight is rounded; None keeps float32.
+def grid_of_word(word: str) -> type[MinMaxTernary] | type[MinMaxTwoBit] | type[UniformGrid]:
+    """Return the grid that a word of the command line stands for.
 
     Raises
     ------
     SettingError
-        Another `level_dtype`; in `fit`, a level outside its range.
-    NotFiniteError
-        In `fit`, NaN or infinity in the weight.
-
-    Notes
-    -----
-    QMoE (arXiv:2310.16795), section 3.2. Departs from the published code at exact ties, which go to the value nearer to
-    zero (there: to the even q), and in rows of zeros, whose levels are 0.
+        An unknown word; the message lists the known ones.
     """
-
-    level_dtype: torch.dtype | None = None
-    name: ClassVar[str] = "minmax-two-bit"
-    alphabet: ClassVar[int] = 4
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown level dtype."""
-        _level_dtype_name(self.level_dtype)
-
-    def fit(self, weight: Tensor) -> Tensor:
-        """Return the levels (..., R, 3), float32: the three values that are not zero, ascending."""
-        low, high = _clamped_range(weight)
-        scale = ((high - low) / 3).unsqueeze(-1)
-        divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-        zero_point = torch.round(-low.unsqueeze(-1) / divisor).clamp_(0, 3)
-        q = torch.arange(3, dtype=torch.float32, device=scale.device).expand(*scale.shape[:-1], 3)
-        return _round_levels(scale * (q + (q >= zero_point) - zero_point), self.level_dtype)
-
-    def rounding(self, levels: Tensor) -> RoundingTable:
-        """Return the table for levels (..., R, 3): 0 inserted where it belongs in each row."""
-        _check_levels(levels, 3)
-        zero_point = (levels < 0).sum(dim=-1, keepdim=True)
-        position = torch.arange(4, device=levels.device).expand(*levels.shape[:-1], 4)
-        source = position - (position > zero_point).long()
-        values = torch.gather(levels, -1, source.clamp(max=2)).masked_fill(position == zero_point, 0.0)
-        digits = (source + 1).masked_fill(position == zero_point, 0).to(torch.int8)
-        return _table(values, digits)
-
-    def to_config(self) -> dict[str, Any]:
-        """Return what :func:`grid_from_config` needs, as JSON values."""
-        return {"name": self.name, "level_dtype": _level_dtype_name(self.level_dtype)}
+    known = {grid.word: grid for grid in GRIDS}
+    if word not in known:
+        raise SettingError(f"grid is {word}; expected one of {', '.join(known)}.")
+    return known[word]
 
 
-_GRIDS: dict[str, type[MinMaxTernary] | type[MinMaxTwoBit]] = {
-    "minmax-ternary": MinMaxTernary,
-    "minmax-two-bit": MinMaxTwoBit,
-}
-
-
-def grid_from_config(config: Mapping[str, Any]) -> MinMaxTernary | MinMaxTwoBit:
+def grid_from_config(config: Mapping[str, Any]) -> AnyGrid:
     """Rebuild a grid from its `to_config()`.
 
     Parameters
     ----------
     config : mapping
-        Keys "name" and "level_dtype", both JSON values.
+        Key "name" and the grid's settings, all JSON values.
 
     Returns
     -------
-    MinMaxTernary or MinMaxTwoBit
+    MinMaxTernary, MinMaxTwoBit or UniformGrid
         Equal to the grid that wrote the config.
 
     Raises
     ------
     FormatError
-        Other keys, an unknown name or an unknown level dtype.
+        Other keys, an unknown name or an unknown level dtype, a setting outside its range.
     """
-    if set(config) != {"name", "level_dtype"}:
-        message = f"grid config has keys {sorted(config)}; expected ['level_dtype', 'name']. Use a newer qmoe-lite."
-        raise FormatError(message)
-    name, dtype = config["name"], config["level_dtype"]
-    if not isinstance(name, str) or name not in _GRIDS:
-        raise FormatError(f"grid {name!r} is unknown; expected one of {sorted(_GRIDS)}. Use a newer qmoe-lite.")
-    if dtype is not None and (not isinstance(dtype, str) or dtype not in _LEVEL_DTYPES):
-        message = f"level_dtype {dtype!r} is unknown; expected null or one of {sorted(_LEVEL_DTYPES)}. "
+    known = {grid.name: grid for grid in GRIDS}
+    name = config.get("name")
+    if not isinstance(name, str) or name not in known:
+        raise FormatError(f"grid {name!r} is unknown; expected one of {sorted(known)}. Use a newer qmoe-lite.")
+    expected = sorted(["name", *(field.name for field in fields(known[name]))])
+    if sorted(config) != expected:
+        raise FormatError(f"grid config has keys {sorted(config)}; expected {expected}. Use a newer qmoe-lite.")
+    dtype = config["level_dtype"]
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in LEVEL_DTYPES):
+        message = f"level_dtype {dtype!r} is unknown; expected null or one of {sorted(LEVEL_DTYPES)}. "
         raise FormatError(message + "Use a newer qmoe-lite.")
-    return _GRIDS[name](None if dtype is None else _LEVEL_DTYPES[dtype])
+    settings = {key: value for key, value in config.items() if key not in ("name", "level_dtype")}
+    try:
+        return known[name](level_dtype=None if dtype is None else LEVEL_DTYPES[dtype], **settings)
+    except SettingError as error:
+        raise FormatError(str(error)) from None
 
 
-def dequantize(digits: Tensor, levels: Tensor) -> Tensor:
+def dequantize(digits: Tensor, levels: Tensor, column_scales: Tensor | None = None) -> Tensor:
     """Return the weights that digits stand for.
 
     Parameters
     ----------
-    digits : int8 tensor, shape (..., R, C)
-        -1, 0, +1 where `levels` has one or two columns, 0 to 3 where it has three; not checked.
+    digits : int8 or int16 tensor, shape (..., R, C)
+        Any where `levels` has one column, -1, 0, +1 where it has two, 0 to 3 where it has three; not checked.
     levels : float tensor, shape (..., R, L)
-        L = 1: value of +1, and -1 is its negative. L = 2: values of -1 and +1. L = 3: values of 1, 2 and 3.
+        L = 1: what the digit is multiplied by. L = 2: values of -1 and +1. L = 3: values of 1, 2 and 3.
+    column_scales : float tensor, shape (..., C), or None, default None
+        What each column is multiplied by.
 
     Returns
     -------
@@ -255,75 +169,20 @@ def dequantize(digits: Tensor, levels: Tensor) -> Tensor:
     Raises
     ------
     ShapeError
-        `levels` does not have one to three columns for each row of `digits`.
+        `levels` does not have one to three columns for each row of `digits`, or `column_scales` one for each column.
     """
     if levels.ndim != digits.ndim or levels.shape[:-1] != digits.shape[:-1] or levels.shape[-1] not in (1, 2, 3):
         message = f"levels has shape {tuple(levels.shape)} for digits {tuple(digits.shape)}; "
         raise ShapeError(message + "expected the same rows and 1 to 3 columns. Pass the digits' own levels.")
-    if levels.shape[-1] == 1:
-        levels = torch.cat((-levels, levels), dim=-1)
-    weight = torch.zeros(digits.shape, dtype=levels.dtype, device=levels.device)
-    for index, digit in enumerate((-1, 1) if levels.shape[-1] == 2 else (1, 2, 3)):
-        weight = torch.where(digits == digit, levels[..., index, None], weight)
-    return weight
-
-
-def nearest_digits(weight: Tensor, table: RoundingTable) -> Tensor:
-    """Round each weight (..., R, C) by itself; return its digit, int8, the weight's shape."""
-    index = torch.zeros(weight.shape, dtype=torch.int64, device=weight.device)
-    for column in range(table.thresholds.shape[-1]):
-        index += weight > table.thresholds[..., column, None]
-    return torch.gather(table.digits, -1, index)
-
-
-def _clamped_range(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's minimum, at most 0, and maximum, at least 0; float32 without negative zeros."""
-    weight = weight.detach().to(torch.float32)
-    return weight.amin(dim=-1).clamp_(max=0) + 0.0, weight.amax(dim=-1).clamp_(min=0) + 0.0
-
-
-def _round_levels(levels: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Round float32 levels to `dtype` and back; refuse what it cannot hold."""
-    if not torch.isfinite(levels).all():
-        message = "weight holds NaN, infinity or a range beyond float32; expected finite numbers. "
-        raise NotFiniteError(message + "Repair or scale the weights.")
-    rounded = levels if dtype is None else levels.to(dtype).to(torch.float32)
-    if not torch.isfinite(rounded).all():
-        message = f"levels up to {levels.abs().max().item():.6g} overflow {dtype}; expected levels within its range. "
-        raise SettingError(message + "Pass level_dtype=torch.bfloat16 or None, or scale the weights.")
-    return rounded + 0.0
-
-
-def _table(values: Tensor, digits: Tensor) -> RoundingTable:
-    """Put thresholds halfway between neighbouring `values` (..., R, K), K - 1 a row."""
-    lower, upper = values[..., :-1], values[..., 1:]
-    gaps = lower.shape[-1]
-    zero_index = (digits == 0).int().argmax(dim=-1, keepdim=True)
-    positive = torch.arange(gaps, device=values.device) >= zero_index
-    middle = lower / 2 + upper / 2
-    # `x > t` decides: below zero, a number exactly halfway must count as above, to go to the value nearer to zero
-    thresholds = torch.where(positive, middle, torch.nextafter(middle, torch.full_like(middle, -torch.inf)))
-    for columns, side, edge in ((range(gaps), ~positive, -torch.inf), (reversed(range(gaps)), positive, torch.inf)):
-        outward = torch.full_like(thresholds[..., 0], edge)
-        for column in columns:  # an outer value equal to its inner neighbour is jumped over
-            twin = side[..., column] & (lower[..., column] == upper[..., column])
-            outward = torch.where(twin, outward, thresholds[..., column])
-            thresholds[..., column] = outward
-    return RoundingTable(values.contiguous(), thresholds, digits.contiguous())
-
-
-def _check_levels(levels: Tensor, columns: int) -> None:
-    if levels.ndim < 2 or levels.shape[-1] != columns:
-        message = f"levels has shape {tuple(levels.shape)}; expected (..., R, {columns}). Pass what fit() returned."
-        raise ShapeError(message)
-
-
-def _level_dtype_name(dtype: torch.dtype | None) -> str | None:
-    """Return the name a config uses for a level dtype."""
-    for name, known in _LEVEL_DTYPES.items():
-        if dtype == known:
-            return name
-    if dtype is None:
-        return None
-    message = f"level_dtype is {dtype}; expected torch.bfloat16, torch.float16 or None. Pass one of these."
-    raise SettingError(message)
+    if column_scales is not None and column_scales.shape != (*digits.shape[:-2], digits.shape[-1]):
+        message = f"column_scales has shape {tuple(column_scales.shape)} for digits {tuple(digits.shape)}; "
+        raise ShapeError(message + "expected one for each column. Pass the digits' own scales.")
+    if levels.shape[-1] == 1:  # in float32 where the levels have 16 bits: a digit may have as many
+        weight = digits.to(torch.promote_types(levels.dtype, torch.float32)) * levels
+    else:
+        weight = torch.zeros(digits.shape, dtype=levels.dtype, device=levels.device)
+        for index, digit in enumerate((-1, 1) if levels.shape[-1] == 2 else (1, 2, 3)):
+            weight = torch.where(digits == digit, levels[..., index, None], weight)
+    if column_scales is not None:
+        weight = weight * column_scales[..., None, :]
+    return weight.to(levels.dtype)

@@ -7,23 +7,20 @@ the products, C^3 / 3 for the factorisation, R C^2 for the error.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
-from qmoe_lite.quantization.columns import block_kernel, lost_kernel
-from qmoe_lite.quantization.grid import Grid, Quantized, RoundingTable, dequantize, nearest_digits
+from qmoe_lite.errors import ShapeError
+from qmoe_lite.quantization.arguments import Array, check_hessian, check_settings, check_weight
+from qmoe_lite.quantization.columns import block_kernel, lost_kernel, uniform_kernel
+from qmoe_lite.quantization.grid import Grid, Quantized, dequantize
 from qmoe_lite.quantization.hessian import added, all_finite, factorise, full_float32
-
-Array = Tensor | NDArray[Any]
+from qmoe_lite.quantization.rounding import Rounding, UniformRounding, nearest_digits
+from qmoe_lite.quantization.uniform import column_scales
 
 _MOST_DAMPENING = 1.0
 _QUADRATIC_BLOCK = 192
@@ -39,6 +36,7 @@ class _Known:
     classes: list[str]
     metric: Tensor  # (E, C, C), what the error is measured with
     added: Tensor  # (E,), what was added to the metric's diagonal for the factor; NaN where the factor is another's
+    scales: Tensor | None = None  # (E, C): the factor is that of the weights with their columns divided by these
 
 
 def gptq(
@@ -60,7 +58,7 @@ def gptq(
         X^T X of the inputs, sum or mean, without dampening, symmetric; (C, C) is shared by all E. None rounds to
         nearest.
     grid : Grid
-        Which levels a row may take, such as `MinMaxTernary()`.
+        Which levels a row may take, such as `MinMaxTernary()` or `UniformGrid(1.16)`.
     dampening : float, default 0.1
         Fraction of the mean diagonal that is added to the diagonal ("percdamp" in GPTQ).
     block_size : int, default 128
@@ -91,6 +89,9 @@ def gptq(
     Hessian takes its place ("blended"), then its matrix alone is rounded to nearest ("nearest", `fallback`); the other
     matrices keep every bit. Departs from the published code, which zeroes the weights of inputs that calibration never
     saw: dampening makes their diagonal positive, so they are rounded like any weight, and held-out inputs may use them.
+
+    A grid whose steps follow the columns works on the weights divided by its column scales, with a factor scaled alike:
+    GPTQ commutes with that. The scales come from the factor, and are rounded, before any weight is.
 
     Every row is summed in one order by one thread: the number of Numba threads changes no bit.
 
@@ -133,51 +134,48 @@ def gptq_shared(
     ------
     As `gptq`.
     """
-    dampening, block_size = _check_settings(dampening, block_size)
-    checked = [_check_weight(weight) for weight in weights]
+    dampening, block_size = check_settings(dampening, block_size)
+    checked = [check_weight(weight) for weight in weights]
     for full in checked[1:]:
         if (*full.shape[:-2], full.shape[-1]) != (*checked[0].shape[:-2], checked[0].shape[-1]):
             found = " and ".join(str(tuple(each.shape)) for each in (checked[0], full))
             raise ShapeError(f"weights have shapes {found}; expected one E and one C. Quantise them apart.")
-    own = _check_hessian(hessian, checked[0], shared=True, name="hessian")
-    layer = _check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
+    own = check_hessian(hessian, checked[0], shared=True, name="hessian")
+    layer = check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
     known = None if own is None else _factorise_all(own, layer, dampening, block_size)
+    if known is not None and grid.column_steps:
+        known = _scale_columns(known, block_size)
     return [_quantise(weight, known, grid, block_size) for weight in checked]
-
-
-def _check_weight(weight: Array) -> Tensor:
-    """Return a weight as finite float32 of two or three axes, or raise."""
-    full = _to_float32(weight, "weight")
-    if full.ndim not in (2, 3) or full.numel() == 0:
-        message = f"weight has shape {tuple(full.shape)}; expected (E, R, C) or (R, C), none of them 0. "
-        raise ShapeError(message + "Pass at least one weight.")
-    _check_finite(full)
-    return full
 
 
 def _quantise(full: Tensor, known: _Known | None, grid: Grid, block_size: int) -> Quantized:
     """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians."""
     group = full if full.ndim == 3 else full[None]
     levels = grid.fit(group)
-    table = grid.rounding(levels)
+    rounding = grid.rounding(levels)
     lost = torch.full((len(group),), torch.nan, dtype=torch.float64, device=group.device)
+    scales = None
     if known is None:
-        digits, classes = nearest_digits(group, table), ["nearest"] * len(group)
+        digits, classes = nearest_digits(group, rounding), ["nearest"] * len(group)
+        if grid.column_steps:
+            scales = group.new_ones(len(group), group.shape[-1])
     else:
         classes = known.classes if len(known.classes) == len(group) else known.classes * len(group)
-        digits, lost = _solve(group, known, levels, table, block_size)
+        scales = None if known.scales is None else known.scales.expand(len(group), -1)
+        digits, lost = _solve(group, known, scales, levels, rounding, block_size)
         broken = torch.nonzero(lost.isinf()).flatten().tolist()
-        if broken:
-            digits[broken] = nearest_digits(group, table)[broken]
+        if broken:  # its scales stay: they are those of the other matrices of this input
+            whole = group if scales is None else group / scales[:, None]
+            digits[broken] = nearest_digits(whole, rounding)[broken]
             classes = ["nearest" if expert in broken else name for expert, name in enumerate(classes)]
     fallback = torch.tensor([known is not None and name == "nearest" for name in classes], device=group.device)
-    error = _relative_error(group, digits, levels, None if known is None else known.metric, lost)
+    error = _relative_error(group, digits, levels, scales, None if known is None else known.metric, lost)
     if full.ndim == 2:
-        digits, levels = digits[0], levels[0]
-    return Quantized(digits, levels, error, fallback, tuple(classes))
+        digits, levels, scales = digits[0], levels[0], None if scales is None else scales[0]
+    return Quantized(digits, levels, error, fallback, tuple(classes), scales)
 
 
-def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Tensor, Tensor]:
+def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor, Tensor]:
     """Quantise one block of B columns, each column making up for the ones before it.
 
     Parameters
@@ -187,12 +185,12 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
         lie next to each other, as they do in the results.
     factor : float32 tensor, shape (E, B, B)
         The block's part of the upper factor of the inverse Hessian.
-    table : RoundingTable
-        Values (E, R, K) to round to.
+    table : RoundingTable or UniformRounding
+        Values (E, R, K), or steps (E, R), to round to.
 
     Returns
     -------
-    digits : int8 tensor, shape (E, R, B)
+    digits : int8 tensor, or int16 for steps, shape (E, R, B)
         On the block's device.
     errors : float32 tensor, shape (E, R, B)
         Each column's error over the factor's diagonal: what multiplies the factor's row for the columns that follow.
@@ -202,22 +200,27 @@ def solve_block(block: Tensor, factor: Tensor, table: RoundingTable) -> tuple[Te
 
         return twin.solve_block(block, factor, table)
     errors = torch.empty(block.mT.shape, dtype=torch.float32).copy_(block.mT)
-    digits = torch.empty(errors.shape, dtype=torch.int8)
-    parts = factor, table.values, table.thresholds, table.digits
-    block_kernel(errors.numpy(), digits.numpy(), *(part.cpu().mT.contiguous().numpy() for part in parts))
+    digits = torch.empty(errors.shape, dtype=table.digit_dtype)
+    lower = factor.cpu().mT.contiguous().numpy()
+    if isinstance(table, UniformRounding):
+        steps, inverses = (part.cpu().contiguous().numpy() for part in (table.steps, table.inverses))
+        uniform_kernel(errors.numpy(), digits.numpy(), lower, steps, inverses, np.float32(table.shift))
+    else:
+        parts = table.values, table.thresholds, table.digits
+        block_kernel(errors.numpy(), digits.numpy(), lower, *(part.cpu().mT.contiguous().numpy() for part in parts))
     return digits.mT.to(block.device), errors.mT.to(block.device)
 
 
 def _solve(
-    weight: Tensor, known: _Known, levels: Tensor, table: RoundingTable, block_size: int
+    weight: Tensor, known: _Known, scales: Tensor | None, levels: Tensor, rounding: Rounding, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the digits (E, R, C), and tr(D H D^T), D = weight - quantised, float64 (E,).
+    """Return the digits (E, R, C) of weight / scales (E, C), and tr(D H D^T), D = weight - quantised, float64 (E,).
 
     It is infinite where errors overflowed, and the expert needs another way; NaN where it has to be computed from D.
     """
     experts, rows, columns = weight.shape
     factor = known.factor.expand(experts, -1, -1)
-    digits = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    digits = torch.empty(weight.shape, dtype=rounding.digit_dtype, device=weight.device)
     squares = torch.zeros((2, experts), dtype=torch.float64, device=weight.device)
     # memory that is written for the first time costs as much as a product: few experts on the CPU, in the same place
     some = max(1, _CHUNK // (rows * columns)) if weight.device.type == "cpu" else experts
@@ -225,15 +228,19 @@ def _solve(
     with full_float32():
         for first in range(0, experts, some):
             part = slice(first, first + some)
-            chosen = RoundingTable(table.values[part], table.thresholds[part], table.digits[part])
+            chosen = rounding.part(part)
             whole, work = scratch[:, : len(weight[part])]  # a column's rows lie next to each other
-            work.copy_(whole.copy_(weight[part].mT))
+            whole.copy_(weight[part].mT)
+            if scales is not None:
+                whole.div_(scales[part, :, None])
+            work.copy_(whole)
             for start in range(0, columns, block_size):
                 end = min(start + block_size, columns)
                 block, upper = work[:, start:end].mT, factor[part, start:end, start:end]
                 symbols, errors = solve_block(block, upper, chosen)
                 digits[part, :, start:end] = symbols
-                squares[:, part] += _lose(whole, symbols.mT, errors.mT, levels[part], start, work)
+                widths = None if scales is None else scales[part, start:end]
+                squares[:, part] += _lose(whole, symbols.mT, errors.mT, levels[part], widths, start, work)
                 lost = work[:, start:end]
                 _add_product(work[:, end:], factor[part, start:end, end:].mT, lost)
     damped = squares[0]
@@ -243,25 +250,35 @@ def _solve(
     return digits, difference
 
 
-def _lose(whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, start: int, out: Tensor) -> Tensor:
+def _lose(
+    whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, scales: Tensor | None, start: int, out: Tensor
+) -> Tensor:
     """Write weight - quantised to columns `start` and on of out (E, C, R), for digits (E, B, R) and levels (E, R, L).
 
-    Returns the sums of squares of `scaled` (E, B, R) and of what was written, float64 (2, E).
+    Returns the sums of squares of `scaled` (E, B, R) and of what was written, float64 (2, E); the latter times the
+    columns' scales (E, B).
     """
     if whole.device.type == "cpu":
         sums = np.empty((2, *digits.shape[:2]))
         parts = (part.contiguous().numpy() for part in (whole, digits, scaled, levels.mT))
         lost_kernel(*parts, start, out.numpy(), sums)
+        if scales is not None:
+            sums[1] *= scales.double().square().numpy()
         return torch.from_numpy(sums.sum(axis=-1))
-    return _lose_by_torch(whole, digits, scaled, levels, start, out)
+    return _lose_by_torch(whole, digits, scaled, levels, scales, start, out)
 
 
-def _lose_by_torch(whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, start: int, out: Tensor) -> Tensor:
+def _lose_by_torch(
+    whole: Tensor, digits: Tensor, scaled: Tensor, levels: Tensor, scales: Tensor | None, start: int, out: Tensor
+) -> Tensor:
     """Do what `_lose` says, on any device."""
     columns = digits.shape[1]
     quantised = dequantize(digits[..., None], levels[:, None].expand(-1, columns, -1, -1))[..., 0]
     lost = torch.sub(whole[:, start : start + columns], quantised, out=out[:, start : start + columns])
-    return torch.stack([(part.double() ** 2).sum(dim=(1, 2)) for part in (scaled, lost)])
+    sums = torch.stack([part.double().square_().sum(dim=2) for part in (scaled, lost)])
+    if scales is not None:
+        sums[1] *= scales.double().square()
+    return sums.sum(dim=2)
 
 
 def _add_product(rest: Tensor, factor: Tensor, lost: Tensor) -> None:
@@ -302,6 +319,21 @@ def _factorise_all(own: Tensor, layer: Tensor | None, dampening: float, block_si
     return _Known(factor, classes, metric, extra)
 
 
+def _scale_columns(known: _Known, block_size: int) -> _Known:
+    """Return the factor for weights whose columns are divided by scales that come from it: diag(s) M for M.
+
+    M^-1 / s on the diagonal of blocks; above it s_i (M_ab U_bb)_ij / s_j. An error over the factor's diagonal, and what
+    it costs, stay what they were. Takes the factor's memory.
+    """
+    factor = known.factor
+    scales = column_scales(factor.diagonal(dim1=-2, dim2=-1))
+    factor /= scales[:, None]
+    for start in range(0, factor.shape[-1], block_size):
+        end = start + block_size
+        factor[:, start:end, end:] *= scales[:, start:end, None]
+    return replace(known, factor=factor, scales=scales)
+
+
 def _indices(classes: list[str], wanted: str) -> list[int]:
     return [index for index, name in enumerate(classes) if name == wanted]
 
@@ -315,7 +347,9 @@ def _dampening_steps(dampening: float) -> list[float]:
     return steps
 
 
-def _relative_error(weight: Tensor, digits: Tensor, levels: Tensor, hessian: Tensor | None, lost: Tensor) -> Tensor:
+def _relative_error(
+    weight: Tensor, digits: Tensor, levels: Tensor, scales: Tensor | None, hessian: Tensor | None, lost: Tensor
+) -> Tensor:
     """Return tr(D H D^T) / tr(W H W^T), shape (E,); D = weight - quantised (E, R, C), H (E or 1, C, C) or identity.
 
     `lost` is the numerator, float64 (E,); it is computed here where it is not finite.
@@ -332,7 +366,8 @@ def _relative_error(weight: Tensor, digits: Tensor, levels: Tensor, hessian: Ten
         whole = _quadratic(scaled, metric)
         numerator = lost[part] / (unit.double() ** 2 * spread.double() ** 2)[..., 0, 0]
         if not torch.isfinite(lost[part]).all():
-            difference = scaled - dequantize(digits[part], levels[part]) / unit / spread
+            widths = None if scales is None else scales[part]
+            difference = scaled - dequantize(digits[part], levels[part], widths) / unit / spread
             numerator = torch.where(torch.isfinite(lost[part]), numerator, _quadratic(difference, metric))
         error[part] = torch.where(whole > 0, numerator / whole, 0.0).clamp(min=0)
     return error
@@ -361,48 +396,3 @@ def _quadratic(rows: Tensor, hessian: Tensor | None) -> Tensor:
             add_product(product, rows[..., end:], hessian[..., end:, start:end], alpha=2)
             total += (rows[..., start:end] * product).sum(dim=(-2, -1), dtype=torch.float64)
     return total
-
-
-def _check_settings(dampening: float, block_size: int) -> tuple[float, int]:
-    """Return both settings as plain numbers, or raise SettingError."""
-    if not (math.isfinite(dampening) and dampening >= 0):
-        raise SettingError(f"dampening is {dampening}; expected a finite number, 0 or more. Pass 0.1, as in the paper.")
-    if operator.index(block_size) < 1:
-        raise SettingError(f"block_size is {block_size}; expected 1 or more. Pass 128, as in the paper.")
-    return float(dampening), operator.index(block_size)
-
-
-def _to_float32(array: Array, name: str) -> Tensor:
-    """Return a float32 tensor; a copy of a NumPy array, a view of a float32 tensor."""
-    if isinstance(array, np.ndarray):
-        if array.dtype.kind != "f":
-            raise DtypeError(f"{name} is {array.dtype}; expected a float dtype. Convert it first.")
-        with np.errstate(over="ignore"):
-            return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
-    if not array.is_floating_point():
-        raise DtypeError(f"{name} is {array.dtype}; expected a float dtype. Convert it first.")
-    return array.detach().to(torch.float32)
-
-
-def _check_finite(weight: Tensor) -> None:
-    """Raise NotFiniteError for the first NaN or infinity in weight (E, R, C) or (R, C)."""
-    if all_finite(weight).all():
-        return
-    *expert, row, column = torch.nonzero(~torch.isfinite(weight))[0].tolist()
-    place = f"expert {expert[0] if expert else 0}, row {row}, column {column}"
-    value = weight[*expert, row, column].item()
-    raise NotFiniteError(f"weight is {value} at {place}; expected float32's range. Repair the checkpoint.")
-
-
-def _check_hessian(hessian: Array | None, full: Tensor, *, shared: bool, name: str) -> Tensor | None:
-    """Return a Hessian as float32 (E, C, C) or (1, C, C) on the weight's device, or raise ShapeError."""
-    if hessian is None:
-        return None
-    experts, columns = (full.shape[0] if full.ndim == 3 else 1), full.shape[-1]
-    matrix = _to_float32(hessian, name)
-    expected = [(columns, columns), *([(experts, columns, columns)] if shared else [])]
-    if tuple(matrix.shape) not in expected:
-        message = f"{name} has shape {tuple(matrix.shape)} for a weight of shape {tuple(full.shape)}; "
-        raise ShapeError(message + f"expected {' or '.join(map(str, expected))}. Pass X^T X of this weight's inputs.")
-    matrix = matrix.to(full.device)
-    return matrix if matrix.ndim == 3 else matrix[None]

@@ -28,8 +28,9 @@ from qmoe_lite.cuda import codec, gather, launch, matmul, packets, solver, varia
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.quantization import solver as cpu_solver
-from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
+from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit
 from qmoe_lite.quantization.hessian import factorise
+from qmoe_lite.quantization.rounding import RoundingTable
 
 if not launch.available():
     pytest.skip(f"needs a GPU: {launch.reason()}", allow_module_level=True)

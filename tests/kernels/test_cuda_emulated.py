@@ -21,7 +21,8 @@ from qmoe_lite.cuda import solver as cuda_solver
 from qmoe_lite.cuda.launch import kernel
 from qmoe_lite.errors import DigitError, DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.quantization import solver
-from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, RoundingTable
+from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit
+from qmoe_lite.quantization.rounding import RoundingTable
 
 TERNARY = Codebook.fit([115, 1770, 115], bits=8)
 EVEN = Codebook.fit([1, 1, 1], bits=8)  # short codewords: rows of more than one warp's worth

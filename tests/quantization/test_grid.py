@@ -17,8 +17,8 @@ from qmoe_lite.quantization.grid import (
     Quantized,
     dequantize,
     grid_from_config,
-    nearest_digits,
 )
+from qmoe_lite.quantization.rounding import nearest_digits
 
 GRIDS = [MinMaxTernary(), MinMaxTwoBit()]
 ids = [grid.name for grid in GRIDS]

@@ -10,8 +10,9 @@ import torch
 
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.quantization import solver
-from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, dequantize, nearest_digits
+from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, dequantize
 from qmoe_lite.quantization.hessian import factorise
+from qmoe_lite.quantization.rounding import nearest_digits
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "gptq_paper_recipe.npz"
@@ -131,7 +132,7 @@ def test_what_rounding_lost_is_the_same_from_the_kernel_and_from_torch(name):
     scaled = torch.randn(2, 40, 29)
     part, out = slice(20, 60), torch.zeros(2, 2, 63, 29)
     sums = [
-        lose(weight.mT, digits.mT[:, part], scaled, levels, 20, to)
+        lose(weight.mT, digits.mT[:, part], scaled, levels, None, 20, to)
         for lose, to in zip((solver._lose, solver._lose_by_torch), out, strict=True)
     ]
     torch.testing.assert_close(sums[0], sums[1])
@@ -163,9 +164,9 @@ def test_the_error_of_all_experts_at_once_is_that_of_each(monkeypatch, kind):
     table = MinMaxTernary().rounding(levels := MinMaxTernary().fit(weight))
     digits = nearest_digits(weight, table)
     lost = torch.tensor([torch.nan, 0.5, torch.inf, 0.0], dtype=torch.float64)
-    each = solver._relative_error(weight, digits, levels, known, lost)
+    each = solver._relative_error(weight, digits, levels, None, known, lost)
     monkeypatch.setattr(solver, "_turns", lambda experts, device: [slice(None)])
-    torch.testing.assert_close(solver._relative_error(weight, digits, levels, known, lost), each)
+    torch.testing.assert_close(solver._relative_error(weight, digits, levels, None, known, lost), each)
     assert each[0] > 0
     assert each[3] == 0
 
