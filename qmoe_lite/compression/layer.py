@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +13,20 @@ from torch import Tensor
 from qmoe_lite.checkpoint.format import pack_experts, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport
-from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
-from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.tally import Solved, Tally
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.models.routing import Assignment
-from qmoe_lite.quantization.digits import count, squeeze, unsqueeze
-from qmoe_lite.quantization.grid import Grid, Quantized
+from qmoe_lite.quantization.grid import Grid
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
 _TOKENS = 1 << 14  # tokens that go through an expert at a time
-_SAMPLE = 1 << 22  # digits, over all experts of a projection, that choose its codebook; at least a row of each
 
 
 def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
@@ -76,14 +73,6 @@ class LayerResult:
     codebooks: dict[str, dict[str, Any]]
     reports: list[ProjectionReport]
     held_out_error: float | None
-
-
-class _Solved(NamedTuple):
-    """One projection of a group of experts."""
-
-    quantized: Quantized
-    tokens: list[int]
-    classes: list[str]
 
 
 class LayerCompressor:
@@ -138,7 +127,7 @@ class LayerCompressor:
         LayerResult
         """
         groups = self.groups(layer)
-        tallies = {name: _Tally(layer, name, self._grid.alphabet) for name in layer.projections}
+        tallies = {name: Tally(layer, name, self._grid.alphabet) for name in layer.projections}
         wrong = right = 0.0
         for i, group in enumerate(groups):
             solved = self._nearest(layer, group) if seen is None else self._solve(layer, group, number, seen)
@@ -165,7 +154,7 @@ class LayerCompressor:
         reports = [tally.report() for tally in tallies.values()]
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
 
-    def _codebook(self, tally: _Tally) -> Codebook:
+    def _codebook(self, tally: Tally) -> Codebook:
         """The recipe's codebook, for the digits of one projection."""
         counts, bits = tally.counts.tolist(), self._settings.codeword_bits
         if self._settings.recipe == "paper":
@@ -183,14 +172,14 @@ class LayerCompressor:
     def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
         return torch.stack([self._weights(layer, expert, projection) for expert in group])
 
-    def _nearest(self, layer: MoELayer, group: range) -> dict[str, _Solved]:
-        def one(name: str) -> _Solved:
+    def _nearest(self, layer: MoELayer, group: range) -> dict[str, Solved]:
+        def one(name: str) -> Solved:
             quantized = gptq(self._group_weights(layer, group, name), None, self._grid)
-            return _Solved(quantized, [0] * len(group), ["nearest"] * len(group))
+            return Solved(quantized, [0] * len(group), ["nearest"] * len(group))
 
         return {name: one(name) for name in layer.projections}
 
-    def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs) -> dict[str, _Solved]:
+    def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs) -> dict[str, Solved]:
         """Quantise a group's projections, the last one for what the quantised first ones put out."""
         options = self._settings
         cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
@@ -198,7 +187,7 @@ class LayerCompressor:
         for expert in group:
             rows, _ = seen.assigned.of_expert(expert)
             rows_of.append(draw(rows[seen.eligible[rows]], cap, options.seed, number, expert))
-        solved: dict[str, _Solved] = {}
+        solved: dict[str, Solved] = {}
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
             before = [[solved[name].quantized.weight[place] for name in solved] for place in range(len(group))]
@@ -224,7 +213,7 @@ class LayerCompressor:
             for name, quantized in zip(stage, results, strict=True):
                 pairs = zip(quantized.hessian_class, starved, strict=True)
                 classes = ["blended" if known == "own" and few else known for known, few in pairs]
-                solved[name] = _Solved(quantized, [len(rows) for rows in rows_of], classes)
+                solved[name] = Solved(quantized, [len(rows) for rows in rows_of], classes)
         return solved
 
     def _mean_hessian(self, parts: Iterable[Tensor], before: list[Tensor], tokens: int, columns: int) -> Tensor:
@@ -260,66 +249,3 @@ class LayerCompressor:
 
     def _inner(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
         return inner(self._activation, [x @ matrix.T for matrix in matrices])
-
-
-class _Tally:
-    """Keeps one projection's digits, five to a byte, and its figures, until all groups are done."""
-
-    def __init__(self, layer: MoELayer, projection: str, alphabet: int) -> None:
-        self._layer, self._projection, self._alphabet = layer, projection, alphabet
-        self.counts = np.zeros(alphabet, dtype=np.int64)
-        self._kept: list[tuple[np.ndarray, Tensor]] = []
-        self._sample: list[np.ndarray] = []
-        self._errors: list[float] = []
-        self._tokens: list[int] = []
-        self._classes: dict[str, int] = {}
-        self._bytes = self._code_bits = self._codeword_bits = 0
-
-    def add(self, solved: _Solved) -> None:
-        """Take over a group of experts."""
-        rows, columns = self._layer.shapes[self._projection]
-        step = min(rows, max(1, self._layer.count * rows * columns // _SAMPLE))
-        all_digits, all_levels = solved.quantized.digits.cpu().numpy(), solved.quantized.levels.cpu()
-        for digits, levels in zip(all_digits, all_levels, strict=True):
-            self.counts += count(digits, self._alphabet)
-            self._sample.append(digits[len(self._kept) % step :: step].copy())
-            self._kept.append((squeeze(digits, self._alphabet), levels.clone()))
-        self._errors += solved.quantized.error.tolist()
-        self._tokens += solved.tokens
-        for name in solved.classes:
-            self._classes[name] = self._classes.get(name, 0) + 1
-
-    def sample(self) -> np.ndarray:
-        """Rows of digits from all experts, int8 (rows, C)."""
-        return np.concatenate(self._sample)
-
-    def matrices(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Give back each expert's digits (R, C) and levels (R, L), and forget them."""
-        while self._kept:
-            small, levels = self._kept.pop(0)
-            yield unsqueeze(small, self._layer.shapes[self._projection], self._alphabet), levels
-
-    def stored(self, tensors: dict[str, Tensor], packed: list[PackedMatrix]) -> None:
-        """Note what the projection takes on disk."""
-        self._bytes = sum(tensor.nbytes for tensor in tensors.values())
-        self._codeword_bits = packed[0].codebook.bits
-        self._code_bits = sum(int(p.count_codewords().sum()) * p.codebook.bits for p in packed)
-
-    def report(self) -> ProjectionReport:
-        rows, columns = self._layer.shapes[self._projection]
-        weights = self._layer.count * rows * columns
-        zero = ALPHABETS[self._alphabet].zero_symbol
-        return ProjectionReport(
-            layer=self._layer.experts,
-            projection=self._projection,
-            experts=self._layer.count,
-            rows=rows,
-            columns=columns,
-            bits_per_weight=8 * self._bytes / weights,
-            code_bits_per_weight=self._code_bits / weights,
-            codeword_bits=self._codeword_bits,
-            zeros=int(self.counts[zero]) / weights,
-            error=float(np.mean(self._errors)),
-            hessian_classes=self._classes,
-            tokens=self._tokens,
-        )

@@ -37,7 +37,8 @@ from qmoe_lite.errors import CheckpointError, OutputError, QMoEError, SettingErr
 from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.skeletons import open_checkpoint
 from qmoe_lite.offload.cache import HALF_LIFE
-from qmoe_lite.offload.gpu_tier import CudaDevice, Device, GpuTier, share_layers
+from qmoe_lite.offload.gpu_device import CudaDevice, Device
+from qmoe_lite.offload.gpu_tier import GpuTier, share_layers
 from qmoe_lite.offload.ram_tier import Layer, RamTier, slot_layout
 from qmoe_lite.offload.readers import Readers
 

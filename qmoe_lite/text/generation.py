@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from qmoe_lite.compression.calibration import Samples, check_ids
-from qmoe_lite.errors import NotFiniteError, SettingError, first_line
+from qmoe_lite.errors import SettingError, first_line
+from qmoe_lite.text.guards import Stopped, alone, only, refuse_nan, stopping
+from qmoe_lite.text.streams import Stream, Streams
 
 PREFILL_CHUNK = 1024  # tokens of a prompt in one forward pass: what bounds the memory that a long prompt takes
 COLDEST = 1e-3  # lower temperatures are greedy in all but name, and in the end overflow float32
-# up to the last space, or the last character of a script that has none (Thai, Burmese, Khmer, Chinese, Japanese)
-_WHOLE_WORDS = re.compile(
-    r".*[\s\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]", re.DOTALL
-)
 
 
 @dataclass(frozen=True)
@@ -326,24 +320,24 @@ def go_on(
         settings.prefill_chunk_size = prefill_chunk
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     hidden = ends | ({settings.pad_token_id, settings.decoder_start_token_id} if seq2seq else special)
-    streams = _Streams(
-        [_Stream(tokenizer, hidden, ends, write, i, alone=seq2seq or fresh_line) for i in range(len(rows))]
+    streams = Streams(
+        [Stream(tokenizer, hidden, ends, write, i, alone=seq2seq or fresh_line) for i in range(len(rows))]
     )
     tokens, mask = _pad(rows, left=not seq2seq)
     kept = {} if cache is None else {_cache_argument(model): cache}
     model.eval()
     started = time.perf_counter()
-    with _alone(model), torch.inference_mode(), _only(model, settings), _stopping(model, stop):
+    with alone(model), torch.inference_mode(), only(model, settings), stopping(model, stop):
         try:
             model.generate(
                 input_ids=tokens.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
-                logits_processor=[_refuse_nan],
+                logits_processor=[refuse_nan],
                 streamer=streams,
                 **kept,
             )
-        except _Stopped:
+        except Stopped:
             streams.end()
     return [
         Generation(
@@ -377,37 +371,6 @@ def _cache_argument(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-_turns: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-_turns_lock = threading.Lock()
-
-
-def _alone(model: Any) -> threading.RLock:
-    """A model writes one text at a time: settings and hooks that lie on it meanwhile are that text's."""
-    with _turns_lock:
-        return _turns.setdefault(model, threading.RLock())
-
-
-class _Stopped(Exception):
-    """Leaves transformers' `generate` between two forward passes, where a cache is whole."""
-
-
-@contextmanager
-def _stopping(model: Any, stop: Callable[[], bool] | None) -> Iterator[None]:
-    if stop is None:
-        yield
-        return
-
-    def ask(*_: Any) -> None:
-        if stop():
-            raise _Stopped
-
-    handle = model.register_forward_pre_hook(ask)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _settings(model: Any, tokenizer: Any, sampling: Sampling) -> tuple[Any, set[int]]:
     """Give transformers' settings, and the ids that end a text."""
     from transformers import GenerationConfig
@@ -429,103 +392,3 @@ def _settings(model: Any, tokenizer: Any, sampling: Sampling) -> tuple[Any, set[
         **chosen,
     )
     return settings, set(ends)
-
-
-@contextmanager
-def _only(model: Any, settings: Any) -> Iterator[None]:
-    """Hide the model's own generation_config, from which transformers fills what is left open."""
-    before = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def _refuse_nan(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    if torch.isnan(scores).any():  # argmax would call it the likeliest token
-        raise NotFiniteError("the model outputs NaN: its weights or activations contain it. Fetch the model again.")
-    return scores
-
-
-class _Streams:
-    """A streamer for transformers' `generate`: hands each row its tokens, and no longer once it has ended."""
-
-    def __init__(self, streams: list[_Stream]) -> None:
-        self.streams = streams
-        self._prompt_seen = False
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """Take the prompt, then one token for each row."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for stream, token in zip(self.streams, tokens.flatten().tolist(), strict=True):
-            if not stream.ended:
-                stream.put(token)
-
-    def end(self) -> None:
-        """Show what is left of the rows that the model has not ended."""
-        for stream in self.streams:
-            if not stream.ended:
-                stream.end()
-
-
-class _Stream:
-    """Keeps one row's tokens, and passes their text on in whole words.
-
-    Unlike transformers' own streamer it keeps an ordinary token before those that it decodes: many decoders drop a
-    space that stands first, which would eat the one after the prompt and the indentation of each line.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        hidden: set[int],
-        ends: set[int],
-        write: Callable[[int, str], object] | None,
-        number: int,
-        alone: bool,
-    ) -> None:
-        self.made: list[int] = []
-        self.pieces: list[str] = []
-        self.ended = ""
-        self.first_at = self.last_at = time.perf_counter()
-        self._tokenizer, self._hidden, self._ends = tokenizer, hidden, ends
-        self._write, self._number = write, number
-        self._before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._line: list[int] = [] if alone else [*self._before]
-        self._shown = len(self._decode())
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._line, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
-
-    def put(self, token: int) -> None:
-        self.last_at = time.perf_counter()
-        if not self.made:
-            self.first_at = self.last_at
-        self.made.append(token)
-        if token not in self._hidden:
-            self._line.append(token)
-        text = self._decode()
-        whole = _WHOLE_WORDS.match(text)
-        self._show(text, whole.end() if whole else 0)
-        if text.endswith("\n"):
-            self._line = [*self._before]
-            self._shown = len(self._decode())
-        if token in self._ends:
-            self.ended = "eos"
-            self.end()
-
-    def end(self) -> None:
-        text = self._decode()
-        self._show(text, len(text))
-        if self._write is not None:
-            self._write(self._number, "")
-
-    def _show(self, text: str, end: int) -> None:
-        if end > self._shown:
-            self.pieces.append(text[self._shown : end])
-            self._shown = end
-            if self._write is not None:
-                self._write(self._number, self.pieces[-1])

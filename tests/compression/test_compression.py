@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 import qmoe_lite as qm
-from qmoe_lite.compression import layer as layer_compression
+from qmoe_lite.compression import tally as tally_module
 from qmoe_lite.compression.calibration import hessian_masks, make_samples, read_text, read_tokens, window_length
 from qmoe_lite.compression.layer import draw
 from qmoe_lite.errors import (
@@ -433,15 +433,15 @@ def test_each_projection_s_own_digits_choose_its_codeword_bits(tmp_path, switch,
 
 @pytest.mark.parametrize(("most", "rows"), [(1 << 22, 60), (600, 30), (200, 10), (1, 6)])
 def test_the_codebook_is_chosen_by_rows_of_every_expert(monkeypatch, most, rows):
-    monkeypatch.setattr(layer_compression, "_SAMPLE", most)
+    monkeypatch.setattr(tally_module, "_SAMPLE", most)
     numbers = torch.arange(60).reshape(6, 10, 1)
     digits = (numbers // 4 ** torch.arange(20).clamp(max=3) % 4).to(torch.int8)  # a row's number, in base 4
     layer = MoELayer("experts", "block", 6, {"wi": (10, 20)})
-    tally = layer_compression._Tally(layer, "wi", 4)
+    tally = tally_module.Tally(layer, "wi", 4)
     solved = Quantized(digits, torch.ones(6, 10, 3), torch.ones(6), torch.zeros(6, dtype=torch.bool), ("own",) * 6)
     for part in (slice(0, 4), slice(4, 6)):
         group = dataclasses.replace(solved, digits=digits[part], levels=solved.levels[part])
-        tally.add(layer_compression._Solved(group, [0], ["own"]))
+        tally.add(tally_module.Solved(group, [0], ["own"]))
     found = tally.sample()[:, :3].astype(int) @ [1, 4, 16]
     assert len(set(found)) == len(found) == rows
     assert set(found // 10) == set(range(6))
