@@ -22,7 +22,7 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("g
 
 import emulator
 import naive
-from test_gpu_tier import EmulatedDevice
+from fake_device import EmulatedDevice
 
 from qmoe_lite.bench import gptq, gpu, layer
 from qmoe_lite.bench._parts import gpu as parts

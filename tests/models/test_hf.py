@@ -16,6 +16,7 @@ import time
 import pytest
 import tiny
 import torch
+from checks import layers_of, logits_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -48,19 +49,6 @@ def pair(request, switch, compressed):
         return make(model_type), pack(model_type), AutoModelForCausalLM
 
     return get
-
-
-def logits_of(model) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 15, (2, 11), generator=generator)
-    decoder_ids = torch.randint(3, 15, (2, 7), generator=generator)
-    more = {"decoder_input_ids": decoder_ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=ids, **more).logits
-
-
-def layers_of(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, qm.PackedExperts)]
 
 
 def swap_two_experts(module) -> None:

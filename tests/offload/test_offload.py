@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+from checks import outputs
 from safetensors.torch import load_file
 
 import qmoe_lite as qm
@@ -44,18 +45,6 @@ def limited(request):
         return model, runner
 
     return get
-
-
-def outputs(model, seed=3, tokens=11):
-    """Logits of a prompt of two rows, then of three single tokens."""
-    ids = torch.randint(3, 15, (2, tokens), generator=torch.Generator().manual_seed(seed))
-    steps = [ids, *(ids[:1, i : i + 1] for i in range(3))]
-    with torch.no_grad():
-        if model.config.is_encoder_decoder:
-            found = [model(input_ids=ids[: len(step)], decoder_input_ids=step).logits for step in steps]
-        else:
-            found = [model(input_ids=step).logits for step in steps]
-    return torch.cat([logits.flatten() for logits in found])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
