@@ -23,15 +23,24 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once() -> None:
+    from numba.core.dispatcher import Dispatcher
+
+    sharing.compile_once(Dispatcher)
+    if (kernels := sys.modules.get("qmoe_lite.bench.kernels")) is not None:  # whoever uses it has imported it by now
+        sharing.keep_machine_code(kernels)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import numba
     import numpy as np
     import torch
 
     np.random.seed(0)
     torch.manual_seed(0)
-    if "numba" in sys.modules:
-        sys.modules["numba"].set_num_threads(1)
+    numba.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import functools
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"qmoe_lite.cuda": ROOT / "cuda", "qmoe_lite.bench": ROOT / "bench", "qmoe_lite.cli": ROOT / "cli"}
@@ -75,10 +80,64 @@ def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
     place, done = folder / name, folder / f"{name}.done"
-    with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(folder / f"{name}.lock"):
         if not done.exists():
             shutil.rmtree(place, ignore_errors=True)  # of a worker that failed
             make(place)
             done.touch()
     return place
+
+
+def compile_once(dispatcher: Any) -> None:
+    """Let one process at a time compile a numba function that is kept on disk: the others find it there.
+
+    Without that all workers compile all kernels; and numba's index of two signatures that are written at once may name
+    one's file for the other.
+    """
+    from numba.core.compiler_lock import global_compiler_lock
+
+    compile_ = dispatcher.compile
+
+    @functools.wraps(compile_)
+    def locked(self: Any, signature: Any) -> Any:
+        folder = self._cache.cache_path
+        if folder is None:
+            return compile_(self, signature)
+        os.makedirs(folder, exist_ok=True)
+        # numba's own lock first: another thread that holds it may wait for ours
+        with global_compiler_lock, _locked(Path(folder) / f"{self.py_func.__qualname__}.lock"):
+            return compile_(self, signature)
+
+    dispatcher.compile = locked
+
+
+def keep_machine_code(kernels: ModuleType) -> None:
+    """Let `bench.kernels.compiled` keep CUDA kernels' code on disk, found again by all that it follows from."""
+    from qmoe_lite.cuda.cubins import cubin_key
+
+    compile_ = kernels.compiled
+    folder = Path(os.environ["NUMBA_CACHE_DIR"]) / "cuda-code"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.lru_cache(maxsize=256)
+    def compiled(kernel: Any, signature: str, capability: tuple[int, int]) -> Any:
+        name = cubin_key(kernel.py_func, signature, capability, kernel.bounds)
+        if name is None:
+            return compile_(kernel, signature, capability)
+        path = folder / name
+        with _locked(folder / f"{name}.lock"):
+            if not path.is_file():
+                written = path.with_suffix(".new")
+                written.write_bytes(pickle.dumps(compile_(kernel, signature, capability)))
+                written.replace(path)
+            return pickle.loads(path.read_bytes())
+
+    kernels.compiled = compiled
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, which ends with the process at the latest."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

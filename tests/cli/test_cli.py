@@ -129,7 +129,7 @@ def test_an_interrupted_run_says_that_it_can_go_on(run, tmp_path, switch, monkey
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qmoe_lite.compression._Run.run", interrupt)
+    monkeypatch.setattr("qmoe_lite.compression.run._Run.run", interrupt)
     code, _, noted = run("compress", switch, tmp_path / "out", "--recipe", "nearest")
     assert code == 130
     assert "the same command goes on" in noted
