@@ -399,3 +399,14 @@ def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
         "import qmoe_lite.bench.layer, qmoe_lite.offload\n"
     )
     subprocess.run([sys.executable, tmp_path / "gpu.py", ROOT / "bench" / "gpu.py"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.skipif(launch.available(), reason="there is a GPU, so the tests would run")
+def test_the_tests_of_the_gpu_need_none_of_pytest_s_plugins():
+    """The suite's own options ask for pytest-xdist."""
+    code = "from qmoe_lite.bench import gpu; raise SystemExit(gpu.run_tests(0, 2))"
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, out.stdout + out.stderr
+    assert "1 skipped" in out.stdout
