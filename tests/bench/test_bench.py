@@ -189,6 +189,7 @@ def small_layer(monkeypatch):
     monkeypatch.setattr(layer, "_SECONDS", 1e-3)
 
 
+@pytest.mark.slow
 def test_a_layer_is_timed_beside_transformers(bench, small_layer):
     table, report = bench("layer", "--layer", "small", "--tokens", 1, "--tokens", 6)
     assert "a layer of small" in table.lower()

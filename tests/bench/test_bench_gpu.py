@@ -378,6 +378,7 @@ def test_a_part_in_its_own_process_says_rows_and_its_error(monkeypatch, capsys):
     assert "Traceback" in printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(launch.available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     out = subprocess.run(
@@ -392,6 +393,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
     (tmp_path / "gpu.py").write_text(
         f"import sys; sys.modules['zstandard'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -401,6 +403,7 @@ def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
     subprocess.run([sys.executable, tmp_path / "gpu.py", ROOT / "bench" / "gpu.py"], cwd=tmp_path, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(launch.available(), reason="there is a GPU, so the tests would run")
 def test_the_tests_of_the_gpu_need_none_of_pytest_s_plugins():
     """The suite's own options ask for pytest-xdist."""

@@ -405,6 +405,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -427,6 +428,7 @@ print(type(model.model.layers[0].mlp.experts).__name__, [f for f in sys.meta_pat
     assert done.stdout.split() == ["PackedExperts", "[]"], done.stderr
 
 
+@pytest.mark.slow
 def test_transformers_stays_importable_when_the_quantizer_does_not_fit_it():
     code = """
 import sys, warnings
@@ -441,6 +443,7 @@ print([str(w.message) for w in caught if "qmoe" in str(w.message)])
     assert "qmoe-lite cannot register with transformers" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_no_dense_expert_is_ever_allocated(tmp_path, tokenizer):
     """12.9 GB of dense experts: loading, by either way, adds less than 0.3 GB of anonymous memory."""
     path = tiny.make_large_mixtral(tmp_path / "large", tokenizer)
@@ -470,6 +473,7 @@ print(2 * weights, added * 1024, dense.shape == (2048, 5504))
         assert right == "True"
 
 
+@pytest.mark.slow
 def test_a_first_import_of_transformers_that_fails_is_not_the_last(compressed_causal):
     code = """
 import sys
@@ -488,6 +492,7 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp
     assert done.stdout.split() == ["first", "PackedExperts"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_package_can_be_imported_anew(compressed_causal):
     code = """
 import sys

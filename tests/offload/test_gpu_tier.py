@@ -53,6 +53,7 @@ def everything_there(on_devices):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("memory", [None, 1, 3])
 @pytest.mark.parametrize("slots", [1, 2, 5, None])
@@ -217,6 +218,7 @@ def drawn(tokens, experts=6, slots=2):
     return torch.randn(tokens, 24, generator=generator), index, torch.rand(tokens, slots, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
 @pytest.mark.parametrize("slots", [1, 3, None])
 def test_the_kernels_multiply_from_slots_what_the_naive_experts_do(directory, on_devices, emulated, model_type, slots):
