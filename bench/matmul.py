@@ -223,10 +223,9 @@ def _int8_flaw(weight: Tensor, inputs: list[Tensor]) -> str | None:
     packed = _pack_int8(weight)
     if packed is None:
         return "this torch has none"
-    error = max(_error(_int8_product(packed, x), linear(x, weight)) for x in inputs)
-    if not error <= TOLERANCES["int8"]:
-        return f"its error is {error:.1e} on this processor"
-    return None
+    errors = [_error(_int8_product(packed, x), linear(x, weight)) for x in inputs]
+    wrong = [error for error in errors if not error <= TOLERANCES["int8"]]
+    return f"its error is {max(wrong):.1e} on this processor" if wrong else None
 
 
 def _error(found: Tensor, reference: Tensor) -> float:

@@ -118,6 +118,7 @@ def test_too_few_weights_and_impossible_shares_are_refused():
             rates.measure(**arguments)
 
 
+@pytest.mark.slow
 def test_products_are_timed_beside_torchs(bench, quick):
     table, report = bench("matmul", "--shape", "small", "--tokens", 1, "--tokens", 20)
     assert "64 x 100" in table
