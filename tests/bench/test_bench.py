@@ -50,6 +50,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(matmul.SHAPES, "small", (64, 100))
 
 
+@pytest.mark.slow
 def test_rates_stand_between_entropy_and_two_bits(bench, monkeypatch):
     monkeypatch.setattr(rates, "ZEROS", (0.8, 0.885, 0.97))
     table, report = bench("rates", "--weights", 43_008)

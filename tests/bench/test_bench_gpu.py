@@ -90,6 +90,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(gpu.PARTS))
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, capsys, name, quick):
@@ -163,6 +164,7 @@ def test_choices_are_those_that_the_product_makes(emulated, capsys):
     assert "from 2 tokens on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_three_ways_go_through_the_same_experts_and_the_cache_is_counted(emulated, capsys):
     rows = list(gpu_offload.measure_offload(False, FOR_EVER))
     assert [(row["way"], row["routing"]) for row in rows] == [
