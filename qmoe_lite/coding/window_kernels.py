@@ -202,15 +202,29 @@ def _first_at(positions: NDArray[np.uint16], first: int, end: int, least: int) -
 
 
 @njit(forceinline=True, error_model="numpy")
-def _exceptions_of(
-    starts: NDArray[np.int32], positions: NDArray[np.uint16], columns: int, row: int
-) -> tuple[int, int, int]:
-    """A row's exceptions: the first one, the one behind the last, and what their positions exceed the columns by."""
+def _block_of(columns: int, row: int) -> tuple[int, int]:
+    """A row's block of exceptions, and the position of its first column there."""
     block_rows = max(1, 65536 // columns)
-    block, before = row // block_rows, row % block_rows * columns
-    end = np.int64(starts[block + 1])
-    first = _first_at(positions, np.int64(starts[block]), end, before)
-    return first, _first_at(positions, first, end, before + columns), before
+    return row // block_rows, row % block_rows * columns
+
+
+@njit(forceinline=True, error_model="numpy")
+def _first_exception(starts: NDArray[np.int32], positions: NDArray[np.uint16], columns: int, row: int) -> int:
+    """Place of the first exception in a row or behind it."""
+    block, before = _block_of(columns, row)
+    return _first_at(positions, np.int64(starts[block]), np.int64(starts[block + 1]), before)
+
+
+@njit(forceinline=True, error_model="numpy")
+def _end_of_exceptions(
+    starts: NDArray[np.int32], positions: NDArray[np.uint16], columns: int, row: int, first: int
+) -> tuple[int, int]:
+    """Place behind a row's exceptions, of which the first is at `first`; the position of the row's first column."""
+    block, before = _block_of(columns, row)
+    last = np.int64(starts[block + 1])
+    while first < last and np.int64(positions[first]) < before + columns:
+        first += 1
+    return first, before
 
 
 @njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
@@ -246,6 +260,7 @@ def few_kernel(
         expert, first = job[EXPERT], task % blocks * TASK_ROWS
         stream = address_of(codes) + np.uint64(offsets[expert])
         codeword = firsts[task // blocks, task % blocks]
+        found = _first_exception(exception_starts[expert], exception_positions, columns, first)
         sums = np.empty(len(tokens), dtype=np.float32)
         for row in range(first, min(first + TASK_ROWS, steps.shape[1])):
             count = np.int64(row_codewords[expert, row]) + fewest[expert]
@@ -253,11 +268,12 @@ def few_kernel(
             own = address_of(sums)
             _add_row(stream, codeword, count, bits, address_of(digits), width, lengths, tokens, place, token_bytes, own)
             codeword += count
-            found, end, before = _exceptions_of(exception_starts[expert], exception_positions, columns, row)
+            end, before = _end_of_exceptions(exception_starts[expert], exception_positions, columns, row, found)
             for i in range(found, end):
                 for token in range(len(tokens)):
                     column = np.int64(exception_positions[i]) - before
                     sums[token] += np.float32(exception_values[i]) * laid[token, column]
+            found = end
             for token in range(job[COUNT]):
                 y[job[FIRST] + token, row] = steps[expert, row] * sums[token]
 
@@ -369,13 +385,15 @@ def many_kernel(
             for panel in range(panels):
                 own = address_of(x) + np.uint64(4 * len(lanes) * ((job[PANEL] + panel) * columns + start))
                 _multiply_chunk(tile, wide, rows, lanes, own, sums[panel])
+        found = _first_exception(exception_starts[expert], exception_positions, columns, first)
         for i in range(held):
             row = first + i
-            found, end_found, before = _exceptions_of(exception_starts[expert], exception_positions, columns, row)
+            last, before = _end_of_exceptions(exception_starts[expert], exception_positions, columns, row, found)
             for panel in range(panels):
-                for at in range(found, end_found):
+                for at in range(found, last):
                     column, value = np.int64(exception_positions[at]) - before, np.float32(exception_values[at])
                     for lane in range(len(lanes)):
                         sums[panel, i, lane] += value * x[job[PANEL] + panel, column, lane]
                 for lane in range(min(len(lanes), job[COUNT] - panel * len(lanes))):
                     y[job[FIRST] + panel * len(lanes) + lane, row] = steps[expert, row] * sums[panel, i, lane]
+            found = last
