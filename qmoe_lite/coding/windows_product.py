@@ -6,6 +6,7 @@ The counterpart of `qmoe_lite.coding.matmul` for a `Dictionary`; what the kernel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from llvmlite import binding
 from numpy.typing import NDArray
 
-from qmoe_lite.coding import window_kernels
+from qmoe_lite.coding import window_kernels, window_layout
 from qmoe_lite.errors import NotFiniteError
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ def _lay_out(
         scales = np.empty((0, columns), dtype=np.float32)
     if panels:
         laid = np.empty((panels, columns, lanes), dtype=np.float32)
-        finite = window_kernels.lay_panels(x, scales, jobs, laid)
+        finite = window_layout.lay_panels(x, scales, jobs, laid)
     else:  # a row's last four codewords may all lie behind the row, and a load goes an entry further
         laid = np.empty((len(jobs), lanes, columns + 5 * window_kernels.LONGEST), dtype=np.float32)
-        finite = window_kernels.lay_rows(x, scales, jobs, laid)
+        finite = window_layout.lay_rows(x, scales, jobs, laid)
     if not finite:
         raise NotFiniteError("x holds NaN or values over 1e33; expected activations. Use the dense matrix.")
     return laid
@@ -146,6 +147,7 @@ def _multiply(
         window_kernels.many_kernel(*coded, (0,) * _panels()[lanes], (0,) * lanes, jobs, x, y)
 
 
+@cache
 def _panels() -> dict[int, int]:
     """Return the rows that are multiplied at a time by panels of so many tokens, on this processor."""
     return WIDE_PANELS if binding.get_host_cpu_features().get("avx512f") else NARROW_PANELS
