@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from llvmlite import binding
 from numpy.typing import NDArray
 
 from qmoe_lite.coding import window_kernels, window_layout
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.parts import MatrixParts
+from qmoe_lite.coding.window_parts import dictionary_of, exceptions_of, scales_of
 from qmoe_lite.errors import NotFiniteError
-
-if TYPE_CHECKING:
-    from qmoe_lite.coding.dictionary import Dictionary
 
 FEW_TOKENS = (1, 2, 4)  # tokens that a codeword's digits are multiplied by in one walk
 JOB_TOKENS = 256  # that share a decoded tile
@@ -63,6 +63,24 @@ class WindowStack:
     exception_starts: NDArray[np.int32]
     exception_positions: NDArray[np.uint16]
     exception_values: NDArray[np.int8]
+
+    @classmethod
+    def of(cls, packed: MatrixParts) -> WindowStack:
+        """Return a stack of one matrix, which is on the CPU."""
+        exceptions = exceptions_of(packed)
+        return cls(
+            packed.codes.numpy(),
+            np.zeros(1, dtype=np.int64),
+            packed.row_codewords.numpy()[None],
+            np.array([packed.fewest_codewords], dtype=np.int32),
+            packed.levels[None, :, 0].float().contiguous().numpy(),
+            None if packed.column_scales is None else scales_of(packed)[None],
+            dictionary_of(packed),
+            packed.columns,
+            exceptions.starts[None],
+            exceptions.positions,
+            exceptions.values,
+        )
 
 
 def multiply_windows(
