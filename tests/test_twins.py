@@ -18,7 +18,7 @@ TWINS = [
     ("coding.matmul", "decode_matmul"),
 ]
 # a CUDA kernel's twin lies in the file of the same name, or here
-CPU_KERNELS = {"_count_codewords_kernel": "codebook", "_block_kernel": "columns", "gather_kernel": "gather"}
+CPU_KERNELS = {"_count_codewords_kernel": "codebook", "block_kernel": "columns", "gather_kernel": "gather"}
 
 NO_TWINS = ("__init__", "cubins", "intrinsics", "launch", "packets", "static")  # they are about the GPU itself
 
