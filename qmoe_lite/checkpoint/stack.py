@@ -176,7 +176,9 @@ class ExpertStack:
         starts = self.parts["exception_starts"][expert]
         first, last = int(starts[0]), int(starts[-1])
         if not 0 <= first <= last <= len(self.parts["exception_positions"]):
-            raise FormatError(f"{self.name_of(expert)} has exceptions outside their list. Fetch or make the file again.")
+            raise FormatError(
+                f"{self.name_of(expert)} has exceptions outside their list. Fetch or make the file again."
+            )
         return {
             "column_scales": self.column_scales[expert],
             "exception_starts": starts - first,
@@ -231,9 +233,7 @@ class ExpertStack:
             )
         return found
 
-    def for_product(
-        self, codes: NDArray[np.uint8] | None = None, offsets: NDArray[np.int64] | None = None
-    ) -> Stack:
+    def for_product(self, codes: NDArray[np.uint8] | None = None, offsets: NDArray[np.int64] | None = None) -> Stack:
         """Return all matrices as the CPU's kernels take them, whether checked or not.
 
         Parameters

@@ -30,7 +30,7 @@ def check_rate(rate: float) -> float:
     return float(rate)
 
 
-def entropy(counts: NDArray[np.int64]) -> float:
+def entropy(counts: NDArray[Any]) -> float:
     """Return the order-0 entropy of digits, in bits, from how often each occurs."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares @ np.log2(shares)))

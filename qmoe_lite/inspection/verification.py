@@ -286,7 +286,7 @@ class _Search:
 
     def look_at_codebooks(self, settings: dict[str, Any]) -> list[Code | None]:
         """Make the codebooks of config.json; None for one that does not match its hash."""
-        books: list[Codebook | None] = []
+        books: list[Code | None] = []
         listed = settings.get("codebooks")
         for number, entry in enumerate(listed if isinstance(listed, list) else []):
             books.append(None)
@@ -299,7 +299,7 @@ class _Search:
         family: Family,
         config: Any,
         layers: list[MoELayer],
-        books: list[Codebook | None],
+        books: list[Code | None],
         settings: dict[str, Any],
         checkpoint: Checkpoint,
     ) -> None:
@@ -311,7 +311,7 @@ class _Search:
             text = f"config.json says that {name} is compressed, which the model lacks. Fetch it again."
             self.error(name, "config.json", FormatError(text))
         for layer in layers:
-            own: dict[str, Codebook] = {}
+            own: dict[str, Code] = {}
             for projection in layer.projections:
                 name = f"{layer.experts}.{projection}"
                 try:

@@ -221,9 +221,7 @@ class PackedExperts(nn.Module):
         except NotFiniteError:  # NaN spreads as in dense experts
             return self._run_in_turn(experts, tokens.to(torch.float32), bounds)
 
-    def multiply(
-        self, stack: Callable[[str], Stack], experts: list[int], tokens: Tensor, bounds: list[int]
-    ) -> Tensor:
+    def multiply(self, stack: Callable[[str], Stack], experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through the stacks' experts[i]; see `cpu_dispatch.multiply`."""
         return multiply(self.layer, self.activation, stack, experts, tokens, bounds)
 
