@@ -6,12 +6,9 @@ run and freed; its experts are read, quantised, and written a group at a time. A
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.format import FORMAT, quantization_config
+from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
-from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, stored_bytes
+from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import (
@@ -38,8 +35,9 @@ from qmoe_lite.compression.calibration import (
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Progress, Settings
+from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
 from qmoe_lite.devices import find_device
-from qmoe_lite.errors import OutputError, ResumeError, SettingError
+from qmoe_lite.errors import OutputError, SettingError
 from qmoe_lite.models.routing import Assignment
 from qmoe_lite.models.skeletons import (
     capacity_lifted,
@@ -56,18 +54,6 @@ SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples fo
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 
 
-@dataclass
-class _Done:
-    """What is known of the finished layers; saved with the state, so that a resumed run reports them too."""
-
-    seconds: float = 0.0
-
-    projections: list[ProjectionReport] = field(default_factory=list)
-    held_out_error: dict[str, float | None] = field(default_factory=dict)
-    codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    checksums: dict[str, int] = field(default_factory=dict)
-
-
 def compress(
     model: str | Path,
     out: str | Path,
@@ -77,7 +63,20 @@ def compress(
     device: str | torch.device = "auto",
     resume: bool = True,
     progress: Callable[[Progress], None] | None = None,
-    **settings: Any,
+    recipe: str = "default",
+    samples: int | None = None,
+    sequence_length: int = 512,
+    codeword_bits: int | None = None,
+    dampening: float = 0.1,
+    block_size: int = 128,
+    group_size: int = 16,
+    group_bytes: int = 4 << 30,
+    token_cap: float = 4.0,
+    blend_tokens: int = 64,
+    validation_samples: int = 8,
+    batch_size: int = 16,
+    activations: str = "float32",
+    seed: int = 0,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -98,8 +97,34 @@ def compress(
         Resume from `OUT.partial`; False discards it.
     progress : callable, optional
         Called with a `Progress` after each group of experts.
-    **settings
-        Fields of `Settings`.
+    recipe : str
+        "default", "paper" (its code and its Hessians), or "nearest" (round to nearest, without text).
+    samples : int, optional
+        Calibration samples; by default 80 for each expert over the experts of a token.
+    sequence_length : int
+        Tokens of a sample.
+    codeword_bits : int, optional
+        8 to 13; by default chosen for each layer and projection.
+    dampening : float
+        Added to a Hessian's diagonal, as a share of its mean.
+    block_size : int
+        Columns that GPTQ rounds between two updates of the rest.
+    group_size : int
+        Experts quantised together.
+    group_bytes : int
+        Memory for a group; fewer experts are taken together when `group_size` of them would need more.
+    token_cap : float
+        An expert's Hessian takes at most this many times the mean number of tokens, drawn at random.
+    blend_tokens : int
+        How strongly an expert with few tokens borrows from the layer's Hessian; 0 for not at all.
+    validation_samples : int
+        Samples from the text's end that measure `Report.held_out_error` and enter no Hessian.
+    batch_size : int
+        Samples per pass through a block.
+    activations : str
+        "float32", or "bfloat16" at half the memory.
+    seed : int
+        Seed for samples, masked spans and drawn tokens.
 
     Returns
     -------
@@ -115,18 +140,33 @@ def compress(
     CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
         What is wrong with the input, before or where it is met.
 
+    See Also
+    --------
+    qmoe_lite.compression.Settings : The settings at more length, with where their defaults come from.
+
     Notes
     -----
     QMoE (arXiv:2310.16795), section 3. Departs from it: tokens over the cap are left out at random instead of the last
     ones; the last projection's Hessian comes from the quantised first one; levels are rounded to 16 bits before the
     solver; experts with few tokens borrow from the layer's.
     """
-    try:
-        options = Settings(**settings, device=str(find_device(device)))
-    except TypeError as error:
-        raise SettingError(
-            f"{str(error).split('__init__() ')[-1]}; see help(qmoe_lite.compression.Settings)."
-        ) from error
+    options = Settings(
+        recipe=recipe,
+        samples=samples,
+        sequence_length=sequence_length,
+        codeword_bits=codeword_bits,
+        dampening=dampening,
+        block_size=block_size,
+        group_size=group_size,
+        group_bytes=group_bytes,
+        token_cap=token_cap,
+        blend_tokens=blend_tokens,
+        validation_samples=validation_samples,
+        batch_size=batch_size,
+        activations=activations,
+        seed=seed,
+        device=str(find_device(device)),
+    )
     options.check()
     options = options.resolved()
     target = Path(out)
@@ -166,26 +206,28 @@ class _Run:
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         self.writer = Writer(self.partial, self.checkpoint, self.family.stored, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
-        self.done = _Done()
         self._progress = progress or (lambda event: None)
 
     # -- the whole
 
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
         if calibration is None:
-            fingerprint = self._fingerprint(None)
-            self._open_partial(fingerprint, resume)
+            self._open_partial(None, resume)
             for number in range(len(self.done.held_out_error), len(self.layers)):
                 self._finish_layer(number, None)
-                self._save_state({"fingerprint": fingerprint})
+                self.unfinished.save()
         else:
             tokenizer = open_tokenizer(self.checkpoint.directory)
             samples, for_hessians = self._samples(calibration, tokenizer)
             check_ids(samples, self.config.vocab_size)
-            fingerprint = self._fingerprint(samples)
-            state = self._open_partial(fingerprint, resume)
-            self._calibrated(samples, for_hessians, hessian_masks(samples, tokenizer), fingerprint, state)
+            self._open_partial(samples, resume)
+            self._calibrated(samples, for_hessians, hessian_masks(samples, tokenizer))
         return self._write_rest()
+
+    def _open_partial(self, samples: Samples | None, resume: bool) -> None:
+        fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
+        self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started)
+        self.done = self.unfinished.done
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int]:
         """Give all samples, the validation ones last, and how many of them are for calibration."""
@@ -221,74 +263,6 @@ class _Run:
             return Samples(ids, None, main.windows), len(main)
         return Samples(ids, np.concatenate([main.labels, extra.labels]), main.windows), len(main)
 
-    def _fingerprint(self, samples: Samples | None) -> str:
-        digest = hashlib.sha256(self.checkpoint.fingerprint().encode())
-        digest.update(json.dumps([FORMAT, asdict(self.settings), self.grid.to_config()], sort_keys=True).encode())
-        if samples is not None:
-            digest.update(samples.input_ids.tobytes())
-            digest.update(b"" if samples.labels is None else samples.labels.tobytes())
-        return digest.hexdigest()
-
-    # -- unfinished work
-
-    def _open_partial(self, fingerprint: str, resume: bool) -> dict[str, Any]:
-        """Make OUT.partial, or take up what it holds."""
-        state_file = self.partial / "state.json"
-        if resume and state_file.is_file():
-            try:
-                state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
-                found = state["fingerprint"]
-                done = _Done(**state.pop("done"))
-                done.projections = [ProjectionReport(**row) for row in state.pop("projections")]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ResumeError(f"{state_file} is damaged. Start over with --restart.") from error
-            if found != fingerprint:
-                raise ResumeError(
-                    f"{self.partial} holds unfinished work of another model, text or setting. Use the same ones, or "
-                    f"start over with --restart."
-                )
-            self.done = done
-            return state
-        try:
-            if self.partial.exists():
-                if not state_file.is_file() and any(self.partial.iterdir()):
-                    raise OutputError(f"{self.partial} exists and is not ours. Move it, or name another OUT.")
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{self.partial} cannot be made: {error.strerror}. Name another directory.") from error
-        self._save_state({"fingerprint": fingerprint})  # claims the directory
-        return {}
-
-    def _save_state(self, state: dict[str, Any]) -> None:
-        done = {**vars(self.done), "seconds": self._seconds()}
-        rows = [asdict(row) for row in done.pop("projections")]
-        files.write_json(self.partial / "state.json", {**state, "done": done, "projections": rows})
-
-    def _seconds(self) -> float:
-        return round(self.done.seconds + time.perf_counter() - self.started, 3)
-
-    def _keep(
-        self,
-        place: dict[str, Any],
-        hidden: ListBuffer,
-        memory: ListBuffer | None,
-        fingerprint: str,
-        old: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Make what is finished durable: an interrupted run resumes from here."""
-        state = {"fingerprint": fingerprint, **place}
-        state["hidden"] = f"hidden-{place['stack']}-{place['block']}.zst"
-        files.write_atomically(self.partial / state["hidden"], hidden.save)
-        if memory is not None:
-            state["memory"] = f"memory-{place['stack']}.zst"
-            if old.get("memory") != state["memory"]:
-                files.write_atomically(self.partial / state["memory"], memory.save)
-        self._save_state(state)
-        if (stale := old.get("hidden")) and stale != state["hidden"]:
-            (self.partial / stale).unlink(missing_ok=True)
-        return state
-
     # -- with calibration
 
     def _calibrated(
@@ -296,8 +270,6 @@ class _Run:
         samples: Samples,
         for_hessians: int,
         masks: tuple[np.ndarray, np.ndarray | None],
-        fingerprint: str,
-        state: dict[str, Any],
     ) -> None:
         self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
         runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings)
@@ -305,7 +277,7 @@ class _Run:
         if samples.labels is not None:
             ids.append(self._decoder_input(samples.labels))
         memory: ListBuffer | None = None
-        resumed = state.get("stack", 0)
+        resumed, finished = self.unfinished.stack, self.unfinished.block
         with capacity_lifted(self.model):
             for number, (stack, tokens, mask) in enumerate(
                 zip(self.family.stacks(self.config), ids, masks, strict=False)
@@ -313,12 +285,12 @@ class _Run:
                 hidden = runner.buffer(tokens.shape)
                 if number < resumed:
                     memory = hidden  # a finished stack: its output was saved
-                    memory.load(self.partial / state["memory"])
+                    self.unfinished.load_encoder_output(memory)
                     continue
-                first = state["block"] + 1 if "block" in state and number == resumed else 0
+                first = finished + 1 if finished is not None and number == resumed else 0
                 calls = runner.enter(stack, tokens, memory, hidden, first)
                 if first:
-                    hidden.load(self.partial / state["hidden"])
+                    self.unfinished.load_hidden(hidden)
                 assert mask is not None
                 eligible, rides = mask.copy(), np.zeros_like(mask)
                 eligible[for_hessians:] = False
@@ -328,7 +300,7 @@ class _Run:
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
                         self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
-                        state = self._keep({"stack": number, "block": i}, hidden, memory, fingerprint, state)
+                        self.unfinished.keep(number, i, hidden, memory)
                     del caught  # its buffer is as large as `hidden`, and the next block makes another
                 runner.leave(stack, hidden)
                 memory = hidden
@@ -384,8 +356,7 @@ class _Run:
         except OSError as error:
             text = f"{self.partial} is finished but cannot become {self.out}: {error.strerror}. "
             raise OutputError(text + "Move the existing directory, then rerun.") from error
-        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here a run could resume from them
-            left.unlink(missing_ok=True)
+        remove_state(self.out)
         return report
 
     def _report(self) -> Report:
@@ -406,7 +377,7 @@ class _Run:
                 "dense_expert_bytes": dense_experts,
                 "dense_other_bytes": dense_others,
             },
-            seconds=self._seconds(),
+            seconds=self.unfinished.seconds,
             versions=_versions(),
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import inspect
 import json
 import shutil
 
@@ -17,6 +19,7 @@ import qmoe_lite as qm
 from qmoe_lite.compression import tally as tally_module
 from qmoe_lite.compression.calibration import hessian_masks, make_samples, read_text, read_tokens, window_length
 from qmoe_lite.compression.layer import draw
+from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import (
     CheckpointError,
     NotFiniteError,
@@ -243,7 +246,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, switch, text_file, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qmoe_lite.checkpoint.save_file", full)
+        patch.setattr("qmoe_lite.checkpoint.atomic.save_file", full)
         with pytest.raises(OutputError, match="No space left on device"):
             qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
     assert bytes_of(tmp_path / "out.partial") == kept
@@ -332,7 +335,7 @@ def test_outputs_that_exist_and_impossible_options_are_refused(tmp_path, switch,
         qm.compress(switch, tmp_path / "out", recipe="nearest", calibration=text_file)
     with pytest.raises(SettingError, match="codeword_bits is 7"):
         qm.compress(switch, tmp_path / "out", recipe="nearest", codeword_bits=7)
-    with pytest.raises(SettingError, match="colour"):
+    with pytest.raises(TypeError, match="colour"):
         qm.compress(switch, tmp_path / "out", recipe="nearest", colour=7)
     with pytest.raises(SettingError, match="quantised already"):
         qm.compress(compressed[0], tmp_path / "out", recipe="nearest")
@@ -341,6 +344,15 @@ def test_outputs_that_exist_and_impossible_options_are_refused(tmp_path, switch,
     with pytest.raises(TextError, match="empty"):
         qm.compress(switch, tmp_path / "out", calibration=empty)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_every_setting_is_a_keyword_with_its_default():
+    keywords = inspect.signature(qm.compress).parameters
+    fields = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "device"}
+    assert {name: keywords[name].default for name in fields} == fields
+    other = {"model", "out", "calibration", "grid", "device", "resume", "progress"}
+    assert set(keywords) == {*fields, *other}
+    assert all(f"    {name} : " in qm.compress.__doc__ for name in keywords if name != "model")
 
 
 def test_experts_without_tokens_borrow_or_are_reported(tmp_path, switch, text_file):
