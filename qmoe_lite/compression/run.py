@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes
 from qmoe_lite.checkpoint.writer import Writer
+from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import (
     Samples,
@@ -34,10 +35,13 @@ from qmoe_lite.compression.calibration import (
 )
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
+from qmoe_lite.compression.rate import MOST, RateControl
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
+from qmoe_lite.compression.verdict import BAD_LAYER, Verdict, judge
 from qmoe_lite.devices import find_device
-from qmoe_lite.errors import OutputError, SettingError
+from qmoe_lite.errors import BadResultError, OutputError, SettingError
 from qmoe_lite.models.routing import Assignment
 from qmoe_lite.models.skeletons import (
     capacity_lifted,
@@ -48,8 +52,11 @@ from qmoe_lite.models.skeletons import (
     skeleton,
     unused,
 )
-from qmoe_lite.quantization.grid import Grid, MinMaxTernary
+from qmoe_lite.quantization.grid import Grid, MinMaxTernary, UniformGrid
 
+TERNARY_FAMILIES = ("switch_transformers",)  # the paper's realm: .8 bits and fewer by the ternary grid
+RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
+USUAL_RATE = 2.0  # stored bits a weight of other families
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 
@@ -77,6 +84,8 @@ def compress(
     batch_size: int = 16,
     activations: str = "float32",
     seed: int = 0,
+    rate: float | None = None,
+    stop_when_bad: bool = False,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -89,7 +98,8 @@ def compress(
     calibration : path or str, optional
         Text file, .jsonl file, directory of them, or data set name; needed unless `recipe="nearest"`.
     grid : grid, optional
-        Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)`.
+        Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)` for a Switch Transformer and
+        the recipes "paper" and "nearest", and for other families a `UniformGrid` at a rate of 2.
     device : str or torch device
         Where blocks run and experts are solved: "auto" takes the first GPU that can be used, else the CPU; see
         :func:`qmoe_lite.devices.find_device`.
@@ -125,6 +135,11 @@ def compress(
         "float32", or "bfloat16" at half the memory.
     seed : int
         Seed for samples, masked spans and drawn tokens.
+    rate : float, optional
+        Stored bits a weight, averaged over all experts of the model, 0.6 to 4: the step of a `UniformGrid` is chosen
+        for it.
+    stop_when_bad : bool
+        End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
 
     Returns
     -------
@@ -137,6 +152,8 @@ def compress(
         `out` exists, or cannot be written; finished layers are kept for the next run.
     ResumeError
         `OUT.partial` belongs to another model, text or setting.
+    BadResultError
+        `stop_when_bad` was asked for, and a layer is bad; the work so far is kept.
     CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
         What is wrong with the input, before or where it is met.
 
@@ -165,6 +182,8 @@ def compress(
         batch_size=batch_size,
         activations=activations,
         seed=seed,
+        rate=rate,
+        stop_when_bad=stop_when_bad,
         device=str(find_device(device)),
     )
     options.check()
@@ -175,9 +194,6 @@ def compress(
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
-    grid = grid or MinMaxTernary(level_dtype=torch.bfloat16)
-    if options.recipe == "paper" and grid.alphabet != 3:
-        raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for a two-bit grid.")
     run = _Run(find_model(model), target, grid, options, progress)
     with torch.inference_mode():
         return run.run(calibration, resume)
@@ -187,12 +203,12 @@ class _Run:
     """One compression, from an opened checkpoint to a written directory."""
 
     def __init__(
-        self, model: Path, out: Path, grid: Grid, settings: Settings, progress: Callable[[Progress], None] | None
+        self, model: Path, out: Path, grid: Grid | None, settings: Settings, progress: Callable[[Progress], None] | None
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, out.with_name(out.name + ".partial")
-        self.settings, self.grid = settings, grid
         self.family, self.checkpoint = open_checkpoint(model)
+        self.grid, self.settings = _grid_and_rate(grid, settings, self.family.model_type)
         if self.checkpoint.config.get("quantization_config"):
             raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
@@ -205,8 +221,10 @@ class _Run:
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         self.writer = Writer(self.partial, self.checkpoint, self.family.stored, len(self.layers))
-        self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
+        self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
         self._progress = progress or (lambda event: None)
+        self._warning: str | None = None
+        self.verdict: Verdict | None = None
 
     # -- the whole
 
@@ -218,19 +236,33 @@ class _Run:
                 self.unfinished.save()
         else:
             tokenizer = open_tokenizer(self.checkpoint.directory)
-            samples, for_hessians = self._samples(calibration, tokenizer)
+            samples, for_hessians, reference = self._samples(calibration, tokenizer)
             check_ids(samples, self.config.vocab_size)
             self._open_partial(samples, resume)
-            self._calibrated(samples, for_hessians, hessian_masks(samples, tokenizer))
+            self._calibrated(samples, for_hessians, reference, hessian_masks(samples, tokenizer))
         return self._write_rest()
 
     def _open_partial(self, samples: Samples | None, resume: bool) -> None:
         fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
         self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started)
         self.done = self.unfinished.done
+        self.compressor.dictionaries.resume(
+            Dictionary.from_config(book)
+            for books in self.done.codebooks.values()
+            for book in books.values()
+            if book["kind"] == KIND
+        )
+        if self.settings.rate is not None:
+            weights = sum(layer.weights for layer in self.layers)
+            known = self.done.rate or {"rate": self.settings.rate, "weights": weights}
+            self.compressor.rate = RateControl(**known)
 
-    def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int]:
-        """Give all samples, the validation ones last, and how many of them are for calibration."""
+    def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int, int]:
+        """Return all samples, how many of them are for calibration, and the first of the reference samples.
+
+        Those for calibration come first, then those for validation, then the same ones once more, which go through the
+        dense experts.
+        """
         options = self.settings
         wanted = options.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
         window = window_length(options.sequence_length) if self.family.seq2seq else options.sequence_length
@@ -256,12 +288,14 @@ class _Run:
             text = f"the text holds {main.windows} windows of calibration text: the {wanted} samples mask each "
             self.degraded.append(f"{text}{wanted / main.windows:.1f} times on average")
         if kept == 0:
-            return main, len(main)
+            return main, len(main), len(main)
         extra = make(tokens[cut:], None)
-        ids = np.concatenate([main.input_ids, extra.input_ids])
+        reference = len(main) + len(extra)
+        ids = np.concatenate([main.input_ids, extra.input_ids, extra.input_ids])
         if main.labels is None or extra.labels is None:
-            return Samples(ids, None, main.windows), len(main)
-        return Samples(ids, np.concatenate([main.labels, extra.labels]), main.windows), len(main)
+            return Samples(ids, None, main.windows), len(main), reference
+        labels = np.concatenate([main.labels, extra.labels, extra.labels])
+        return Samples(ids, labels, main.windows), len(main), reference
 
     # -- with calibration
 
@@ -269,10 +303,11 @@ class _Run:
         self,
         samples: Samples,
         for_hessians: int,
+        reference: int,
         masks: tuple[np.ndarray, np.ndarray | None],
     ) -> None:
         self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
-        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings)
+        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings, reference)
         ids = [samples.input_ids]
         if samples.labels is not None:
             ids.append(self._decoder_input(samples.labels))
@@ -292,18 +327,42 @@ class _Run:
                 if first:
                     self.unfinished.load_hidden(hidden)
                 assert mask is not None
-                eligible, rides = mask.copy(), np.zeros_like(mask)
+                eligible, rides, dense = mask.copy(), np.zeros_like(mask), np.zeros_like(mask)
                 eligible[for_hessians:] = False
-                rides[for_hessians:] = True
-                flags = (torch.from_numpy(eligible.reshape(-1)), torch.from_numpy(rides.reshape(-1)))
+                rides[for_hessians:reference] = True
+                dense[reference:] = True
+                flags = [torch.from_numpy(flag.reshape(-1)) for flag in (eligible, rides, dense)]
                 for i in range(first, len(stack.blocks)):
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
                         self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
                         self.unfinished.keep(number, i, hidden, memory)
+                        if self._warning is not None and self.settings.stop_when_bad:
+                            raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
                     del caught  # its buffer is as large as `hidden`, and the next block makes another
                 runner.leave(stack, hidden)
                 memory = hidden
+            assert memory is not None
+            if reference < len(samples):
+                self.verdict = self._judge(samples, slice(for_hessians, reference), memory)
+
+    def _judge(self, samples: Samples, validation: slice, hidden: ListBuffer) -> Verdict:
+        """Compare the losses of the validation samples and of the reference samples behind them."""
+        weight, factor = self.family.head(self.model, self.checkpoint)
+        count = validation.stop - validation.start
+        losses: list[float] = []
+        tokens: list[int] = []
+        for sample in range(validation.start, validation.stop + count):
+            states = hidden.read(slice(sample, sample + 1))[0] * factor
+            labels = torch.from_numpy(samples.input_ids[sample] if samples.labels is None else samples.labels[sample])
+            if samples.labels is None:
+                states, labels = states[:-1], labels[1:]
+            losses.append(loss_of_states(states, weight, labels))
+            tokens.append(int((labels != IGNORED).sum()))
+        gap = paired_gap(losses[:count], losses[count:], tokens[:count])
+        predicted = sum(tokens[:count])
+        rate = self.settings.rate
+        return judge(sum(losses[count:]) / predicted, gap, predicted, len(weight), rate, MOST)
 
     def _decoder_input(self, labels: np.ndarray) -> np.ndarray:
         """Shift labels to the right, as transformers does."""
@@ -312,10 +371,16 @@ class _Run:
         return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
 
     def _seen(
-        self, inputs: ListBuffer, assigned: Assignment, eligible: Tensor, validation: Tensor, hidden: ListBuffer
+        self,
+        inputs: ListBuffer,
+        assigned: Assignment,
+        eligible: Tensor,
+        validation: Tensor,
+        reference: Tensor,
+        hidden: ListBuffer,
     ) -> LayerInputs:
         rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, len(self.done.held_out_error))
-        return LayerInputs(inputs, assigned, eligible, validation, inputs.gather(rows), hidden)
+        return LayerInputs(inputs, assigned, eligible, validation, reference, inputs.gather(rows), hidden)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
         """Compress and write one sparse layer."""
@@ -331,6 +396,16 @@ class _Run:
         self.done.projections += result.reports
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
+        if self.compressor.rate is not None:
+            self.done.rate = self.compressor.rate.to_json()
+        error = result.held_out_error
+        if error is not None and error > BAD_LAYER and self._warning is None:
+            self._warning = (
+                f"{layer.block} loses {error:.0%} of its experts' output on held-out text: the model will be degraded "
+                "or worse. Choose a higher rate, or other calibration text."
+            )
+            last = self.layers[-1].block
+            self._progress(Progress(sum(sizes[: number + 1]), sum(sizes), f"{layer.block} of {last}", self._warning))
 
     # -- the rest of the directory
 
@@ -364,6 +439,10 @@ class _Run:
         if nearest and self.settings.recipe != "nearest":
             self.degraded.append(f"{nearest} matrices had no usable Hessian and were rounded to nearest")
         experts, others = stored_bytes(Checkpoint(self.partial))
+        rate, bits = self.settings.rate, 8 * experts / sum(layer.weights for layer in self.layers)
+        if rate is not None and abs(bits - rate) > RATE_TOLERANCE * rate:
+            text = f"the experts take {bits:.3f} bits a weight instead of {rate:g}"
+            self.degraded.append(f"{text}: what is stored of rows and columns counts on matrices as narrow as these")
         dense_experts, dense_others = stored_bytes(self.checkpoint)
         return Report(
             model=str(self.checkpoint.directory),
@@ -379,7 +458,30 @@ class _Run:
             },
             seconds=self.unfinished.seconds,
             versions=_versions(),
+            verdict=None if self.verdict is None else self.verdict.to_json(),
         )
+
+
+def _grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid, Settings]:
+    """Return the grid and the settings that hold, with what is chosen where nothing was asked for.
+
+    Raises
+    ------
+    SettingError
+        The recipe, the grid and the rate do not go together.
+    """
+    if settings.recipe == "paper" and (settings.rate is not None or (grid is not None and grid.alphabet != 3)):
+        raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for other grids.")
+    if settings.rate is not None and grid is not None and not isinstance(grid, UniformGrid):
+        raise SettingError(f"rate is {settings.rate:g}, which only the uniform grid reaches. Leave the grid out.")
+    if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
+        raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
+    if grid is None and settings.rate is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES):
+        return MinMaxTernary(level_dtype=torch.bfloat16), settings
+    if grid is None:
+        settings = replace(settings, rate=settings.rate or USUAL_RATE)
+        grid = UniformGrid(level_dtype=torch.bfloat16)
+    return grid, settings
 
 
 def _versions() -> dict[str, str]:

@@ -31,7 +31,8 @@ STATE_FILE = "state.json"
 def fingerprint_of(checkpoint: Checkpoint, settings: Settings, grid: Grid, samples: Samples | None) -> str:
     """Return a digest of all that decides what a compression writes: model, settings, grid and calibration samples."""
     digest = hashlib.sha256(checkpoint.fingerprint().encode())
-    digest.update(json.dumps([FORMAT, asdict(settings), grid.to_config()], sort_keys=True).encode())
+    decisive = {name: value for name, value in asdict(settings).items() if name != "stop_when_bad"}
+    digest.update(json.dumps([FORMAT, decisive, grid.to_config()], sort_keys=True).encode())
     if samples is not None:
         digest.update(samples.input_ids.tobytes())
         digest.update(b"" if samples.labels is None else samples.labels.tobytes())
@@ -54,6 +55,7 @@ class Done:
     held_out_error: dict[str, float | None] = field(default_factory=dict)
     codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
+    rate: dict[str, Any] | None = None
 
 
 class Unfinished:
