@@ -107,9 +107,12 @@ def compressed(made_once, switch, text_file):
 
 
 def _compress(model: Path, out: Path, text: Path):
-    from qmoe_lite import compress
+    import torch
 
-    return compress(model, out, calibration=text, samples=24, sequence_length=32, validation_samples=2)
+    from qmoe_lite import MinMaxTernary, compress
+
+    settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
+    return compress(model, out, calibration=text, grid=MinMaxTernary(torch.bfloat16), **settings)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from qmoe_lite.models.blocks import recorded_calls
 from qmoe_lite.models.family import FAMILIES, family_of, inner
 from qmoe_lite.models.skeletons import open_checkpoint, skeleton, unused
 
-SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
+TERNARY = qm.MinMaxTernary(torch.bfloat16)
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "grid": TERNARY}
 
 
 def names_in(directory) -> dict[str, torch.Tensor]:
@@ -142,7 +143,8 @@ def test_a_killed_causal_run_goes_on_and_ends_with_the_same_bytes(tmp_path, caus
 
 
 def test_several_experts_a_token_need_fewer_samples_and_raise_the_cap(tmp_path, causal, text_file):
-    report = qm.compress(causal("mixtral"), tmp_path / "out", calibration=text_file, sequence_length=32, token_cap=1.0)
+    settings = {"calibration": text_file, "sequence_length": 32, "token_cap": 1.0, "grid": TERNARY}
+    report = qm.compress(causal("mixtral"), tmp_path / "out", **settings)
     # 4 experts, 2 of them for each token: 80 * 4 / 2 samples; the text has fewer windows
     assert any("instead of 160" in line for line in report.degraded)
     samples = int(next(line for line in report.degraded if "instead" in line).split()[3])

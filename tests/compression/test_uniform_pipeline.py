@@ -1,0 +1,216 @@
+"""Models compressed at a rate: their bits, their logits, everything that reads them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from checks import Killed, bytes_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qmoe_lite as qm
+from qmoe_lite.checkpoint.format import FORMAT, WINDOW_PARTS
+from qmoe_lite.compression.verdict import Verdict
+from qmoe_lite.errors import BadResultError, FormatError, SettingError
+from qmoe_lite.offload import attach
+
+WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_experts": 5}  # rows that their metadata do not outweigh
+MODELS = {
+    "qwen3_moe": {**WIDE, "moe_intermediate_size": 96, "intermediate_size": 48, "mlp_only_layers": []},
+    "mixtral": {**WIDE, "num_local_experts": 4, "intermediate_size": 80},
+}
+TEXT = {"samples": 48, "sequence_length": 32, "validation_samples": 4}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tokenizer, text_file):
+    """A function: family, rate -> (dense directory, compressed directory, report), once each."""
+    known = {}
+
+    def make(model_type="qwen3_moe", rate=2.5):
+        if (model_type, rate) not in known:
+            place = tmp_path_factory.mktemp(f"{model_type}-{rate}")
+            dense = tiny.make_causal(place / "dense", tokenizer, model_type, **MODELS[model_type])
+            report = qm.compress(dense, place / "out", calibration=text_file, rate=rate, **TEXT)
+            known[model_type, rate] = dense, place / "out", report
+        return known[model_type, rate]
+
+    return make
+
+
+def logits(model, seed=0):
+    ids = torch.randint(2, model.config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("rate", [1.6, 2.5, 4.0])
+def test_the_experts_take_the_bits_that_were_asked_for(made, rate):
+    _, out, report = made(rate=rate)
+    assert report.bits_per_weight == pytest.approx(rate, rel=0.01)
+    assert report.settings["rate"] == rate
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["format"], {book["kind"] for book in config["codebooks"]}) == (FORMAT, {"windows"})
+
+
+def test_more_bits_lose_less(made):
+    errors = [sum(made(rate=rate)[2].held_out_error.values()) for rate in (1.6, 2.5, 4.0)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_logits_are_those_of_the_dequantised_experts(made, model_type):
+    dense, out, _ = made(model_type)
+    packed = qm.load(out, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    tiny.fill_dense(model, packed, [f"model.layers.{i}.mlp.experts" for i in range(2)])
+    expected = logits(model)
+    assert (logits(packed) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_gate_and_up_share_their_column_scales(made):
+    model = qm.load(made()[1])
+    experts = model.model.layers[0].mlp.experts
+    assert tuple(experts.get_buffer("up_proj_column_scales").shape) == (5, 0)
+    gate, up = (experts.packed(3, name).column_scales for name in ("gate_proj", "up_proj"))
+    assert torch.equal(gate, up)
+
+
+def test_a_copy_by_save_pretrained_is_the_same(made, tmp_path):
+    model = qm.load(made()[1])
+    model.save_pretrained(tmp_path / "copy")
+    again = qm.load(tmp_path / "copy")
+    assert torch.equal(logits(again), logits(model))
+    assert not [finding for finding in qm.verify(tmp_path / "copy") if finding.severity == "error"]
+
+
+def test_experts_from_disk_compute_the_same_bits(made):
+    out = made()[1]
+    whole = logits(qm.load(out))
+    model = qm.load(out)
+    size = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_codes"))
+    runner = attach(model, ram_cache=max(size // 3, 70_000), offload="disk", remember=False)
+    assert torch.equal(logits(model), whole)
+    runner.close()
+
+
+def test_verify_and_inspect_know_the_code(made):
+    from qmoe_lite.inspection.contents import inspect_model
+
+    _, out, report = made()
+    assert qm.verify(out) == []
+    found = inspect_model(out)
+    assert found.totals["bits_per_weight"] == report.bits_per_weight
+    assert set(found.projections[0].part_bytes) == set(WINDOW_PARTS)
+    row = found.projections[0].report
+    assert 0 < row.zeros < 1
+    assert row.entropy < row.code_bits_per_weight
+    assert row.largest_digit >= 1
+
+
+def test_a_killed_run_ends_with_the_same_bytes(made, text_file, tmp_path):
+    dense, out, _ = made()
+    settings = {"calibration": text_file, "rate": 2.5, **TEXT}
+
+    def kill(event):
+        if event.done == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        qm.compress(dense, tmp_path / "out", progress=kill, **settings)
+    qm.compress(dense, tmp_path / "out", **settings)
+    ignored = {"qmoe_report.json"}  # seconds
+    assert {k: v for k, v in bytes_of(tmp_path / "out").items() if k not in ignored} == {
+        k: v for k, v in bytes_of(out).items() if k not in ignored
+    }
+
+
+def test_the_verdict_is_of_the_two_models_losses(made, text_file):
+    """The riders' losses are those of whole models on the same text."""
+    from qmoe_lite.compression.calibration import make_samples, open_tokenizer, read_text, read_tokens
+    from qmoe_lite.text.evaluation import summed_loss
+
+    dense, out, report = made()
+    tokens = read_tokens(read_text(text_file), open_tokenizer(dense), (48 + 4) * 32)
+    samples = make_samples(tokens[-4 * 32 :], None, seq2seq=False, count=None, sequence_length=32, seed=0)
+    verdict = Verdict.from_json(report.verdict)
+    for directory, loss in ((dense, verdict.dense_loss), (out, verdict.loss)):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        ids = torch.from_numpy(samples.input_ids)
+        with torch.no_grad():
+            found = model(ids).logits
+        total = sum(summed_loss(found[i, :-1], ids[i, 1:]) for i in range(4))
+        assert total / verdict.tokens == pytest.approx(loss, abs=2e-4)
+    assert verdict.gap == pytest.approx(verdict.loss - verdict.dense_loss)
+
+
+def test_a_layer_that_goes_wrong_is_told_of_at_once(made, text_file, tmp_path):
+    dense = made()[0]
+    settings = {"calibration": text_file, "rate": 0.9, **TEXT}
+    warnings = []
+    report = qm.compress(dense, tmp_path / "a", progress=lambda e: warnings.append(e.warning), **settings)
+    assert sum(warning is not None for warning in warnings) == 1
+    assert next(filter(None, warnings)).startswith("model.layers.0 loses ")
+    assert "instead of 0.9" in report.degraded[-1]
+    with pytest.raises(BadResultError, match="work so far"):
+        qm.compress(dense, tmp_path / "b", stop_when_bad=True, **settings)
+    assert not (tmp_path / "b").exists()
+    qm.compress(dense, tmp_path / "b", **settings)  # resumes
+    assert (tmp_path / "b").is_dir()
+
+
+def test_what_does_not_go_together_is_one_line(made, text_file, tmp_path):
+    dense = made()[0]
+
+    def refused(match, **settings):
+        with pytest.raises(SettingError, match=match):
+            qm.compress(dense, tmp_path / "out", calibration=text_file, **TEXT, **settings)
+
+    refused("only the uniform grid reaches", rate=2, grid=qm.MinMaxTernary())
+    refused("paper's dictionary codes ternary", rate=2, recipe="paper")
+    refused("expected 0.6 to 4 stored bits", rate=5)
+    refused("takes 9 to 12", grid=qm.UniformGrid(), codeword_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("part", "forge"),
+    [
+        ("exception_positions", lambda t: t.view(torch.int16).neg().view(torch.uint16)),
+        ("exception_starts", lambda t: t + 1),
+        ("exception_starts", lambda t: t * -1),
+        ("column_scales", lambda t: t * math.nan),
+        ("column_scales", lambda t: t[:, :-1]),
+        ("row_codewords", lambda t: (t.view(torch.int8) + 1).view(torch.uint8) if t.dtype == torch.uint8 else t),
+        ("codes", lambda t: t ^ 255),
+        ("levels", lambda t: t.repeat(1, 1, 2)),
+    ],
+)
+def test_forged_parts_are_refused_before_a_kernel_sees_them(made, tmp_path, part, forge):
+    import shutil
+
+    out = tmp_path / "forged"
+    shutil.copytree(made(rate=1.6)[1], out)
+    for file in sorted(out.glob("*.safetensors")):
+        tensors = load_file(file)
+        names = [name for name in tensors if name.endswith(f"gate_proj_{part}")]
+        for name in names:
+            tensors[name] = forge(tensors[name]).contiguous()
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(FormatError):
+        logits(qm.load(out))
+
+
+def test_a_forged_dictionary_is_refused(made, tmp_path):
+    import shutil
+
+    out = tmp_path / "forged"
+    shutil.copytree(made()[1], out)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["codebooks"][0]["clip"] += 1
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError):
+        qm.load(out)
