@@ -308,7 +308,7 @@ class Dictionary:
             if isinstance(error, QMoEError):
                 raise FormatError(f"dictionary config is unusable: {error}") from error
             raise FormatError(
-                f"dictionary config is unusable: {error}; expected bits, clip, longest, starts, quarters, nodes, trees and "
+                f"dictionary config is unusable: {error}; expected bits, clip, longest, starts, quarters, nodes, trees, "
                 "sha256."
             ) from error
 
