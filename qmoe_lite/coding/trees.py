@@ -1,8 +1,8 @@
 """A dictionary's trees of digit strings: read from the kinds of their nodes, and laid out for the kernels.
 
 A node of kind t may be continued by the digits nearer to zero than t; its string is a codeword unless t is K + 1, every
-digit. Children stand in the order 0, -1, +1, -2, ..: the rank of a digit. A class is a range of kinds; a string of class
-c is followed by one of tree c, whose first digits are those at least as large as the class's smallest kind.
+digit. Children stand in the order 0, -1, +1, -2, ..: the rank of a digit. A class is a range of kinds; a string of
+class c is followed by one of tree c, whose first digits are those at least as large as the class's smallest kind.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def read_trees(
     Parameters
     ----------
     kinds : uint8 array
+        One a node.
     clip : int
         K: digits are -K to K.
     longest : int
