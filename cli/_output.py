@@ -37,10 +37,10 @@ def quiet_transformers() -> None:
 
 
 @contextmanager
-def progress_shown(title: str, show: bool = True) -> Iterator[Callable[[Progress], None] | None]:
+def progress_shown(title: str, show: bool = True) -> Iterator[Callable[[Progress], None]]:
     """Yield a callback for `compress`: a bar with the time left on a terminal, now and then a plain line elsewhere."""
     if not show:
-        yield None
+        yield warn
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -52,11 +52,18 @@ def progress_shown(title: str, show: bool = True) -> Iterator[Callable[[Progress
             task = bar.add_task(title, total=None)
 
             def advance(event: Progress) -> None:
+                warn(event)
                 bar.update(task, completed=event.done, total=event.total, description=f"{title}: {event.place}")
 
             yield advance
     else:
         yield _PlainLines(title)
+
+
+def warn(event: Progress) -> None:
+    """Print an event's warning, if it has one."""
+    if event.warning is not None:
+        note(f"qmoe: warning: {event.warning}")
 
 
 class _PlainLines:
@@ -67,6 +74,7 @@ class _PlainLines:
         self._block = ""
 
     def __call__(self, event: Progress) -> None:
+        warn(event)
         now = time.monotonic()
         if not self._last:
             self._first = event.done - 1  # a resumed run does not count what an earlier one did

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qmoe_lite.bench._show.text import duration, megabytes, print_table, print_text
 from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
+
+if TYPE_CHECKING:
+    from qmoe_lite.checkpoint.report import Report
 
 
 def compress(
@@ -22,7 +25,20 @@ def compress(
         str,
         typer.Option(help="default; paper: the paper's settings; nearest: round to nearest, without calibration."),
     ] = "default",
-    grid: Annotated[str, typer.Option(help="minmax: row minimum, 0, row maximum; or two-bit: 4 levels.")] = "minmax",
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Stored bits a weight, averaged over all experts, 0.6 to 4: more bits lose less. 2.0 by default, but "
+            "for switch_transformers, whose experts bear the ternary grid. [default: 2.0, or minmax for Switch]"
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform: any digit, at the rate; minmax: row minimum, 0, row maximum; two-bit: 4 levels. "
+            "[default: uniform, or minmax for Switch and the other recipes]"
+        ),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(help="Calibration samples. [default: 80 x experts / experts per token]", min=1),
@@ -30,7 +46,9 @@ def compress(
     sequence_length: SequenceLengthOption = 512,
     codeword_bits: Annotated[
         int | None,
-        typer.Option(help="Bits of a codeword. [default: chosen for each layer and projection]", min=8, max=13),
+        typer.Option(
+            help="Bits of a codeword. [default: 10, or what fits each layer best with few digits]", min=8, max=13
+        ),
     ] = None,
     dampening: Annotated[float, typer.Option(help="Added to a Hessian's diagonal, as a share of its mean.")] = 0.1,
     validation_samples: Annotated[
@@ -42,25 +60,33 @@ def compress(
     ] = "float32",
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
+    stop_when_bad: Annotated[
+        bool, typer.Option("--stop-when-bad", help="End after the first layer that is bad; the work can be resumed.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard unfinished work in OUT.partial.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Compress a model's experts to less than one bit a weight.
+    """Compress a model's experts to 0.6 to 4 bits a weight, below one bit where the model bears it.
 
     An interrupted run resumes when the same command is given again.
 
-    Example: qmoe compress google/switch-base-8 switch-qmoe --calibration text.txt
+    It ends with the held-out loss of the dense and of the compressed model, and a verdict.
+
+    Example: qmoe compress Qwen/Qwen3-30B-A3B qwen3-qmoe --calibration text.txt --rate 2.5
     """
     import torch
 
     from qmoe_lite.cli import _output
     from qmoe_lite.compression.run import compress as run
+    from qmoe_lite.compression.verdict import Verdict
     from qmoe_lite.quantization.grid import grid_of_word
 
-    chosen = grid_of_word(grid)
+    chosen = None if grid is None else grid_of_word(grid)(level_dtype=torch.bfloat16)
     _output.quiet_transformers()
     settings: dict[str, Any] = {
-        "grid": chosen(level_dtype=torch.bfloat16),
+        "grid": chosen,
+        "rate": rate,
+        "stop_when_bad": stop_when_bad,
         "recipe": recipe,
         "samples": samples,
         "sequence_length": sequence_length,
@@ -80,7 +106,15 @@ def compress(
         raise typer.Exit(130) from None
     if json:
         _output.print_json(report.to_json())
-        return
+    else:
+        _print(report, out)
+    if report.verdict is not None:
+        _output.note(f"qmoe: {Verdict.from_json(report.verdict)}")
+    elif recipe != "nearest":
+        _output.note("qmoe: not judged, since no text was left for validation. Give more of it, then rerun.")
+
+
+def _print(report: Report, out: Path) -> None:
     from rich.table import Table
 
     table = Table(title=f"{out}: {report.matrices} matrices, {report.expert_weights:,} weights")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qmoe_lite.coding.codebook import Codebook as Codebook
     from qmoe_lite.coding.codec import decode as decode
     from qmoe_lite.coding.codec import encode as encode
+    from qmoe_lite.coding.dictionary import Dictionary as Dictionary
     from qmoe_lite.coding.matmul import decode_matmul as decode_matmul
     from qmoe_lite.coding.packed import PackedMatrix as PackedMatrix
     from qmoe_lite.compression.run import compress as compress
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Codebook": "coding.codebook",
+    "Dictionary": "coding.dictionary",
     "MinMaxTernary": "quantization.grid",
     "MinMaxTwoBit": "quantization.grid",
     "PackedExperts": "models.experts",
@@ -52,6 +54,7 @@ _HOMES = {
 
 __all__ = [  # sorted; a test compares it with _HOMES
     "Codebook",
+    "Dictionary",
     "MinMaxTernary",
     "MinMaxTwoBit",
     "PackedExperts",

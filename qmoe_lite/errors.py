@@ -13,6 +13,7 @@ QMoEError
 ├── TextError                       calibration or evaluation text that is missing, empty or not UTF-8
 ├── OutputError                     an output that exists already or cannot be written
 ├── DeviceError (RuntimeError)      a GPU, driver or CUDA package that is missing or too old
+├── BadResultError                  a compression that was to end where it goes wrong
 └── ResumeError                     unfinished work that belongs to other settings
 
 Each message is one line: what was found, what was expected, what to do.
@@ -82,6 +83,10 @@ class OutputError(QMoEError):
 
 class DeviceError(QMoEError, RuntimeError):
     """A GPU, its driver, or a package that compiles for it is missing or too old."""
+
+
+class BadResultError(QMoEError):
+    """A compression whose result will be bad, and that was to end then."""
 
 
 class ResumeError(QMoEError):

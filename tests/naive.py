@@ -347,6 +347,57 @@ def gptq(weight, hessian, grid, dampening, levels=None):
     return digits, weights
 
 
+def bfloat16(number):
+    """Return the nearest number with 8 significant bits; of two as near, the one whose last bit is 0."""
+    if number == 0:
+        return 0.0
+    mantissa, exponent = np.frexp(number)
+    return float(np.ldexp(round(float(mantissa) * 256), exponent - 8))
+
+
+def uniform_step(row, step):
+    """Return a row's step, float64: so many times the root mean square of its weights."""
+    return step * (sum(float(x) ** 2 for x in row) / len(row)) ** 0.5
+
+
+def round_uniform(value, step, dead_zone):
+    """Return (digit, weight): the multiple of the step that is nearest, or nearer to zero within the dead zone."""
+    if step == 0:
+        return 0, 0.0
+    size = min(int(abs(value) / step + 0.5 - dead_zone), 32767)
+    digit = size if value > 0 else -size
+    return digit, digit * step
+
+
+def uniform_scales(damped):
+    """Return each column's scale: what its error costs when those after it make up for it, over what one does."""
+    costs = []
+    for c in range(len(damped)):
+        first = [1.0] + [0.0] * (len(damped) - c - 1)
+        costs.append(1 / np.linalg.solve(damped[c:, c:], first)[0])
+    middle = np.exp(sum(np.log(cost) for cost in costs) / len(costs))
+    return [bfloat16(min(max((middle / cost) ** 0.5, 1 / 1024), 1024.0)) for cost in costs]
+
+
+def uniform_gptq(weight, hessian, step, dead_zone, dampening, rounded=True):
+    """Return digits and weights (E, R, C), steps (E, R) and column scales (E, C); steps are bfloat16 if `rounded`."""
+    digits, weights = np.zeros(np.shape(weight), int), np.zeros(np.shape(weight))
+    steps, scales = np.zeros(np.shape(weight)[:2]), np.zeros((len(weight), np.shape(weight)[2]))
+    for e in range(len(weight)):
+        damped = dampen(hessian[e], dampening)
+        moves, scales[e] = answers(damped), uniform_scales(damped)
+        for r, row in enumerate(np.asarray(weight[e], float)):
+            steps[e, r] = uniform_step(row, step)
+            if rounded:
+                steps[e, r] = bfloat16(steps[e, r])
+            errors = []
+            for k in range(len(row)):
+                best = row[k] + sum(float(moves[k][i]) * errors[i] for i in range(k))
+                digits[e, r, k], weights[e, r, k] = round_uniform(best, steps[e, r] * scales[e, k], dead_zone)
+                errors.append(weights[e, r, k] - row[k])
+    return digits, weights, steps, scales
+
+
 def relative_error(weight, quantised, hessian):
     """Return tr(D H D^T) / tr(W H W^T) of one matrix, D = weight - quantised."""
     lost = whole = 0.0

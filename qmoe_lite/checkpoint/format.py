@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.codes import code_from_config
+from qmoe_lite.coding.codes import Code, code_from_config
+from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.parts import EXCEPTION_PARTS
 from qmoe_lite.errors import CheckpointError, FormatError
 
-FORMAT = 2
+FORMAT = 3  # of what holds a dictionary's codes; directories without any are still written as format 2
+FORMATS = (2, 3)  # that are read
 METHOD = "qmoe"  # quant_method in config.json
 ALIGNMENT = 16  # bytes; where an expert's codes may start
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
-PARTS_OF = {"tunstall": PARTS, "paper": PARTS}  # by kind of code
+WINDOW_PARTS = (*PARTS, "column_scales", *EXCEPTION_PARTS)
+PARTS_OF = {"tunstall": PARTS, "paper": PARTS, KIND: WINDOW_PARTS}  # by kind of code
 
 
-def parts_of(codebook: Codebook) -> tuple[str, ...]:
+def parts_of(codebook: Code) -> tuple[str, ...]:
     """Return the names of the tensors that a projection with such a code has."""
     return PARTS_OF[codebook.kind]
 
@@ -37,27 +40,33 @@ def tensor_name(projection: str, part: str) -> str:
 
 
 def checksum(packed: PackedMatrix) -> int:
-    """Return the CRC-32 of one expert's matrix: its codes, row lengths and levels."""
+    """Return the CRC-32 of one expert's matrix: codes, row lengths, levels; of a dictionary's, all its tensors."""
+    codes, row_codewords, *others = packed.tensors.values()
     fewest = torch.tensor([packed.fewest_codewords], dtype=torch.int32)
     crc = 0
-    for part in (packed.codes, packed.row_codewords, fewest, packed.levels):
-        crc = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
+    for part in (codes, row_codewords, fewest, *others):
+        if part.numel():
+            crc = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy().data, crc)
     return crc
 
 
-def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
+def pack_experts(matrices: list[PackedMatrix], *, shares_scales: bool = False) -> dict[str, Tensor]:
     """Lay the matrices of a layer's experts side by side, as they are stored.
 
     Parameters
     ----------
     matrices : list of PackedMatrix, one an expert
         Of one shape and codebook.
+    shares_scales : bool
+        The column scales are those of the stage's first projection, and stored there.
 
     Returns
     -------
     dict
         "codes" uint8 (bytes,), "expert_offsets" int64 (E + 1,), "row_codewords" (E, R), uint8 or, where one expert
-        needs it, uint16, "fewest_codewords" int32 (E,), "levels" (E, R, L), "checksums" int64 (E,).
+        needs it, uint16, "fewest_codewords" int32 (E,), "levels" (E, R, L), "checksums" int64 (E,). Of a dictionary
+        besides "column_scales" bfloat16 (E, C), or (E, 0) where they are shared, "exception_starts" int32
+        (E, blocks + 1), "exception_positions" uint16 (N,) and "exception_values" int8 (N,).
     """
     if any(packed.row_codewords.dtype == torch.uint16 for packed in matrices):
         matrices = [replace(packed, row_codewords=packed.row_codewords.to(torch.uint16)) for packed in matrices]
@@ -68,13 +77,31 @@ def pack_experts(matrices: list[PackedMatrix]) -> dict[str, Tensor]:
     codes = torch.zeros(offsets[-1], dtype=torch.uint8)
     for packed, start in zip(matrices, offsets[:-1], strict=True):
         codes[start : start + len(packed.codes)] = packed.codes
-    return {
+    stored = {
         "codes": codes,
         "expert_offsets": torch.tensor(offsets, dtype=torch.int64),
         "row_codewords": row_codewords.view(matrices[0].row_codewords.dtype),
         "fewest_codewords": torch.tensor([p.fewest_codewords for p in matrices], dtype=torch.int32),
         "levels": torch.stack([p.levels for p in matrices]),
         "checksums": torch.tensor([checksum(p) for p in matrices], dtype=torch.int64),
+    }
+    return stored | _window_tensors(matrices, shares_scales) if isinstance(matrices[0].codebook, Dictionary) else stored
+
+
+def _window_tensors(matrices: list[PackedMatrix], shares_scales: bool) -> dict[str, Tensor]:
+    """Return what a dictionary's matrices have besides; exceptions of all experts in one list."""
+    columns = 0 if shares_scales else matrices[0].columns
+    ones = torch.ones(columns, dtype=torch.bfloat16)
+    scales = [ones if p.column_scales is None else p.column_scales[:columns] for p in matrices]
+    starts, positions, values = ([p.tensors[name] for p in matrices] for name in EXCEPTION_PARTS)
+    before = torch.tensor([0, *(len(part) for part in positions)]).cumsum(0)
+    if int(before[-1]) > torch.iinfo(torch.int32).max:
+        raise FormatError(f"{int(before[-1])} exceptions do not fit the format. Compress at a lower rate.")
+    return {
+        "column_scales": torch.stack(scales),
+        "exception_starts": torch.stack(starts) + before[:-1, None].to(torch.int32),
+        "exception_positions": torch.cat([part.view(torch.int16) for part in positions]).view(torch.uint16),
+        "exception_values": torch.cat(values),
     }
 
 
@@ -111,7 +138,7 @@ def quantization_config(
             used[experts][projection] = table.index(book)
     entries = {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": FORMAT if any(book.get("kind") == KIND for book in table) else FORMATS[0],
         "recipe": recipe,
         "grid": grid,
         "level_dtype": level_dtype and str(level_dtype).removeprefix("torch."),
@@ -135,13 +162,14 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
     directory, settings = checkpoint.directory, checkpoint.config.get("quantization_config") or {}
     if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
         raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
-    if (found := settings.get("format")) != FORMAT:
+    if (found := settings.get("format")) not in FORMATS:
         remedy = "Upgrade qmoe-lite" if isinstance(found, int) and found > FORMAT else "Compress the model again"
-        raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {FORMAT}. {remedy}.")
+        known = " and ".join(map(str, FORMATS))
+        raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {known}. {remedy}.")
     return settings  # type: ignore[no-any-return]
 
 
-def codebooks_of(checkpoint: Checkpoint) -> dict[str, dict[str, Codebook]]:
+def codebooks_of(checkpoint: Checkpoint) -> dict[str, dict[str, Code]]:
     """Return the codebook of each experts module's projections.
 
     Raises
@@ -163,7 +191,7 @@ def codebooks_of(checkpoint: Checkpoint) -> dict[str, dict[str, Codebook]]:
         raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.") from error
 
 
-def check_alphabets(experts: str, codebooks: Mapping[str, Codebook]) -> None:
+def check_alphabets(experts: str, codebooks: Mapping[str, Code]) -> None:
     """Raise FormatError where the projections of an experts module have digits of different alphabets."""
-    if len({book.digits for book in codebooks.values()}) > 1:
-        raise FormatError(f"{experts} mixes codebooks of three and of four digits. Fetch the file again.")
+    if len({KIND if isinstance(book, Dictionary) else book.digits for book in codebooks.values()}) > 1:
+        raise FormatError(f"{experts} mixes codes of different digits. Fetch the file again.")

@@ -37,6 +37,12 @@ class ProjectionReport:
         layer's Hessian mixed in ("blended"), or to nearest ("nearest").
     tokens : list of int
         Calibration tokens behind each expert's Hessian.
+    entropy : float or None
+        Of a dictionary's digits, bits each, order 0, signs even.
+    largest_digit : int or None
+        Of a dictionary's digits, without its sign.
+    exceptions : float or None
+        Entries of a dictionary's list of exceptions, a weight.
     """
 
     layer: str
@@ -51,6 +57,9 @@ class ProjectionReport:
     error: float
     hessian_classes: dict[str, int]
     tokens: list[int]
+    entropy: float | None = None
+    largest_digit: int | None = None
+    exceptions: float | None = None
 
     @property
     def weights(self) -> int:
@@ -74,6 +83,10 @@ class Report:
     sizes : dict
         expert_bytes, other_bytes, dense_expert_bytes, dense_other_bytes.
     seconds : float
+    versions : dict
+    verdict : dict or None
+        Losses of the dense and the compressed model on the validation samples, their gap, a word for it and advice;
+        None where no text was left for it, or none was given.
     """
 
     model: str
@@ -84,6 +97,7 @@ class Report:
     sizes: dict[str, int]
     seconds: float
     versions: dict[str, str] = field(default_factory=dict)
+    verdict: dict[str, Any] | None = None
 
     @property
     def expert_weights(self) -> int:
@@ -151,6 +165,12 @@ def _check_types(report: Report) -> None:
         numbers += [row.experts, row.rows, row.columns, row.bits_per_weight, row.code_bits_per_weight, row.zeros]
         numbers += [row.codeword_bits, row.error, *row.hessian_classes.values(), *row.tokens]
         texts += [row.layer, row.projection]
+    numbers += [
+        n for row in report.projections for n in (row.entropy, row.largest_digit, row.exceptions) if n is not None
+    ]
+    if report.verdict is not None:
+        numbers += [report.verdict["dense_loss"], report.verdict["loss"], report.verdict["gap"]]
+        texts += [report.verdict["word"], report.verdict["advice"]]
     if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
         raise TypeError
     if not isinstance(report.settings, dict) or {"dense_expert_bytes", "dense_other_bytes"} - set(report.sizes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import ALIGNMENT, checksum, tensor_name
-from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.matmul import MatrixStack
+from qmoe_lite.coding.codes import Code
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.exceptions import block_rows
+from qmoe_lite.coding.matmul import MatrixStack, Stack
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.coding.stream import stream_bytes
 from qmoe_lite.coding.validation import validate
+from qmoe_lite.coding.windows_product import WindowStack
 from qmoe_lite.errors import FormatError
 
 
@@ -29,11 +32,13 @@ class ExpertStack:
         Number of experts.
     shape : tuple of int
         (rows, columns) of each matrix.
-    codebook : Codebook
+    codebook : Codebook or Dictionary
     parts : dict, part to tensor
         All that `format.parts_of` names, on one device; without "codes" where these lie elsewhere an expert at a time.
     codes_bytes : int, optional
         Length of the codes' tensor; needed where it is not among the parts.
+    first : ExpertStack, optional
+        Of the stage's first projection, whose column scales are this one's where it has none of its own.
 
     Attributes
     ----------
@@ -51,11 +56,13 @@ class ExpertStack:
         name: str,
         experts: int,
         shape: tuple[int, int],
-        codebook: Codebook,
+        codebook: Code,
         parts: dict[str, Tensor],
         codes_bytes: int | None = None,
+        first: ExpertStack | None = None,
     ) -> None:
         self.name, self.experts, self.shape, self.codebook, self.parts = name, experts, shape, codebook, parts
+        self._first = first
         self._check_parts()
         self.codes_bytes = len(parts["codes"]) if codes_bytes is None else codes_bytes
         self.valid: NDArray[np.bool_] = np.zeros(experts, dtype=bool)
@@ -76,11 +83,51 @@ class ExpertStack:
                     f"{tensor_name(self.name, part)} is {found.dtype} {tuple(found.shape)}; "
                     f"config.json promises {' or '.join(map(str, dtypes))} {shape}. Fetch both again."
                 )
+        if isinstance(self.codebook, Dictionary):
+            self._check_window_parts()
         levels, codes = self.parts["levels"], self.parts.get("codes")
         if levels.dim() != 3 or tuple(levels.shape[:2]) != (experts, rows) or not levels.is_floating_point():
             raise FormatError(f"{tensor_name(self.name, 'levels')} is not (experts, rows, levels) of floats.")
         if codes is not None and (codes.dim() != 1 or codes.dtype != torch.uint8):
             raise FormatError(f"{tensor_name(self.name, 'codes')} is not a row of bytes. Fetch the file again.")
+
+    def _check_window_parts(self) -> None:
+        rows, columns = self.shape
+        blocks = -(-rows // block_rows(columns))
+        widths = (columns,) if self._first is None else (0, columns)
+        expected: dict[str, tuple[tuple[int | None, ...], torch.dtype]] = {
+            "column_scales": ((self.experts, None), torch.bfloat16),
+            "exception_starts": ((self.experts, blocks + 1), torch.int32),
+            "exception_positions": ((None,), torch.uint16),
+            "exception_values": (tuple(self.parts["exception_positions"].shape), torch.int8),
+        }
+        for part, (shape, dtype) in expected.items():
+            found = self.parts[part]
+            fits = found.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
+            if not fits or found.dtype != dtype or (part == "column_scales" and found.shape[1] not in widths):
+                wanted = str(shape).replace("None", "any")
+                raise FormatError(
+                    f"{tensor_name(self.name, part)} is {found.dtype} {tuple(found.shape)}; "
+                    f"config.json promises {dtype} {wanted}. Fetch both again."
+                )
+
+    @property
+    def column_scales(self) -> Tensor:
+        """Column scales of a dictionary's experts, (E, C), its own or the first projection's."""
+        own = self.parts["column_scales"]
+        return self._first.column_scales if self._first is not None and own.shape[1] == 0 else own
+
+    @cached_property
+    def _float_scales(self) -> NDArray[np.float32]:
+        if self._first is not None and self.parts["column_scales"].shape[1] == 0:
+            return self._first._float_scales  # the same array: x is laid out for both at once
+        scales: NDArray[np.float32] = self.column_scales.float().numpy()
+        return scales
+
+    @cached_property
+    def _steps(self) -> NDArray[np.float32]:
+        steps: NDArray[np.float32] = self.parts["levels"][:, :, 0].float().contiguous().numpy()
+        return steps
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +150,7 @@ class ExpertStack:
             return self._spans[expert]
         start, stop = self.parts["expert_offsets"][expert : expert + 2].tolist()
         lengths = self.matrix(expert, torch.empty(0, dtype=torch.uint8)).count_codewords()
-        used = stream_bytes(int(lengths.sum()), self.codebook.bits)
+        used = self.codebook.stream_bytes(int(lengths.sum()))
         if start < 0 or start % ALIGNMENT or not start <= start + used <= stop <= self.codes_bytes:
             raise FormatError(f"{self.name_of(expert)} does not lie inside its codes. Fetch or make the file again.")
         self._spans[expert] = start, used
@@ -119,7 +166,25 @@ class ExpertStack:
             columns=self.shape[1],
             fewest_codewords=int(self.parts["fewest_codewords"][expert]),
             _validated=bool(self.valid[expert]),
+            **self._window_parts(expert),
         )
+
+    def _window_parts(self, expert: int) -> dict[str, Tensor]:
+        """Return one expert's column scales and exceptions, where the code is a dictionary."""
+        if not isinstance(self.codebook, Dictionary):
+            return {}
+        starts = self.parts["exception_starts"][expert]
+        first, last = int(starts[0]), int(starts[-1])
+        if not 0 <= first <= last <= len(self.parts["exception_positions"]):
+            raise FormatError(
+                f"{self.name_of(expert)} has exceptions outside their list. Fetch or make the file again."
+            )
+        return {
+            "column_scales": self.column_scales[expert],
+            "exception_starts": starts - first,
+            "exception_positions": self.parts["exception_positions"][first:last],
+            "exception_values": self.parts["exception_values"][first:last],
+        }
 
     def checked(self, expert: int) -> PackedMatrix:
         """Return one expert's matrix as it is stored, on the CPU, once it has passed every check.
@@ -151,6 +216,8 @@ class ExpertStack:
     def checked_on_device(self) -> list[PackedMatrix]:
         """Return all experts' matrices where they lie, checked in one copy of the parts on the CPU; errors as there."""
         on_host = {part: tensor.cpu() for part, tensor in self.parts.items()}
+        if isinstance(self.codebook, Dictionary):
+            on_host["column_scales"] = self.column_scales.cpu()
         host = ExpertStack(self.name, self.experts, self.shape, self.codebook, on_host)
         found = []
         for expert in range(self.experts):
@@ -161,13 +228,12 @@ class ExpertStack:
                     codes=self.parts["codes"][start : start + used],
                     row_codewords=self.parts["row_codewords"][expert],
                     levels=self.parts["levels"][expert],
+                    **self._window_parts(expert),
                 )
             )
         return found
 
-    def for_product(
-        self, codes: NDArray[np.uint8] | None = None, offsets: NDArray[np.int64] | None = None
-    ) -> MatrixStack:
+    def for_product(self, codes: NDArray[np.uint8] | None = None, offsets: NDArray[np.int64] | None = None) -> Stack:
         """Return all matrices as the CPU's kernels take them, whether checked or not.
 
         Parameters
@@ -175,6 +241,20 @@ class ExpertStack:
         codes, offsets : arrays, optional
             Memory that holds the codes, and where each expert's begin there; by default the parts.
         """
+        if isinstance(self.codebook, Dictionary):
+            return WindowStack(
+                codes=self.parts["codes"].numpy() if codes is None else codes,
+                offsets=self.parts["expert_offsets"].numpy() if offsets is None else offsets,
+                row_codewords=self.parts["row_codewords"].numpy(),
+                fewest=self.parts["fewest_codewords"].numpy(),
+                steps=self._steps,
+                column_scales=self._float_scales,
+                dictionary=self.codebook,
+                columns=self.shape[1],
+                exception_starts=self.parts["exception_starts"].numpy(),
+                exception_positions=self.parts["exception_positions"].numpy(),
+                exception_values=self.parts["exception_values"].numpy(),
+            )
         return MatrixStack(
             codes=self.parts["codes"].numpy() if codes is None else codes,
             offsets=self.parts["expert_offsets"].numpy() if offsets is None else offsets,

@@ -13,30 +13,36 @@ import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.decode_kernels import decode_rows
+from qmoe_lite.coding.dictionary import Dictionary, checked_digits
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS
 from qmoe_lite.coding.stream import row_starts, shorten_counts, stream_bytes
 from qmoe_lite.coding.validation import prepare
 from qmoe_lite.coding.walk import LANES, check_counted, digit_bytes, walk_rows
+from qmoe_lite.coding.window_parts import digits_of
+from qmoe_lite.coding.windows import encode as encode_rows
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 
 _BLOCK = 4 * LANES  # rows whose codes a thread keeps together
 
 
-def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
+def encode(digits: Any, levels: Any, codebook: Code, column_scales: Any = None) -> PackedMatrix:
     """Write each row of digits as a run of codewords, longest match first.
 
     Parameters
     ----------
     digits : int8 array or tensor, shape (R, C), R at least 1, C from 1 to 65535
-        Ternary codebook: -1, 0, +1. Two-bit codebook: 0 to 3. Each row starts on a codeword.
+        Ternary codebook: -1, 0, +1. Two-bit codebook: 0 to 3. Dictionary: any of size 32767 at most, int8 or int16.
+        Each row starts on a codeword.
     levels : float32, float16 or bfloat16 array or tensor, shape (R, L)
         Ternary: L = 2, the row's value of -1 and of +1, or L = 1, symmetric: -l and l. Two-bit: L = 3, the values of
-        1, 2 and 3. Digit 0 is always exactly 0. The dtype is kept.
-    codebook : Codebook
-        From `Codebook.fit` or `Codebook.paper`.
+        1, 2 and 3. Dictionary: L = 1, the row's step. Digit 0 is always exactly 0. The dtype is kept.
+    codebook : Codebook or Dictionary
+        From `Codebook.fit`, `Codebook.paper` or `Dictionary.fit`.
+    column_scales : float32, float16 or bfloat16 array or tensor, shape (C,), optional
+        With a dictionary: weight = digit * step * scale. Kept as bfloat16; by default ones.
 
     Returns
     -------
@@ -48,7 +54,8 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     ShapeError
         `digits` is not (R, C) within those bounds, or `levels` does not match it.
     DtypeError
-        `digits` is not int8, or `levels` is none of the three floats (float64 would lose precision silently).
+        `digits` is not int8, or `levels` is none of the three floats (float64 would lose precision silently), or
+        `column_scales` are not exact in bfloat16.
     DigitError
         A digit outside the codebook's alphabet; names row, column and value.
     NotFiniteError
@@ -70,6 +77,10 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     >>> decode(encode(digits, np.float32([[-0.5, 0.25]]), Codebook.fit([1, 8, 1])))[0].tolist()
     [[0, 0, 1, -1, 0]]
     """
+    if isinstance(codebook, Dictionary):
+        return _encode_windows(digits, levels, codebook, column_scales)
+    if column_scales is not None:
+        raise SettingError("column_scales go with a Dictionary's digits. Leave them out, or fit a Dictionary.")
     if isinstance(digits, torch.Tensor) and digits.is_cuda:
         from qmoe_lite.cuda import codec as twin
 
@@ -86,9 +97,7 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
             f"levels has shape {tuple(levels_tensor.shape)} but digits has {rows} rows of {codebook.digits} digits; "
             f"expected {' or '.join(f'({rows}, {width})' for width in widths)}. Pass the digits' own levels."
         )
-    if not torch.isfinite(levels_tensor).all():
-        row = int((~torch.isfinite(levels_tensor)).any(1).nonzero()[0])
-        raise NotFiniteError(f"levels holds NaN or infinity at row {row}; expected finite values. Check the weights.")
+    _check_levels_finite(levels_tensor)
     row_counts = np.empty(rows, dtype=np.int64)
     room = -(-columns // codebook.min_weights) * _BLOCK
     indices = np.empty((-(-rows // _BLOCK), room), dtype=np.uint16)
@@ -112,12 +121,61 @@ def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
     )
 
 
+def _encode_windows(digits: Any, levels: Any, dictionary: Dictionary, column_scales: Any) -> PackedMatrix:
+    """Do what `encode` says for a dictionary: on the CPU, and back to where the digits are."""
+    home = digits.device if isinstance(digits, torch.Tensor) else torch.device("cpu")
+    array = checked_digits(digits.cpu().numpy() if isinstance(digits, torch.Tensor) else digits)
+    rows, columns = array.shape
+    if columns > MAX_COLUMNS:
+        raise ShapeError(f"digits has {columns} columns; expected at most {MAX_COLUMNS}. Split the matrix by columns.")
+    steps = _levels_tensor(levels.cpu() if isinstance(levels, torch.Tensor) else levels)
+    if tuple(steps.shape) != (rows, 1):
+        raise ShapeError(f"levels has shape {tuple(steps.shape)}; expected ({rows}, 1), the rows' steps.")
+    _check_levels_finite(steps)
+    stream = encode_rows(array, dictionary.bits, dictionary.clip, *dictionary.encoder)
+    row_codewords, fewest = shorten_counts(torch.from_numpy(stream.row_codewords))
+    starts, positions, values = (torch.from_numpy(part) for part in stream.exceptions)
+    packed = PackedMatrix(
+        torch.from_numpy(stream.codes),
+        row_codewords,
+        steps,
+        dictionary,
+        columns,
+        fewest_codewords=fewest,
+        column_scales=None if column_scales is None else _scales_tensor(column_scales, columns),
+        exception_starts=starts,
+        exception_positions=positions,
+        exception_values=values,
+        _validated=True,
+    )
+    return packed if home.type == "cpu" else packed.to(home)
+
+
+def _scales_tensor(scales: Any, columns: int) -> torch.Tensor:
+    """Return column scales as bfloat16, shape (C,); refuse others than finite ones above 0 that bfloat16 holds."""
+    tensor = _levels_tensor(scales.cpu() if isinstance(scales, torch.Tensor) else scales)
+    if tuple(tensor.shape) != (columns,):
+        raise ShapeError(f"column_scales has shape {tuple(tensor.shape)}; expected ({columns},), one a column.")
+    if not (torch.isfinite(tensor) & (tensor > 0)).all():
+        raise NotFiniteError("column_scales holds a value that is not above 0 and finite. Check the weights.")
+    rounded = tensor.to(torch.bfloat16)
+    if (rounded.float() != tensor.float()).any():
+        raise DtypeError("column_scales has values that bfloat16 does not hold. Round them before the digits are made.")
+    return rounded
+
+
+def _check_levels_finite(levels: torch.Tensor) -> None:
+    if not torch.isfinite(levels).all():
+        row = int((~torch.isfinite(levels)).any(1).nonzero()[0])
+        raise NotFiniteError(f"levels holds NaN or infinity at row {row}; expected finite values. Check the weights.")
+
+
 def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the digits back.
 
     Returns
     -------
-    digits : int8 tensor, shape (R, C)
+    digits : int8 tensor, or int16 where the code is a dictionary, shape (R, C)
         On the matrix's device.
     levels : tensor, shape (R, L)
         `packed.levels` itself.
@@ -138,6 +196,8 @@ def decode(packed: PackedMatrix) -> tuple[torch.Tensor, torch.Tensor]:
         return twin.decode(packed)
     rows, columns = packed.shape
     codebook = packed.codebook
+    if isinstance(codebook, Dictionary):
+        return digits_of(packed), packed.levels
     values = torch.tensor([codebook.alphabet.slot_digits] * rows, dtype=torch.int8)
     digits = torch.empty(rows, columns, dtype=torch.int8)
     starts = row_starts(packed.count_codewords().numpy())

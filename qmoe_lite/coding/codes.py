@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.errors import FormatError
 
-CODES: dict[str, Callable[[Mapping[str, Any]], Codebook]] = {
+Code = Codebook | Dictionary
+CODES: dict[str, Callable[[Mapping[str, Any]], Code]] = {
     "tunstall": Codebook.from_config,
     "paper": Codebook.from_config,
+    KIND: Dictionary.from_config,
 }
 
 
-def code_from_config(config: Any) -> Codebook:
+def code_from_config(config: Any) -> Code:
     """Return the code that an entry of config.json's `codebooks` describes, by its "kind".
 
     Parameters

@@ -23,9 +23,10 @@ from qmoe_lite.coding.exceptions import count_exceptions
 from qmoe_lite.coding.fitting import EXCEPTION_BITS, LARGEST_CLIP, digit_chances, exception_bits, fit_trees
 from qmoe_lite.coding.growth import follow_chain
 from qmoe_lite.coding.trees import FAULTS, MOST_DIGITS, Trees, encoder_entries, read_trees, window_tables
-from qmoe_lite.coding.windows import count_codewords
+from qmoe_lite.coding.windows import count_codewords, windows_bytes
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
 
+KIND = "windows"
 _WIDTHS = (8, 16)  # digits that a kernel copies at a time
 
 
@@ -157,6 +158,15 @@ class Dictionary:
         return cls(bits, *fit_trees(sizes, bits, clip, longest))
 
     @property
+    def kind(self) -> str:
+        """What config.json calls the code."""
+        return KIND
+
+    def stream_bytes(self, codewords: int) -> int:
+        """Return the bytes of a matrix's stream of so many codewords, with its padding."""
+        return windows_bytes(codewords, self.bits)
+
+    @property
     def entries(self) -> int:
         """How many digit strings the trees hold."""
         return int((self.trees.numbers >= 0).sum())
@@ -257,7 +267,7 @@ class Dictionary:
     def to_config(self) -> dict[str, Any]:
         """Return what a checkpoint stores: the numbers, the trees (their kinds packed, base64) and their sha256."""
         return {
-            "kind": "windows",
+            "kind": KIND,
             "bits": self.bits,
             "clip": self.clip,
             "longest": self.longest,
@@ -285,8 +295,8 @@ class Dictionary:
             A field is missing or unusable, the trees have another sha256, or are no trees.
         """
         try:
-            if config["kind"] != "windows":
-                raise FormatError(f'dictionary config has kind {config["kind"]!r}; expected "windows".')
+            if config["kind"] != KIND:
+                raise FormatError(f'dictionary config has kind {config["kind"]!r}; expected "{KIND}".')
             packed = base64.b64decode(config["trees"], validate=True)
             found, expected = hashlib.sha256(packed).hexdigest(), config["sha256"]
             if found != expected:

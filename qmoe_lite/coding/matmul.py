@@ -7,6 +7,7 @@ bfloat16 weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 from qmoe_lite.coding.block import block_kernel
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.decode_kernels import decode_rows, slot_values
+from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.gather import gather_kernel
 from qmoe_lite.coding.jobs import expand_kernel
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.stream import row_starts
 from qmoe_lite.coding.validation import prepare
+from qmoe_lite.coding.window_parts import weights_of
+from qmoe_lite.coding.windows_product import WindowStack, multiply_windows
 from qmoe_lite.errors import DtypeError, NotFiniteError, SettingError, ShapeError
 
 GATHER_TOKENS = (1, 2, 4)  # tokens whose sums of each level are gathered in one walk
@@ -119,26 +123,29 @@ class MatrixStack:
         return cls(codes, offsets, row_codewords, fewest, packed.levels.float()[None], packed.codebook, packed.columns)
 
 
-_stacks: WeakKeyDictionary[PackedMatrix, MatrixStack] = WeakKeyDictionary()
+Stack = MatrixStack | WindowStack
+_stacks: WeakKeyDictionary[PackedMatrix, Stack] = WeakKeyDictionary()
 
 
-def _stack_of(packed: PackedMatrix) -> MatrixStack:
+def _stack_of(packed: PackedMatrix) -> Stack:
     """Validate a matrix and return it as a stack; kept with it, since making one takes as long as a small product."""
     if (stack := _stacks.get(packed)) is None:
         prepare(packed)
-        stack = _stacks[packed] = MatrixStack.of(packed)
+        kind: type[MatrixStack] | type[WindowStack]
+        kind = WindowStack if isinstance(packed.codebook, Dictionary) else MatrixStack
+        stack = _stacks[packed] = kind.of(packed)
     return stack
 
 
 def grouped_matmul(
-    stacks: list[MatrixStack], x: torch.Tensor, experts: list[int], bounds: list[int]
+    stacks: Sequence[Stack], x: torch.Tensor, experts: list[int], bounds: list[int]
 ) -> list[torch.Tensor]:
     """Multiply groups of tokens by a matrix each, in every one of some stacks: gate and up projection of a layer.
 
     Parameters
     ----------
-    stacks : list of MatrixStack
-        Of the same number of columns C and of digits.
+    stacks : list of MatrixStack, or of WindowStack
+        Of the same number of columns C and, where they are MatrixStacks, of digits.
     x : float32 tensor, shape (N, C), contiguous, finite
         Tokens, group after group.
     experts : list of int
@@ -159,6 +166,16 @@ def grouped_matmul(
     -----
     Nothing else is checked. A group's result does not depend on the other groups.
     """
+    windows = [stack for stack in stacks if isinstance(stack, WindowStack)]
+    if windows:
+        return multiply_windows(windows, x, experts, bounds)
+    return _multiply_codebooks([stack for stack in stacks if isinstance(stack, MatrixStack)], x, experts, bounds)
+
+
+def _multiply_codebooks(
+    stacks: list[MatrixStack], x: torch.Tensor, experts: list[int], bounds: list[int]
+) -> list[torch.Tensor]:
+    """Do what `grouped_matmul` says for codebooks of few digits."""
     columns = stacks[0].columns
     y = [torch.empty(len(x), stack.levels.shape[1], dtype=torch.float32) for stack in stacks]
     digits = stacks[0].codebook.digits
@@ -281,6 +298,8 @@ def _tile_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
     y = torch.empty(len(tokens), rows, dtype=torch.float32)
     if not len(tokens):
         return y
+    if isinstance(packed.codebook, Dictionary):
+        return tokens @ weights_of(packed).T
     values = slot_values(packed.levels, packed.codebook.alphabet, torch.float32)
     starts = row_starts(packed.count_codewords().numpy())
     tile = torch.empty(min(rows, max(1, TILE_VALUES // columns)), columns, dtype=torch.float32)

@@ -8,10 +8,13 @@ from typing import Self
 import torch
 
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.dictionary import Dictionary
 
 MAX_COLUMNS = 65535  # a row's codewords, at most one a weight, are counted in 16 bits
 FEWEST_BYTES = 4  # that `fewest_codewords` takes where it is stored
 LEVEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EXCEPTION_PARTS = ("exception_starts", "exception_positions", "exception_values")
+TENSORS = ("codes", "row_codewords", "levels", "column_scales", *EXCEPTION_PARTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +24,13 @@ class MatrixParts:
     codes: torch.Tensor
     row_codewords: torch.Tensor
     levels: torch.Tensor
-    codebook: Codebook
+    codebook: Codebook | Dictionary
     columns: int
     fewest_codewords: int = field(default=0, kw_only=True)
+    column_scales: torch.Tensor | None = field(default=None, kw_only=True)
+    exception_starts: torch.Tensor | None = field(default=None, kw_only=True)
+    exception_positions: torch.Tensor | None = field(default=None, kw_only=True)
+    exception_values: torch.Tensor | None = field(default=None, kw_only=True)
     _validated: bool = field(default=False, repr=False)
 
     @property
@@ -32,13 +39,19 @@ class MatrixParts:
         return len(self.row_codewords), self.columns
 
     @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that there are, by name, in the order in which a checksum takes them."""
+        found = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything needed to decode but the codebook."""
-        return FEWEST_BYTES + sum(tensor.nbytes for tensor in (self.codes, self.row_codewords, self.levels))
+        return FEWEST_BYTES + sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight: codes, padding, row lengths and levels, everything but the codebook."""
+        """Stored bits per weight: all tensors with their padding, everything but the codebook or dictionary."""
         rows, columns = self.shape
         return 8 * self.nbytes / (rows * columns)
 
@@ -56,5 +69,4 @@ class MatrixParts:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same matrix on another device; dtypes stay."""
-        codes, row_codewords, levels = (x.to(device) for x in (self.codes, self.row_codewords, self.levels))
-        return replace(self, codes=codes, row_codewords=row_codewords, levels=levels)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})

@@ -7,9 +7,11 @@ import torch
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.entry import entry_length
 from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS, MatrixParts
 from qmoe_lite.coding.stream import PADDING_BYTES, load_word, row_starts, stream_bytes
+from qmoe_lite.coding.window_parts import check_windows
 from qmoe_lite.errors import FormatError, SettingError
 
 _FAULTS = {
@@ -55,6 +57,10 @@ def validate(packed: MatrixParts) -> None:
         return
     _check_structure(packed)
     codebook = packed.codebook
+    if isinstance(codebook, Dictionary):
+        check_windows(packed)
+        object.__setattr__(packed, "_validated", True)
+        return
     starts = row_starts(packed.count_codewords().numpy())
     total = int(starts[-1])
     codes = packed.codes.numpy()
@@ -88,7 +94,8 @@ def _check_structure(packed: MatrixParts) -> None:
                 f"{name} has {tensor.ndim} axes or strides; expected 1 (levels: 2), contiguous. Rebuild it."
             )
     rows, width = packed.levels.shape
-    if rows != len(packed.row_codewords) or rows == 0 or width not in packed.codebook.alphabet.level_counts:
+    widths = (1,) if isinstance(packed.codebook, Dictionary) else packed.codebook.alphabet.level_counts
+    if rows != len(packed.row_codewords) or rows == 0 or width not in widths:
         raise FormatError(
             f"levels has shape {(rows, width)} beside {len(packed.row_codewords)} rows of digits. "
             "The data is damaged; get it again."
@@ -110,10 +117,9 @@ def _check_structure(packed: MatrixParts) -> None:
 
 
 def _check_device(packed: MatrixParts) -> None:
-    device = packed.codes.device
-    if device.type not in ("cpu", "cuda") or not device == packed.row_codewords.device == packed.levels.device:
-        tensors = packed.codes, packed.row_codewords, packed.levels
-        found = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
+    devices = {tensor.device for tensor in packed.tensors.values()}
+    if len(devices) > 1 or packed.device.type not in ("cpu", "cuda"):
+        found = " and ".join(sorted(map(str, devices)))
         raise SettingError(f"the packed matrix is on {found}; expected the CPU or one CUDA GPU. Call packed.to('cpu').")
 
 

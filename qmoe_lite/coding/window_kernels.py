@@ -22,6 +22,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.vectors import address_of, code_bits, load_64_at, store
+from qmoe_lite.coding.window_layout import COUNT, EXPERT, FIRST, PANEL
 from qmoe_lite.coding.window_sums import (
     accumulate_sums,
     add_codeword,
@@ -32,71 +33,11 @@ from qmoe_lite.coding.window_sums import (
     store_totals,
 )
 
-EXPERT, CHOICE, FIRST, COUNT, PANEL = range(5)  # columns of `jobs`: expert, its place in `experts`, tokens, first panel
 TASK_ROWS = 48  # a multiple of the rows that any panel width takes at a time
 CHUNK = 512  # columns decoded at a time
 CARRY = 64  # digits that four codewords may reach behind a chunk, 16 each
 _STRIDE = CHUNK + CARRY
 LONGEST = 16  # digits of a codeword at most
-_COLUMNS = 64  # laid out at a time
-_LARGEST = np.float32(1e33)
-_LARGEST_SCALED = np.float32(1e31)  # 127 times so much in each column cannot overflow before a step makes it small
-
-
-@njit(forceinline=True, error_model="numpy")
-def _scaled(value: np.float32, scale: np.float32) -> tuple[np.float32, int]:
-    """Return value * scale, and 1 if one of them is not finite or too large, else 0."""
-    scaled = value * scale
-    return scaled, np.int64(not (abs(value) <= _LARGEST and abs(scaled) <= _LARGEST_SCALED))
-
-
-@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
-def lay_rows(
-    x: NDArray[np.float32], scales: NDArray[np.float32], jobs: NDArray[np.int64], out: NDArray[np.float32]
-) -> bool:
-    """Lay x (N, C) out for each job of few tokens: out (J, tokens, C + padding), times its expert's column scales.
-
-    scales (E, C), or (0, C) for ones. What a job lacks in tokens, and the padding, are zeros. Returns whether all of x
-    that the jobs name is finite, and not so large that sums of it might not be.
-    """
-    tokens, columns = out.shape[1], x.shape[1]
-    spoilt = 0
-    for task in prange(len(jobs) * tokens):
-        job, token = jobs[task // tokens], task % tokens
-        own = out[task // tokens, token]
-        if token >= job[COUNT]:
-            own[:] = 0
-        else:
-            row, one = x[job[FIRST] + token], np.float32(1)
-            for column in range(columns):
-                scale = scales[job[EXPERT], column] if len(scales) else one
-                own[column], wrong = _scaled(row[column], scale)
-                spoilt += wrong
-            own[columns:] = 0
-    return spoilt == 0
-
-
-@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
-def lay_panels(
-    x: NDArray[np.float32], scales: NDArray[np.float32], jobs: NDArray[np.int64], out: NDArray[np.float32]
-) -> bool:
-    """Lay x (N, C) out for each job of many tokens: out (panels, C, lanes), tokens side by side; see `lay_rows`."""
-    lanes, columns = out.shape[2], x.shape[1]
-    pieces = (columns + _COLUMNS - 1) // _COLUMNS
-    spoilt = 0
-    for task in prange(len(jobs) * pieces):
-        job, start = jobs[task // pieces], task % pieces * _COLUMNS
-        end, one = min(start + _COLUMNS, columns), np.float32(1)
-        for panel in range((job[COUNT] + lanes - 1) // lanes):
-            own, first = out[job[PANEL] + panel], job[FIRST] + panel * lanes
-            held = min(lanes, job[COUNT] - panel * lanes)
-            for column in range(start, end):
-                scale = scales[job[EXPERT], column] if len(scales) else one
-                for token in range(held):
-                    own[column, token], wrong = _scaled(x[first + token, column], scale)
-                    spoilt += wrong
-                own[column, held:] = 0
-    return spoilt == 0
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -190,6 +131,30 @@ def _add_row(
 
 
 @njit(forceinline=True, error_model="numpy")
+def _add_rows(
+    codes: NDArray[np.uint8],
+    offset: int,
+    codeword: int,
+    counts: NDArray[Any],
+    fewest: int,
+    bits: Any,
+    digits: NDArray[np.int8],
+    width: tuple[int, ...],
+    lengths: NDArray[np.uint8],
+    tokens: tuple[int, ...],
+    x: NDArray[np.float32],
+    sums: NDArray[np.float32],
+) -> None:
+    """Write rows' sums (rows, tokens)."""
+    stream, table, token_bytes = address_of(codes) + np.uint64(offset), address_of(digits), np.uint64(4 * x.shape[1])
+    for i in range(len(counts)):
+        count = np.int64(counts[i]) + fewest
+        own = address_of(sums) + np.uint64(4 * len(tokens) * i)
+        _add_row(stream, codeword, count, bits, table, width, lengths, tokens, address_of(x), token_bytes, own)
+        codeword += count
+
+
+@njit(forceinline=True, error_model="numpy")
 def _first_at(positions: NDArray[np.uint16], first: int, end: int, least: int) -> int:
     """First place in [first, end) of sorted positions that holds `least` or more; `end` if there is none."""
     while first < end:
@@ -203,14 +168,13 @@ def _first_at(positions: NDArray[np.uint16], first: int, end: int, least: int) -
 
 @njit(forceinline=True, error_model="numpy")
 def _exceptions_of(
-    starts: NDArray[np.int32], positions: NDArray[np.uint16], columns: int, row: int
-) -> tuple[int, int, int]:
-    """A row's exceptions: the first one, the one behind the last, and what their positions exceed the columns by."""
-    block_rows = max(1, 65536 // columns)
-    block, before = row // block_rows, row % block_rows * columns
-    end = np.int64(starts[block + 1])
-    first = _first_at(positions, np.int64(starts[block]), end, before)
-    return first, _first_at(positions, first, end, before + columns), before
+    starts: NDArray[np.int32], positions: NDArray[np.uint16], columns: int, first: int, end: int, block: int
+) -> tuple[int, int]:
+    """Where the exceptions of rows [first, end) lie that belong to a block, which begins before `end`."""
+    before = block * max(1, 65536 // columns)
+    low, high = np.int64(starts[block]), np.int64(starts[block + 1])
+    low = _first_at(positions, low, high, (first - before) * columns)
+    return low, _first_at(positions, low, high, (end - before) * columns)
 
 
 @njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
@@ -242,24 +206,25 @@ def few_kernel(
     firsts = _first_codewords(row_codewords, fewest, jobs)
     blocks = firsts.shape[1]
     for task in prange(len(jobs) * blocks):
-        job, laid = jobs[task // blocks], x[task // blocks]
-        expert, first = job[EXPERT], task % blocks * TASK_ROWS
-        stream = address_of(codes) + np.uint64(offsets[expert])
-        codeword = firsts[task // blocks, task % blocks]
-        sums = np.empty(len(tokens), dtype=np.float32)
-        for row in range(first, min(first + TASK_ROWS, steps.shape[1])):
-            count = np.int64(row_codewords[expert, row]) + fewest[expert]
-            place, token_bytes = address_of(laid), np.uint64(4 * laid.shape[1])
-            own = address_of(sums)
-            _add_row(stream, codeword, count, bits, address_of(digits), width, lengths, tokens, place, token_bytes, own)
-            codeword += count
-            found, end, before = _exceptions_of(exception_starts[expert], exception_positions, columns, row)
-            for i in range(found, end):
+        job, laid, first = jobs[task // blocks], x[task // blocks], task % blocks * TASK_ROWS
+        expert, codeword = job[EXPERT], firsts[task // blocks, task % blocks]
+        counts = row_codewords[expert, first : first + TASK_ROWS]
+        sums = np.empty((len(counts), len(tokens)), dtype=np.float32)
+        _add_rows(
+            codes, offsets[expert], codeword, counts, fewest[expert], bits, digits, width, lengths, tokens, laid, sums
+        )
+        own, block_rows = exception_starts[expert], max(1, 65536 // columns)
+        for block in range(first // block_rows, (first + len(counts) - 1) // block_rows + 1):
+            low, high = _exceptions_of(own, exception_positions, columns, first, first + len(counts), block)
+            for i in range(low, high):
+                row = exception_positions[i] // np.uint32(columns)
+                column = exception_positions[i] - row * np.uint32(columns)
                 for token in range(len(tokens)):
-                    column = np.int64(exception_positions[i]) - before
-                    sums[token] += np.float32(exception_values[i]) * laid[token, column]
-            for token in range(job[COUNT]):
-                y[job[FIRST] + token, row] = steps[expert, row] * sums[token]
+                    added = np.float32(exception_values[i]) * laid[token, column]
+                    sums[block * block_rows + np.int64(row) - first, token] += added
+        for token in range(job[COUNT]):
+            for i in range(len(counts)):
+                y[job[FIRST] + token, first + i] = steps[expert, first + i] * sums[i, token]
 
 
 @njit(forceinline=True, error_model="numpy")
@@ -369,13 +334,18 @@ def many_kernel(
             for panel in range(panels):
                 own = address_of(x) + np.uint64(4 * len(lanes) * ((job[PANEL] + panel) * columns + start))
                 _multiply_chunk(tile, wide, rows, lanes, own, sums[panel])
-        for i in range(held):
-            row = first + i
-            found, end_found, before = _exceptions_of(exception_starts[expert], exception_positions, columns, row)
-            for panel in range(panels):
-                for at in range(found, end_found):
-                    column, value = np.int64(exception_positions[at]) - before, np.float32(exception_values[at])
+        exceptions, block_rows = exception_starts[expert], max(1, 65536 // columns)
+        for block in range(first // block_rows, (first + held - 1) // block_rows + 1):
+            low, high = _exceptions_of(exceptions, exception_positions, columns, first, first + held, block)
+            for i in range(low, high):
+                row = exception_positions[i] // np.uint32(columns)
+                column = exception_positions[i] - row * np.uint32(columns)
+                value, at = np.float32(exception_values[i]), block * block_rows + np.int64(row) - first
+                for panel in range(panels):
                     for lane in range(len(lanes)):
-                        sums[panel, i, lane] += value * x[job[PANEL] + panel, column, lane]
-                for lane in range(min(len(lanes), job[COUNT] - panel * len(lanes))):
-                    y[job[FIRST] + panel * len(lanes) + lane, row] = steps[expert, row] * sums[panel, i, lane]
+                        sums[panel, at, lane] += value * x[job[PANEL] + panel, column, lane]
+        for panel in range(panels):
+            for lane in range(min(len(lanes), job[COUNT] - panel * len(lanes))):
+                for i in range(held):
+                    token = job[FIRST] + panel * len(lanes) + lane
+                    y[token, first + i] = steps[expert, first + i] * sums[panel, i, lane]

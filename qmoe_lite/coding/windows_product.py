@@ -6,18 +6,19 @@ The counterpart of `qmoe_lite.coding.matmul` for a `Dictionary`; what the kernel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import binding
 from numpy.typing import NDArray
 
-from qmoe_lite.coding import window_kernels
+from qmoe_lite.coding import window_kernels, window_layout
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.parts import MatrixParts
+from qmoe_lite.coding.window_parts import dictionary_of, exceptions_of, scales_of
 from qmoe_lite.errors import NotFiniteError
-
-if TYPE_CHECKING:
-    from qmoe_lite.coding.dictionary import Dictionary
 
 FEW_TOKENS = (1, 2, 4)  # tokens that a codeword's digits are multiplied by in one walk
 JOB_TOKENS = 256  # that share a decoded tile
@@ -62,6 +63,24 @@ class WindowStack:
     exception_starts: NDArray[np.int32]
     exception_positions: NDArray[np.uint16]
     exception_values: NDArray[np.int8]
+
+    @classmethod
+    def of(cls, packed: MatrixParts) -> WindowStack:
+        """Return a stack of one matrix, which is on the CPU."""
+        exceptions = exceptions_of(packed)
+        return cls(
+            packed.codes.numpy(),
+            np.zeros(1, dtype=np.int64),
+            packed.row_codewords.numpy()[None],
+            np.array([packed.fewest_codewords], dtype=np.int32),
+            packed.levels[None, :, 0].float().contiguous().numpy(),
+            None if packed.column_scales is None else scales_of(packed)[None],
+            dictionary_of(packed),
+            packed.columns,
+            exceptions.starts[None],
+            exceptions.positions,
+            exceptions.values,
+        )
 
 
 def multiply_windows(
@@ -114,10 +133,10 @@ def _lay_out(
         scales = np.empty((0, columns), dtype=np.float32)
     if panels:
         laid = np.empty((panels, columns, lanes), dtype=np.float32)
-        finite = window_kernels.lay_panels(x, scales, jobs, laid)
+        finite = window_layout.lay_panels(x, scales, jobs, laid)
     else:  # a row's last four codewords may all lie behind the row, and a load goes an entry further
         laid = np.empty((len(jobs), lanes, columns + 5 * window_kernels.LONGEST), dtype=np.float32)
-        finite = window_kernels.lay_rows(x, scales, jobs, laid)
+        finite = window_layout.lay_rows(x, scales, jobs, laid)
     if not finite:
         raise NotFiniteError("x holds NaN or values over 1e33; expected activations. Use the dense matrix.")
     return laid
@@ -146,6 +165,7 @@ def _multiply(
         window_kernels.many_kernel(*coded, (0,) * _panels()[lanes], (0,) * lanes, jobs, x, y)
 
 
+@cache
 def _panels() -> dict[int, int]:
     """Return the rows that are multiplied at a time by panels of so many tokens, on this processor."""
     return WIDE_PANELS if binding.get_host_cpu_features().get("avx512f") else NARROW_PANELS

@@ -67,11 +67,20 @@ class BlockRunner:
         Its sparse layers.
     settings : Settings
         For the batch size, the dtype of activations and the device.
+    apart : int, optional
+        First sample that shares no batch with those before it.
     """
 
     def __init__(
-        self, model: Any, family: Family, checkpoint: Checkpoint, layers: list[MoELayer], settings: Settings
+        self,
+        model: Any,
+        family: Family,
+        checkpoint: Checkpoint,
+        layers: list[MoELayer],
+        settings: Settings,
+        apart: int | None = None,
     ) -> None:
+        self._apart = apart
         self._model, self._family, self._checkpoint, self._settings = model, family, checkpoint, settings
         self._layer_of = {layer.block: layer for layer in layers}
         self._device = torch.device(settings.device)
@@ -95,8 +104,10 @@ class BlockRunner:
         return ListBuffer(shape[0], shape[1], self._model.config.hidden_size, dtype)
 
     def batches(self, samples: int) -> Iterator[slice]:
-        for start in range(0, samples, self._settings.batch_size):
-            yield slice(start, min(start + self._settings.batch_size, samples))
+        first = samples if self._apart is None else self._apart
+        for begin, end in ((0, first), (first, samples)):
+            for start in range(begin, end, self._settings.batch_size):
+                yield slice(start, min(start + self._settings.batch_size, end))
 
     def enter(
         self, stack: Stack, tokens: np.ndarray, memory: ListBuffer | None, hidden: ListBuffer, first: int

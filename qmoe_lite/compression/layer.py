@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.checkpoint.format import pack_experts, tensor_name
+from qmoe_lite.checkpoint.format import tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.codec import encode
+from qmoe_lite.coding.windows_product import USUAL_BITS
+from qmoe_lite.compression.dictionaries import Dictionaries
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.rate import RateControl
 from qmoe_lite.compression.settings import Settings
-from qmoe_lite.compression.tally import Solved, Tally
+from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.models.routing import Assignment
-from qmoe_lite.quantization.grid import Grid
+from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
@@ -51,6 +53,8 @@ class LayerInputs:
         May enter a Hessian.
     validation : bool tensor, a value a row
         Rides along to measure the error.
+    reference : bool tensor, a value a row
+        Of the validation samples once more: goes through the dense experts, to measure what the model loses.
     sample : float32 tensor, shape (tokens, C)
         Random eligible tokens, for experts that saw few of their own.
     hidden : ListBuffer
@@ -61,6 +65,7 @@ class LayerInputs:
     assigned: Assignment
     eligible: Tensor
     validation: Tensor
+    reference: Tensor
     sample: Tensor
     hidden: ListBuffer
 
@@ -96,6 +101,9 @@ class LayerCompressor:
         self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
         self._activation = family.activation(config)
         self._device = torch.device(settings.device)
+        self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
+        bits = settings.codeword_bits or USUAL_BITS
+        self.dictionaries = Dictionaries(bits)
 
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
@@ -127,12 +135,21 @@ class LayerCompressor:
         LayerResult
         """
         groups = self.groups(layer)
-        tallies = {name: Tally(layer, name, self._grid.alphabet) for name in layer.projections}
+        tallies = {name: self._tally(layer, name) for name in layer.projections}
         wrong = right = 0.0
         for i, group in enumerate(groups):
-            solved = self._nearest(layer, group) if seen is None else self._solve(layer, group, number, seen)
-            for name, result in solved.items():
-                tallies[name].add(result)
+
+            def solve(grid: Grid, group: range = group) -> dict[str, Solved]:
+                return (
+                    self._nearest(layer, group, grid) if seen is None else self._solve(layer, group, number, seen, grid)
+                )
+
+            if self.rate is None:
+                solved = solve(self._grid)
+                for name, result in solved.items():
+                    tallies[name].add(result)
+            else:
+                solved = self._solve_at_rate(solve, tallies, layer, group, i == 0)
             if seen is not None:
                 weights = [solved[name].quantized.weight for name in layer.projections]
                 for place, expert in enumerate(group):
@@ -143,23 +160,51 @@ class LayerCompressor:
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():
-            book = self._codebook(tally)
-            packed = [
-                encode(d, levels.to(self._grid.level_dtype or torch.float32), book) for d, levels in tally.matrices()
-            ]
-            stored = pack_experts(packed)
+            stored, codebooks[name] = tally.finish()
             tensors |= {tensor_name(f"{layer.experts}.{name}", part): tensor for part, tensor in stored.items()}
-            codebooks[name] = book.to_config()
-            tally.stored(stored, packed)
         reports = [tally.report() for tally in tallies.values()]
+        if self.rate is not None:
+            self.rate.finish_layer(layer.weights, 8 * sum(tensor.nbytes for tensor in tensors.values()))
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
 
-    def _codebook(self, tally: Tally) -> Codebook:
+    def _tally(self, layer: MoELayer, projection: str) -> Tally:
+        if isinstance(self._grid, UniformGrid):
+            return WindowTally(layer, projection, self._grid.level_dtype or torch.float32, self.dictionaries)
+        return CodebookTally(layer, projection, self._grid, self._codebook)
+
+    def _codebook(self, counts: list[int], sample: np.ndarray) -> Codebook:
         """The recipe's codebook, for the digits of one projection."""
-        counts, bits = tally.counts.tolist(), self._settings.codeword_bits
+        bits = self._settings.codeword_bits
         if self._settings.recipe == "paper":
             return Codebook.paper()
-        return Codebook.choose(counts, tally.sample()) if bits is None else Codebook.fit(counts, bits)
+        return Codebook.choose(counts, sample) if bits is None else Codebook.fit(counts, bits)
+
+    def _solve_at_rate(
+        self,
+        solve: Callable[[Grid], dict[str, Solved]],
+        tallies: dict[str, Tally],
+        layer: MoELayer,
+        group: range,
+        first: bool,
+    ) -> dict[str, Solved]:
+        """Solve a group with the step that makes the model take its bits; the first and the last layer decide it."""
+        assert self.rate is not None
+        assert isinstance(self._grid, UniformGrid)
+        last = self.rate.done_weights + layer.weights == self.rate.weights
+        weights = len(group) * layer.weights // layer.count
+        aim, tried = self.rate.aim, list[tuple[float, float]]()
+        while True:
+            solved = solve(replace(self._grid, step=self.rate.step))
+            windows = {name: tally for name, tally in tallies.items() if isinstance(tally, WindowTally)}
+            packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
+            bits = sum(tally.bits(packed[name]) for name, tally in windows.items())
+            tried.append((self.rate.step, bits / weights))
+            step = self.rate.corrected(tried, aim) if first and (self.rate.first or last) else None
+            if step is None:
+                for name, tally in windows.items():
+                    tally.keep(solved[name], packed[name])
+                return solved
+            self.rate.step = step
 
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
@@ -172,14 +217,14 @@ class LayerCompressor:
     def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
         return torch.stack([self._weights(layer, expert, projection) for expert in group])
 
-    def _nearest(self, layer: MoELayer, group: range) -> dict[str, Solved]:
+    def _nearest(self, layer: MoELayer, group: range, grid: Grid) -> dict[str, Solved]:
         def one(name: str) -> Solved:
-            quantized = gptq(self._group_weights(layer, group, name), None, self._grid)
+            quantized = gptq(self._group_weights(layer, group, name), None, grid)
             return Solved(quantized, [0] * len(group), ["nearest"] * len(group))
 
         return {name: one(name) for name in layer.projections}
 
-    def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs) -> dict[str, Solved]:
+    def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs, grid: Grid) -> dict[str, Solved]:
         """Quantise a group's projections, the last one for what the quantised first ones put out."""
         options = self._settings
         cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
@@ -206,7 +251,7 @@ class LayerCompressor:
             results = gptq_shared(
                 [self._group_weights(layer, group, name) for name in stage],
                 torch.stack(hessians),
-                self._grid,
+                grid,
                 dampening=options.dampening,
                 block_size=options.block_size,
             )
@@ -225,7 +270,9 @@ class LayerCompressor:
 
     def _run(self, layer: MoELayer, expert: int, matrices: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
         """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
-        rows, gates = seen.assigned.of_expert(expert)
+        all_rows, all_gates = seen.assigned.of_expert(expert)
+        apart = seen.reference[all_rows]
+        rows, gates = all_rows[~apart], all_gates[~apart]
         truth: list[Tensor] = []
         wrong = right = 0.0
         for start in range(0, len(rows), _TOKENS):
@@ -239,6 +286,10 @@ class LayerCompressor:
                 dense = self._expert(x[rides], truth) * weights[rides]
                 wrong += (y[rides] - dense).double().square().sum().item()
                 right += dense.double().square().sum().item()
+        if apart.any():
+            truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
+            rows, gates = all_rows[apart], all_gates[apart, None].to(self._device)
+            seen.hidden.add(rows, (self._expert(self._gather(seen, rows), truth) * gates).cpu())
         return wrong, right
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:

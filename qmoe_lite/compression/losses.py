@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # label of a position that predicts nothing
+_ROWS = 1 << 14  # of the head that are made float32 at a time
 SLICE_VALUES = 1 << 24  # float32 logits whose softmax is taken at a time: 64 MiB
 
 
@@ -55,4 +56,25 @@ def summed_loss(logits: Tensor, labels: Tensor) -> float:
             logits[part].float(), labels[part].to(logits.device), reduction="sum", ignore_index=IGNORED
         )
         total += float(of_part)
+    return total
+
+
+def loss_of_states(states: Tensor, weight: Tensor, labels: Tensor) -> float:
+    """Return the summed cross-entropy of a head on states (N, C), float32, for labels (N,), int64.
+
+    Parameters
+    ----------
+    states : float32 tensor, shape (N, C)
+        What the last block and norm put out.
+    weight : float tensor, shape (V, C)
+        Of the head, any float dtype; a slice of states is multiplied at a time.
+    labels : int64 tensor, shape (N,)
+        The tokens to predict.
+    """
+    step, total = max(1, SLICE_VALUES // len(weight)), 0.0
+    pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
+    for start in range(0, len(labels), step):
+        some = states[start : start + step]
+        logits = torch.cat([some @ piece.float().T for piece in pieces], dim=1)
+        total += summed_loss(logits, labels[start : start + step])
     return total

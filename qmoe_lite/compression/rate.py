@@ -17,6 +17,7 @@ from qmoe_lite.errors import SettingError
 
 LEAST, MOST = 0.6, 4.0  # stored bits a weight
 TOLERANCE = 0.004  # share of the bits by which a group may miss its aim before it is solved again
+LARGEST_STEP = 8.0  # in units of a row's RMS: hardly a digit is left that is not zero
 TRIES = 5  # solves of a group at most
 _CHANGE = 2.0  # octaves that a step may move between two solves
 _SLOPE = 0.9  # bits that a weight loses when its step doubles, before two solves have shown it
@@ -30,7 +31,7 @@ def check_rate(rate: float) -> float:
     return float(rate)
 
 
-def entropy(counts: NDArray[np.int64]) -> float:
+def entropy(counts: NDArray[Any]) -> float:
     """Return the order-0 entropy of digits, in bits, from how often each occurs."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares @ np.log2(shares)))
@@ -110,7 +111,7 @@ class RateControl:
             if abs(moved) > 1e-3:
                 self.slope = min(max((bits_before - bits) / moved, _SLOPES[0]), _SLOPES[1])
         octaves = min(max((bits - aim) / self.slope, -_CHANGE), _CHANGE)
-        return step * 2.0**octaves
+        return min(step * 2.0**octaves, LARGEST_STEP)
 
     def finish_layer(self, weights: int, bits: float) -> None:
         """Take over a finished layer, solved with `step`, and choose the next one's step."""
@@ -119,7 +120,7 @@ class RateControl:
         self.level += (level - self.level) * weights / total
         self.done_weights, self.done_bits = total, self.done_bits + bits
         if self.done_weights < self.weights:
-            self.step = 2.0 ** ((self.level - self.aim) / self.slope)
+            self.step = min(2.0 ** ((self.level - self.aim) / self.slope), LARGEST_STEP)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values: `RateControl(**values)` goes on from there."""

@@ -6,12 +6,9 @@ run and freed; its experts are read, quantised, and written a group at a time. A
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,11 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.format import FORMAT, quantization_config
+from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
-from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, stored_bytes
+from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes
 from qmoe_lite.checkpoint.writer import Writer
+from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import (
     Samples,
@@ -37,9 +35,13 @@ from qmoe_lite.compression.calibration import (
 )
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
+from qmoe_lite.compression.rate import MOST, RateControl
 from qmoe_lite.compression.settings import Progress, Settings
+from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
+from qmoe_lite.compression.verdict import BAD_LAYER, Verdict, judge
 from qmoe_lite.devices import find_device
-from qmoe_lite.errors import OutputError, ResumeError, SettingError
+from qmoe_lite.errors import BadResultError, OutputError, SettingError
 from qmoe_lite.models.routing import Assignment
 from qmoe_lite.models.skeletons import (
     capacity_lifted,
@@ -50,22 +52,13 @@ from qmoe_lite.models.skeletons import (
     skeleton,
     unused,
 )
-from qmoe_lite.quantization.grid import Grid, MinMaxTernary
+from qmoe_lite.quantization.grid import Grid, MinMaxTernary, UniformGrid
 
+TERNARY_FAMILIES = ("switch_transformers",)  # the paper's realm: .8 bits and fewer by the ternary grid
+RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
+USUAL_RATE = 2.0  # stored bits a weight of other families
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
-
-
-@dataclass
-class _Done:
-    """What is known of the finished layers; saved with the state, so that a resumed run reports them too."""
-
-    seconds: float = 0.0
-
-    projections: list[ProjectionReport] = field(default_factory=list)
-    held_out_error: dict[str, float | None] = field(default_factory=dict)
-    codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    checksums: dict[str, int] = field(default_factory=dict)
 
 
 def compress(
@@ -77,7 +70,22 @@ def compress(
     device: str | torch.device = "auto",
     resume: bool = True,
     progress: Callable[[Progress], None] | None = None,
-    **settings: Any,
+    recipe: str = "default",
+    samples: int | None = None,
+    sequence_length: int = 512,
+    codeword_bits: int | None = None,
+    dampening: float = 0.1,
+    block_size: int = 128,
+    group_size: int = 16,
+    group_bytes: int = 4 << 30,
+    token_cap: float = 4.0,
+    blend_tokens: int = 64,
+    validation_samples: int = 8,
+    batch_size: int = 16,
+    activations: str = "float32",
+    seed: int = 0,
+    rate: float | None = None,
+    stop_when_bad: bool = False,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -90,7 +98,8 @@ def compress(
     calibration : path or str, optional
         Text file, .jsonl file, directory of them, or data set name; needed unless `recipe="nearest"`.
     grid : grid, optional
-        Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)`.
+        Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)` for a Switch Transformer and
+        the recipes "paper" and "nearest", and for other families a `UniformGrid` at a rate of 2.
     device : str or torch device
         Where blocks run and experts are solved: "auto" takes the first GPU that can be used, else the CPU; see
         :func:`qmoe_lite.devices.find_device`.
@@ -98,8 +107,39 @@ def compress(
         Resume from `OUT.partial`; False discards it.
     progress : callable, optional
         Called with a `Progress` after each group of experts.
-    **settings
-        Fields of `Settings`.
+    recipe : str
+        "default", "paper" (its code and its Hessians), or "nearest" (round to nearest, without text).
+    samples : int, optional
+        Calibration samples; by default 80 for each expert over the experts of a token.
+    sequence_length : int
+        Tokens of a sample.
+    codeword_bits : int, optional
+        8 to 13; by default chosen for each layer and projection.
+    dampening : float
+        Added to a Hessian's diagonal, as a share of its mean.
+    block_size : int
+        Columns that GPTQ rounds between two updates of the rest.
+    group_size : int
+        Experts quantised together.
+    group_bytes : int
+        Memory for a group; fewer experts are taken together when `group_size` of them would need more.
+    token_cap : float
+        An expert's Hessian takes at most this many times the mean number of tokens, drawn at random.
+    blend_tokens : int
+        How strongly an expert with few tokens borrows from the layer's Hessian; 0 for not at all.
+    validation_samples : int
+        Samples from the text's end that measure `Report.held_out_error` and enter no Hessian.
+    batch_size : int
+        Samples per pass through a block.
+    activations : str
+        "float32", or "bfloat16" at half the memory.
+    seed : int
+        Seed for samples, masked spans and drawn tokens.
+    rate : float, optional
+        Stored bits a weight, averaged over all experts of the model, 0.6 to 4: the step of a `UniformGrid` is chosen
+        for it.
+    stop_when_bad : bool
+        End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
 
     Returns
     -------
@@ -112,8 +152,14 @@ def compress(
         `out` exists, or cannot be written; finished layers are kept for the next run.
     ResumeError
         `OUT.partial` belongs to another model, text or setting.
+    BadResultError
+        `stop_when_bad` was asked for, and a layer is bad; the work so far is kept.
     CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
         What is wrong with the input, before or where it is met.
+
+    See Also
+    --------
+    qmoe_lite.compression.Settings : The settings at more length, with where their defaults come from.
 
     Notes
     -----
@@ -121,12 +167,25 @@ def compress(
     ones; the last projection's Hessian comes from the quantised first one; levels are rounded to 16 bits before the
     solver; experts with few tokens borrow from the layer's.
     """
-    try:
-        options = Settings(**settings, device=str(find_device(device)))
-    except TypeError as error:
-        raise SettingError(
-            f"{str(error).split('__init__() ')[-1]}; see help(qmoe_lite.compression.Settings)."
-        ) from error
+    options = Settings(
+        recipe=recipe,
+        samples=samples,
+        sequence_length=sequence_length,
+        codeword_bits=codeword_bits,
+        dampening=dampening,
+        block_size=block_size,
+        group_size=group_size,
+        group_bytes=group_bytes,
+        token_cap=token_cap,
+        blend_tokens=blend_tokens,
+        validation_samples=validation_samples,
+        batch_size=batch_size,
+        activations=activations,
+        seed=seed,
+        rate=rate,
+        stop_when_bad=stop_when_bad,
+        device=str(find_device(device)),
+    )
     options.check()
     options = options.resolved()
     target = Path(out)
@@ -135,9 +194,6 @@ def compress(
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
-    grid = grid or MinMaxTernary(level_dtype=torch.bfloat16)
-    if options.recipe == "paper" and grid.alphabet != 3:
-        raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for a two-bit grid.")
     run = _Run(find_model(model), target, grid, options, progress)
     with torch.inference_mode():
         return run.run(calibration, resume)
@@ -147,12 +203,12 @@ class _Run:
     """One compression, from an opened checkpoint to a written directory."""
 
     def __init__(
-        self, model: Path, out: Path, grid: Grid, settings: Settings, progress: Callable[[Progress], None] | None
+        self, model: Path, out: Path, grid: Grid | None, settings: Settings, progress: Callable[[Progress], None] | None
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, out.with_name(out.name + ".partial")
-        self.settings, self.grid = settings, grid
         self.family, self.checkpoint = open_checkpoint(model)
+        self.grid, self.settings = _grid_and_rate(grid, settings, self.family.model_type)
         if self.checkpoint.config.get("quantization_config"):
             raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
@@ -165,30 +221,48 @@ class _Run:
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         self.writer = Writer(self.partial, self.checkpoint, self.family.stored, len(self.layers))
-        self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, grid, settings)
-        self.done = _Done()
+        self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
         self._progress = progress or (lambda event: None)
+        self._warning: str | None = None
+        self.verdict: Verdict | None = None
 
     # -- the whole
 
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
         if calibration is None:
-            fingerprint = self._fingerprint(None)
-            self._open_partial(fingerprint, resume)
+            self._open_partial(None, resume)
             for number in range(len(self.done.held_out_error), len(self.layers)):
                 self._finish_layer(number, None)
-                self._save_state({"fingerprint": fingerprint})
+                self.unfinished.save()
         else:
             tokenizer = open_tokenizer(self.checkpoint.directory)
-            samples, for_hessians = self._samples(calibration, tokenizer)
+            samples, for_hessians, reference = self._samples(calibration, tokenizer)
             check_ids(samples, self.config.vocab_size)
-            fingerprint = self._fingerprint(samples)
-            state = self._open_partial(fingerprint, resume)
-            self._calibrated(samples, for_hessians, hessian_masks(samples, tokenizer), fingerprint, state)
+            self._open_partial(samples, resume)
+            self._calibrated(samples, for_hessians, reference, hessian_masks(samples, tokenizer))
         return self._write_rest()
 
-    def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int]:
-        """Give all samples, the validation ones last, and how many of them are for calibration."""
+    def _open_partial(self, samples: Samples | None, resume: bool) -> None:
+        fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
+        self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started)
+        self.done = self.unfinished.done
+        self.compressor.dictionaries.resume(
+            Dictionary.from_config(book)
+            for books in self.done.codebooks.values()
+            for book in books.values()
+            if book["kind"] == KIND
+        )
+        if self.settings.rate is not None:
+            weights = sum(layer.weights for layer in self.layers)
+            known = self.done.rate or {"rate": self.settings.rate, "weights": weights}
+            self.compressor.rate = RateControl(**known)
+
+    def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int, int]:
+        """Return all samples, how many of them are for calibration, and the first of the reference samples.
+
+        Those for calibration come first, then those for validation, then the same ones once more, which go through the
+        dense experts.
+        """
         options = self.settings
         wanted = options.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
         window = window_length(options.sequence_length) if self.family.seq2seq else options.sequence_length
@@ -214,80 +288,14 @@ class _Run:
             text = f"the text holds {main.windows} windows of calibration text: the {wanted} samples mask each "
             self.degraded.append(f"{text}{wanted / main.windows:.1f} times on average")
         if kept == 0:
-            return main, len(main)
+            return main, len(main), len(main)
         extra = make(tokens[cut:], None)
-        ids = np.concatenate([main.input_ids, extra.input_ids])
+        reference = len(main) + len(extra)
+        ids = np.concatenate([main.input_ids, extra.input_ids, extra.input_ids])
         if main.labels is None or extra.labels is None:
-            return Samples(ids, None, main.windows), len(main)
-        return Samples(ids, np.concatenate([main.labels, extra.labels]), main.windows), len(main)
-
-    def _fingerprint(self, samples: Samples | None) -> str:
-        digest = hashlib.sha256(self.checkpoint.fingerprint().encode())
-        digest.update(json.dumps([FORMAT, asdict(self.settings), self.grid.to_config()], sort_keys=True).encode())
-        if samples is not None:
-            digest.update(samples.input_ids.tobytes())
-            digest.update(b"" if samples.labels is None else samples.labels.tobytes())
-        return digest.hexdigest()
-
-    # -- unfinished work
-
-    def _open_partial(self, fingerprint: str, resume: bool) -> dict[str, Any]:
-        """Make OUT.partial, or take up what it holds."""
-        state_file = self.partial / "state.json"
-        if resume and state_file.is_file():
-            try:
-                state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8"))
-                found = state["fingerprint"]
-                done = _Done(**state.pop("done"))
-                done.projections = [ProjectionReport(**row) for row in state.pop("projections")]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ResumeError(f"{state_file} is damaged. Start over with --restart.") from error
-            if found != fingerprint:
-                raise ResumeError(
-                    f"{self.partial} holds unfinished work of another model, text or setting. Use the same ones, or "
-                    f"start over with --restart."
-                )
-            self.done = done
-            return state
-        try:
-            if self.partial.exists():
-                if not state_file.is_file() and any(self.partial.iterdir()):
-                    raise OutputError(f"{self.partial} exists and is not ours. Move it, or name another OUT.")
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{self.partial} cannot be made: {error.strerror}. Name another directory.") from error
-        self._save_state({"fingerprint": fingerprint})  # claims the directory
-        return {}
-
-    def _save_state(self, state: dict[str, Any]) -> None:
-        done = {**vars(self.done), "seconds": self._seconds()}
-        rows = [asdict(row) for row in done.pop("projections")]
-        files.write_json(self.partial / "state.json", {**state, "done": done, "projections": rows})
-
-    def _seconds(self) -> float:
-        return round(self.done.seconds + time.perf_counter() - self.started, 3)
-
-    def _keep(
-        self,
-        place: dict[str, Any],
-        hidden: ListBuffer,
-        memory: ListBuffer | None,
-        fingerprint: str,
-        old: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Make what is finished durable: an interrupted run resumes from here."""
-        state = {"fingerprint": fingerprint, **place}
-        state["hidden"] = f"hidden-{place['stack']}-{place['block']}.zst"
-        files.write_atomically(self.partial / state["hidden"], hidden.save)
-        if memory is not None:
-            state["memory"] = f"memory-{place['stack']}.zst"
-            if old.get("memory") != state["memory"]:
-                files.write_atomically(self.partial / state["memory"], memory.save)
-        self._save_state(state)
-        if (stale := old.get("hidden")) and stale != state["hidden"]:
-            (self.partial / stale).unlink(missing_ok=True)
-        return state
+            return Samples(ids, None, main.windows), len(main), reference
+        labels = np.concatenate([main.labels, extra.labels, extra.labels])
+        return Samples(ids, labels, main.windows), len(main), reference
 
     # -- with calibration
 
@@ -295,17 +303,16 @@ class _Run:
         self,
         samples: Samples,
         for_hessians: int,
+        reference: int,
         masks: tuple[np.ndarray, np.ndarray | None],
-        fingerprint: str,
-        state: dict[str, Any],
     ) -> None:
         self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
-        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings)
+        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings, reference)
         ids = [samples.input_ids]
         if samples.labels is not None:
             ids.append(self._decoder_input(samples.labels))
         memory: ListBuffer | None = None
-        resumed = state.get("stack", 0)
+        resumed, finished = self.unfinished.stack, self.unfinished.block
         with capacity_lifted(self.model):
             for number, (stack, tokens, mask) in enumerate(
                 zip(self.family.stacks(self.config), ids, masks, strict=False)
@@ -313,25 +320,49 @@ class _Run:
                 hidden = runner.buffer(tokens.shape)
                 if number < resumed:
                     memory = hidden  # a finished stack: its output was saved
-                    memory.load(self.partial / state["memory"])
+                    self.unfinished.load_encoder_output(memory)
                     continue
-                first = state["block"] + 1 if "block" in state and number == resumed else 0
+                first = finished + 1 if finished is not None and number == resumed else 0
                 calls = runner.enter(stack, tokens, memory, hidden, first)
                 if first:
-                    hidden.load(self.partial / state["hidden"])
+                    self.unfinished.load_hidden(hidden)
                 assert mask is not None
-                eligible, rides = mask.copy(), np.zeros_like(mask)
+                eligible, rides, dense = mask.copy(), np.zeros_like(mask), np.zeros_like(mask)
                 eligible[for_hessians:] = False
-                rides[for_hessians:] = True
-                flags = (torch.from_numpy(eligible.reshape(-1)), torch.from_numpy(rides.reshape(-1)))
+                rides[for_hessians:reference] = True
+                dense[reference:] = True
+                flags = [torch.from_numpy(flag.reshape(-1)) for flag in (eligible, rides, dense)]
                 for i in range(first, len(stack.blocks)):
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
                         self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
-                        state = self._keep({"stack": number, "block": i}, hidden, memory, fingerprint, state)
+                        self.unfinished.keep(number, i, hidden, memory)
+                        if self._warning is not None and self.settings.stop_when_bad:
+                            raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
                     del caught  # its buffer is as large as `hidden`, and the next block makes another
                 runner.leave(stack, hidden)
                 memory = hidden
+            assert memory is not None
+            if reference < len(samples):
+                self.verdict = self._judge(samples, slice(for_hessians, reference), memory)
+
+    def _judge(self, samples: Samples, validation: slice, hidden: ListBuffer) -> Verdict:
+        """Compare the losses of the validation samples and of the reference samples behind them."""
+        weight, factor = self.family.head(self.model, self.checkpoint)
+        count = validation.stop - validation.start
+        losses: list[float] = []
+        tokens: list[int] = []
+        for sample in range(validation.start, validation.stop + count):
+            states = hidden.read(slice(sample, sample + 1))[0] * factor
+            labels = torch.from_numpy(samples.input_ids[sample] if samples.labels is None else samples.labels[sample])
+            if samples.labels is None:
+                states, labels = states[:-1], labels[1:]
+            losses.append(loss_of_states(states, weight, labels))
+            tokens.append(int((labels != IGNORED).sum()))
+        gap = paired_gap(losses[:count], losses[count:], tokens[:count])
+        predicted = sum(tokens[:count])
+        rate = self.settings.rate
+        return judge(sum(losses[count:]) / predicted, gap, predicted, len(weight), rate, MOST)
 
     def _decoder_input(self, labels: np.ndarray) -> np.ndarray:
         """Shift labels to the right, as transformers does."""
@@ -340,10 +371,16 @@ class _Run:
         return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
 
     def _seen(
-        self, inputs: ListBuffer, assigned: Assignment, eligible: Tensor, validation: Tensor, hidden: ListBuffer
+        self,
+        inputs: ListBuffer,
+        assigned: Assignment,
+        eligible: Tensor,
+        validation: Tensor,
+        reference: Tensor,
+        hidden: ListBuffer,
     ) -> LayerInputs:
         rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, len(self.done.held_out_error))
-        return LayerInputs(inputs, assigned, eligible, validation, inputs.gather(rows), hidden)
+        return LayerInputs(inputs, assigned, eligible, validation, reference, inputs.gather(rows), hidden)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
         """Compress and write one sparse layer."""
@@ -359,6 +396,16 @@ class _Run:
         self.done.projections += result.reports
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
+        if self.compressor.rate is not None:
+            self.done.rate = self.compressor.rate.to_json()
+        error = result.held_out_error
+        if error is not None and error > BAD_LAYER and self._warning is None:
+            self._warning = (
+                f"{layer.block} loses {error:.0%} of its experts' output on held-out text: the model will be degraded "
+                "or worse. Choose a higher rate, or other calibration text."
+            )
+            last = self.layers[-1].block
+            self._progress(Progress(sum(sizes[: number + 1]), sum(sizes), f"{layer.block} of {last}", self._warning))
 
     # -- the rest of the directory
 
@@ -384,8 +431,7 @@ class _Run:
         except OSError as error:
             text = f"{self.partial} is finished but cannot become {self.out}: {error.strerror}. "
             raise OutputError(text + "Move the existing directory, then rerun.") from error
-        for left in [*self.out.glob("*.zst"), self.out / "state.json"]:  # last: until here a run could resume from them
-            left.unlink(missing_ok=True)
+        remove_state(self.out)
         return report
 
     def _report(self) -> Report:
@@ -393,6 +439,10 @@ class _Run:
         if nearest and self.settings.recipe != "nearest":
             self.degraded.append(f"{nearest} matrices had no usable Hessian and were rounded to nearest")
         experts, others = stored_bytes(Checkpoint(self.partial))
+        rate, bits = self.settings.rate, 8 * experts / sum(layer.weights for layer in self.layers)
+        if rate is not None and abs(bits - rate) > RATE_TOLERANCE * rate:
+            text = f"the experts take {bits:.3f} bits a weight instead of {rate:g}"
+            self.degraded.append(f"{text}: what is stored of rows and columns counts on matrices as narrow as these")
         dense_experts, dense_others = stored_bytes(self.checkpoint)
         return Report(
             model=str(self.checkpoint.directory),
@@ -406,9 +456,32 @@ class _Run:
                 "dense_expert_bytes": dense_experts,
                 "dense_other_bytes": dense_others,
             },
-            seconds=self._seconds(),
+            seconds=self.unfinished.seconds,
             versions=_versions(),
+            verdict=None if self.verdict is None else self.verdict.to_json(),
         )
+
+
+def _grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid, Settings]:
+    """Return the grid and the settings that hold, with what is chosen where nothing was asked for.
+
+    Raises
+    ------
+    SettingError
+        The recipe, the grid and the rate do not go together.
+    """
+    if settings.recipe == "paper" and (settings.rate is not None or (grid is not None and grid.alphabet != 3)):
+        raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for other grids.")
+    if settings.rate is not None and grid is not None and not isinstance(grid, UniformGrid):
+        raise SettingError(f"rate is {settings.rate:g}, which only the uniform grid reaches. Leave the grid out.")
+    if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
+        raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
+    if grid is None and settings.rate is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES):
+        return MinMaxTernary(level_dtype=torch.bfloat16), settings
+    if grid is None:
+        settings = replace(settings, rate=settings.rate or USUAL_RATE)
+        grid = UniformGrid(level_dtype=torch.bfloat16)
+    return grid, settings
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
 
 RECIPES = ("default", "paper", "nearest")
@@ -46,6 +47,11 @@ class Settings:
         "float32", or "bfloat16" at half the memory.
     seed : int
         Seed for samples, masked spans and drawn tokens.
+    rate : float or None
+        Stored bits a weight, averaged over all experts of the model, 0.6 to 4, for the uniform grid; None leaves the
+        bits to the grid.
+    stop_when_bad : bool
+        End after the first layer whose held-out error says that the model will be bad; the work can be resumed.
     device : str
         Where blocks run and experts are solved; activations stay in the CPU's memory.
     """
@@ -64,6 +70,8 @@ class Settings:
     batch_size: int = 16
     activations: str = "float32"
     seed: int = 0
+    rate: float | None = None
+    stop_when_bad: bool = False
     device: str = "cpu"
 
     def resolved(self) -> Settings:
@@ -91,12 +99,15 @@ class Settings:
         for name, good, expected in ranges:
             if not good:
                 raise SettingError(f"{name} is {getattr(self, name)}; expected {expected}.")
+        if self.rate is not None:
+            check_rate(self.rate)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a compression is: `done` of `total` expert groups, and the place in words."""
+    """Where a compression is: `done` of `total` expert groups, the place in words, and a warning when one comes up."""
 
     done: int
     total: int
     place: str
+    warning: str | None = None

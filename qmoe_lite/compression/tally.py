@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.alphabet import ALPHABETS
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codec import encode
+from qmoe_lite.coding.dictionary import Dictionary, count_sizes
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.window_parts import dictionary_of
+from qmoe_lite.compression.dictionaries import Dictionaries, signed
+from qmoe_lite.compression.rate import entropy
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.digits import count, squeeze, unsqueeze
-from qmoe_lite.quantization.grid import Quantized
+from qmoe_lite.quantization.grid import Grid, Quantized
 
 _SAMPLE = 1 << 22  # digits, over all experts of a projection, that choose its codebook; at least a row of each
+_EXPERT_BYTES = 16  # of an expert's offset and checksum
 
 
 class Solved(NamedTuple):
@@ -26,64 +35,180 @@ class Solved(NamedTuple):
     classes: list[str]
 
 
-class Tally:
-    """Keeps one projection's digits, five to a byte, and its figures, until all groups are done."""
-
-    def __init__(self, layer: MoELayer, projection: str, alphabet: int) -> None:
-        self._layer, self._projection, self._alphabet = layer, projection, alphabet
-        self.counts = np.zeros(alphabet, dtype=np.int64)
-        self._kept: list[tuple[np.ndarray, Tensor]] = []
-        self._sample: list[np.ndarray] = []
-        self._errors: list[float] = []
-        self._tokens: list[int] = []
-        self._classes: dict[str, int] = {}
-        self._bytes = self._code_bits = self._codeword_bits = 0
+class Tally(Protocol):
+    """What a layer's compressor keeps of one projection until all groups of its experts are done."""
 
     def add(self, solved: Solved) -> None:
         """Take over a group of experts."""
-        rows, columns = self._layer.shapes[self._projection]
-        step = min(rows, max(1, self._layer.count * rows * columns // _SAMPLE))
-        all_digits, all_levels = solved.quantized.digits.cpu().numpy(), solved.quantized.levels.cpu()
-        for digits, levels in zip(all_digits, all_levels, strict=True):
-            self.counts += count(digits, self._alphabet)
-            self._sample.append(digits[len(self._kept) % step :: step].copy())
-            self._kept.append((squeeze(digits, self._alphabet), levels.clone()))
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors to write, by part, and the code as config.json names it."""
+
+    def report(self) -> ProjectionReport:
+        """Return what the report says of the projection, once it is finished."""
+
+
+class _Figures:
+    """What both tallies count."""
+
+    def __init__(self, layer: MoELayer, projection: str) -> None:
+        self.layer, self.projection = layer, projection
+        self.rows, self.columns = layer.shapes[projection]
+        self.weights = layer.count * self.rows * self.columns
+        self._errors: list[float] = []
+        self._tokens: list[int] = []
+        self._classes: dict[str, int] = {}
+
+    def add(self, solved: Solved) -> None:
         self._errors += solved.quantized.error.tolist()
         self._tokens += solved.tokens
         for name in solved.classes:
             self._classes[name] = self._classes.get(name, 0) + 1
 
-    def sample(self) -> np.ndarray:
-        """Rows of digits from all experts, int8 (rows, C)."""
-        return np.concatenate(self._sample)
-
-    def matrices(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Give back each expert's digits (R, C) and levels (R, L), and forget them."""
-        while self._kept:
-            small, levels = self._kept.pop(0)
-            yield unsqueeze(small, self._layer.shapes[self._projection], self._alphabet), levels
-
-    def stored(self, tensors: dict[str, Tensor], packed: list[PackedMatrix]) -> None:
-        """Note what the projection takes on disk."""
-        self._bytes = sum(tensor.nbytes for tensor in tensors.values())
-        self._codeword_bits = packed[0].codebook.bits
-        self._code_bits = sum(int(p.count_codewords().sum()) * p.codebook.bits for p in packed)
-
-    def report(self) -> ProjectionReport:
-        rows, columns = self._layer.shapes[self._projection]
-        weights = self._layer.count * rows * columns
-        zero = ALPHABETS[self._alphabet].zero_symbol
+    def report(
+        self,
+        tensors: dict[str, Tensor],
+        packed: list[PackedMatrix],
+        zeros: int,
+        entropy: float | None = None,
+        largest_digit: int | None = None,
+        exceptions: float | None = None,
+    ) -> ProjectionReport:
         return ProjectionReport(
-            layer=self._layer.experts,
-            projection=self._projection,
-            experts=self._layer.count,
-            rows=rows,
-            columns=columns,
-            bits_per_weight=8 * self._bytes / weights,
-            code_bits_per_weight=self._code_bits / weights,
-            codeword_bits=self._codeword_bits,
-            zeros=int(self.counts[zero]) / weights,
+            layer=self.layer.experts,
+            projection=self.projection,
+            experts=self.layer.count,
+            rows=self.rows,
+            columns=self.columns,
+            bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors.values()) / self.weights,
+            code_bits_per_weight=sum(int(p.count_codewords().sum()) * p.codebook.bits for p in packed) / self.weights,
+            codeword_bits=packed[0].codebook.bits,
+            zeros=zeros / self.weights,
             error=float(np.mean(self._errors)),
             hessian_classes=self._classes,
             tokens=self._tokens,
+            entropy=entropy,
+            largest_digit=largest_digit,
+            exceptions=exceptions,
         )
+
+
+class CodebookTally:
+    """Keeps digits of a small alphabet, five or four to a byte: their codebook is fitted to all of them.
+
+    Parameters
+    ----------
+    layer : MoELayer
+    projection : str
+    grid : Grid
+    choose : callable
+        Returns the codebook for the counts of the digits and a sample of rows of them.
+    """
+
+    def __init__(
+        self, layer: MoELayer, projection: str, grid: Grid, choose: Callable[[list[int], np.ndarray], Codebook]
+    ) -> None:
+        self._figures, self._grid, self._choose = _Figures(layer, projection), grid, choose
+        self.counts = np.zeros(grid.alphabet, dtype=np.int64)
+        self._kept: list[tuple[np.ndarray, Tensor]] = []
+        self._sample: list[np.ndarray] = []
+        self._report: ProjectionReport | None = None
+
+    def add(self, solved: Solved) -> None:
+        """Take over a group of experts."""
+        figures, alphabet = self._figures, self._grid.alphabet
+        step = min(figures.rows, max(1, figures.weights // _SAMPLE))
+        all_digits, all_levels = solved.quantized.digits.cpu().numpy(), solved.quantized.levels.cpu()
+        for digits, levels in zip(all_digits, all_levels, strict=True):
+            self.counts += count(digits, alphabet)
+            self._sample.append(digits[len(self._kept) % step :: step].copy())
+            self._kept.append((squeeze(digits, alphabet), levels.clone()))
+        figures.add(solved)
+
+    def sample(self) -> np.ndarray:
+        """Return rows of digits from all experts, int8 (rows, C)."""
+        return np.concatenate(self._sample)
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Fit the codebook and write all experts with it; forget the digits."""
+        figures = self._figures
+        book, dtype = self._choose(self.counts.tolist(), self.sample()), self._grid.level_dtype or torch.float32
+        packed = []
+        while self._kept:
+            small, levels = self._kept.pop(0)
+            digits = unsqueeze(small, (figures.rows, figures.columns), self._grid.alphabet)
+            packed.append(encode(digits, levels.to(dtype), book))
+        stored = pack_experts(packed)
+        zeros = int(self.counts[ALPHABETS[self._grid.alphabet].zero_symbol])
+        self._report = figures.report(stored, packed, zeros)
+        return stored, book.to_config()
+
+    def report(self) -> ProjectionReport:
+        """Return what the report says of the projection, once it is finished."""
+        assert self._report is not None
+        return self._report
+
+
+class WindowTally:
+    """Writes digits of any size a group at a time, by a dictionary that the first group chooses.
+
+    Parameters
+    ----------
+    layer : MoELayer
+    projection : str
+    level_dtype : torch dtype
+        That steps are stored in.
+    dictionaries : Dictionaries
+        Of the model.
+    """
+
+    def __init__(self, layer: MoELayer, projection: str, level_dtype: torch.dtype, dictionaries: Dictionaries) -> None:
+        self._figures, self._dictionaries, self._dtype = _Figures(layer, projection), dictionaries, level_dtype
+        self._shares_scales = layer.first_of_stage(projection) != projection
+        self._dictionary: Dictionary | None = None
+        self._sizes = np.zeros(1, dtype=np.int64)
+        self._packed: list[PackedMatrix] = []
+        self._report: ProjectionReport | None = None
+
+    def encode(self, solved: Solved) -> list[PackedMatrix]:
+        """Write a group of experts, which may yet be solved again."""
+        all_digits = solved.quantized.digits.cpu().numpy()
+        book = self._dictionary or self._dictionaries.choose(count_sizes(all_digits))
+        levels, scales = solved.quantized.levels.cpu().to(self._dtype), solved.quantized.column_scales
+        per_expert = [None] * len(all_digits) if scales is None else list(scales.cpu())
+        return [encode(*each, book, s) for *each, s in zip(all_digits, levels, per_expert, strict=True)]
+
+    def bits(self, packed: list[PackedMatrix]) -> int:
+        """Return the bits that a group takes as it is stored."""
+        shared = sum(p.column_scales.nbytes for p in packed if p.column_scales is not None and self._shares_scales)
+        return 8 * (sum(p.nbytes + _EXPERT_BYTES for p in packed) - shared)
+
+    def keep(self, solved: Solved, packed: list[PackedMatrix]) -> None:
+        """Take over a group of experts as `encode` wrote them."""
+        self._dictionary = dictionary_of(packed[0])
+        self._dictionaries.use(self._dictionary)
+        both = self._sizes, count_sizes(solved.quantized.digits.cpu().numpy())
+        self._sizes = np.zeros(max(map(len, both)), dtype=np.int64)
+        for sizes in both:
+            self._sizes[: len(sizes)] += sizes
+        self._packed += packed
+        self._figures.add(solved)
+
+    def add(self, solved: Solved) -> None:
+        """Take over a group of experts."""
+        self.keep(solved, self.encode(solved))
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Lay all experts side by side."""
+        assert self._dictionary is not None
+        stored = pack_experts(self._packed, shares_scales=self._shares_scales)
+        exceptions = stored["exception_values"].numel() / self._figures.weights
+        figures = entropy(signed(self._sizes)), len(self._sizes) - 1, exceptions
+        self._report = self._figures.report(stored, self._packed, int(self._sizes[0]), *figures)
+        self._packed = []
+        return stored, self._dictionary.to_config()
+
+    def report(self) -> ProjectionReport:
+        """Return what the report says of the projection, once it is finished."""
+        assert self._report is not None
+        return self._report

@@ -50,6 +50,12 @@ class Verdict:
         values = asdict(self)
         return values | {"standard_error": None if math.isnan(self.standard_error) else self.standard_error}
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Verdict:
+        """Return what `to_json` was made of."""
+        error = values["standard_error"]
+        return cls(**{**values, "standard_error": math.nan if error is None else error})
+
     def __str__(self) -> str:
         error = "" if math.isnan(self.standard_error) else f" +- {self.standard_error:.3f}"
         losses = f"held-out loss {self.dense_loss:.3f} -> {self.loss:.3f}"

@@ -14,6 +14,7 @@ from typing import Any
 from qmoe_lite.checkpoint.format import quantization_of
 from qmoe_lite.checkpoint.reader import find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
+from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.experts import PackedExperts, empty_experts
@@ -215,7 +216,11 @@ def _stored(
     rows, columns = layer.shapes[projection]
     weights = layer.count * rows * columns
     codebook = experts.codebooks[projection]
-    counted = sum(codebook.counts) == weights  # not where a code was fitted to other digits
+    zeros = report.zeros if report else None  # the digits' own count, where the code was fitted to them
+    if isinstance(codebook, Codebook) and sum(codebook.counts) == weights:
+        zeros = codebook.counts[codebook.alphabet.zero_symbol] / weights
+    elif isinstance(codebook, Codebook):
+        zeros = None
     parts = experts.stack(projection).parts
     return StoredProjection(
         layer=layer.experts,
@@ -227,7 +232,7 @@ def _stored(
         part_bytes={part: tensor.nbytes for part, tensor in parts.items()},
         level_dtype=str(parts["levels"].dtype).removeprefix("torch."),
         codeword_bits=codebook.bits,
-        zeros=codebook.counts[codebook.alphabet.zero_symbol] / weights if counted else None,
+        zeros=zeros,
         report=report,
     )
 

@@ -23,8 +23,7 @@ from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, read_report
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import THREADS, page_memory
-from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.codes import code_from_config
+from qmoe_lite.coding.codes import Code, code_from_config
 from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
@@ -98,7 +97,7 @@ def _reading(file: Path) -> Iterator[None]:
 class _Projection:
     layer: MoELayer
     projection: str
-    codebook: Codebook
+    codebook: Code
 
     @property
     def name(self) -> str:
@@ -119,6 +118,7 @@ class _Search:
     unreadable: set[str] = field(default_factory=set)  # files of which that was said
     spoilt: set[str] = field(default_factory=set)  # projections of which an expert is damaged
     sums: dict[str, FormatError | None] = field(default_factory=dict)  # experts' tensors that were read: is one damaged
+    firsts: dict[str, ExpertStack] = field(default_factory=dict)  # of the stage that was looked at last
     tensors: int = 0
     experts: int = 0
     bytes: int = 0
@@ -284,9 +284,9 @@ class _Search:
                 self.sums[name] = error
         return torch.from_numpy(memory).view(place.dtype).view(place.shape)
 
-    def look_at_codebooks(self, settings: dict[str, Any]) -> list[Codebook | None]:
+    def look_at_codebooks(self, settings: dict[str, Any]) -> list[Code | None]:
         """Make the codebooks of config.json; None for one that does not match its hash."""
-        books: list[Codebook | None] = []
+        books: list[Code | None] = []
         listed = settings.get("codebooks")
         for number, entry in enumerate(listed if isinstance(listed, list) else []):
             books.append(None)
@@ -299,7 +299,7 @@ class _Search:
         family: Family,
         config: Any,
         layers: list[MoELayer],
-        books: list[Codebook | None],
+        books: list[Code | None],
         settings: dict[str, Any],
         checkpoint: Checkpoint,
     ) -> None:
@@ -311,7 +311,7 @@ class _Search:
             text = f"config.json says that {name} is compressed, which the model lacks. Fetch it again."
             self.error(name, "config.json", FormatError(text))
         for layer in layers:
-            own: dict[str, Codebook] = {}
+            own: dict[str, Code] = {}
             for projection in layer.projections:
                 name = f"{layer.experts}.{projection}"
                 try:
@@ -358,7 +358,9 @@ class _Search:
         file = checkpoint.file_of(projection.tensors["codes"]).name
         with self.found(name, file):
             shape = layer.shapes[projection.projection]
-            stack = ExpertStack(name, layer.count, shape, projection.codebook, read.result())
+            first = self.firsts.get(f"{layer.experts}.{layer.first_of_stage(projection.projection)}")
+            stack = ExpertStack(name, layer.count, shape, projection.codebook, read.result(), first=first)
+            self.firsts = {name: stack} if first is None else self.firsts
             found = str(stack.parts["levels"].dtype).removeprefix("torch.")
             if level_dtype not in (None, found):
                 text = f"{name}_levels in {file} is {found}; config.json says {level_dtype}. Fetch the file again."

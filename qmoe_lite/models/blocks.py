@@ -42,6 +42,10 @@ class MoELayer:
         """Projections of one input each: (gate_proj, up_proj) or (wi,); then the last."""
         return self.projections[:-1], self.projections[-1:]
 
+    def first_of_stage(self, projection: str) -> str:
+        """Return the projection that stands first among those that get the same inputs."""
+        return next(stage[0] for stage in self.stages if projection in stage)
+
     @property
     def matrices(self) -> int:
         return self.count * len(self.shapes)

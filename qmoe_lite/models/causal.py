@@ -114,6 +114,11 @@ class Causal:
         args, kwargs = call[number]
         return block(hidden, *args, **kwargs), call
 
+    def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, float]:
+        if "lm_head.weight" in checkpoint:
+            return checkpoint.tensor("lm_head.weight"), 1.0
+        return model.get_submodule("model.embed_tokens").weight, 1.0  # type: ignore[return-value]
+
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         return model.get_submodule(f"{stack.name}.norm")(hidden)  # type: ignore[no-any-return]
 

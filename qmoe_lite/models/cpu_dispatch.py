@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe_lite.coding.matmul import MatrixStack, decode_matmul, grouped_matmul
+from qmoe_lite.coding.matmul import Stack, decode_matmul, grouped_matmul
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
@@ -74,7 +74,7 @@ def run_stretches(
 def multiply(
     layer: MoELayer,
     activation: Callable[[Tensor], Tensor],
-    stack: Callable[[str], MatrixStack],
+    stack: Callable[[str], Stack],
     experts: list[int],
     tokens: Tensor,
     bounds: list[int],

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qmoe_lite.checkpoint.format import check_alphabets, codebooks_of, parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.stack import ExpertStack
-from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.matmul import MatrixStack
+from qmoe_lite.coding.codes import Code
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.matmul import Stack
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.models.blocks import MoELayer
@@ -45,17 +46,17 @@ class PackedExperts(nn.Module):
 
     Called as the experts module of the model's family was: `forward(hidden_states, *routing)`. Its buffers are
     `<projection>_codes`, `_expert_offsets`, `_row_codewords`, `_fewest_codewords`, `_levels` and `_checksums` for each
-    projection.
+    projection; where its code is a Dictionary, `_column_scales` and the three of its exceptions too.
 
     Parameters
     ----------
     family : Family
     layer : MoELayer
-    codebooks : dict, projection name to Codebook
+    codebooks : dict, projection name to Codebook or Dictionary
     config : transformers configuration
     """
 
-    def __init__(self, family: Family, layer: MoELayer, codebooks: dict[str, Codebook], config: Any) -> None:
+    def __init__(self, family: Family, layer: MoELayer, codebooks: dict[str, Code], config: Any) -> None:
         super().__init__()
         check_alphabets(layer.experts, codebooks)
         self.family = family
@@ -173,10 +174,12 @@ class PackedExperts(nn.Module):
             if source is not None:
                 found = source.run_layer(self, hidden_states, routing)
             else:
-                found = None if home.type == "cpu" else self._forward_on_gpu(hidden_states, index, weights)
+                by_torch = home.type == "cpu" or self.in_turn
+                found = None if by_torch else self._forward_on_gpu(hidden_states, index, weights)
             if found is not None:
                 return found.to(hidden_states.dtype)
-        run = self._run_in_turn if learns and hidden_states.device.type != "cpu" else self._run_experts
+        alone = hidden_states.device.type != "cpu" and (learns or self.in_turn)
+        run = self._run_in_turn if alone else self._run_experts
         count = self.layer.count
         assigned = Assignment.group(index, weights, count)
         return run_stretches(run, hidden_states, assigned, count).to(hidden_states.dtype)
@@ -218,9 +221,7 @@ class PackedExperts(nn.Module):
         except NotFiniteError:  # NaN spreads as in dense experts
             return self._run_in_turn(experts, tokens.to(torch.float32), bounds)
 
-    def multiply(
-        self, stack: Callable[[str], MatrixStack], experts: list[int], tokens: Tensor, bounds: list[int]
-    ) -> Tensor:
+    def multiply(self, stack: Callable[[str], Stack], experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through the stacks' experts[i]; see `cpu_dispatch.multiply`."""
         return multiply(self.layer, self.activation, stack, experts, tokens, bounds)
 
@@ -237,8 +238,15 @@ class PackedExperts(nn.Module):
 
     def _stack_of(self, projection: str, parts: dict[str, Tensor]) -> ExpertStack:
         layer = self.layer
-        name = f"{layer.experts}.{projection}"
-        return ExpertStack(name, layer.count, layer.shapes[projection], self.codebooks[projection], parts)
+        name, first = f"{layer.experts}.{projection}", layer.first_of_stage(projection)
+        shared = None if first == projection else self.stack(first)
+        book = self.codebooks[projection]
+        return ExpertStack(name, layer.count, layer.shapes[projection], book, parts, first=shared)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a GPU multiplies its experts one after another: their code has no kernel for a whole layer there."""
+        return any(isinstance(book, Dictionary) for book in self.codebooks.values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         if self.source is not None:

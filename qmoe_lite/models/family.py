@@ -86,6 +86,9 @@ class Family(Protocol):
     ) -> tuple[Tensor, Any]:
         """Run a stack's block by number; give the hidden states and the call for the blocks after it."""
 
+    def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, float]:
+        """Return what makes logits of the last stack's output: the vocabulary's weight (V, C), and a factor."""
+
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         """Run what follows a stack's last block."""
 

@@ -95,5 +95,8 @@ class SwitchTransformers:
         hidden, bias, cross_bias = block(hidden, mask, bias, memory, memory_mask, cross_bias, **kwargs)
         return hidden, ((mask, bias, memory_mask, cross_bias), kwargs)
 
+    def head(self, model: Any, checkpoint: Checkpoint) -> tuple[Tensor, float]:
+        return model.lm_head.weight, model.config.d_model**-0.5 if model.config.tie_word_embeddings else 1.0
+
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         return model.get_submodule(f"{stack.name}.final_layer_norm")(hidden)  # type: ignore[no-any-return]

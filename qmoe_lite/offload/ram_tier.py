@@ -25,7 +25,7 @@ from qmoe_lite.checkpoint.format import parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint, Place
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import PAGE, WeightFile, page_memory, room
-from qmoe_lite.coding.matmul import MatrixStack
+from qmoe_lite.coding.matmul import Stack
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.errors import QMoEError
 from qmoe_lite.models.experts import PackedExperts
@@ -61,7 +61,7 @@ class Layer:
             self._places[projection] = places
             self._starts[projection] = self._read(places["expert_offsets"]).numpy()
             self.index_bytes += sum(place.length for part, place in places.items() if part != "codes")
-        self._stacks: dict[str, MatrixStack] = {}  # the codes in memory, of those experts that are there
+        self._stacks: dict[str, Stack] = {}  # the codes in memory, of those experts that are there
         self._sums: dict[str, NDArray[np.int64]] = {}  # CRC-32 of the codes alone; -1 before they were first read
 
     @property
@@ -97,12 +97,14 @@ class Layer:
             held["expert_offsets"] = torch.from_numpy(self._starts[projection])
             name, layer = f"{self.experts.layer.experts}.{projection}", self.experts.layer
             book, length = self.experts.codebooks[projection], places["codes"].length
-            self.parts[projection] = ExpertStack(name, layer.count, layer.shapes[projection], book, held, length)
+            shared = self.parts.get(layer.first_of_stage(projection))
+            shape = layer.shapes[projection]
+            self.parts[projection] = ExpertStack(name, layer.count, shape, book, held, length, shared)
             self._sums[projection] = np.full(layer.count, -1)
             stacks[projection] = self.parts[projection].for_product(memory, np.full(layer.count, -1, dtype=np.int64))
         self._stacks = stacks  # last, so that a read that fails is not half a layer
 
-    def stack(self, projection: str) -> MatrixStack:
+    def stack(self, projection: str) -> Stack:
         """The projection's matrices; only those of experts in memory have an offset that means anything."""
         return self._stacks[projection]
 

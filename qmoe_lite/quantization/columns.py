@@ -78,7 +78,7 @@ def uniform_kernel(
 
 
 @njit(cache=True)
-def _correct(place: int, multiple: int, earlier: int, columns: int) -> Any:
+def _correct(place: Any, multiple: Any, earlier: Any, columns: int) -> Any:
     """Return the lanes at `place` less the factor's entries times the errors of the columns before, two addresses."""
     weight = add_at(zeros(_LANE_TUPLE), place)
     for _ in range(columns):

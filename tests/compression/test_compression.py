@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import inspect
 import json
 import shutil
 
 import pytest
 import tiny
 import torch
+from checks import Killed, bytes_of, changed_copy
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from tiny import dense_model
 
 import qmoe_lite as qm
 from qmoe_lite.compression import tally as tally_module
 from qmoe_lite.compression.calibration import hessian_masks, make_samples, read_text, read_tokens, window_length
 from qmoe_lite.compression.layer import draw
+from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import (
     CheckpointError,
     NotFiniteError,
@@ -30,20 +32,6 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Quantized
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
-
-
-def bytes_of(directory) -> dict[str, str]:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.glob("*.safetensors"))}
-
-
-def dense_model(directory, packed=None, layers=()):
-    """The dense model in float32, some layers' experts replaced by the dequantised ones of `packed`."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32).eval()
-    for module in model.modules():
-        if hasattr(module, "expert_capacity"):
-            module.expert_capacity = 10**9
-    tiny.fill_dense(model, packed, list(layers))
-    return model
 
 
 def experts_inputs(model, name, samples):
@@ -179,10 +167,6 @@ def test_shards_and_bin_files_are_read_alike(tmp_path, compressed, switch, text_
     assert all(torch.equal(ours[n].view(torch.uint8), reference[n].view(torch.uint8)) for n in ours if ours[n].dim())
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("sparse_layers", [1, 2])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, tokenizer, text_file, sparse_layers):
     source = tiny.make_switch(
@@ -261,20 +245,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, switch, text_file, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qmoe_lite.checkpoint.save_file", full)
+        patch.setattr("qmoe_lite.checkpoint.atomic.save_file", full)
         with pytest.raises(OutputError, match="No space left on device"):
             qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
     assert bytes_of(tmp_path / "out.partial") == kept
     assert not list((tmp_path / "out.partial").glob(".*.tmp"))
     qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
-
-
-def changed_copy(switch, target, **config):
-    shutil.copytree(switch, target)
-    if config:
-        old = json.loads((target / "config.json").read_text())
-        (target / "config.json").write_text(json.dumps({**old, **config}))
-    return target
 
 
 def test_what_is_no_model_is_refused(tmp_path, switch, text_file):
@@ -358,7 +334,7 @@ def test_outputs_that_exist_and_impossible_options_are_refused(tmp_path, switch,
         qm.compress(switch, tmp_path / "out", recipe="nearest", calibration=text_file)
     with pytest.raises(SettingError, match="codeword_bits is 7"):
         qm.compress(switch, tmp_path / "out", recipe="nearest", codeword_bits=7)
-    with pytest.raises(SettingError, match="colour"):
+    with pytest.raises(TypeError, match="colour"):
         qm.compress(switch, tmp_path / "out", recipe="nearest", colour=7)
     with pytest.raises(SettingError, match="quantised already"):
         qm.compress(compressed[0], tmp_path / "out", recipe="nearest")
@@ -367,6 +343,15 @@ def test_outputs_that_exist_and_impossible_options_are_refused(tmp_path, switch,
     with pytest.raises(TextError, match="empty"):
         qm.compress(switch, tmp_path / "out", calibration=empty)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_every_setting_is_a_keyword_with_its_default():
+    keywords = inspect.signature(qm.compress).parameters
+    fields = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "device"}
+    assert {name: keywords[name].default for name in fields} == fields
+    other = {"model", "out", "calibration", "grid", "device", "resume", "progress"}
+    assert set(keywords) == {*fields, *other}
+    assert all(f"    {name} : " in qm.compress.__doc__ for name in keywords if name != "model")
 
 
 def test_experts_without_tokens_borrow_or_are_reported(tmp_path, switch, text_file):

@@ -28,7 +28,7 @@ from qmoe_lite.cuda import codec, gather, launch, matmul, packets, solver, varia
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.quantization import solver as cpu_solver
-from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit
+from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, UniformGrid
 from qmoe_lite.quantization.hessian import factorise
 from qmoe_lite.quantization.rounding import RoundingTable
 
@@ -313,6 +313,18 @@ def test_gptq_finds_the_cpu_s_digits(name, shape):
     assert (ours.digits.cpu() == cpu.digits).float().mean() >= 0.995
     torch.testing.assert_close(ours.levels.cpu(), cpu.levels)
     torch.testing.assert_close(ours.error.cpu(), cpu.error, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 768, 384), (5, 130, 1000)], ids=str)
+def test_gptq_finds_the_cpu_s_uniform_digits(shape):
+    weight, hessian = weights_and_hessians(*shape)
+    grid = UniformGrid(1.0, level_dtype=torch.bfloat16)
+    ours = cpu_solver.gptq(weight.to(DEVICE), hessian.to(DEVICE), grid)
+    cpu = cpu_solver.gptq(weight, hessian, grid)
+    assert (ours.digits.cpu() == cpu.digits).float().mean() >= 0.98
+    assert (ours.column_scales.cpu() == cpu.column_scales).float().mean() >= 0.98
+    assert torch.equal(ours.levels.cpu(), cpu.levels)
+    torch.testing.assert_close(ours.error.cpu(), cpu.error, rtol=2e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 29, 300])

@@ -21,7 +21,7 @@ from qmoe_lite.cuda import solver as cuda_solver
 from qmoe_lite.cuda.launch import kernel
 from qmoe_lite.errors import DigitError, DtypeError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.quantization import solver
-from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit
+from qmoe_lite.quantization.grid import MinMaxTernary, MinMaxTwoBit, UniformGrid
 from qmoe_lite.quantization.rounding import RoundingTable
 
 TERNARY = Codebook.fit([115, 1770, 115], bits=8)
@@ -194,6 +194,28 @@ def test_a_block_has_the_bits_of_the_cpu_s(shuffled, name, shape):
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 29), (1, 33, 64), (2, 1, 128)], ids=str)
+def test_a_uniform_block_has_the_bits_of_the_cpu_s(shuffled, shape):
+    weight, factor, _ = block_problem(*shape, "ternary")
+    weight[:, 0] = 0
+    weight[:, -1, ::3] *= 1e5
+    for step in (0.01, 1.2):
+        table = UniformGrid(step).rounding(UniformGrid(1.0).fit(weight) * step / 10)
+        digits, errors = cuda_solver.solve_block(weight, factor, table)
+        cpu_digits, cpu_errors = solver.solve_block(weight, factor, table)
+        assert digits.dtype == torch.int16
+        assert torch.equal(digits, cpu_digits)
+        assert torch.equal(errors, cpu_errors)
+
+
+def test_every_uniform_digit_is_the_slow_reference_s(shuffled, monkeypatch):
+    weight, hessian = problem(2, 3, 63)
+    monkeypatch.setattr(solver, "solve_block", cuda_solver.solve_block)
+    result = solver.gptq(weight, hessian, UniformGrid(0.8), dampening=0.05, block_size=29)
+    digits, *_ = naive.uniform_gptq(weight.numpy(), hessian.numpy(), 0.8, 0.06, 0.05, rounded=False)
+    assert (result.digits.numpy() == digits).mean() >= 0.999
+
+
 @pytest.mark.parametrize("kinds", [1, 2, 3, 4])
 def test_values_and_thresholds_may_be_any(shuffled, kinds):
     generator = torch.Generator().manual_seed(kinds)
@@ -294,6 +316,8 @@ def test_bad_arguments_are_refused(emulated):
         cuda_solver.solve_block(weight[:, :1], factor, table)
     with pytest.raises(ShapeError, match="one fewer"):
         cuda_solver.solve_block(weight, factor, dataclasses.replace(table, thresholds=table.thresholds[..., :1]))
+    with pytest.raises(ShapeError, match="steps have shape"):
+        cuda_solver.solve_block(weight, factor, UniformGrid(1.0).rounding(torch.ones(1, 3, 1)))
 
 
 def test_levels_are_the_packed_matrix_s_own(emulated):

@@ -1,0 +1,68 @@
+"""Activations as the windows product's kernels read them: an expert's column scales multiplied in, and checked."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+EXPERT, CHOICE, FIRST, COUNT, PANEL = range(5)  # columns of `jobs`: expert, its place in `experts`, tokens, first panel
+_COLUMNS = 64  # laid out at a time
+_LARGEST = np.float32(1e33)
+_LARGEST_SCALED = np.float32(1e31)  # 127 times so much in each column cannot overflow before a step makes it small
+
+
+@njit(forceinline=True, error_model="numpy")
+def _scaled(value: np.float32, scale: np.float32) -> tuple[np.float32, int]:
+    """Return value * scale, and 1 if one of them is not finite or too large, else 0."""
+    scaled = value * scale
+    return scaled, np.int64(not (abs(value) <= _LARGEST and abs(scaled) <= _LARGEST_SCALED))
+
+
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
+def lay_rows(
+    x: NDArray[np.float32], scales: NDArray[np.float32], jobs: NDArray[np.int64], out: NDArray[np.float32]
+) -> bool:
+    """Lay x (N, C) out for each job of few tokens: out (J, tokens, C + padding), times its expert's column scales.
+
+    scales (E, C), or (0, C) for ones. What a job lacks in tokens, and the padding, are zeros. Returns whether all of x
+    that the jobs name is finite, and not so large that sums of it might not be.
+    """
+    tokens, columns = out.shape[1], x.shape[1]
+    spoilt = 0
+    for task in prange(len(jobs) * tokens):
+        job, token = jobs[task // tokens], task % tokens
+        own = out[task // tokens, token]
+        if token >= job[COUNT]:
+            own[:] = 0
+        else:
+            row, one = x[job[FIRST] + token], np.float32(1)
+            for column in range(columns):
+                scale = scales[job[EXPERT], column] if len(scales) else one
+                own[column], wrong = _scaled(row[column], scale)
+                spoilt += wrong
+            own[columns:] = 0
+    return spoilt == 0
+
+
+@njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
+def lay_panels(
+    x: NDArray[np.float32], scales: NDArray[np.float32], jobs: NDArray[np.int64], out: NDArray[np.float32]
+) -> bool:
+    """Lay x (N, C) out for each job of many tokens: out (panels, C, lanes), tokens side by side; see `lay_rows`."""
+    lanes, columns = out.shape[2], x.shape[1]
+    pieces = (columns + _COLUMNS - 1) // _COLUMNS
+    spoilt = 0
+    for task in prange(len(jobs) * pieces):
+        job, start = jobs[task // pieces], task % pieces * _COLUMNS
+        end, one = min(start + _COLUMNS, columns), np.float32(1)
+        for panel in range((job[COUNT] + lanes - 1) // lanes):
+            own, first = out[job[PANEL] + panel], job[FIRST] + panel * lanes
+            held = min(lanes, job[COUNT] - panel * lanes)
+            for column in range(start, end):
+                scale = scales[job[EXPERT], column] if len(scales) else one
+                for token in range(held):
+                    own[column, token], wrong = _scaled(x[first + token, column], scale)
+                    spoilt += wrong
+                own[column, held:] = 0
+    return spoilt == 0

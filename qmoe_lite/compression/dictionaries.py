@@ -1,0 +1,72 @@
+"""The dictionaries of one model: few of them, since the digits of its layers are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.compression.rate import entropy
+
+_WORSE = 0.005  # share of the bits that a known dictionary may take above what one of the digits' own would
+
+
+@dataclass
+class Dictionaries:
+    """Chooses the dictionary of each projection; fits another one only where that pays.
+
+    Attributes
+    ----------
+    bits : int
+        Of a codeword.
+    known : list of Dictionary
+        In the order in which they were first used.
+    """
+
+    bits: int
+    known: list[Dictionary] = field(default_factory=list)
+    _excess: dict[Dictionary, float] = field(default_factory=dict)  # above entropy, of the digits it was fitted to
+
+    def choose(self, sizes: NDArray[np.int64]) -> Dictionary:
+        """Return the dictionary for digits of these sizes, one of those that are known where it serves.
+
+        Parameters
+        ----------
+        sizes : int64 array
+            How many digits have the size 0, 1, 2, ..
+        """
+        least = entropy(signed(sizes))
+        best = min(self.known, key=lambda each: each.expected_bits(sizes), default=None)
+        if best is not None and best in self._excess:
+            wanted = least * (1 + self._excess[best] + _WORSE)
+            if best.expected_bits(sizes) <= wanted:
+                return best
+        fitted = Dictionary.fit_counts(sizes, self.bits)
+        expected = fitted.expected_bits(sizes)
+        excess = expected / least - 1 if least else 0.0
+        if best is not None:
+            pays = (best.expected_bits(sizes) - expected) * sizes.sum() > 8 * len(fitted.kinds)
+            if not pays or best.expected_bits(sizes) <= expected * (1 + _WORSE):
+                self._excess.setdefault(best, excess)
+                return best
+        self._excess[fitted] = excess
+        return fitted
+
+    def use(self, dictionary: Dictionary) -> None:
+        """Take note of a dictionary that digits were written with."""
+        if dictionary not in self.known:
+            self.known.append(dictionary)
+
+    def resume(self, used: Iterable[Dictionary]) -> None:
+        """Know those of the layers that an earlier run finished."""
+        for dictionary in used:
+            self.use(dictionary)
+
+
+def signed(sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return how often each digit occurs where signs are even: 0, then each size twice, by halves."""
+    rest = sizes[1:] / 2
+    return np.concatenate([sizes[:1].astype(np.float64), rest, rest])

@@ -1,0 +1,171 @@
+"""Unfinished work: the directory OUT.partial, and what an interrupted run resumes from.
+
+`state.json` claims the directory: it names the work by a fingerprint, and says which layers are finished and what was
+found of them. Beside it lie the finished layers' tensors, the activations after the last finished block, and the
+encoder's output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.format import FORMAT
+from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint.report import ProjectionReport
+from qmoe_lite.compression.calibration import Samples
+from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.errors import OutputError, ResumeError
+from qmoe_lite.quantization.grid import Grid
+
+STATE_FILE = "state.json"
+
+
+def fingerprint_of(checkpoint: Checkpoint, settings: Settings, grid: Grid, samples: Samples | None) -> str:
+    """Return a digest of all that decides what a compression writes: model, settings, grid and calibration samples."""
+    digest = hashlib.sha256(checkpoint.fingerprint().encode())
+    decisive = {name: value for name, value in asdict(settings).items() if name != "stop_when_bad"}
+    digest.update(json.dumps([FORMAT, decisive, grid.to_config()], sort_keys=True).encode())
+    if samples is not None:
+        digest.update(samples.input_ids.tobytes())
+        digest.update(b"" if samples.labels is None else samples.labels.tobytes())
+    return digest.hexdigest()
+
+
+def remove_state(directory: Path) -> None:
+    """Remove what only a run that resumes needs, once the work is finished."""
+    for left in [*directory.glob("*.zst"), directory / STATE_FILE]:  # the state last: until here a run could resume
+        left.unlink(missing_ok=True)
+
+
+@dataclass
+class Done:
+    """What is known of the finished layers; saved with the state, so that a resumed run reports them too."""
+
+    seconds: float = 0.0
+
+    projections: list[ProjectionReport] = field(default_factory=list)
+    held_out_error: dict[str, float | None] = field(default_factory=dict)
+    codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+    rate: dict[str, Any] | None = None
+
+
+class Unfinished:
+    """The unfinished work in a directory; made by `open`.
+
+    Attributes
+    ----------
+    done : Done
+        What is known of the finished layers; the run adds to it.
+    stack : int
+        Number of the stack that the run is in; those before are finished.
+    block : int or None
+        Its last block that is finished; None for none.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str, started: float) -> None:
+        self.directory, self.fingerprint = directory, fingerprint
+        self.done = Done()
+        self._started = started
+        self._position: dict[str, Any] = {}  # stack, block, and the files `hidden` and `memory`
+
+    @classmethod
+    def open(cls, directory: Path, fingerprint: str, resume: bool, started: float) -> Unfinished:
+        """Make the directory, or take up what it holds.
+
+        Parameters
+        ----------
+        directory : Path
+            OUT.partial.
+        fingerprint : str
+            Of the work: see `fingerprint_of`.
+        resume : bool
+            False discards what the directory holds.
+        started : float
+            When this run began, by `time.perf_counter`.
+
+        Raises
+        ------
+        ResumeError
+            It holds other work, or its state is damaged.
+        OutputError
+            It cannot be made, or it holds something that no compression wrote.
+        """
+        self = cls(directory, fingerprint, started)
+        if resume and (directory / STATE_FILE).is_file():
+            self._load()
+            return self
+        try:
+            if directory.exists():
+                if not (directory / STATE_FILE).is_file() and any(directory.iterdir()):
+                    raise OutputError(f"{directory} exists and is not ours. Move it, or name another OUT.")
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{directory} cannot be made: {error.strerror}. Name another directory.") from error
+        self.save()  # claims the directory
+        return self
+
+    def _load(self) -> None:
+        file = self.directory / STATE_FILE
+        try:
+            state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            found = state.pop("fingerprint")
+            self.done = Done(**state.pop("done"))
+            self.done.projections = [ProjectionReport(**row) for row in state.pop("projections")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"{file} is damaged. Start over with --restart.") from error
+        if found != self.fingerprint:
+            raise ResumeError(
+                f"{self.directory} holds unfinished work of another model, text or setting. Use the same ones, or "
+                f"start over with --restart."
+            )
+        self._position = state
+
+    @property
+    def stack(self) -> int:
+        return int(self._position.get("stack", 0))
+
+    @property
+    def block(self) -> int | None:
+        return self._position.get("block")
+
+    @property
+    def seconds(self) -> float:
+        """What the work took until now, interrupted runs among it."""
+        return round(self.done.seconds + time.perf_counter() - self._started, 3)
+
+    def load_hidden(self, hidden: ListBuffer) -> None:
+        """Fill a buffer with the activations after the last finished block."""
+        hidden.load(self.directory / self._position["hidden"])
+
+    def load_encoder_output(self, encoder_output: ListBuffer) -> None:
+        """Fill a buffer with the finished encoder's output."""
+        encoder_output.load(self.directory / self._position["memory"])
+
+    def keep(self, stack: int, block: int, hidden: ListBuffer, encoder_output: ListBuffer | None) -> None:
+        """Make what is finished durable: an interrupted run resumes after this block."""
+        old, self._position = self._position, {"stack": stack, "block": block, "hidden": f"hidden-{stack}-{block}.zst"}
+        files.write_atomically(self.directory / self._position["hidden"], hidden.save)
+        if encoder_output is not None:
+            self._position["memory"] = f"memory-{stack}.zst"
+            if old.get("memory") != self._position["memory"]:
+                files.write_atomically(self.directory / self._position["memory"], encoder_output.save)
+        self.save()
+        if (stale := old.get("hidden")) and stale != self._position["hidden"]:
+            (self.directory / stale).unlink(missing_ok=True)
+
+    def save(self) -> None:
+        """Write the state."""
+        done = {**vars(self.done), "seconds": self.seconds}
+        rows = [asdict(row) for row in done.pop("projections")]
+        state = {"fingerprint": self.fingerprint, **self._position, "done": done, "projections": rows}
+        files.write_json(self.directory / STATE_FILE, state)
