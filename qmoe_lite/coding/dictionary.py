@@ -27,7 +27,7 @@ from qmoe_lite.coding.windows import count_codewords, windows_bytes
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
 
 KIND = "windows"
-_WIDTHS = (8, 16)  # digits that a kernel copies at a time
+_WIDTHS = (8, 16, 32)  # digits of a table's row
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +41,7 @@ class Dictionary:
     clip : int
         Largest digit of the strings, 1 to 30; what digits have beyond it is stored as exceptions.
     longest : int
-        Digits of the longest string, 1 to 16.
+        Digits of the longest string, 1 to 32.
     starts : tuple of int
         Smallest kind of each class, 1 to 4 classes, ascending from 0.
     quarters : tuple of int
@@ -134,7 +134,7 @@ class Dictionary:
         clip : int, optional
             Largest digit of the strings, 1 to 30; by default the one that takes the fewest bits, exceptions counted.
         longest : int, optional
-            Digits of the longest string, 1 to 16; by default 8 or 16, whichever takes fewer.
+            Digits of the longest string, 1 to 32; by default 8, 16 or 32, the least within 1% of the fewest bits.
 
         Raises
         ------
@@ -173,7 +173,7 @@ class Dictionary:
 
     @property
     def width(self) -> int:
-        """Digits of a row of `digits_table`: 8 or 16."""
+        """Digits of a row of `digits_table`: 8, 16 or 32."""
         return next(width for width in _WIDTHS if width >= self.longest)
 
     @property

@@ -11,16 +11,26 @@ EXCEPTION_BITS = 24  # stored for each exception: 16 of its place, 8 of its valu
 LARGEST_CLIP = 30
 _EXCESS = 127  # what one exception adds at most
 _LEAST_CHANCE = 1e-9  # of a size of digit, so that sums of chances keep some precision
-_LENGTHS = (8, 16)  # of the longest string
+_LENGTHS = (8, 16, 32)  # of the longest string
+_ENOUGH = 1.01  # of the fewest bits: shorter strings make the product faster
 _QUICK_ROUNDS, _ROUNDS = 6, 24  # in which prices settle: to compare settings, for the trees themselves
 
 _Shape = tuple[tuple[int, ...], tuple[int, ...]]  # starts and quarters of the classes
+_SHAPES: tuple[_Shape, ...] = (  # from few bits to many
+    ((0, 1), (1, 3)),
+    ((0, 1), (2, 2)),
+    ((0, 1, 2), (2, 1, 1)),
+    ((0, 1), (3, 1)),
+    ((0, 2), (3, 1)),
+    ((0, 3), (3, 1)),
+    ((0,), (4,)),
+)
 
 
 def fit_trees(
     sizes: NDArray[np.int64], bits: int, clip: int | None, longest: int | None
 ) -> tuple[int, int, tuple[int, ...], tuple[int, ...], bytes]:
-    """Find the trees that take the fewest bits: the clip first, then the classes, then the longest string.
+    """Find the trees that take the fewest bits: the classes first, then the clip, then the longest string.
 
     Parameters
     ----------
@@ -44,7 +54,7 @@ def fit_trees(
             known[key] = bits / _grow(sizes, bits, *key, _QUICK_ROUNDS)[0] + exception_bits(sizes, k)
         return known[key]
 
-    length = longest or _LENGTHS[1]
+    length = longest or _LENGTHS[-1]
     k = clip or _first_clip(sizes)
     shape = min(_shapes(k), key=lambda shape: cost(k, shape, length))
     if clip is None:
@@ -54,29 +64,22 @@ def fit_trees(
                 if cost(k + direction, shape, length) >= cost(k, shape, length):
                     break
                 k += direction
-        shape = min(_shapes(k), key=lambda shape: cost(k, shape, length))
-    if longest is None and cost(k, shape, _LENGTHS[0]) <= cost(k, shape, _LENGTHS[1]):
-        length = _LENGTHS[0]
+    if longest is None:
+        enough = _ENOUGH * min(cost(k, shape, length) for length in _LENGTHS)
+        length = next(length for length in _LENGTHS if cost(k, shape, length) <= enough)
     _, kinds = _grow(sizes, bits, k, shape, length, _ROUNDS)
     return k, length, *shape, kinds.tobytes()
 
 
 def _shapes(clip: int) -> list[_Shape]:
-    """Return the starts and quarters that are tried."""
-    shapes: list[_Shape] = [
-        ((0, 1), (2, 2)),
-        ((0, 1, 2), (2, 1, 1)),
-        ((0, 1, 2), (1, 2, 1)),
-        ((0, 1, 2, 3), (1, 1, 1, 1)),
-    ]
-    shapes += [((0, start), (3, 1)) for start in range(1, 9)]
-    return [shape for shape in shapes if shape[0][-1] <= clip]
+    """Return the starts and quarters that are tried: those that were best somewhere from 0.4 to 4 bits."""
+    return [(starts, quarters) for starts, quarters in _SHAPES if starts[-1] <= clip]
 
 
 def _first_clip(sizes: NDArray[np.int64]) -> int:
     """Return the least clip that leaves few exceptions: where the search begins."""
     most = min(max(len(sizes) - 1, 1), LARGEST_CLIP)
-    return next((clip for clip in range(1, most) if exception_bits(sizes, clip) < 0.03), most)
+    return next((clip for clip in range(1, most) if exception_bits(sizes, clip) < 0.01), most)
 
 
 def _grow(

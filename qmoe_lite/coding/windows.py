@@ -23,7 +23,7 @@ from qmoe_lite.coding.vectors import address_of
 LEADING_BITS = 2  # zeros before the first codeword: a row begins in class 0
 _LANES = 4  # rows encoded at a time
 _TASK = 16  # rows of a task, a multiple of _LANES
-_SLACK = 16  # digits that the copy of a row's last string may run past its end
+_SLACK = 32  # digits that the copy of a row's last string may run past its end
 
 
 class Stream(NamedTuple):

@@ -16,9 +16,10 @@ from qmoe_lite.errors import FormatError
 
 DICTIONARIES = {
     "ternary": Dictionary.fit_counts([800, 150], bits=9, clip=1, longest=16),
+    "lowest": Dictionary.fit_counts([9000, 900, 20], bits=10, longest=32),
     "low": Dictionary.fit_counts([500, 200, 30, 4], bits=9),
     "middle": Dictionary.fit_counts([400, 500, 260, 90, 20, 4], bits=10, longest=8),
-    "high": Dictionary.fit_counts([90, 170, 150, 120, 90, 60, 35, 20, 9, 4, 2, 1, 1], bits=12),
+    "high": Dictionary.fit_counts([90, 170, 150, 120, 90, 60, 35, 20, 9, 4, 2, 1, 1], bits=11),
     "one digit a string": Dictionary.fit_counts([5, 5, 5], bits=9, longest=1),
 }
 each_dictionary = pytest.mark.parametrize("dictionary", DICTIONARIES.values(), ids=DICTIONARIES)
@@ -93,7 +94,7 @@ def test_the_widest_matrix(dictionary):
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_any_digits_come_back(data):
     dictionary = data.draw(st.sampled_from(list(DICTIONARIES.values())))
     rows, columns = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 90))
@@ -229,7 +230,7 @@ def test_forged_streams_are_refused_in_one_line(what):
 
 
 @given(st.binary(min_size=60, max_size=60), st.sampled_from(list(DICTIONARIES.values())))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_bytes_are_refused_or_decode_to_the_whole_width(data, dictionary):
     count = (8 * 60 - 2) // dictionary.bits
     codes = np.frombuffer(data + bytes(8), dtype=np.uint8).copy()
