@@ -12,7 +12,7 @@ LARGEST_CLIP = 30
 _EXCESS = 127  # what one exception adds at most
 _LEAST_CHANCE = 1e-9  # of a size of digit, so that sums of chances keep some precision
 _LENGTHS = (8, 16, 32)  # of the longest string
-_ENOUGH = 1.01  # of the fewest bits: shorter strings make the product faster
+_ENOUGH = 1.005  # of the fewest bits: shorter strings make the product faster
 _QUICK_ROUNDS, _ROUNDS = 6, 24  # in which prices settle: to compare settings, for the trees themselves
 
 _Shape = tuple[tuple[int, ...], tuple[int, ...]]  # starts and quarters of the classes
