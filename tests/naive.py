@@ -107,6 +107,89 @@ def strings_of(entries, n_digits):
     return strings
 
 
+def rank_digit(rank):
+    """The digit that stands in this place of 0, -1, +1, -2, .."""
+    return (rank + 1) // 2 * (-1 if rank % 2 else 1)
+
+
+def window_trees(kinds, bits, clip, starts, quarters):
+    """For each tree a dict from digit string (tuple) to codeword, None where it is none; and a codeword's class."""
+    kinds = iter(kinds)
+    bounds = [sum(quarters[:c]) * 2**bits // 4 for c in range(len(starts) + 1)]
+    trees = []
+
+    def read(string, tree, numbers):
+        kind = next(kinds)
+        own = max(c for c in range(len(starts)) if kind >= starts[c])
+        tree[string] = None
+        if kind <= clip:
+            tree[string] = bounds[own] + numbers[own]
+            numbers[own] += 1
+            assert tree[string] < bounds[own + 1]
+        for rank in range(2 * kind - 1):
+            read((*string, rank_digit(rank)), tree, numbers)
+
+    for start in starts:
+        tree, numbers = {}, [0] * len(starts)
+        for digit in map(rank_digit, range(2 * clip + 1)):
+            if abs(digit) >= start:
+                read((digit,), tree, numbers)
+        trees.append(tree)
+    assert not list(kinds)
+    return trees, lambda codeword: max(c for c in range(len(starts)) if codeword >= bounds[c])
+
+
+def encode_windows(digits, trees, class_of, bits, clip):
+    """Codes (bytes), codewords per row, and exceptions as (row, column, value): string after string."""
+    stream, row_codewords, exceptions = "00", [], []
+    for row, values in enumerate(digits.tolist()):
+        clipped = [max(-clip, min(clip, value)) for value in values]
+        for column, value in enumerate(values):
+            excess = abs(value) - clip
+            while excess > 0:
+                exceptions.append((row, column, min(excess, 127) * (1 if value > 0 else -1)))
+                excess -= 127
+        place, count, tree = 0, 0, 0
+        while place < len(clipped):
+            length = 1
+            while tuple(clipped[place : place + length + 1]) in trees[tree] and place + length < len(clipped):
+                length += 1
+            string = tuple(clipped[place : place + length])
+            place += length
+            if place == len(clipped):
+                while trees[tree][string] is None or class_of(trees[tree][string]) != 0:
+                    string = (*string, 0)
+            codeword = trees[tree][string]
+            stream += format(codeword, f"0{bits}b")[::-1]
+            tree = class_of(codeword)
+            count += 1
+        row_codewords.append(count)
+    stream += "0" * (-len(stream) % 8)
+    return (
+        bytes(int(stream[i : i + 8][::-1], 2) for i in range(0, len(stream), 8)) + bytes(8),
+        row_codewords,
+        exceptions,
+    )
+
+
+def decode_windows(codes, row_codewords, trees, class_of, bits, columns, exceptions):
+    """Digits (lists) by the description: two bits, then codeword after codeword; each tells the tree of the next."""
+    stream = "".join(format(byte, "08b")[::-1] for byte in codes)
+    strings = [{codeword: string for string, codeword in tree.items() if codeword is not None} for tree in trees]
+    place, rows = 2, []
+    for count in row_codewords:
+        row, tree = [], 0
+        for _ in range(count):
+            codeword = int(stream[place : place + bits][::-1], 2)
+            row += strings[tree][codeword]
+            tree = class_of(codeword)
+            place += bits
+        rows.append(row[:columns])
+    for row, column, value in exceptions:
+        rows[row][column] += value
+    return rows
+
+
 def begins_alike(a, b):
     """Whether the shorter list is how the longer one begins."""
     shorter = min(len(a), len(b))

@@ -20,17 +20,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qmoe_lite.coding.exceptions import count_exceptions
-from qmoe_lite.coding.growth import follow_chain, grow_trees
+from qmoe_lite.coding.fitting import EXCEPTION_BITS, LARGEST_CLIP, digit_chances, exception_bits, fit_trees
+from qmoe_lite.coding.growth import follow_chain
 from qmoe_lite.coding.trees import FAULTS, MOST_DIGITS, Trees, encoder_entries, read_trees, window_tables
 from qmoe_lite.coding.windows import count_codewords, windows_bytes
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
 
 KIND = "windows"
-EXCEPTION_BITS = 24  # stored for each exception: 16 of its place, 8 of its value
-LARGEST_CLIP = 30
-_EXCESS = 127  # what one exception adds at most
-_WIDTHS = (8, 16)  # digits that a kernel copies at a time
-_QUICK_ROUNDS, _ROUNDS = 6, 24  # in which prices settle: to compare settings, for the trees themselves
+_WIDTHS = (8, 16, 32)  # digits of a table's row
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +41,7 @@ class Dictionary:
     clip : int
         Largest digit of the strings, 1 to 30; what digits have beyond it is stored as exceptions.
     longest : int
-        Digits of the longest string, 1 to 16.
+        Digits of the longest string, 1 to 32.
     starts : tuple of int
         Smallest kind of each class, 1 to 4 classes, ascending from 0.
     quarters : tuple of int
@@ -137,7 +134,7 @@ class Dictionary:
         clip : int, optional
             Largest digit of the strings, 1 to 30; by default the one that takes the fewest bits, exceptions counted.
         longest : int, optional
-            Digits of the longest string, 1 to 16; by default 8 or 16, whichever takes fewer.
+            Digits of the longest string, 1 to 32; by default 8, 16 or 32, the least within 0.5% of the fewest bits.
 
         Raises
         ------
@@ -158,7 +155,7 @@ class Dictionary:
             _check_number("clip", clip, 1, LARGEST_CLIP)
         if longest is not None:
             _check_number("longest", longest, 1, MOST_DIGITS)
-        return _fit(cls, sizes, bits, clip, longest)
+        return cls(bits, *fit_trees(sizes, bits, clip, longest))
 
     @property
     def kind(self) -> str:
@@ -176,7 +173,7 @@ class Dictionary:
 
     @property
     def width(self) -> int:
-        """Digits of a row of `digits_table`: 8 or 16."""
+        """Digits of a row of `digits_table`: 8, 16 or 32."""
         return next(width for width in _WIDTHS if width >= self.longest)
 
     @property
@@ -249,7 +246,7 @@ class Dictionary:
         """
         sizes = _checked_counts(counts)
         trees = self.trees
-        single = _single(sizes, self.clip)
+        single = digit_chances(sizes, self.clip)
         chances = np.array([*single, 1.0])
         inside = np.arange(MOST_DIGITS) < trees.lengths[:, None]
         size = np.abs(trees.strings).astype(np.int64)
@@ -265,7 +262,7 @@ class Dictionary:
         classes = np.searchsorted(np.array(self.starts), np.arange(self.clip + 1), side="right") - 1
         arriving = np.full(self.clip + 1, 1.0 / (self.clip + 1))
         digits, _ = follow_chain(single, classes, gained, ends, arriving)
-        return self.bits / float(digits) + _exception_bits(sizes, self.clip)
+        return self.bits / float(digits) + exception_bits(sizes, self.clip)
 
     def to_config(self) -> dict[str, Any]:
         """Return what a checkpoint stores: the numbers, the trees (their kinds packed, base64) and their sha256."""
@@ -308,7 +305,6 @@ class Dictionary:
                     "The file is damaged; get it again."
                 )
             _check_number("clip", config["clip"], 1, LARGEST_CLIP)
-            each = _kind_bits(config["clip"])
             kinds = _unpack(packed, config["nodes"], _kind_bits(config["clip"]))
             numbers = config["bits"], config["clip"], config["longest"]
             dictionary = cls(*numbers, tuple(config["starts"]), tuple(config["quarters"]), kinds)
@@ -319,7 +315,8 @@ class Dictionary:
             if isinstance(error, QMoEError):
                 raise FormatError(f"dictionary config is unusable: {error}") from error
             raise FormatError(
-                f"dictionary config is unusable: {error}; expected bits, clip, longest, starts, quarters, nodes, trees, sha256."
+                f"dictionary config is unusable: {error}; expected bits, clip, longest, starts, quarters, nodes, "
+                "trees, sha256."
             ) from error
 
 
@@ -341,82 +338,6 @@ def checked_digits(digits: NDArray[Any]) -> NDArray[np.int16]:
             f"digits holds {int(digits.min())} to {int(digits.max())}; expected -32767 to 32767. Take a larger step."
         )
     return np.ascontiguousarray(digits, dtype=np.int16)
-
-
-def _fit(
-    cls: type[Dictionary], sizes: NDArray[np.int64], bits: int, clip: int | None, longest: int | None
-) -> Dictionary:
-    """Build the best dictionary: the clip first, then the classes, then the longest string, each by a quick look."""
-    known: dict[tuple[Any, ...], float] = {}
-
-    def cost(k: int, shape: _Shape, length: int) -> float:
-        key = k, shape, length
-        if key not in known:
-            known[key] = bits / _grow(sizes, bits, *key, _QUICK_ROUNDS)[0] + _exception_bits(sizes, k)
-        return known[key]
-
-    length = longest or MOST_DIGITS
-    k = clip or _first_clip(sizes)
-    shape = min(_shapes(k), key=lambda shape: cost(k, shape, length))
-    if clip is None:
-        most = min(max(len(sizes) - 1, 1), LARGEST_CLIP)
-        for direction in (1, -1):
-            while 1 <= k + direction <= most and shape in _shapes(k + direction):
-                if cost(k + direction, shape, length) >= cost(k, shape, length):
-                    break
-                k += direction
-        shape = min(_shapes(k), key=lambda shape: cost(k, shape, length))
-    if longest is None and cost(k, shape, 8) <= cost(k, shape, 16):
-        length = 8
-    _, kinds = _grow(sizes, bits, k, shape, length, _ROUNDS)
-    return cls(bits, k, length, *shape, kinds.tobytes())
-
-
-_Shape = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _shapes(clip: int) -> list[_Shape]:
-    """Return the starts and quarters that are tried."""
-    shapes: list[_Shape] = [
-        ((0, 1), (2, 2)),
-        ((0, 1, 2), (2, 1, 1)),
-        ((0, 1, 2), (1, 2, 1)),
-        ((0, 1, 2, 3), (1, 1, 1, 1)),
-    ]
-    shapes += [((0, start), (3, 1)) for start in range(1, 9)]
-    return [shape for shape in shapes if shape[0][-1] <= clip]
-
-
-def _first_clip(sizes: NDArray[np.int64]) -> int:
-    """Return the least clip that leaves few exceptions: where the search begins."""
-    most = min(max(len(sizes) - 1, 1), LARGEST_CLIP)
-    return next((clip for clip in range(1, most) if _exception_bits(sizes, clip) < 0.03), most)
-
-
-def _grow(
-    sizes: NDArray[np.int64], bits: int, clip: int, shape: _Shape, longest: int, rounds: int
-) -> tuple[float, NDArray[np.uint8]]:
-    """Grow trees: digits a codeword, and the kinds."""
-    starts, quarters = shape
-    quotas = np.array(quarters) << bits >> 2
-    return grow_trees(_single(sizes, clip), np.array(starts), quotas, longest, rounds)
-
-
-def _single(sizes: NDArray[np.int64], clip: int) -> NDArray[np.float64]:
-    """Return the probability of 0, and of one digit of each size up to the clip, larger ones counted there."""
-    counts = np.zeros(clip + 1)
-    counts[: min(len(sizes), clip + 1)] = sizes[: clip + 1]
-    counts[clip] += sizes[clip + 1 :].sum()
-    counts = np.maximum(counts, 0.5)
-    counts /= counts.sum()
-    counts[1:] /= 2
-    return counts
-
-
-def _exception_bits(sizes: NDArray[np.int64], clip: int) -> float:
-    """Return the bits a digit that exceptions take."""
-    excess = np.maximum(np.arange(len(sizes)) - clip, 0)
-    return float(EXCEPTION_BITS * (sizes * -(-excess // _EXCESS)).sum() / sizes.sum())
 
 
 def _checked_counts(counts: Iterable[int]) -> NDArray[np.int64]:

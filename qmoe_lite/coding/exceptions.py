@@ -118,7 +118,7 @@ def _count_kernel(digits: NDArray[np.int16], clip: int, counts: NDArray[np.int64
         beyond = 0
         for column in range(digits.shape[1]):
             excess = max(abs(np.int32(digits[row, column])) - np.int32(clip), np.int32(0))
-            beyond += (excess + np.int32(126)) // np.int32(127)
+            beyond += int((excess + np.int32(126)) // np.int32(127))
         counts[row] += beyond
 
 
@@ -139,7 +139,7 @@ def _fill_kernel(
             continue
         for column in range(columns):
             digit = np.int64(digits[row, column])
-            excess = abs(digit) - clip
+            excess = int(abs(digit) - clip)
             while excess > 0:
                 part = min(excess, 127)
                 positions[place] = row % per * columns + column
@@ -162,7 +162,7 @@ def _check_kernel(
     faults = np.zeros(len(starts) - 1, dtype=np.uint8)
     for i in prange(len(faults)):
         block = np.int64(i)
-        end = min(rows - block * per, per) * columns
+        end = min(int(rows - block * per), per) * columns
         before, total = np.int64(-1), np.int64(0)
         for k in range(starts[block], starts[block + 1]):
             position, value = np.int64(positions[k]), np.int64(values[k])

@@ -143,7 +143,7 @@ def _grow_tree(
             n += 1
     counts[0] = n
     added = np.zeros(len(quotas), dtype=np.int64)
-    while waiting > 0:
+    while waiting > 0 and counts.sum() < total:  # any extension takes a codeword more
         item = items[0]
         _remove_first(keys, items, waiting)
         waiting -= 1

@@ -1,8 +1,8 @@
 """A dictionary's trees of digit strings: read from the kinds of their nodes, and laid out for the kernels.
 
 A node of kind t may be continued by the digits nearer to zero than t; its string is a codeword unless t is K + 1, every
-digit. Children stand in the order 0, -1, +1, -2, ..: the rank of a digit. A class is a range of kinds; a string of class
-c is followed by one of tree c, whose first digits are those at least as large as the class's smallest kind.
+digit. Children stand in the order 0, -1, +1, -2, ..: the rank of a digit. A class is a range of kinds; a string of
+class c is followed by one of tree c, whose first digits are those at least as large as the class's smallest kind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-MOST_DIGITS = 16  # of a string: what one load of a table's row holds
+MOST_DIGITS = 32  # of a string: what a table's row holds
 FAULTS = {
     1: "they end early",
     2: "a node has a kind that there is not",
@@ -30,7 +30,7 @@ class Trees(NamedTuple):
     ----------
     kinds, numbers, lengths, trees, first_children : int32 arrays, shape (N,)
         A node's kind, its codeword or -1, digits of its string, its tree, its first child.
-    strings : int8 array, shape (N, 16)
+    strings : int8 array, shape (N, 32)
         Digits, zeros behind.
     roots : int32 array, shape (classes,)
         Node of the digit of rank 0 below each tree's root, were there one.
@@ -53,10 +53,11 @@ def read_trees(
     Parameters
     ----------
     kinds : uint8 array
+        One a node.
     clip : int
         K: digits are -K to K.
     longest : int
-        Digits of the longest string, at most 16.
+        Digits of the longest string, at most 32.
     starts : int64 array, shape (classes,)
         Smallest kind of each class, ascending from 0, at most K.
     quotas : int64 array, shape (classes,)
@@ -74,7 +75,8 @@ def read_trees(
     strings = np.zeros((n, MOST_DIGITS), dtype=np.int8)
     roots = np.zeros(len(starts), dtype=np.int32)
     fault = _read_kernel(kinds, clip, longest, starts, quotas, columns, strings, roots)
-    return int(fault), Trees(*columns, strings, roots)
+    own, numbers, lengths, trees, first_children = columns
+    return int(fault), Trees(own, numbers, lengths, trees, first_children, strings, roots)
 
 
 @njit(cache=True, error_model="numpy")
@@ -126,12 +128,12 @@ def _read_kernel(
                 for k in range(1, len(starts)):
                     if kind >= starts[k]:
                         own_class = k
-                        below += quotas[k - 1]
+                        below += int(quotas[k - 1])
                 if used[own_class] >= quotas[own_class]:
                     return 4
                 numbers[node] = below + used[own_class]
                 used[own_class] += 1
-            children = 2 * kind - 1 if kind > 0 else 0
+            children = int(2 * kind - 1) if kind > 0 else 0
             if free + children > n:
                 return 1
             first_children[node] = free

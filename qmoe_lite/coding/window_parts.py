@@ -10,7 +10,8 @@ from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.exceptions import Exceptions
 from qmoe_lite.coding.parts import EXCEPTION_PARTS, MatrixParts
 from qmoe_lite.coding.stream import row_starts
-from qmoe_lite.coding.windows import check, decode_dense_rows, decode_rows
+from qmoe_lite.coding.windows import decode_dense_rows, decode_rows
+from qmoe_lite.coding.windows_check import check
 from qmoe_lite.errors import FormatError
 
 _DTYPES = {

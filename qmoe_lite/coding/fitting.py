@@ -1,0 +1,108 @@
+"""Which clip, classes and longest string serve digits best: a search that looks at each setting for a few rounds."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qmoe_lite.coding.growth import grow_trees
+
+EXCEPTION_BITS = 24  # stored for each exception: 16 of its place, 8 of its value
+LARGEST_CLIP = 30
+_EXCESS = 127  # what one exception adds at most
+_LEAST_CHANCE = 1e-9  # of a size of digit, so that sums of chances keep some precision
+_LENGTHS = (8, 16, 32)  # of the longest string
+_ENOUGH = 1.005  # of the fewest bits: shorter strings make the product faster
+_QUICK_ROUNDS, _ROUNDS = 6, 24  # in which prices settle: to compare settings, for the trees themselves
+
+_Shape = tuple[tuple[int, ...], tuple[int, ...]]  # starts and quarters of the classes
+_SHAPES: tuple[_Shape, ...] = (  # from few bits to many
+    ((0, 1), (1, 3)),
+    ((0, 1), (2, 2)),
+    ((0, 1, 2), (2, 1, 1)),
+    ((0, 1), (3, 1)),
+    ((0, 2), (3, 1)),
+    ((0, 3), (3, 1)),
+    ((0,), (4,)),
+)
+
+
+def fit_trees(
+    sizes: NDArray[np.int64], bits: int, clip: int | None, longest: int | None
+) -> tuple[int, int, tuple[int, ...], tuple[int, ...], bytes]:
+    """Find the trees that take the fewest bits: the classes first, then the clip, then the longest string.
+
+    Parameters
+    ----------
+    sizes : int64 array, not all zero
+        How many digits have the size 0, 1, 2, ..
+    bits : int
+        Of a codeword.
+    clip, longest : int or None
+        None: to be found.
+
+    Returns
+    -------
+    clip, longest, starts, quarters, kinds
+        As for `Dictionary`.
+    """
+    known: dict[tuple[int, _Shape, int], float] = {}
+
+    def cost(k: int, shape: _Shape, length: int) -> float:
+        key = k, shape, length
+        if key not in known:
+            known[key] = bits / _grow(sizes, bits, *key, _QUICK_ROUNDS)[0] + exception_bits(sizes, k)
+        return known[key]
+
+    length = longest or _LENGTHS[-1]
+    k = clip or _first_clip(sizes)
+    shape = min(_shapes(k), key=lambda shape: cost(k, shape, length))
+    if clip is None:
+        most = min(max(len(sizes) - 1, 1), LARGEST_CLIP)
+        for direction in (1, -1):
+            while 1 <= k + direction <= most and shape in _shapes(k + direction):
+                if cost(k + direction, shape, length) >= cost(k, shape, length):
+                    break
+                k += direction
+    if longest is None:
+        enough = _ENOUGH * min(cost(k, shape, length) for length in _LENGTHS)
+        length = next(length for length in _LENGTHS if cost(k, shape, length) <= enough)
+    _, kinds = _grow(sizes, bits, k, shape, length, _ROUNDS)
+    return k, length, *shape, kinds.tobytes()
+
+
+def _shapes(clip: int) -> list[_Shape]:
+    """Return the starts and quarters that are tried: those that were best somewhere from 0.4 to 4 bits."""
+    return [(starts, quarters) for starts, quarters in _SHAPES if starts[-1] <= clip]
+
+
+def _first_clip(sizes: NDArray[np.int64]) -> int:
+    """Return the least clip that leaves few exceptions: where the search begins."""
+    most = min(max(len(sizes) - 1, 1), LARGEST_CLIP)
+    return next((clip for clip in range(1, most) if exception_bits(sizes, clip) < 0.01), most)
+
+
+def _grow(
+    sizes: NDArray[np.int64], bits: int, clip: int, shape: _Shape, longest: int, rounds: int
+) -> tuple[float, NDArray[np.uint8]]:
+    """Grow trees: digits a codeword, and the kinds."""
+    starts, quarters = shape
+    quotas = np.array(quarters) << bits >> 2
+    return grow_trees(digit_chances(sizes, clip), np.array(starts), quotas, longest, rounds)
+
+
+def digit_chances(sizes: NDArray[np.int64], clip: int) -> NDArray[np.float64]:
+    """Return the probability of 0, and of one digit of each size up to the clip, larger ones counted there."""
+    counts = np.zeros(clip + 1)
+    counts[: min(len(sizes), clip + 1)] = sizes[: clip + 1]
+    counts[clip] += sizes[clip + 1 :].sum()
+    counts = np.maximum(counts, max(0.5, _LEAST_CHANCE * counts.sum()))
+    counts /= counts.sum()
+    counts[1:] /= 2
+    return counts
+
+
+def exception_bits(sizes: NDArray[np.int64], clip: int) -> float:
+    """Return the bits a digit that exceptions take."""
+    excess = np.maximum(np.arange(len(sizes)) - clip, 0)
+    return float(EXCEPTION_BITS * (sizes * -(-excess // _EXCESS)).sum() / sizes.sum())
