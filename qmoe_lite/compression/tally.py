@@ -58,7 +58,7 @@ class Tally:
         return np.concatenate(self._sample)
 
     def matrices(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Give back each expert's digits (R, C) and levels (R, L), and forget them."""
+        """Return each expert's digits (R, C) and levels (R, L), and forget them."""
         while self._kept:
             small, levels = self._kept.pop(0)
             yield unsqueeze(small, self._layer.shapes[self._projection], self._alphabet), levels
