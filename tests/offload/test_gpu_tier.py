@@ -423,7 +423,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_layer_waits_for_the_gpu_once(directory, on_devices, emulated, monkeypatch):
-    """What would wait for a GPU's numbers is asked for once, by the hook: which experts there are."""
+    """What would wait for a GPU's numbers is asked for once, as the layer begins: which experts there are."""
     model, runner = on_devices(directory(), [EmulatedDevice()], 5)
     experts, inputs = layer_of(model, runner), drawn(3)
     runner._prediction.trust = 0.0
