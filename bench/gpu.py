@@ -135,7 +135,9 @@ def run_tests(number: int, shares: int) -> int:
         def pytest_collection_modifyitems(self, items: list[Any]) -> None:
             items[:] = share_of(items, number, shares)
 
-    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "--noconftest", "--tb=short", "-rfE"]
+    # pyproject.toml's own options are for the whole suite and ask for pytest-xdist, which need not be here
+    own = ["-o", "addopts=", "-p", "no:xdist", "--import-mode=importlib"]
+    options = [*own, "-q", "-p", "no:cacheprovider", "-W", "default", "--noconftest", "--tb=short", "-rfE"]
     return int(pytest.main([*options, "tests/gpu"], plugins=[Share()]))
 
 

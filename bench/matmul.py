@@ -49,8 +49,8 @@ class Speed:
     """Multiply-adds a second, in 10^9, of one shape and number of tokens.
 
     Ours: x float32 with one and with two levels a row; x bfloat16 with two. torch's dense products: float32, bfloat16,
-    and int8 with float32 x that is quantised for each product (None where torch has no engine for it). Dequantised: our
-    matrix of two levels written out anew for each product, then torch's dense one.
+    and int8 with float32 x that is quantised for each product (None where it was left out). Dequantised: our matrix of
+    two levels written out anew for each product, then torch's dense one.
     """
 
     shape: str
@@ -67,11 +67,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class MatmulReport:
-    """What `measure` found, and where; the copy is of float32 in memory, in GB/s read and written."""
+    """What `measure` found, and where; the copy is of float32 in memory, in GB/s read and written.
+
+    `int8_left_out` says why a shape's `dense_int8` was not timed; None where it was timed for every shape.
+    """
 
     speeds: tuple[Speed, ...]
     bits_per_weight: float
     copy_gigabytes: float
+    int8_left_out: str | None
     threads: int
     machine: str
 
@@ -118,30 +122,36 @@ def measure(
     if not tokens or min(tokens) < 1:
         raise SettingError(f"tokens is {tokens}; expected numbers of at least 1.")
     with limited_threads(threads):
-        speeds, rates = [], []
+        speeds, rates, left_out = [], [], None
         for shape in shapes:
-            found, rate = _measure_shape(shape, tokens, np.random.default_rng(seed))
+            found, rate, why = _measure_shape(shape, tokens, np.random.default_rng(seed))
             speeds += found
             rates.append(rate)
+            left_out = left_out or why
         copy = _copy_gigabytes()
-    return MatmulReport(tuple(speeds), statistics.mean(rates), copy, threads, machine_line("torch", "numba"))
+    return MatmulReport(tuple(speeds), statistics.mean(rates), copy, left_out, threads, machine_line("torch", "numba"))
 
 
-def _measure_shape(shape: str, tokens: tuple[int, ...], rng: np.random.Generator) -> tuple[list[Speed], float]:
+def _measure_shape(
+    shape: str, tokens: tuple[int, ...], rng: np.random.Generator
+) -> tuple[list[Speed], float, str | None]:
+    """Return a shape's speeds, the bits of a weight, and why int8 is not among them."""
     rows, columns = SHAPES[shape]
     shares = [(1 - ZEROS) / 2, ZEROS, (1 - ZEROS) / 2]
     digits = rng.choice(np.array([-1, 0, 1], dtype=np.int8), (rows, columns), p=shares)
     book = Codebook.fit([int((digits == digit).sum()) for digit in (-1, 0, 1)])
     one = encode(digits, torch.full((rows, 1), 0.5, dtype=torch.bfloat16), book)
     two = encode(digits, torch.tensor([[-0.5, 0.375]] * rows, dtype=torch.bfloat16), book)
+    inputs = [torch.from_numpy(rng.standard_normal((n, columns)).astype(np.float32)).squeeze(0) for n in tokens]
     contenders, found = _contenders(one, two), []
-    for count in tokens:
-        x = torch.from_numpy(rng.standard_normal((count, columns)).astype(np.float32)).squeeze(0)
+    if (why := _int8_flaw(two.dense(), inputs)) is not None:
+        contenders.pop("dense_int8", None)
+    for count, x in zip(tokens, inputs, strict=True):
         _check(shape, contenders, x, {name: linear(x, of.dense()) for name, of in (("one", one), ("two", two))})
         work = rows * columns * count / 1e9
         speeds = {name: work * rate for name, rate in _rates(contenders, x).items()}
         found.append(Speed(shape, count, dense_int8=speeds.pop("dense_int8", None), **speeds))
-    return found, two.bits_per_weight
+    return found, two.bits_per_weight, why
 
 
 def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
@@ -154,10 +164,6 @@ def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
 
     def dequantised(packed: PackedMatrix, x: Tensor) -> Tensor:
         return linear(x, decode_dense(packed, x.dtype))
-
-    def int8(w: Any, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.quantized.linear_dynamic(x.view(-1, x.shape[-1]), w, False)
-        return y
 
     def ours(packed: PackedMatrix, x: Tensor) -> Tensor:
         y: Tensor = decode_matmul(packed, x)
@@ -177,7 +183,7 @@ def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
     weight = two.dense()
     if (packed := _pack_int8(weight)) is not None:
         copies = _rotated(weight.nbytes // 4, packed, lambda: _pack_int8(weight))
-        found["dense_int8"] = _Contender(int8, copies, full, TOLERANCES["int8"])
+        found["dense_int8"] = _Contender(_int8_product, copies, full, TOLERANCES["int8"])
     return found
 
 
@@ -204,11 +210,33 @@ def _pack_int8(weight: Tensor) -> Any:
             return None
 
 
+def _int8_product(weight: Any, x: Tensor) -> Tensor:
+    y: Tensor = torch.ops.quantized.linear_dynamic(x.view(-1, x.shape[-1]), weight, False)
+    return y
+
+
+def _int8_flaw(weight: Tensor, inputs: list[Tensor]) -> str | None:
+    """Return what speaks against torch's int8 product of these inputs on this machine; None where nothing does.
+
+    Without VNNI the processor adds pairs of int8 products in 16 bits, which cannot hold the largest sums.
+    """
+    packed = _pack_int8(weight)
+    if packed is None:
+        return "this torch has none"
+    errors = [_error(_int8_product(packed, x), linear(x, weight)) for x in inputs]
+    wrong = [error for error in errors if not error <= TOLERANCES["int8"]]
+    return f"its error is {max(wrong):.1e} on this processor" if wrong else None
+
+
+def _error(found: Tensor, reference: Tensor) -> float:
+    """Return the largest difference over the largest result."""
+    return float((found.float().view_as(reference) - reference).abs().max() / reference.abs().max())
+
+
 def _check(shape: str, contenders: dict[str, _Contender], x: Tensor, references: dict[str, Tensor]) -> None:
     for name, of in contenders.items():
         reference = references["one" if name == "one_level" else "two"]
-        found = _product(of, x.to(of.dtype)).to(torch.float32).view_as(reference)
-        error = float((found - reference).abs().max() / reference.abs().max())
+        error = _error(_product(of, x.to(of.dtype)), reference)
         if not error <= of.tolerance:
             raise QMoEError(f"{name} of {shape} differs by {error:.1e}; please report this as a bug.")
 

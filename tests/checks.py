@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+
 import numpy as np
+import torch
 
 
 def draw_digits(rng, shares, shape):
@@ -42,3 +47,50 @@ def run_experts(first, last, activation, x, index, weights):
         return None
     call.gather()
     return call.total()
+
+
+class Killed(Exception):
+    """Ends a run in the middle, as a signal would."""
+
+
+def bytes_of(directory) -> dict[str, str]:
+    """SHA-256 of each weight file of a directory."""
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.glob("*.safetensors"))}
+
+
+def changed_copy(switch, target, **config):
+    """Copy a model directory; some settings of its config.json changed."""
+    shutil.copytree(switch, target)
+    if config:
+        old = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**old, **config}))
+    return target
+
+
+def layers_of(model) -> list[str]:
+    """Names of a model's compressed layers."""
+    import qmoe_lite as qm
+
+    return [name for name, module in model.named_modules() if isinstance(module, qm.PackedExperts)]
+
+
+def logits_of(model) -> torch.Tensor:
+    """Logits of two short prompts, the same for every model."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 15, (2, 11), generator=generator)
+    decoder_ids = torch.randint(3, 15, (2, 7), generator=generator)
+    more = {"decoder_input_ids": decoder_ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+def outputs(model, seed=3, tokens=11):
+    """Logits of a prompt of two rows, then of three single tokens."""
+    ids = torch.randint(3, 15, (2, tokens), generator=torch.Generator().manual_seed(seed))
+    steps = [ids, *(ids[:1, i : i + 1] for i in range(3))]
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            found = [model(input_ids=ids[: len(step)], decoder_input_ids=step).logits for step in steps]
+        else:
+            found = [model(input_ids=step).logits for step in steps]
+    return torch.cat([logits.flatten() for logits in found])

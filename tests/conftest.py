@@ -1,90 +1,115 @@
-"""Seeds, a compilation cache per state of the sources, and small models that several test files use."""
+"""Seeds, threads, a kept folder of compiled kernels, and small models that several test files use."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
+import pickle
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-_sources = sorted([*(ROOT / "qmoe_lite").rglob("*.py"), *(ROOT / "cuda").rglob("*.py")])
-_state = hashlib.sha256(b"".join(p.read_bytes() for p in _sources)).hexdigest()[:16]
-# numba's cache does not notice an edit in an imported helper: one folder for each state of the sources
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"qmoe-numba-{os.getuid()}-{_state}"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import pytest
+import sharing
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
+os.environ.setdefault("NUMBA_CACHE_DIR", str(sharing.kernel_cache()))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# workers take a core each; numba may have two threads, of which only the tests of threads use the second
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "2")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: tests send Ctrl-C to programs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once() -> None:
+    from numba.core.dispatcher import Dispatcher
+
+    sharing.compile_once(Dispatcher)
+    if (kernels := sys.modules.get("qmoe_lite.bench.kernels")) is not None:  # whoever uses it has imported it by now
+        sharing.keep_machine_code(kernels)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import numba
+    import numpy as np
+    import torch
+
     np.random.seed(0)
     torch.manual_seed(0)
+    numba.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Give a function: name, function that makes something at a path -> that path, made once for all workers."""
+    return functools.partial(sharing.made_once, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    import tiny
+
     return tiny.make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
+    import tiny
+
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(tiny.make_text(seed=0, words=4000), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="session")
-def switch(tmp_path_factory, tokenizer):
+def switch(made_once, tokenizer):
     """A random Switch, every second block sparse, whose experts matter: see tiny.make_switch."""
-    return tiny.make_switch(tmp_path_factory.mktemp("switch") / "model", tokenizer)
+    import tiny
+
+    return made_once("switch", lambda place: tiny.make_switch(place, tokenizer))
 
 
 @pytest.fixture(scope="session")
-def causal(tmp_path_factory, tokenizer):
+def causal(made_once, tokenizer):
     """Give a function that makes a tiny random model of a causal family, once each."""
+    import tiny
 
-    @functools.cache
     def make(model_type: str) -> Path:
-        return tiny.make_causal(tmp_path_factory.mktemp(model_type) / "model", tokenizer, model_type)
+        return made_once(model_type, lambda place: tiny.make_causal(place, tokenizer, model_type))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def compressed_causal(tmp_path_factory, causal, text_file):
+def compressed_causal(made_once, causal, text_file):
     """Give a function that compresses such a model, once each."""
 
-    @functools.cache
     def make(model_type: str) -> Path:
-        from qmoe_lite import compress
-
-        out = tmp_path_factory.mktemp(model_type) / "out"
-        compress(causal(model_type), out, calibration=text_file, samples=24, sequence_length=32, validation_samples=2)
-        return out
+        return made_once(f"{model_type}-compressed", lambda place: _compress(causal(model_type), place, text_file))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def compressed(tmp_path_factory, switch, text_file):
+def compressed(made_once, switch, text_file):
     """The same model, compressed with calibration; the report beside it."""
+
+    def make(place: Path) -> None:
+        report = _compress(switch, place, text_file)
+        place.with_suffix(".report").write_bytes(pickle.dumps(report))
+
+    place = made_once("switch-compressed", make)
+    return place, pickle.loads(place.with_suffix(".report").read_bytes())
+
+
+def _compress(model: Path, out: Path, text: Path):
     from qmoe_lite import compress
 
-    out = tmp_path_factory.mktemp("compressed") / "out"
-    report = compress(switch, out, calibration=text_file, samples=24, sequence_length=32, validation_samples=2)
-    return out, report
+    return compress(model, out, calibration=text, samples=24, sequence_length=32, validation_samples=2)
 
 
 @pytest.fixture
@@ -104,7 +129,6 @@ def directory(request, compressed, tmp_path):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run `qmoe ARGS`; give (exit code, stdout, stderr)."""
-
     from qmoe_lite.cli.main import main
 
     def call(*args: object):

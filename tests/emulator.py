@@ -40,7 +40,8 @@ class Memory:
         if byte % (count * self.array.itemsize):
             raise EmulationError(f"{count} elements at byte {byte}, which is no multiple of their size")
         first = byte // self.array.itemsize
-        return [self[first + i] for i in range(count)]
+        end = self._place(first + count - 1) + 1
+        return list(self.array[self._place(first) : end])
 
     def __getitem__(self, index):
         return self.array[self._place(index)]
@@ -190,8 +191,10 @@ class Intrinsics:
             return tuple(np.float32(old + factor * value) for old, value in zip(total, values, strict=True))
 
     def dot_bytes(self, a, b, c):
-        pairs = zip(np.uint32(a).tobytes(), np.uint32(b).tobytes(), strict=True)
-        return np.uint32(int(c) + sum(one * other for one, other in pairs))
+        a, b, total = int(np.uint32(a)), int(np.uint32(b)), int(c)
+        for bit in (0, 8, 16, 24):
+            total += (a >> bit & 255) * (b >> bit & 255)
+        return np.uint32(total)
 
     def bits_of_quad(self, quad, bit):
         assert 0 <= bit < 128

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     SwitchTransformersConfig,
@@ -137,6 +138,16 @@ def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str
             else:
                 for projection in ("wi", "wo"):
                     getattr(target[f"expert_{e}"], projection).weight.data = source.dense(e, projection)
+
+
+def dense_model(directory, packed=None, layers=()):
+    """The dense Switch in float32, some layers' experts replaced by the dequantised ones of `packed`."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for module in model.modules():
+        if hasattr(module, "expert_capacity"):
+            module.expert_capacity = 10**9
+    fill_dense(model, packed, list(layers))
+    return model
 
 
 def make_large_mixtral(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:

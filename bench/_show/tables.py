@@ -154,6 +154,8 @@ def print_matmul(report: MatmulReport) -> None:
     )
     print_text("Ratios: two levels a row, as qmoe compress stores them; above 1 ours is faster.")
     print_text("int8: torch's dynamic product, rows of weights and x rounded to 8 bits.")
+    if report.int8_left_out is not None:
+        print_text(f"int8 was left out: {report.int8_left_out}.")
     print_text("Not measured here: ggml TQ1_0 25, IQ1_S 8.2 (one token, a thread of a Xeon).")
     print_text(f"Copying float32 in memory: {report.copy_gigabytes:.1f} GB/s read and written.")
 

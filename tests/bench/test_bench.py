@@ -50,6 +50,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(matmul.SHAPES, "small", (64, 100))
 
 
+@pytest.mark.slow
 def test_rates_stand_between_entropy_and_two_bits(bench, monkeypatch):
     monkeypatch.setattr(rates, "ZEROS", (0.8, 0.885, 0.97))
     table, report = bench("rates", "--weights", 43_008)
@@ -118,6 +119,7 @@ def test_too_few_weights_and_impossible_shares_are_refused():
             rates.measure(**arguments)
 
 
+@pytest.mark.slow
 def test_products_are_timed_beside_torchs(bench, quick):
     table, report = bench("matmul", "--shape", "small", "--tokens", 1, "--tokens", 20)
     assert "64 x 100" in table
@@ -126,6 +128,21 @@ def test_products_are_timed_beside_torchs(bench, quick):
         assert len(row) == 10
         assert all(speed > 0 for name, speed in row.items() if name != "shape" and speed is not None)
     assert 0.6 < report["bits_per_weight"] < 2
+    without = [row["dense_int8"] is None for row in report["speeds"]]
+    assert without == [report["int8_left_out"] is not None] * 2, "left out of a shape or timed for all its tokens"
+
+
+@pytest.mark.parametrize(
+    "product",
+    [lambda w, x: torch.full((x.numel() // 100, 64), torch.nan), lambda w, x: torch.zeros(x.numel() // 100, 64)],
+    ids=["not finite", "saturated"],
+)
+def test_an_int8_product_that_this_processor_gets_wrong_is_left_out_and_said_so(bench, quick, monkeypatch, product):
+    monkeypatch.setattr(matmul, "_int8_product", product)
+    table, report = bench("matmul", "--shape", "small", "--tokens", 1, "--tokens", 20)
+    assert [row["dense_int8"] for row in report["speeds"]] == [None, None]
+    assert report["int8_left_out"].startswith("its error is ")
+    assert f"int8 was left out: {report['int8_left_out']}." in table
 
 
 def test_a_torch_without_int8_products_leaves_their_column_empty(bench, quick, monkeypatch):
@@ -133,6 +150,7 @@ def test_a_torch_without_int8_products_leaves_their_column_empty(bench, quick, m
     monkeypatch.delattr(torch, "quantize_per_channel")
     table, report = bench("matmul", "--shape", "small", "--tokens", 1)
     assert report["speeds"][0]["dense_int8"] is None
+    assert report["int8_left_out"] == "this torch has none"
     (row,) = [line for line in table.splitlines() if line.startswith("64 x 100") and " - " in line]
     assert row.split().count("-") == 2
 
@@ -140,6 +158,7 @@ def test_a_torch_without_int8_products_leaves_their_column_empty(bench, quick, m
 @pytest.mark.parametrize("wrong", ["one_level", "two_levels", "bfloat16_input", "dense_int8", "dequantised_bfloat16"])
 def test_nothing_is_timed_when_a_product_is_wrong(quick, monkeypatch, wrong):
     make = matmul._contenders
+    monkeypatch.setitem(matmul.TOLERANCES, "int8", 0.5)  # so that int8 is there on every processor
 
     def doubled(*matrices):
         found = make(*matrices)
@@ -172,6 +191,7 @@ def small_layer(monkeypatch):
     monkeypatch.setattr(layer, "_SECONDS", 1e-3)
 
 
+@pytest.mark.slow
 def test_a_layer_is_timed_beside_transformers(bench, small_layer):
     table, report = bench("layer", "--layer", "small", "--tokens", 1, "--tokens", 6)
     assert "a layer of small" in table.lower()

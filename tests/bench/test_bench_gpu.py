@@ -22,7 +22,7 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("g
 
 import emulator
 import naive
-from test_gpu_tier import EmulatedDevice
+from fake_device import EmulatedDevice
 
 from qmoe_lite.bench import gptq, gpu, layer
 from qmoe_lite.bench._parts import gpu as parts
@@ -92,6 +92,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(gpu.PARTS))
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, capsys, name, quick):
@@ -165,6 +166,7 @@ def test_choices_are_those_that_the_product_makes(emulated, capsys):
     assert "from 2 tokens on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_three_ways_go_through_the_same_experts_and_the_cache_is_counted(emulated, capsys):
     rows = list(gpu_offload.measure_offload(False, FOR_EVER))
     assert [(row["way"], row["routing"]) for row in rows] == [
@@ -380,6 +382,7 @@ def test_a_part_in_its_own_process_says_rows_and_its_error(monkeypatch, capsys):
     assert "Traceback" in printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(launch.available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     out = subprocess.run(
@@ -394,6 +397,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
     (tmp_path / "gpu.py").write_text(
         f"import sys; sys.modules['zstandard'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -401,3 +405,15 @@ def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
         "import qmoe_lite.bench.layer, qmoe_lite.offload\n"
     )
     subprocess.run([sys.executable, tmp_path / "gpu.py", ROOT / "bench" / "gpu.py"], cwd=tmp_path, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(launch.available(), reason="there is a GPU, so the tests would run")
+def test_the_tests_of_the_gpu_need_none_of_pytest_s_plugins():
+    """The suite's own options ask for pytest-xdist."""
+    code = "from qmoe_lite.bench import gpu; raise SystemExit(gpu.run_tests(0, 2))"
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, out.stdout + out.stderr
+    assert "1 skipped" in out.stdout

@@ -25,6 +25,7 @@ def printed():
     return table.stdout, json.loads(again.stdout)
 
 
+@pytest.mark.slow
 def test_every_kernel_has_a_row_for_every_architecture(printed):
     table, report = printed
     rows = [(row["kernel"], row["architecture"]) for row in report["kernels"]]
@@ -39,6 +40,7 @@ def test_every_kernel_has_a_row_for_every_architecture(printed):
     assert any(row["shared"] > 1024 for row in report["kernels"])
 
 
+@pytest.mark.slow
 def test_the_model_takes_less_for_more_bandwidth_and_more_for_more_weights(printed):
     _, report = printed
     for rows, columns in kernels.SHAPES:
@@ -82,6 +84,7 @@ def test_a_longer_kernel_has_more_instructions():
     assert 4 <= kernels.instructions(short) < kernels.instructions(long) < 60
 
 
+@pytest.mark.slow
 def test_a_row_s_end_counts_in_full(printed):
     _, report = printed
     wide, narrow = (kernels.per_weight("product: 2 levels", (9, 0), columns)[0] for columns in (kernels.WIDTH, 100))
@@ -91,6 +94,7 @@ def test_a_row_s_end_counts_in_full(printed):
     assert len([each for each in shown if each is not None]) == 10, "four products of one token and the paper's, twice"
 
 
+@pytest.mark.slow
 def test_the_paper_s_algorithm_takes_a_loop_for_each_codeword(printed):
     table, _ = printed
     ours = kernels.per_weight("product: 2 levels", (9, 0), kernels.WIDTH)[0]

@@ -72,6 +72,7 @@ def test_the_bfloat16_cache_computes_what_the_dense_model_does(models, slots):
     assert model.model.layers[0].mlp.experts.tier.read_bytes > 0
 
 
+@pytest.mark.slow
 def test_tables_and_figures(small, tmp_path, monkeypatch):
     measured, measure = [], offload.measure
     monkeypatch.setattr(offload, "measure", lambda *a, **o: measured.append(measure(*a, **o)) or measured[-1])
@@ -114,6 +115,7 @@ def test_tables_and_figures(small, tmp_path, monkeypatch):
     assert {p["trace"] for p in report["policies"]} == {"even", "switch", "own.jsonl"}
 
 
+@pytest.mark.slow
 def test_both_models_in_memory_alone(small, tmp_path, monkeypatch):
     written = []
     make = offload.make_models
@@ -130,6 +132,7 @@ def test_both_models_in_memory_alone(small, tmp_path, monkeypatch):
     assert "does not fit in memory: it was not measured" in " ".join(plain.stdout.split())
 
 
+@pytest.mark.slow
 def test_other_tokens_are_not_reported(small, monkeypatch):
     run = offload.run_contender
 

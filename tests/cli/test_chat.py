@@ -99,6 +99,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_keys_on_a_terminal(chatty):
     """Ctrl-C stops an answer and no more, at the prompt it drops the line, Ctrl-D leaves."""
     here, there = pty.openpty()

@@ -17,6 +17,7 @@ from qmoe_lite.cli import main as main_
 SMALL = ["--samples", "12", "--sequence-length", "32", "--validation-samples", "2"]
 
 
+@pytest.mark.slow
 def test_compress_then_eval(run, tmp_path, switch, text_file):
     out = tmp_path / "out"
     code, printed, noted = run("compress", switch, out, "--calibration", text_file, *SMALL)
@@ -41,6 +42,7 @@ def test_compress_then_eval(run, tmp_path, switch, text_file):
     assert "misses" in noted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_a_causal_model_from_its_directory_to_its_text(run, tmp_path, model_type):
     """compress, eval, generate and inspect, on a model with a trained tokenizer."""
@@ -152,6 +154,7 @@ def test_version(run):
     assert run("--version")[1].strip() == f"qmoe-lite {__version__}"
 
 
+@pytest.mark.slow
 def test_the_demo_does_the_whole_job(run, tmp_path, monkeypatch, switch, text_file):
     """On a random model of a few thousand weights; the real one is run by the README's first command."""
     text = tmp_path / "text"

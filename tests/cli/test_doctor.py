@@ -49,6 +49,7 @@ def hidden(*names):
     )
 
 
+@pytest.mark.slow
 def test_a_sound_installation_is_ok_without_a_gpu():
     code, printed, noted = python(*hidden(), CUDA_VISIBLE_DEVICES="")
     assert (code, noted) == (0, "")
@@ -150,6 +151,7 @@ def test_versions_are_compared_with_the_ranges_that_the_package_declares(run, fi
 CACHE = "from qmoe_lite.cli.doctor import _cache; [row] = _cache(); print(row.status, row.found, row.follows, row.run)"
 
 
+@pytest.mark.slow
 def test_the_cache_is_where_numba_has_tried_to_write(tmp_path):
     assert python(CACHE, NUMBA_CACHE_DIR=str(tmp_path / "cache"))[1].startswith(f"ok {tmp_path}/cache/")
     (tmp_path / "file").write_text("")

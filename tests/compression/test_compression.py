@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import shutil
@@ -11,8 +10,9 @@ import shutil
 import pytest
 import tiny
 import torch
+from checks import Killed, bytes_of, changed_copy
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from tiny import dense_model
 
 import qmoe_lite as qm
 from qmoe_lite.compression import tally as tally_module
@@ -32,20 +32,6 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Quantized
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
-
-
-def bytes_of(directory) -> dict[str, str]:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(directory.glob("*.safetensors"))}
-
-
-def dense_model(directory, packed=None, layers=()):
-    """The dense model in float32, some layers' experts replaced by the dequantised ones of `packed`."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32).eval()
-    for module in model.modules():
-        if hasattr(module, "expert_capacity"):
-            module.expert_capacity = 10**9
-    tiny.fill_dense(model, packed, list(layers))
-    return model
 
 
 def experts_inputs(model, name, samples):
@@ -181,10 +167,6 @@ def test_shards_and_bin_files_are_read_alike(tmp_path, compressed, switch, text_
     assert all(torch.equal(ours[n].view(torch.uint8), reference[n].view(torch.uint8)) for n in ours if ours[n].dim())
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("sparse_layers", [1, 2])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, tokenizer, text_file, sparse_layers):
     source = tiny.make_switch(
@@ -269,14 +251,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, switch, text_file, 
     assert bytes_of(tmp_path / "out.partial") == kept
     assert not list((tmp_path / "out.partial").glob(".*.tmp"))
     qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
-
-
-def changed_copy(switch, target, **config):
-    shutil.copytree(switch, target)
-    if config:
-        old = json.loads((target / "config.json").read_text())
-        (target / "config.json").write_text(json.dumps({**old, **config}))
-    return target
 
 
 def test_what_is_no_model_is_refused(tmp_path, switch, text_file):

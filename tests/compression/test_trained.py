@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from trained import train_qwen3_moe
 
 
+@pytest.mark.slow
 def test_on_a_trained_qwen3_moe_qmoe_loses_less_than_rounding(run, tmp_path):
     model = train_qwen3_moe(tmp_path / "model")
     text, held_out = model / "calibration.txt", model / "held_out.txt"

@@ -23,6 +23,7 @@ def python(*lines):
 HIDDEN = "sys.modules['numba_cuda'] = None"
 
 
+@pytest.mark.slow
 def test_everything_imports_without_numba_cuda():
     out = python(
         HIDDEN,
@@ -36,6 +37,7 @@ def test_everything_imports_without_numba_cuda():
     assert "pip install 'qmoe-lite[cuda]'" in out
 
 
+@pytest.mark.slow
 def test_a_launch_without_numba_cuda_says_what_to_install():
     out = python(
         HIDDEN,
@@ -52,6 +54,7 @@ needs_numba_cuda = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_numba_cuda
 def test_our_folder_joins_nvidia_s_namespace():
     out = python(
@@ -64,6 +67,7 @@ def test_our_folder_joins_nvidia_s_namespace():
     assert Path(out.strip()) == ROOT / "cuda" / "__init__.py"
 
 
+@pytest.mark.slow
 @needs_numba_cuda
 def test_numpy_without_row_stack_is_mended():
     out = python(

@@ -18,6 +18,7 @@ KERNELS = kernels.all_kernels()
 MOST_REGISTERS = 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize(("kernel", "signature"), KERNELS, ids=[f"{k.__name__}-{s}" for k, s in KERNELS])
 def test_kernel_fits_the_gpu(kernel, signature, capability):

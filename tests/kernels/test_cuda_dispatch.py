@@ -134,6 +134,7 @@ def test_several_devices_are_named_in_one_line(launched, sample):
         qm.decode_matmul(moved(packed), torch.ones(63, device="meta"))
 
 
+@pytest.mark.slow
 def test_the_cpu_path_imports_nothing_of_it():
     code = """
 import sys

@@ -204,6 +204,7 @@ def test_packets_are_made_once_a_matrix(emulated, monkeypatch):
     assert torch.equal(matmul.decode_matmul(packed, torch.ones(64)), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [2, 4, 8, 16, 32])
 @pytest.mark.parametrize("name", ["ternary-10-two-levels", "seven-fields"])
 def test_any_number_of_lanes_may_share_a_row(emulated, monkeypatch, name, lanes):
@@ -316,6 +317,7 @@ def test_a_token_s_result_does_not_depend_on_the_others(emulated):
     assert torch.equal(whole[2:4], some)
 
 
+@pytest.mark.slow
 def test_experts_in_slots_take_their_turns_and_give_the_same_bytes(emulated):
     """Slots lie in any order among poison, not every turn has every expert, and nothing is read of an empty slot."""
     shapes = {"gate_proj": (NARROW, WIDE), "up_proj": (NARROW, WIDE), "down_proj": (WIDE, NARROW)}
@@ -396,6 +398,7 @@ def nvdisasm():
 BOTH = "gate and up, silu"  # the largest; the others are compiled for 8.0 by the tests of `bench kernels`
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(("name", "capability"), [*((n, (9, 0)) for n in static.gather_variants()), (BOTH, (8, 0))])
 def test_variant_fits_the_gpu(name, capability):
@@ -410,6 +413,7 @@ def test_variant_fits_the_gpu(name, capability):
     assert not re.search(r"cvt\.\w+\.f32\.[su]64", code.ptx)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_half_precision_compiles_to_the_same_loop():
     variant = static.gather_variants()["10 bits"]
@@ -421,6 +425,7 @@ def test_half_precision_compiles_to_the_same_loop():
     assert abs(sizes[0] - sizes[1]) <= 4
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("bits", range(8, 13))
 def test_a_weight_takes_few_instructions(bits):
@@ -436,6 +441,7 @@ def test_a_weight_takes_few_instructions(bits):
         assert shared < instructions <= MOST_PER_WEIGHT
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 def test_loops_are_those_that_the_disassembler_shows(capability, tmp_path):

@@ -141,6 +141,7 @@ def test_each_copy_of_a_tied_tensor_is_compared(tmp_path, tokenizer, name):
         run(qm.load(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["cast", "cast while loading", "trained", "budget", "compiled"])
 def test_what_happened_to_the_parameter_does_not_matter(directory, change):
     """Compared are the file's bytes: a good file passes, a damaged one does not."""
@@ -224,6 +225,7 @@ def test_files_that_change_between_loading_and_the_first_use(directory, change):
     assert torch.equal(run(model), expected), "the map is of the file that was there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", ["not yet", "before"])
 def test_a_file_cut_before_an_encoder_runs_is_one_line(directory, used):
     """In a process of its own: a map that is touched behind the file's end would end it. generate begins with it."""

@@ -10,9 +10,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from checks import layers_of, logits_of
 from safetensors.torch import load_file, save_file
-from test_compression import dense_model
-from test_hf import layers_of, logits_of
+from tiny import dense_model
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.format import PARTS, checksum, pack_experts

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import tiny
 import torch
+from checks import Killed, bytes_of, changed_copy
 from safetensors.torch import load_file, save_file
-from test_compression import Killed, bytes_of, changed_copy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qmoe_lite as qm

@@ -16,6 +16,7 @@ import time
 import pytest
 import tiny
 import torch
+from checks import layers_of, logits_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -48,19 +49,6 @@ def pair(request, switch, compressed):
         return make(model_type), pack(model_type), AutoModelForCausalLM
 
     return get
-
-
-def logits_of(model) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 15, (2, 11), generator=generator)
-    decoder_ids = torch.randint(3, 15, (2, 7), generator=generator)
-    more = {"decoder_input_ids": decoder_ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=ids, **more).logits
-
-
-def layers_of(model) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, qm.PackedExperts)]
 
 
 def swap_two_experts(module) -> None:
@@ -417,6 +405,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -439,6 +428,7 @@ print(type(model.model.layers[0].mlp.experts).__name__, [f for f in sys.meta_pat
     assert done.stdout.split() == ["PackedExperts", "[]"], done.stderr
 
 
+@pytest.mark.slow
 def test_transformers_stays_importable_when_the_quantizer_does_not_fit_it():
     code = """
 import sys, warnings
@@ -453,6 +443,7 @@ print([str(w.message) for w in caught if "qmoe" in str(w.message)])
     assert "qmoe-lite cannot register with transformers" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_no_dense_expert_is_ever_allocated(tmp_path, tokenizer):
     """12.9 GB of dense experts: loading, by either way, adds less than 0.3 GB of anonymous memory."""
     path = tiny.make_large_mixtral(tmp_path / "large", tokenizer)
@@ -482,6 +473,7 @@ print(2 * weights, added * 1024, dense.shape == (2048, 5504))
         assert right == "True"
 
 
+@pytest.mark.slow
 def test_a_first_import_of_transformers_that_fails_is_not_the_last(compressed_causal):
     code = """
 import sys
@@ -500,6 +492,7 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp
     assert done.stdout.split() == ["first", "PackedExperts"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_package_can_be_imported_anew(compressed_causal):
     code = """
 import sys

@@ -187,6 +187,7 @@ def test_its_memory_counts_as_anonymous():
     assert memory_now("RssAnon") - before > 60 << 20
 
 
+@pytest.mark.slow
 def test_a_forked_process_is_told_to_load_the_model():
     """In a process of its own, which has no other threads."""
     code = """

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+from checks import outputs
 from safetensors.torch import load_file
 
 import qmoe_lite as qm
@@ -46,18 +47,6 @@ def limited(request):
         return model, runner
 
     return get
-
-
-def outputs(model, seed=3, tokens=11):
-    """Logits of a prompt of two rows, then of three single tokens."""
-    ids = torch.randint(3, 15, (2, tokens), generator=torch.Generator().manual_seed(seed))
-    steps = [ids, *(ids[:1, i : i + 1] for i in range(3))]
-    with torch.no_grad():
-        if model.config.is_encoder_decoder:
-            found = [model(input_ids=ids[: len(step)], decoder_input_ids=step).logits for step in steps]
-        else:
-            found = [model(input_ids=step).logits for step in steps]
-    return torch.cat([logits.flatten() for logits in found])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -380,6 +369,7 @@ def test_passes_of_several_threads_are_told_apart(directory, limited, tmp_path):
     assert runner._passes.under_way == 0, "a pass that failed is over too"
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_around_the_cache(directory, limited, monkeypatch):
     model, _ = limited(directory("qwen3_moe"), 4)
     ids = torch.arange(3, 9)[None]
@@ -602,6 +592,7 @@ def test_files_deleted_while_the_model_runs_are_read_on(directory, limited):
     assert torch.equal(outputs(model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["budget", "maps"])
 def test_a_file_cut_while_the_model_runs_is_one_line(directory, way):
     """In a process of its own: a map that is touched behind the file's end would end it."""
@@ -751,6 +742,7 @@ def test_codes_that_do_not_decode_never_reach_a_kernel(directory, limited):
         layer.experts(torch.ones(1, 24), torch.tensor([[0, 1]]), torch.ones(1, 2))
 
 
+@pytest.mark.slow
 def test_two_processes_run_one_directory(directory):
     path = directory()
     code = """

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_compression import dense_model
+from tiny import dense_model
 
 import qmoe_lite as qm
 from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
