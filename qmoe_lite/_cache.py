@@ -7,7 +7,7 @@ import sys
 
 
 def provide_cache_directory() -> None:
-    """Give numba a directory for this process alone where it would find none: a read-only system without a home.
+    """Set a directory for this process alone where numba would find none: a read-only system without a home.
 
     numba takes NUMBA_CACHE_DIR, else the package's own directory, else the user's cache directory.
     """

@@ -100,5 +100,5 @@ def unreadable(path: Path, error: OSError, doing: str = "opened") -> CheckpointE
 
 
 def first_line(error: BaseException) -> str:
-    """Give what another library's exception says in one line, to stand inside one of ours."""
+    """Return what another library's exception says in one line, to stand inside one of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -21,7 +21,8 @@ from qmoe_lite.bench._parts import offload as models
 from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.cuda import launch
 from qmoe_lite.errors import QMoEError
-from qmoe_lite.offload.runner import attach, show_size
+from qmoe_lite.offload.runner import attach
+from qmoe_lite.offload.sizes import show_size
 
 LAYERS, VOCABULARY = 4, 8192
 SHARE = 0.25  # of the experts, on the GPU

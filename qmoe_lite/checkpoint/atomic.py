@@ -78,7 +78,7 @@ def _dump(file: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Write a safetensors file crash-safely; give the CRC-32 of each tensor."""
+    """Write a safetensors file crash-safely; return the CRC-32 of each tensor."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # one key only: safetensors writes several in random order, and equal runs must give equal bytes
     write_atomically(path, lambda file: save_file(contiguous, file, {"format": "pt"}))

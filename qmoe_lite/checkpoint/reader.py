@@ -43,7 +43,7 @@ _DTYPES = {  # what safetensors calls them
 
 
 def find_model(name: str | Path) -> Path:
-    """Give the directory of a model named by path or by its name on the Hugging Face hub.
+    """Return the directory of a model named by path or by its name on the Hugging Face hub.
 
     Raises
     ------
@@ -149,7 +149,7 @@ class Checkpoint:
         Parameters
         ----------
         canonical : callable
-            Gives the model's name of a tensor for the name in the files.
+            Returns the model's name of a tensor for the name in the files.
 
         Raises
         ------
@@ -179,7 +179,7 @@ class Checkpoint:
         return self._stored[name]
 
     def file_of(self, name: str) -> Path:
-        """Tell which file holds a tensor."""
+        """Return which file holds a tensor."""
         return self.directory / self._file_of[self._stored[name]]
 
     @property
@@ -188,7 +188,7 @@ class Checkpoint:
         return sorted(set(self._file_of.values()))
 
     def stored_in(self, file_name: str) -> set[str]:
-        """Tell the names of the tensors that a file holds, whatever the index says; names as they are in the file.
+        """Return the names of the tensors that a file holds, whatever the index says; names as they are in the file.
 
         Raises
         ------
@@ -219,7 +219,7 @@ class Checkpoint:
         return self._open_files[file_name]
 
     def _look_up(self, name: str, read: Callable[[Any, str], Any]) -> Any:
-        """Give what `read(opened file, stored name)` gives."""
+        """Return what `read(opened file, stored name)` gives."""
         if name not in self._stored:
             raise CheckpointError(f"{self.directory} lacks the tensor {name}. Is it the whole model?")
         stored = self._stored[name]
@@ -236,13 +236,13 @@ class Checkpoint:
         return self._look_up(name, lambda file, stored: file[stored])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Tell the shape of one tensor without reading it."""
+        """Return the shape of one tensor without reading it."""
         if self._kind == "safetensors":
             return tuple(self._look_up(name, lambda file, stored: file.get_slice(stored).get_shape()))
         return tuple(self.tensor(name).shape)
 
     def meta(self, name: str) -> Tensor:
-        """Give an empty tensor of one tensor's shape and dtype, on the meta device; only the file's header is read."""
+        """Return an empty tensor of one tensor's shape and dtype, on the meta device; reads only the file's header."""
         if self._kind == "safetensors":
             part = self._look_up(name, lambda file, stored: file.get_slice(stored))
             if dtype := _DTYPES.get(part.get_dtype()):
@@ -250,7 +250,7 @@ class Checkpoint:
         return self.tensor(name).to("meta")
 
     def place(self, name: str) -> Place:
-        """Tell where the bytes of one tensor lie.
+        """Return where the bytes of one tensor lie.
 
         Raises
         ------

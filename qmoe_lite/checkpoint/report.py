@@ -117,7 +117,7 @@ class Report:
         return sum(p.zeros * p.weights for p in self.projections) / self.expert_weights
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         totals = {
             "bits_per_weight": self.bits_per_weight,
             "zeros": self.zeros,

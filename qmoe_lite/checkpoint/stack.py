@@ -164,7 +164,7 @@ class ExpertStack:
             levels=self.parts["levels"][expert],
             codebook=self.codebook,
             columns=self.shape[1],
-            fewest_codewords=int(self.parts["fewest_codewords"][expert]),
+            fewest_codewords=int(self.parts["fewest_codewords"].numpy()[expert]),
             _validated=bool(self.valid[expert]),
             **self._window_parts(expert),
         )

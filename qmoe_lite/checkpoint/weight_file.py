@@ -90,7 +90,7 @@ class WeightFile:
         return data
 
     def read_into(self, memory: NDArray[np.uint8], offset: int, length: int) -> int:
-        """Read into memory that begins on a page and has `room(length)` bytes; give where in it the bytes begin.
+        """Read into memory that begins on a page and has `room(length)` bytes; return where in it the bytes begin.
 
         Raises
         ------

@@ -23,7 +23,7 @@ from qmoe_lite.models.routing import Assignment
 
 
 def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:
-    """Give a block's call with its tensors (masks, position biases, rotary angles) on a device, each copied once."""
+    """Return a block's call with its tensors (masks, position biases, rotary angles) on a device, each copied once."""
     known = {} if known is None else known
     if isinstance(call, Tensor):
         if id(call) not in known:
@@ -110,15 +110,15 @@ class BlockRunner:
                 yield slice(start, min(start + self._settings.batch_size, end))
 
     def enter(
-        self, stack: Stack, tokens: np.ndarray, memory: ListBuffer | None, hidden: ListBuffer, first: int
+        self, stack: Stack, tokens: np.ndarray, encoder_output: ListBuffer | None, hidden: ListBuffer, first: int
     ) -> dict[int, Any]:
-        """Fill `hidden` with the embeddings; give the call of the blocks from `first` on for each size of batch."""
+        """Fill `hidden` with the embeddings; return the call of the blocks from `first` on for each size of batch."""
         calls: dict[int, Any] = {}
         for part in self.batches(len(hidden)):
             size = part.stop - part.start
             if first and size in calls:
                 continue
-            recalled = None if memory is None else memory.read(part)
+            recalled = None if encoder_output is None else encoder_output.read(part)
             embedded, call = self._family.enter(self._model, stack, torch.from_numpy(tokens[part]), recalled)
             if size not in calls:
                 calls[size] = _moved(call, self._device)
@@ -127,7 +127,7 @@ class BlockRunner:
             block, _ = self._load(stack.blocks[0])
             for size, call in calls.items():
                 some = slice(0, size)
-                read = self._read(hidden, some), self._read(memory, some)
+                read = self._read(hidden, some), self._read(encoder_output, some)
                 _, calls[size] = self._family.through(block, 0, *read, call)
             block.to("meta")
         return calls
@@ -135,21 +135,21 @@ class BlockRunner:
     def run(
         self,
         stack: Stack,
-        number: int,
+        block_index: int,
         hidden: ListBuffer,
-        memory: ListBuffer | None,
+        encoder_output: ListBuffer | None,
         calls: dict[int, Any],
     ) -> tuple[ListBuffer, Assignment] | None:
-        """Send all samples through a block's dense part; give its experts' inputs and their tokens."""
-        block = stack.blocks[number]
+        """Send all samples through a block's dense part; return its experts' inputs and their tokens."""
+        block = stack.blocks[block_index]
         module, catcher = self._load(block)
         inputs = None if catcher is None else self.buffer(hidden.shape)
         routing: list[tuple[Tensor, Tensor]] = []
         following: dict[int, Any] = {}
         for part in self.batches(len(hidden)):
             size = part.stop - part.start
-            read = self._read(hidden, part), self._read(memory, part)
-            out, following[size] = self._family.through(module, number, *read, calls[size])
+            read = self._read(hidden, part), self._read(encoder_output, part)
+            out, following[size] = self._family.through(module, block_index, *read, calls[size])
             if not torch.isfinite(out).all():
                 raise NotFiniteError(f"{block} outputs NaN or infinity in float32. Fetch the checkpoint again.")
             hidden.write(part, out)

@@ -362,7 +362,7 @@ def make_samples(
 
 
 def hessian_masks(samples: Samples, tokenizer: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tell which positions may enter a Hessian.
+    """Return which positions may enter a Hessian.
 
     Returns
     -------

@@ -55,7 +55,7 @@ class ListBuffer:
         return self.rows.numel() * self.rows.element_size()
 
     def read(self, samples: slice, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Give some samples' activations, shape (samples, tokens, width); a copy unless the dtypes agree."""
+        """Return some samples' activations, shape (samples, tokens, width); a copy unless the dtypes agree."""
         return self._samples[samples].to(dtype)
 
     def write(self, samples: slice, values: Tensor) -> None:
@@ -65,7 +65,7 @@ class ListBuffer:
         self._samples[samples] = values.to(self.rows.dtype)
 
     def gather(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Give the activations of some tokens, by row number; shape (len(rows), width)."""
+        """Return the activations of some tokens, by row number; shape (len(rows), width)."""
         return self.rows[rows].to(dtype)
 
     def add(self, rows: Tensor, values: Tensor) -> None:

@@ -75,7 +75,7 @@ class Settings:
     device: str = "cpu"
 
     def resolved(self) -> Settings:
-        """Give the settings that hold, with those that the recipe decides."""
+        """Return the settings that hold, with those that the recipe decides."""
         return replace(self, codeword_bits=PAPER_BITS, blend_tokens=0) if self.recipe == "paper" else self
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """Unfinished work: the directory OUT.partial, and what an interrupted run resumes from.
 
-`state.json` claims the directory: it names the work by a fingerprint, and says which layers are finished and what was
-found of them. Beside it lie the finished layers' tensors, the activations after the last finished block, and the
+`state.json` claims the directory: it names the work by a fingerprint, and lists the finished layers and what was found
+of them. Beside it lie the finished layers' tensors, the activations after the last finished block, and the
 encoder's output.
 """
 

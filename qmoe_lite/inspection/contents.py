@@ -130,7 +130,7 @@ class Inspection:
         return replace(self, projections=chosen)
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         derived = ("bits_per_weight", "stored_code_bits_per_weight")
         rows = [{**asdict(p), **{name: getattr(p, name) for name in derived}} for p in self.projections]
         report = self.report and {k: v for k, v in self.report.to_json().items() if k != "projections"}

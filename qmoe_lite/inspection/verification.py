@@ -60,7 +60,7 @@ def verify(directory: str | Path) -> list[Finding]:
 
 
 def verify_model(directory: str | Path, progress: Callable[[Progress], None] | None = None) -> Verification:
-    """Do what `verify` does, and tell how much was looked at.
+    """Do what `verify` does, and report how much was looked at.
 
     Parameters
     ----------

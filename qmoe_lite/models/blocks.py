@@ -94,7 +94,7 @@ class _Recorder(nn.Module):
 def recorded_calls(
     owner: Any, attribute: str, run: Callable[[], Any], handed_on: int = 0
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Run `run` with recorders in place of `owner`'s blocks; give (args, kwargs) of each block's call.
+    """Run `run` with recorders in place of `owner`'s blocks; return (args, kwargs) of each block's call.
 
     Masks may differ from block to block (sliding windows), so each block's own call is kept.
     """

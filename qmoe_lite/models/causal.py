@@ -14,17 +14,17 @@ from qmoe_lite.models.blocks import MoELayer, Stack, recorded_calls, tied_head
 
 
 def _all_layers(config: Any, layer: int) -> bool:
-    """Tell that a layer is sparse, whichever it is."""
+    """Return that a layer is sparse, whichever it is."""
     return True
 
 
 def _every_step(config: Any, layer: int) -> bool:
-    """Tell whether a layer of a Qwen is sparse, as transformers decides it."""
+    """Return whether a layer of a Qwen is sparse, as transformers decides it."""
     return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
 
 
 def _after_first(config: Any, layer: int) -> bool:
-    """Tell whether a layer of a DeepSeek is sparse."""
+    """Return whether a layer of a DeepSeek is sparse."""
     return bool(layer >= config.first_k_dense_replace)
 
 
@@ -43,7 +43,7 @@ class Causal:
     moe : str
         What the checkpoint calls the MoE block, which is `mlp` in the model.
     is_sparse : callable
-        Tells whether the layer with this number has experts.
+        Returns whether the block with this index has experts.
     """
 
     model_type: str
@@ -70,8 +70,8 @@ class Causal:
         shapes = {"gate_proj": (inside, outside), "up_proj": (inside, outside), "down_proj": (outside, inside)}
         return [
             MoELayer(f"{block}.mlp.experts", block, count, shapes, config.num_experts_per_tok)
-            for number, block in enumerate(self.stacks(config)[0].blocks)
-            if self.is_sparse(config, number)
+            for block_index, block in enumerate(self.stacks(config)[0].blocks)
+            if self.is_sparse(config, block_index)
         ]
 
     def weight_name(self, layer: MoELayer, expert: int, projection: str) -> str:
@@ -103,15 +103,15 @@ class Causal:
     def tie(self, model: nn.Module, held: Container[str]) -> None:
         pass  # transformers does it
 
-    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, memory: Tensor | None) -> Any:
+    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
         owner = model.get_submodule(stack.name)
         calls = recorded_calls(owner, "layers", lambda: owner(input_ids=tokens, use_cache=False))
         return calls[0][0][0], [(args[1:], kwargs) for args, kwargs in calls]
 
     def through(
-        self, block: nn.Module, number: int, hidden: Tensor, memory: Tensor | None, call: Any
+        self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: Any
     ) -> tuple[Tensor, Any]:
-        args, kwargs = call[number]
+        args, kwargs = call[block_index]
         return block(hidden, *args, **kwargs), call
 
     def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, float]:

@@ -6,7 +6,7 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -31,14 +31,22 @@ from qmoe_lite.models.routing import Assignment
 class ExpertSource(Protocol):
     """Where experts come from that are not to be multiplied from the module's own buffers; see `offload`."""
 
-    def packed(self, experts: PackedExperts, expert: int, projection: str) -> PackedMatrix:
+    def packed(self, module: PackedExperts, expert: int, projection: str) -> PackedMatrix:
         """Return an own copy of one expert's matrix, checked."""
 
-    def run(self, experts: PackedExperts, numbers: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
-        """Send tokens[bounds[i] : bounds[i + 1]] through expert numbers[i]; float32."""
+    def begin_layer(self, module: PackedExperts, hidden_states: Tensor, index: Tensor) -> list[int]:
+        """Hear which experts a layer asks for, index (T, K), before it runs; return the tokens of each expert."""
 
-    def run_layer(self, experts: PackedExperts, hidden_states: Tensor, routing: Sequence[Tensor]) -> Tensor | None:
-        """Send each token through its experts, float32; None where they are multiplied on the CPU, by `run`."""
+    def run_layer(
+        self, module: PackedExperts, hidden_states: Tensor, index: Tensor, weights: Tensor, sizes: list[int]
+    ) -> Tensor | None:
+        """Send each token through its experts, float32; None where they are multiplied on the CPU, by `run`.
+
+        `sizes` are the tokens of each expert, as `begin_layer` returned them.
+        """
+
+    def run(self, module: PackedExperts, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
+        """Send tokens[bounds[i] : bounds[i + 1]] through expert experts[i]; float32."""
 
 
 class PackedExperts(nn.Module):
@@ -169,10 +177,11 @@ class PackedExperts(nn.Module):
             message = f"hidden_states is on {hidden_states.device}, the experts on {home}; expected one device. "
             raise SettingError(message + "Move the model, or what it is given.")
         index, weights = self.family.routing(routing)
+        sizes = [] if source is None else source.begin_layer(self, hidden_states, index)
         learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad)
         if not learns:
             if source is not None:
-                found = source.run_layer(self, hidden_states, routing)
+                found = source.run_layer(self, hidden_states, index, weights, sizes)
             else:
                 by_torch = home.type == "cpu" or self.in_turn
                 found = None if by_torch else self._forward_on_gpu(hidden_states, index, weights)

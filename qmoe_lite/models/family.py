@@ -52,10 +52,10 @@ class Family(Protocol):
         """Tensors that a checkpoint may lack, because they are another one's."""
 
     def canonical(self, name: str) -> str:
-        """Give the model's name of a tensor for its name in the checkpoint's files."""
+        """Return the model's name of a tensor for its name in the checkpoint's files."""
 
     def stored(self, name: str) -> str:
-        """Give the name in the files for the model's own."""
+        """Return the name in the files for the model's own."""
 
     def layers(self, config: Any) -> list[MoELayer]:
         """All sparse layers that the configuration promises, in the order in which they run."""
@@ -78,13 +78,13 @@ class Family(Protocol):
     def tie(self, model: nn.Module, held: Container[str]) -> None:
         """Share the tensors that the family shares and that are not among those held by the checkpoint."""
 
-    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, memory: Tensor | None) -> Any:
-        """Run the model's own code up to the stack's first block; give its hidden states and the blocks' call."""
+    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
+        """Run the model's own code up to the stack's first block; return its hidden states and the blocks' call."""
 
     def through(
-        self, block: nn.Module, number: int, hidden: Tensor, memory: Tensor | None, call: Any
+        self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: Any
     ) -> tuple[Tensor, Any]:
-        """Run a stack's block by number; give the hidden states and the call for the blocks after it."""
+        """Run one of a stack's blocks, by its index; return the hidden states and the call for the blocks after it."""
 
     def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, float]:
         """Return what makes logits of the last stack's output: the vocabulary's weight (V, C), and a factor."""

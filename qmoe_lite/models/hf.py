@@ -49,10 +49,10 @@ class QMoEQuantizer(HfQuantizer):
 
         "auto" names no device yet; where it finds a GPU, the experts are moved there with the rest.
         """
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        for place in places:
-            if place is not None and str(place) not in ("auto", "cpu"):
-                message = f"device_map asks for {place}; a compressed model is loaded on the CPU. "
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for device in devices:
+            if device is not None and str(device) not in ("auto", "cpu"):
+                message = f"device_map asks for {device}; a compressed model is loaded on the CPU. "
                 raise DeviceError(message + "Use device_map='cpu' and model.to(..), or qmoe_lite.load(device=..).")
 
     def _process_model_before_weight_loading(
@@ -106,10 +106,10 @@ class QMoEQuantizer(HfQuantizer):
         return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:
-        """Tell that save_pretrained works."""
+        """Report that save_pretrained works."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Tell that adapters can: gradients pass through the experts, which stay as they are."""
+        """Report that adapters can: gradients pass through the experts, which stay as they are."""
         return True

@@ -87,7 +87,7 @@ def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
 
 
 def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointError]]:
-    """Give name and error of each tensor outside the experts that is missing or has another shape."""
+    """Return name and error of each tensor outside the experts that is missing or has another shape."""
     tied = family.tied(model.config)
     for name, target in model.state_dict().items():
         if EXPERTS in name or (name in tied and name not in checkpoint):
@@ -138,7 +138,7 @@ def experts_replaced(family: Family) -> Iterator[None]:
 
 
 def auto_class(family: Family) -> Any:
-    """Give the transformers class that loads and builds models of a family."""
+    """Return the transformers class that loads and builds models of a family."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if family.seq2seq else AutoModelForCausalLM

@@ -80,20 +80,20 @@ class SwitchTransformers:
                 if f"{name}.weight" not in held or torch.equal(module.weight, shared):
                     module.weight = shared
 
-    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, memory: Tensor | None) -> Any:
+    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
         owner = model.get_submodule(stack.name)
-        arguments = {} if memory is None else {"encoder_hidden_states": memory, "use_cache": False}
+        arguments = {} if encoder_output is None else {"encoder_hidden_states": encoder_output, "use_cache": False}
         calls = recorded_calls(owner, "block", lambda: owner(input_ids=tokens, **arguments), handed_on=2)
-        (hidden, mask, bias, _, memory_mask, cross_bias), kwargs = calls[0]
-        return hidden, ((mask, bias, memory_mask, cross_bias), kwargs)
+        (hidden, mask, bias, _, encoder_mask, cross_bias), kwargs = calls[0]
+        return hidden, ((mask, bias, encoder_mask, cross_bias), kwargs)
 
     def through(
-        self, block: nn.Module, number: int, hidden: Tensor, memory: Tensor | None, call: Any
+        self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: Any
     ) -> tuple[Tensor, Any]:
         # the first block makes the position biases, the others take them over
-        (mask, bias, memory_mask, cross_bias), kwargs = call
-        hidden, bias, cross_bias = block(hidden, mask, bias, memory, memory_mask, cross_bias, **kwargs)
-        return hidden, ((mask, bias, memory_mask, cross_bias), kwargs)
+        (mask, bias, encoder_mask, cross_bias), kwargs = call
+        hidden, bias, cross_bias = block(hidden, mask, bias, encoder_output, encoder_mask, cross_bias, **kwargs)
+        return hidden, ((mask, bias, encoder_mask, cross_bias), kwargs)
 
     def head(self, model: Any, checkpoint: Checkpoint) -> tuple[Tensor, float]:
         return model.lm_head.weight, model.config.d_model**-0.5 if model.config.tie_word_embeddings else 1.0

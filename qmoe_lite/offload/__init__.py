@@ -7,11 +7,11 @@ from typing import Any
 
 _HOMES = {  # names that other programs and our messages use
     "Runner": "runner",
-    "Statistics": "runner",
+    "Statistics": "statistics",
     "attach": "runner",
-    "parse_size": "runner",
+    "parse_size": "sizes",
     "runner_of": "runner",
-    "show_size": "runner",
+    "show_size": "sizes",
 }
 
 

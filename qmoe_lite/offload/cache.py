@@ -65,7 +65,7 @@ class ExpertCache:
             self._worth[:] = np.log2(uses)
 
     def admit(self, expert: int) -> tuple[int, int] | None:
-        """Give an expert without a slot a slot.
+        """Assign a slot to an expert that has none.
 
         Returns
         -------

@@ -31,8 +31,8 @@ class Repack(NamedTuple):
 class Call(Protocol):
     """Tokens on their way through a layer's experts; `cuda.experts.ExpertsCall` is one."""
 
-    def turn(self, places: dict[int, int], sizes: Sequence[int], activation: Callable[[list[Tensor]], Tensor]) -> None:
-        """Send tokens through the experts that lie at these places."""
+    def turn(self, slots: dict[int, int], sizes: Sequence[int], activation: Callable[[list[Tensor]], Tensor]) -> None:
+        """Send tokens through experts, each of which lies in a slot."""
 
     def total(self) -> Tensor:
         """Return what all experts that had their turn add up to, float32 (T, C)."""

@@ -13,21 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import njit
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.errors import DeviceError, FormatError, SettingError
 from qmoe_lite.offload.cache import ExpertCache, Wanting
 from qmoe_lite.offload.gpu_device import Device, Repack
+from qmoe_lite.offload.gpu_layout import CODES_ALIGNMENT, Layout, aligned, start_rows
 from qmoe_lite.offload.ram_tier import Layer
 
 if TYPE_CHECKING:
     from qmoe_lite.cuda.packets import Packets
 
 _STAGES = 4  # pinned buffers, and those on the GPU: copies that may be under way
-_ALIGNMENT = 256  # bytes; of each tensor in a slot
-_CODES_ALIGNMENT = 16  # bytes; of each tensor in the buffers
 
 
 @dataclass
@@ -42,54 +39,8 @@ class _Slot:
     """An expert there: the event of its copy and that copy's number, and the event after what was computed from it."""
 
     arrived: Any = None
-    number: int = 0
+    copy: int = 0
     used: Any = None
-
-
-class _Layout:
-    """Where a layer's experts have what in a slot, and bytes of the buffers that they come through.
-
-    First the packets of all projections; then, in one piece that is copied as it is, row starts and levels.
-    """
-
-    def __init__(self, layer: Layer) -> None:
-        from qmoe_lite.cuda.packets import PACKET_BITS, most_packets
-
-        self.words: dict[str, int] = {}
-        self.packets: dict[str, int] = {}  # most of an expert
-        self.starts: dict[str, int] = {}
-        self.levels: dict[str, int] = {}
-        at = codes = 0
-        for name in layer.projections:
-            rows = layer.experts.layer.shapes[name][0]
-            size = layer.part_sizes(name)[0]
-            self.words[name], self.packets[name] = at, most_packets(layer.experts.codebooks[name], size, rows)
-            at = _aligned(at + PACKET_BITS // 8 * self.packets[name], _ALIGNMENT)
-            codes += _aligned(size, _CODES_ALIGNMENT) + _aligned(4 * (rows + 1), _CODES_ALIGNMENT)
-        self.tail = at
-        for name in layer.projections:
-            self.starts[name] = at
-            self.levels[name] = _aligned(at + 4 * (layer.experts.layer.shapes[name][0] + 1), _ALIGNMENT)
-            at = _aligned(self.levels[name] + layer.part_sizes(name)[2], _ALIGNMENT)
-        self.size = at
-        # before the codes of an expert lies the place of each projection's
-        self.stage = _aligned(8 * len(layer.projections), _CODES_ALIGNMENT) + codes
-
-
-def _aligned(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-@njit(cache=True)
-def _place_rows(
-    above: NDArray[Any], fewest: int, each: int, firsts: NDArray[np.int32], starts: NDArray[np.int32]
-) -> None:
-    """Fill in each row's first codeword and first packet, then their totals, given the codewords above the fewest."""
-    firsts[0] = starts[0] = 0
-    for row in range(len(above)):
-        codewords = np.int64(above[row]) + fewest
-        firsts[row + 1] = firsts[row] + codewords
-        starts[row + 1] = starts[row] + (codewords - 1) // each + 1
 
 
 class GpuTier(Wanting):
@@ -139,8 +90,8 @@ class GpuTier(Wanting):
         self.copied_bytes = 0
         self.guessed: set[int] = set()
         self._experts, self._half_life = experts, half_life
-        self._layouts = {layer.first: _Layout(layer) for layer in layers}
-        # a multiple of _ALIGNMENT, so that it is a whole stride for every tensor of a slot
+        self._layouts = {layer.first: Layout(layer) for layer in layers}
+        # a multiple of ALIGNMENT, so that it is a whole stride for every tensor of a slot
         self.slot_bytes = max(layout.size for layout in self._layouts.values())
         wanted = sum(layer.experts.num_experts for layer in layers)
         slots = wanted if budget is None else min(budget // self.slot_bytes, wanted)
@@ -197,7 +148,7 @@ class GpuTier(Wanting):
         return 0 if self._lost else self.cache.slots * self.slot_bytes
 
     def shrink(self) -> None:
-        """Give back half of the memory, and forget what was in it.
+        """Release half of the memory, and forget what was in it.
 
         Raises
         ------
@@ -223,7 +174,7 @@ class GpuTier(Wanting):
         )
 
     def there(self, number: int) -> bool:
-        """Tell whether an expert has a slot; raise DeviceError where there are none any more."""
+        """Return whether an expert has a slot; raise DeviceError where there are none any more."""
         self._check()
         return self.cache.slot(number) >= 0
 
@@ -262,7 +213,7 @@ class GpuTier(Wanting):
         self.guessed.clear()
 
     def _put(self, number: int, layer: Layer) -> bool:
-        """Begin to copy an expert, which is in memory, to a slot; tell whether there was one."""
+        """Begin to copy an expert, which is in memory, to a slot; return whether there was one."""
         given = self.cache.admit(number)
         if given is None:
             return False
@@ -273,29 +224,29 @@ class GpuTier(Wanting):
             raise
         return True
 
-    def _fill(self, place: int, number: int, layer: Layer) -> None:
+    def _fill(self, slot: int, number: int, layer: Layer) -> None:
         from qmoe_lite.cuda.packets import codewords_each
 
-        slot, base = self._held[place], place * self.slot_bytes
+        held, base = self._held[slot], slot * self.slot_bytes
         layout, packets = self._layouts[layer.first], self.packets(layer)
         stage = self._stages[self._begun % _STAGES]
         if stage.copied is not None:
             self.device.finish(stage.copied)  # the buffer is filled anew only when its last copy is done
         memory, begun = stage.memory.numpy(), len(stage.on_gpu)
-        shift = begun - layout.tail  # from a place in the slot to that in the buffer of what is copied as it is
+        shift = begun - layout.tail  # from an offset in the slot to that in the buffer of what is copied as it is
         offsets = memory[: 8 * len(layer.projections)].view(np.int64)
-        at = _aligned(offsets.nbytes, _CODES_ALIGNMENT)
+        at = aligned(offsets.nbytes, CODES_ALIGNMENT)
         repacks = []
         for i, (name, own) in enumerate(packets.items()):
             packed = layer.packed(number - layer.first, name)
-            firsts_at = at + _aligned(len(packed.codes), _CODES_ALIGNMENT)
+            firsts_at = at + aligned(len(packed.codes), CODES_ALIGNMENT)
             memory[at : at + len(packed.codes)] = packed.codes.numpy()
             offsets[i] = at
             firsts = memory[firsts_at : firsts_at + 4 * (own.rows + 1)].view(np.int32)
             starts_at = layout.starts[name] + shift
             starts = memory[starts_at : starts_at + firsts.nbytes].view(np.int32)
             each = codewords_each(own.codebook.bits)
-            _place_rows(packed.row_codewords.numpy(), packed.fewest_codewords, each, firsts, starts)
+            start_rows(packed.row_codewords.numpy(), packed.fewest_codewords, each, firsts, starts)
             assert starts[-1] <= layout.packets[name]
             levels = packed.levels.contiguous().view(-1).view(torch.uint8).numpy()
             levels_at = layout.levels[name] + shift
@@ -311,18 +262,18 @@ class GpuTier(Wanting):
                     own.codebook,
                 )
             )
-            at = _aligned(firsts_at + firsts.nbytes, _CODES_ALIGNMENT)
+            at = aligned(firsts_at + firsts.nbytes, CODES_ALIGNMENT)
         as_it_is = stage.memory[begun : begun + layout.size - layout.tail]
         tail = self._memory[base + layout.tail : base + layout.size]
-        slot.arrived = stage.copied = self.device.fill(
-            [(stage.memory[:at], stage.on_gpu[:at]), (as_it_is, tail)], repacks, slot.used
+        held.arrived = stage.copied = self.device.fill(
+            [(stage.memory[:at], stage.on_gpu[:at]), (as_it_is, tail)], repacks, held.used
         )
         self._begun += 1
-        slot.used, slot.number = None, self._begun
+        held.used, held.copy = None, self._begun
         self.copied_bytes += at + len(tail)
 
     def packets(self, layer: Layer) -> dict[str, Packets]:
-        """Give a layer's projections as the kernels read them: whatever expert holds a slot, at that slot's number."""
+        """Return a layer's projections as the kernels read them: an expert at the number of its slot."""
         if layer.first not in self._packets:
             self._packets[layer.first] = {name: self._view(layer, name) for name in layer.projections}
         return self._packets[layer.first]
@@ -376,10 +327,10 @@ class GpuTier(Wanting):
             if not numbers:
                 return
             slots = {number: self.cache.slot(number) for number in numbers}
-            last = max((self._held[slot] for slot in slots.values()), key=lambda held: held.number)
-            if last.number > self._waited:  # whatever was begun before has ended before
+            last = max((self._held[slot] for slot in slots.values()), key=lambda held: held.copy)
+            if last.copy > self._waited:  # whatever was begun before has ended before
                 self.device.wait(last.arrived)
-                self._waited = last.number
+                self._waited = last.copy
             call.turn({number - layer.first: slot for number, slot in slots.items()}, sizes, layer.experts.activate)
             used = self.device.mark()
             for slot in slots.values():
@@ -409,6 +360,30 @@ class GpuTier(Wanting):
             self.release()
             raise
         return call.total()
+
+
+def make_tiers(
+    devices: Sequence[Device],
+    layers: Sequence[Layer],
+    budgets: Sequence[int | None],
+    experts: int,
+    half_life: float,
+    notes: list[str],
+) -> list[GpuTier | None]:
+    """Share the layers among the GPUs, in runs as long as their budgets say; return each layer's tier or None."""
+    tier_of: list[GpuTier | None] = [None] * len(layers)
+    if not devices:
+        return tier_of
+    shares = share_layers(layers, [1 if budget is None else budget for budget in budgets])
+    for i, (device, budget) in enumerate(zip(devices, budgets, strict=True)):
+        own = [layer_index for layer_index, share in enumerate(shares) if share == i]
+        if not own:
+            notes.append(f"{device.name} is left out: there are fewer layers than GPUs.")
+            continue
+        tier = GpuTier(device, [layers[j] for j in own], experts, budget, half_life, notes)
+        for layer_index in own:
+            tier_of[layer_index] = tier
+    return tier_of
 
 
 def share_layers(layers: Sequence[Layer], budgets: Sequence[float]) -> list[int]:

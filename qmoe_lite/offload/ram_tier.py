@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.format import parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint, Place
@@ -27,7 +27,7 @@ from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import PAGE, WeightFile, page_memory, room
 from qmoe_lite.coding.matmul import Stack
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.errors import QMoEError
+from qmoe_lite.errors import QMoEError, SettingError
 from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.offload.cache import ExpertCache, Wanting
 from qmoe_lite.offload.readers import Read, Readers
@@ -146,6 +146,20 @@ class Layer:
                 self.parts[projection].check_codes(expert, self.packed(expert, projection))
 
 
+def open_layers(model: nn.Module, checkpoint: Checkpoint, files: dict[Path, WeightFile]) -> list[Layer]:
+    """Return a model's compressed layers, in the order in which they run; raise SettingError where it has none."""
+    found = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    if not found:
+        raise SettingError("the model has no compressed experts: there is nothing to offload.")
+    order = {layer.experts: i for i, layer in enumerate(found[0].family.layers(model.config))}
+    layers: list[Layer] = []
+    first = 0
+    for experts in sorted(found, key=lambda module: order[module.layer.experts]):
+        layers.append(Layer(experts, first, checkpoint, files))
+        first += experts.num_experts
+    return layers
+
+
 class RamTier(Wanting):
     """Slots in memory for the experts of all layers.
 
@@ -181,8 +195,8 @@ class RamTier(Wanting):
         self._guessed: set[int] = set()
         self._firsts = np.array([layer.first for layer in layers])
 
-    def place_of(self, number: int) -> tuple[Layer, int]:
-        """Layer of an expert, and its number there."""
+    def find(self, number: int) -> tuple[Layer, int]:
+        """Layer of an expert, and which of its experts that is."""
         layer = self.layers[int(np.searchsorted(self._firsts, number, side="right")) - 1]
         return layer, number - layer.first
 
@@ -191,7 +205,7 @@ class RamTier(Wanting):
         layer.open(self._memory)
 
     def ready(self, number: int) -> bool:
-        """Tell whether an expert can be multiplied."""
+        """Return whether an expert can be multiplied."""
         return self.cache.slot(number) >= 0 and number not in self._under_way
 
     def want(self, numbers: Sequence[int]) -> None:
@@ -233,8 +247,30 @@ class RamTier(Wanting):
         self._check_open()
         self.collect()
 
+    def in_waves(self, layer: Layer, numbers: list[int], compute: Callable[[list[int]], None]) -> None:
+        """Call `compute` with experts of a layer, by their numbers in it, as they arrive, until all had their turn."""
+        left = numbers
+        self.release(but=numbers)  # what else was asked for before the layer ran may hold every slot
+        try:
+            while left:
+                self.want(left)
+                ready = [number for number in left if self.ready(number)]
+                if not ready:
+                    self.wait(left)
+                    continue
+                own = [number - layer.first for number in ready]
+                for expert in own:
+                    layer.validate(expert)
+                compute(own)
+                self.release(ready)
+                done = set(ready)
+                left = [number for number in left if number not in done]
+        except BaseException:
+            self.release()
+            raise
+
     def guess(self, numbers: Sequence[int]) -> list[int]:
-        """Begin to read experts that the next layer may want, while a quarter of the slots suffices; tell which."""
+        """Begin to read experts that the next layer may want, while a quarter of the slots suffices; return which."""
         begun = []
         for number in numbers:
             if len(self._guessed) >= self.cache.slots // 4 or self.cache.unpinned <= len(self._wanted):
@@ -259,7 +295,7 @@ class RamTier(Wanting):
         """Begin to read the experts worth most, as long as there are slots."""
         for number in self.cache.hottest():
             if self.cache.slot(number) < 0:
-                self.open(self.place_of(number)[0])
+                self.open(self.find(number)[0])
                 self._begin(number, urgent=False)
 
     def _check_open(self) -> None:
@@ -274,12 +310,12 @@ class RamTier(Wanting):
                 return False
             given = self.cache.admit(number)
         self.cache.pin(number)
-        layer, expert = self.place_of(number)
+        layer, expert = self.find(number)
         base = given[0] * self.slot_bytes
 
         def work() -> int:
-            places = zip(layer.projections, self._starts, strict=False)
-            return sum(layer.fetch(expert, projection, self._memory, base + start) for projection, start in places)
+            starts = zip(layer.projections, self._starts, strict=False)
+            return sum(layer.fetch(expert, projection, self._memory, base + start) for projection, start in starts)
 
         read = Read(work, urgent)
         self._under_way[number] = read
@@ -319,11 +355,27 @@ class RamTier(Wanting):
             raise failed
 
 
+def count_slots(layers: list[Layer], budget: int | None) -> int:
+    """Return the slots that a budget in bytes has room for, None for all; raise SettingError for less than one."""
+    index = sum(layer.index_bytes for layer in layers)
+    experts = sum(layer.experts.num_experts for layer in layers)
+    _, size = slot_layout(layers)
+    if budget is None:
+        return experts
+    slots = min((budget - index) // size, experts)
+    if slots < 1:
+        raise SettingError(
+            f"the cache is {budget} bytes; row lengths and levels of all experts take {index}, and one expert "
+            f"{size}. Give at least {index + size}."
+        )
+    return int(slots)
+
+
 def slot_layout(layers: list[Layer]) -> tuple[list[int], int]:
     """Where in a slot each projection's codes may begin, and the bytes of a slot: as the longest codes need."""
     starts = [0]
-    for number in range(max(len(layer.projections) for layer in layers)):
-        longest = max(layer.largest(layer.projections[number]) for layer in layers if number < len(layer.projections))
+    for i in range(max(len(layer.projections) for layer in layers)):
+        longest = max(layer.largest(layer.projections[i]) for layer in layers if i < len(layer.projections))
         starts.append(starts[-1] + room(longest))
     assert starts[-1] % PAGE == 0
     return starts[:-1], starts[-1]

@@ -69,7 +69,7 @@ class Readers:
             read.urgent = True
 
     def cancel(self, read: Read) -> bool:
-        """Take back a read that no thread has begun; tell whether that was so."""
+        """Take back a read that no thread has begun; return whether that was so."""
         with self._changed:
             if read.started or self.closed:
                 return False

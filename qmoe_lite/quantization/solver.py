@@ -374,7 +374,7 @@ def _relative_error(
 
 
 def _turns(experts: int, device: torch.device) -> list[int] | list[slice]:
-    """Say which experts are looked at together: one on the CPU, whose temporaries stay small; all on a GPU."""
+    """Return which experts are looked at together: one on the CPU, whose temporaries stay small; all on a GPU."""
     return list(range(experts)) if device.type == "cpu" else [slice(None)]
 
 

@@ -139,7 +139,7 @@ class Conversation:
         return made
 
     def _ids(self, question: str) -> list[int]:
-        """Give the ids of all that was said, the question among it."""
+        """Return the ids of all that was said, the question among it."""
         if self.templated:
             return chat_ids(self._model, self._tokenizer, [*self._messages, {"role": "user", "content": question}])
         if not self._text:

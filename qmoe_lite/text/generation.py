@@ -281,7 +281,7 @@ def generate_batch(
 
 
 def positions_of(model: Any) -> int | None:
-    """Give the number of tokens that a causal model has positions for; None where there is no limit."""
+    """Return the number of tokens that a causal model has positions for; None where there is no limit."""
     if model.config.is_encoder_decoder:  # relative positions; some checkpoints name a number all the same
         return None
     return getattr(model.config, "max_position_embeddings", None)
@@ -367,12 +367,12 @@ def _pad(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _cache_argument(model: Any) -> str:
-    """Give the name under which `generate` takes a cache: past_key_values up to transformers 5.23."""
+    """Return the name under which `generate` takes a cache: past_key_values up to transformers 5.23."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _settings(model: Any, tokenizer: Any, sampling: Sampling) -> tuple[Any, set[int]]:
-    """Give transformers' settings, and the ids that end a text."""
+    """Return transformers' settings, and the ids that end a text."""
     from transformers import GenerationConfig
 
     own = model.generation_config

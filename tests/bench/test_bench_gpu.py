@@ -42,8 +42,9 @@ PAPER = Codebook.paper()
 
 def on_a_gpu(experts, x, index, weights):
     """What `PackedExperts.forward` does where its buffers are on a GPU, or its source's."""
-    if experts.source is not None:
-        return experts.source.run_layer(experts, x, (index, weights)).to(x.dtype)
+    if (source := experts.source) is not None:
+        sizes = source.begin_layer(experts, x, index)
+        return source.run_layer(experts, x, index, weights, sizes).to(x.dtype)
     return experts._forward_on_gpu(x, index, weights).to(x.dtype)
 
 

@@ -16,10 +16,11 @@ import qmoe_lite as qm
 from qmoe_lite.cuda import codec, gather, matmul, packets
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import DeviceError, SettingError
-from qmoe_lite.offload import runner as offload
+from qmoe_lite.models.causal import Causal
 from qmoe_lite.offload.gpu_tier import GpuTier, share_layers
+from qmoe_lite.offload.prediction import Prediction
 from qmoe_lite.offload.ram_tier import slot_layout
-from qmoe_lite.offload.runner import attach, runner_of
+from qmoe_lite.offload.runner import Runner, attach, runner_of
 
 
 @pytest.fixture
@@ -270,10 +271,10 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_layer_waits_for_the_gpu_once(directory, on_devices, emulated, monkeypatch):
-    """What would wait for a GPU's numbers is asked for once, by the hook: which experts there are."""
+    """What would wait for a GPU's numbers is asked for once, as the layer begins: which experts there are."""
     model, runner = on_devices(directory(), [EmulatedDevice()], 5)
     experts, inputs = layer_of(model, runner), drawn(3)
-    runner._trust = 0.0
+    runner._prediction.trust = 0.0
     experts(*inputs)  # codes are checked at the first call, on the CPU
     asked = []
     to_list = torch.Tensor.tolist
@@ -297,25 +298,26 @@ def test_experts_that_the_next_router_names_are_copied_ahead(directory, on_devic
     expected = everything_there(path)
     model, runner = on_devices(path, [FakeDevice()], 8)
     asked = []
-    before = offload.Runner._before
+    begin = Runner.begin_layer
 
-    def noting(runner, module, arguments):
-        asked.append(offload.count_tokens(module.family.routing(arguments[1:])[0], module.num_experts)[:-1])
-        before(runner, module, arguments)
+    def noting(runner, module, hidden, index):
+        sizes = begin(runner, module, hidden, index)
+        asked.append(torch.tensor(sizes))
+        return sizes
 
     with monkeypatch.context() as patch:
-        patch.setattr(offload.Runner, "_before", noting)
+        patch.setattr(Runner, "begin_layer", noting)
         assert torch.equal(outputs(model), expected)
     layers = len(runner._layers)
     without = runner.statistics.copied_ahead, runner.statistics.misses
     turn = iter(range(len(asked)))
 
-    def right(runner, number, hidden):
+    def right(prediction, layer_index, hidden):
         now = next(turn)
-        return asked[now + 1] if number < layers else None
+        return asked[now + 1] if layer_index < layers else None
 
-    monkeypatch.setattr(offload.Runner, "_votes", right)
-    runner._trust = 1.0
+    monkeypatch.setattr(Prediction, "votes", right)
+    runner._prediction.trust = 1.0
     most = []
     guess = GpuTier.guess
 
@@ -339,6 +341,14 @@ def test_experts_that_the_next_router_names_are_copied_ahead(directory, on_devic
     assert max(kept) > 0
     assert "copied ahead" in "".join(found.lines())
     assert found.misses - without[1] < without[1]
+
+
+def test_routing_is_decoded_once_a_layer(directory, on_devices, monkeypatch):
+    model, runner = on_devices(directory(), [FakeDevice()], 2)
+    decoded, routing = [], Causal.routing
+    monkeypatch.setattr(Causal, "routing", lambda *given: decoded.append(given) or routing(*given))
+    outputs(model)
+    assert len(decoded) == runner.statistics.passes * len(runner._layers) > 0
 
 
 def test_gradients_are_the_cpu_s(directory, on_devices):

@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 
 import qmoe_lite as qm
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError, QMoEError, SettingError
-from qmoe_lite.offload import runner as offload
+from qmoe_lite.models.causal import Causal
+from qmoe_lite.offload import use_counts
 from qmoe_lite.offload.cache import ExpertCache
 from qmoe_lite.offload.ram_tier import slot_layout
 from qmoe_lite.offload.readers import Read
-from qmoe_lite.offload.runner import attach, parse_size, runner_of
+from qmoe_lite.offload.runner import attach, runner_of
+from qmoe_lite.offload.sizes import parse_size
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
 
@@ -331,6 +333,14 @@ def test_routing_is_recorded(directory, limited, tmp_path):
         limited(path, 4)[1].trace(tmp_path / "no" / "trace")
 
 
+def test_routing_is_decoded_once_a_layer(directory, limited, monkeypatch):
+    model, runner = limited(directory(), 4)
+    decoded, routing = [], Causal.routing
+    monkeypatch.setattr(Causal, "routing", lambda *given: decoded.append(given) or routing(*given))
+    outputs(model)
+    assert len(decoded) == runner.statistics.passes * len(runner._layers) > 0
+
+
 def test_passes_of_several_threads_are_told_apart(directory, limited, tmp_path):
     model, runner = limited(directory("qwen3_moe"), 4)
     ids = torch.arange(3, 9)[None]
@@ -356,7 +366,7 @@ def test_passes_of_several_threads_are_told_apart(directory, limited, tmp_path):
     assert {(line["pass"], line["layer"]) for line in lines} == wanted
     assert len(lines) == len(wanted)
     assert 0 < runner.statistics.seconds - seconds <= wall + 1
-    assert runner._under_way == 0, "a pass that failed is over too"
+    assert runner._passes.under_way == 0, "a pass that failed is over too"
 
 
 @pytest.mark.slow
@@ -389,9 +399,9 @@ def test_a_trace_on_a_full_disk_is_one_line(directory, limited, tmp_path, step):
         runner.close()
         return
     runner.trace(tmp_path / "trace")
-    runner._trace.close()
-    runner._trace = open("/dev/full", "w")  # noqa: SIM115
-    runner._trace.write("a line")
+    runner._trace.file.close()
+    runner._trace.file = open("/dev/full", "w")  # noqa: SIM115
+    runner._trace.file.write("a line")
     with pytest.raises(OutputError, match=r"/dev/full cannot be written: No .* The end of the trace"):
         runner.close()
     assert runner_of(model) is None
@@ -418,9 +428,9 @@ def test_a_new_trace_follows_an_old_one(directory, limited, tmp_path):
     for _ in range(2):
         runner.trace(tmp_path / "trace")
         outputs(model)
-    runner._trace.close()
-    runner._trace = open("/dev/full", "w")  # noqa: SIM115
-    runner._trace.write("a line")
+    runner._trace.file.close()
+    runner._trace.file = open("/dev/full", "w")  # noqa: SIM115
+    runner._trace.file.write("a line")
     with pytest.raises(OutputError, match=r"/dev/full cannot be written: No .* The end of the trace"):
         runner.trace(tmp_path / "third")
     outputs(model)
@@ -534,7 +544,7 @@ def test_a_user_without_a_home_keeps_counts_beside_the_model(directory, monkeypa
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(offload.Path, "home", no_home)
+    monkeypatch.setattr(use_counts.Path, "home", no_home)
     model = qm.load(path, ram_cache="1MB")
     outputs(model)
     runner_of(model).close()
@@ -544,14 +554,14 @@ def test_a_user_without_a_home_keeps_counts_beside_the_model(directory, monkeypa
 def test_counts_go_to_the_users_cache_where_the_model_is_read_only(directory, tmp_path, monkeypatch):
     path = directory()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write = offload.write_json
+    write = use_counts.write_json
 
     def refuse(file, value):
         if file.parent == path:
             raise OutputError("read-only")
         write(file, value)
 
-    monkeypatch.setattr(offload, "write_json", refuse)
+    monkeypatch.setattr(use_counts, "write_json", refuse)
     for warm in (False, True):
         model = qm.load(path, ram_cache="1MB")
         assert runner_of(model)._ram.cache.uses.any() == warm
@@ -769,7 +779,7 @@ def test_options_that_exclude_each_other_are_refused(directory, switch):
     for options, match in (
         ({"ram_cache": "1MB", "expert_cache": "2MB"}, "the same memory on the CPU"),
         ({"ram_cache": "1MB", "offload": "ram"}, "Give one of them"),
-        ({"offload": "disk"}, "Give ram_cache or expert_cache too"),
+        ({"offload": "disk"}, "Set ram_cache or expert_cache too"),
         ({"offload": "tape"}, "expected 'ram' or 'disk'"),
         ({"ram_cache": "lots"}, "ram_cache is 'lots'"),
     ):
