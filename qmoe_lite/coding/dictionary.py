@@ -134,7 +134,7 @@ class Dictionary:
         clip : int, optional
             Largest digit of the strings, 1 to 30; by default the one that takes the fewest bits, exceptions counted.
         longest : int, optional
-            Digits of the longest string, 1 to 32; by default 8, 16 or 32, the least within 0.5% of the fewest bits.
+            Digits of the longest string, 1 to 32; by default 8, or 16 where that saves 0.5%, or 32 where it saves 5%.
 
         Raises
         ------
