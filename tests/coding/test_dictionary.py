@@ -236,6 +236,9 @@ def test_padding_behind_the_trees_is_refused():
         (lambda: SMALL.rate(np.zeros(4, np.int16)), ShapeError),
         (lambda: SMALL.rate(np.array([[-32768]])), DigitError),
         (lambda: SMALL.expected_bits([]), CodebookError),
+        (lambda: Dictionary(9, 2, 4, (), (4,), SMALL.kinds), CodebookError),
+        (lambda: Dictionary(9, 2, 4, (0,), (), SMALL.kinds), CodebookError),
+        (lambda: Dictionary(9, 2, 4, (0,), (4,), b""), CodebookError),
     ],
 )
 def test_unusable_arguments(call, error):
