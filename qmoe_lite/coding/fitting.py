@@ -12,7 +12,8 @@ LARGEST_CLIP = 30
 _EXCESS = 127  # what one exception adds at most
 _LEAST_CHANCE = 1e-9  # of a size of digit, so that sums of chances keep some precision
 _LENGTHS = (8, 16, 32)  # of the longest string
-_ENOUGH = 1.005  # of the fewest bits: shorter strings make the product faster
+_ENOUGH = (1.005, 1.05, 1.0)  # times the fewest bits are few enough: a product with shorter strings is faster
+_STARTS = (0.3, 0.05)  # of growth: the better result is taken
 _QUICK_ROUNDS, _ROUNDS = 6, 24  # in which prices settle: to compare settings, for the trees themselves
 
 _Shape = tuple[tuple[int, ...], tuple[int, ...]]  # starts and quarters of the classes
@@ -65,8 +66,8 @@ def fit_trees(
                     break
                 k += direction
     if longest is None:
-        enough = _ENOUGH * min(cost(k, shape, length) for length in _LENGTHS)
-        length = next(length for length in _LENGTHS if cost(k, shape, length) <= enough)
+        fewest = min(cost(k, shape, length) for length in _LENGTHS)
+        length = next(n for n, most in zip(_LENGTHS, _ENOUGH, strict=True) if cost(k, shape, n) <= most * fewest)
     _, kinds = _grow(sizes, bits, k, shape, length, _ROUNDS)
     return k, length, *shape, kinds.tobytes()
 
@@ -88,7 +89,9 @@ def _grow(
     """Grow trees: digits a codeword, and the kinds."""
     starts, quarters = shape
     quotas = np.array(quarters) << bits >> 2
-    return grow_trees(digit_chances(sizes, clip), np.array(starts), quotas, longest, rounds)
+    single = digit_chances(sizes, clip)
+    grown = [grow_trees(single, np.array(starts), quotas, longest, rounds, start) for start in _STARTS]
+    return max(grown, key=lambda trees: trees[0])
 
 
 def digit_chances(sizes: NDArray[np.int64], clip: int) -> NDArray[np.float64]:

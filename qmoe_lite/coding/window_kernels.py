@@ -35,9 +35,9 @@ from qmoe_lite.coding.window_sums import (
 
 TASK_ROWS = 48  # a multiple of the rows that any panel width takes at a time
 CHUNK = 512  # columns decoded at a time
-CARRY = 64  # digits that four codewords may reach behind a chunk, 16 each
+LONGEST = 32  # digits of a codeword at most
+CARRY = 4 * LONGEST  # digits that four codewords may reach behind a chunk
 _STRIDE = CHUNK + CARRY
-LONGEST = 16  # digits of a codeword at most
 
 
 @njit(forceinline=True, error_model="numpy")

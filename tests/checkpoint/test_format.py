@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
@@ -46,7 +47,8 @@ class Reader:
 
     def __init__(self, directory: Path) -> None:
         self.settings = json.loads((directory / "config.json").read_text())["quantization_config"]
-        assert (self.settings["quant_method"], self.settings["format"]) == ("qmoe", 2)
+        windows = any(book["kind"] == "windows" for book in self.settings["codebooks"])
+        assert (self.settings["quant_method"], self.settings["format"]) == ("qmoe", 3 if windows else 2)
         self.tensors = {}
         for file in directory.glob("*.safetensors"):
             content = file.read_bytes()
@@ -79,6 +81,8 @@ class Reader:
 
     def dense(self, layer: str, projection: str, expert: int, columns: int) -> np.ndarray:
         number = self.settings["layers"][layer][projection]
+        if self.settings["codebooks"][number]["kind"] == "windows":
+            return self.dense_windows(layer, projection, expert, columns)
         bits, name = self.settings["codebooks"][number]["bits"], f"{layer}.{projection}"
         (fewest,) = self.numbers(name, "fewest_codewords", expert)
         counts = [fewest + above for above in self.numbers(name, "row_codewords", expert)]
@@ -92,6 +96,48 @@ class Reader:
         values = (np.frombuffer(levels, "<u2").astype("<u4") << 16).view("<f4").reshape(len(counts), -1)
         digits = naive.decode(stream, counts, self.strings(number), bits, columns)
         return naive.dequantize(np.array(digits), values)
+
+    def dense_windows(self, layer: str, projection: str, expert: int, columns: int) -> np.ndarray:
+        book = self.settings["codebooks"][self.settings["layers"][layer][projection]]
+        bits, name = book["bits"], f"{layer}.{projection}"
+        (fewest,) = self.numbers(name, "fewest_codewords", expert)
+        counts = [fewest + above for above in self.numbers(name, "row_codewords", expert)]
+        (start,) = self.numbers(name, "expert_offsets", expert)
+        assert start % 16 == 0
+        stream = self.part(name, "codes")[start:][: -(-(sum(counts) * bits + 2) // 8) + 8]
+        _, levels = self.part(name, "levels", expert)
+        _, scales = self.part(name, "column_scales", expert)
+        if not scales:
+            _, scales = self.part(f"{layer}.gate_proj", "column_scales", expert)
+        starts = self.numbers(name, "exception_starts", expert)
+        listed = range(starts[0], starts[-1])
+        positions = struct.unpack_from(f"<{len(listed)}H", self.part(name, "exception_positions"), 2 * starts[0])
+        values = struct.unpack_from(f"<{len(listed)}b", self.part(name, "exception_values"), starts[0])
+        summed = stream + self.part(name, "row_codewords", expert)[1] + struct.pack("<i", fewest) + levels + scales
+        summed += struct.pack(f"<{len(starts)}i", *(place - starts[0] for place in starts))
+        summed += struct.pack(f"<{len(listed)}H", *positions) + struct.pack(f"<{len(listed)}b", *values)
+        assert self.numbers(name, "checksums", expert) == [zlib.crc32(summed)]
+        exceptions = []
+        for block in range(len(starts) - 1):
+            for i in range(starts[block] - starts[0], starts[block + 1] - starts[0]):
+                row, column = divmod(positions[i], columns)
+                exceptions.append((block * max(65536 // columns, 1) + row, column, values[i]))
+        trees, class_of = naive.window_trees(read_kinds(book), bits, book["clip"], book["starts"], book["quarters"])
+        digits = np.array(naive.decode_windows(stream, counts, trees, class_of, bits, columns, exceptions))
+        return digits.astype(np.float32) * read_bfloat16(levels)[:, None] * read_bfloat16(scales)
+
+
+def read_bfloat16(content: bytes) -> np.ndarray:
+    return (np.frombuffer(content, "<u2").astype("<u4") << 16).view("<f4")
+
+
+def read_kinds(book: dict) -> list[int]:
+    """The kinds of a dictionary's nodes, off its entry in config.json."""
+    packed = base64.b64decode(book["trees"])
+    assert hashlib.sha256(packed).hexdigest() == book["sha256"]
+    each, number = (book["clip"] + 1).bit_length(), int.from_bytes(packed, "little")
+    assert number >> each * book["nodes"] == 0
+    return [number >> each * i & (1 << each) - 1 for i in range(book["nodes"])]
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
@@ -124,9 +170,46 @@ def test_the_examples_bytes_are_those_that_are_written():
         assert torch.equal(qm.decode(stack.checked(expert))[0], torch.from_numpy(expected))
 
 
+def test_windows_are_stored_as_specified():
+    rng = np.random.default_rng(2)
+    experts = [np.rint(rng.standard_t(3, (35, 4000)) * spread).astype(np.int16) for spread in (0.4, 3)]
+    experts[1][[3, 20, 34], [0, 7, 3999]] = 900, -32767, 32767
+    dictionary = qm.Dictionary.fit(np.concatenate(experts), longest=8)
+    steps = torch.from_numpy(rng.random((2, 35, 1), dtype=np.float32)).to(torch.bfloat16)
+    scales = torch.from_numpy(rng.random((2, 4000), dtype=np.float32)).to(torch.bfloat16)
+    packed = [qm.encode(*parts[:2], dictionary, parts[2]) for parts in zip(experts, steps, scales, strict=True)]
+    found = on_disk.pack_experts(packed)
+    assert list(found) == list(on_disk.parts_of(dictionary))
+
+    book = dictionary.to_config()
+    trees, class_of = naive.window_trees(read_kinds(book), book["bits"], book["clip"], book["starts"], book["quarters"])
+    starts, positions, values = (found[f"exception_{name}"].numpy() for name in ("starts", "positions", "values"))
+    block_rows = 65536 // 4000
+    for expert, digits in enumerate(experts):
+        counts = found["row_codewords"][expert].numpy().astype(int) + int(found["fewest_codewords"][expert])
+        begin, size = int(found["expert_offsets"][expert]), (int(counts.sum()) * book["bits"] + 2 + 7) // 8 + 8
+        codes = found["codes"][begin : begin + size].numpy().tobytes()
+        exceptions = []
+        for block in range(3):
+            for i in range(starts[expert, block], starts[expert, block + 1]):
+                row, column = divmod(int(positions[i]), 4000)
+                exceptions.append((block * block_rows + row, column, int(values[i])))
+        back = naive.decode_windows(codes, counts, trees, class_of, book["bits"], 4000, exceptions)
+        assert (np.array(back) == digits).all()
+        expected = digits * steps[expert].float().numpy() * scales[expert].float().numpy()
+        assert (packed[expert].dense().numpy() == expected).all()
+        own = slice(starts[expert, 0], starts[expert, -1])
+        rest = starts[expert] - starts[expert, 0], positions[own], values[own]
+        stored = (found["row_codewords"][expert], found["fewest_codewords"][expert], steps[expert], scales[expert])
+        summed = codes + b"".join(part.reshape(-1).view(torch.uint8).numpy().tobytes() for part in stored)
+        assert zlib.crc32(summed + b"".join(part.tobytes() for part in rest)) == int(found["checksums"][expert])
+
+
 def test_every_part_and_field_is_specified(directory):
     settings = json.loads((directory() / "config.json").read_text())["quantization_config"]
-    for name in {*settings, *settings["codebooks"][0], *(part for some in on_disk.PARTS_OF.values() for part in some)}:
+    dictionary = qm.Dictionary.fit_counts([3, 1]).to_config()
+    parts = {part for some in on_disk.PARTS_OF.values() for part in some}
+    for name in {*dictionary, *settings, *settings["codebooks"][0], *parts}:
         assert f"`{name}`" in TEXT, name
     assert f"version {on_disk.FORMAT}" in TEXT.splitlines()[0]
 

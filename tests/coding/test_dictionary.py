@@ -104,9 +104,9 @@ def test_settings_are_taken_as_given(bits, clip, longest):
 @pytest.mark.parametrize(
     ("step", "bits", "least", "most"),
     [
-        (2.7, 10, 0.6, 1.07),
-        (2.2, 10, 0.85, 1.065),
-        (1.9, 10, 1.05, 1.06),
+        (2.7, 10, 0.6, 1.075),
+        (2.2, 10, 0.85, 1.075),
+        (1.9, 10, 1.05, 1.075),
         (1.55, 10, 1.35, 1.045),
         (1.25, 10, 1.6, 1.045),
         (0.9, 10, 2.1, 1.045),
@@ -236,6 +236,9 @@ def test_padding_behind_the_trees_is_refused():
         (lambda: SMALL.rate(np.zeros(4, np.int16)), ShapeError),
         (lambda: SMALL.rate(np.array([[-32768]])), DigitError),
         (lambda: SMALL.expected_bits([]), CodebookError),
+        (lambda: Dictionary(9, 2, 4, (), (4,), SMALL.kinds), CodebookError),
+        (lambda: Dictionary(9, 2, 4, (0,), (), SMALL.kinds), CodebookError),
+        (lambda: Dictionary(9, 2, 4, (0,), (4,), b""), CodebookError),
     ],
 )
 def test_unusable_arguments(call, error):

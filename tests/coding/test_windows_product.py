@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qmoe_lite.coding import windows_product
+from qmoe_lite.coding import window_kernels, windows_product
+from qmoe_lite.coding.trees import MOST_DIGITS
 from qmoe_lite.coding.windows_product import WindowStack, multiply_windows
 from qmoe_lite.errors import NotFiniteError
 
@@ -18,7 +19,7 @@ PADDING_BYTES = 8
 def draw_tables(seed, bits=10, longest=8, clip=5):
     """Any string of 1 to `longest` digits for each window: what the kernels need of a dictionary."""
     rng = np.random.default_rng(seed)
-    width = 8 if longest <= 8 else 16
+    width = next(width for width in (8, 16, 32) if longest <= width)
     lengths = rng.integers(1, longest + 1, 4 << bits).astype(np.uint8)
     digits = rng.integers(-clip, clip + 1, (4 << bits, width)).astype(np.int8)
     digits[np.arange(width) >= lengths[:, None]] = 0
@@ -124,11 +125,12 @@ def assert_close(got, weights, x):
 
 
 SHORT, LONG = draw_tables(1), draw_tables(2, longest=16, clip=1)
+LONGEST = draw_tables(3, longest=32, clip=1)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 17, 64])
 @pytest.mark.parametrize("columns", [1, 63, 1000])
-@pytest.mark.parametrize("tables", [SHORT, LONG], ids=["8 digits", "16 digits"])
+@pytest.mark.parametrize("tables", [SHORT, LONG, LONGEST], ids=["8 digits", "16 digits", "32 digits"])
 def test_product_equals_the_dense_one(tables, columns, tokens):
     stack, weights = draw_stack(tables, 1, 13, columns, seed=columns)
     x = draw_x(tokens, columns)
@@ -218,3 +220,7 @@ def test_what_is_not_finite_is_refused(tokens, value):
 def test_no_tokens():
     stack, _ = draw_stack(SHORT, 1, 3, 100)
     assert multiply_windows([stack], draw_x(0, 100), [0], [0, 0])[0].shape == (0, 3)
+
+
+def test_kernels_take_the_longest_strings_of_a_dictionary():
+    assert window_kernels.LONGEST == MOST_DIGITS
