@@ -11,6 +11,8 @@ from numba import njit
 from torch import Tensor
 
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codes import Code
+from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.decode_kernels import slot_values
 from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
 from qmoe_lite.coding.packed import PackedMatrix
@@ -28,12 +30,16 @@ _ALL = 0xFFFFFFFF
 _TOP_BIT = np.uint64(1 << 63)
 
 
-def encode(digits: Any, levels: Any, codebook: Codebook) -> PackedMatrix:
+def encode(digits: Any, levels: Any, codebook: Code, column_scales: Any = None) -> PackedMatrix:
     """CUDA twin of :func:`qmoe_lite.coding.codec.encode`: the same bytes, from and to one GPU.
 
     One thread a row counts its codewords and, after a scan, writes them, both from nonzero to nonzero as the CPU does,
-    eight digits in a word; one thread packs eight codewords.
+    eight digits in a word; one thread packs eight codewords. A dictionary's digits are written on the CPU.
     """
+    if isinstance(codebook, Dictionary):
+        raise SettingError("a dictionary's digits are written on the CPU. Call qmoe_lite.encode.")
+    if column_scales is not None:
+        raise SettingError("column_scales go with a Dictionary's digits. Leave them out, or fit a Dictionary.")
     digits, levels = as_tensor(digits, "digits"), as_tensor(levels, "levels").clone()
     _check_digits(digits, codebook)
     _check_levels(levels, digits, codebook)

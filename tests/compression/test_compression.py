@@ -422,7 +422,7 @@ def test_the_codebook_is_chosen_by_rows_of_every_expert(monkeypatch, most, rows)
     numbers = torch.arange(60).reshape(6, 10, 1)
     digits = (numbers // 4 ** torch.arange(20).clamp(max=3) % 4).to(torch.int8)  # a row's number, in base 4
     layer = MoELayer("experts", "block", 6, {"wi": (10, 20)})
-    tally = tally_module.Tally(layer, "wi", 4)
+    tally = tally_module.CodebookTally(layer, "wi", qm.MinMaxTwoBit(), lambda counts, sample: None)
     solved = Quantized(digits, torch.ones(6, 10, 3), torch.ones(6), torch.zeros(6, dtype=torch.bool), ("own",) * 6)
     for part in (slice(0, 4), slice(4, 6)):
         group = dataclasses.replace(solved, digits=digits[part], levels=solved.levels[part])
