@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codes import Code
-from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.decode_kernels import slot_values
+from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS

@@ -16,7 +16,7 @@ from qmoe_lite.compression.losses import Gap
 
 BOUNDS = (("fine", 0.1), ("usable", 0.35), ("degraded", 1.0))  # the most that each may lose
 WORST = "unusable"
-BAD_LAYER = 0.5  # relative squared error of a layer's outputs above which a model comes out degraded or worse
+BAD_LAYER = 0.4  # relative squared error of a layer's outputs above which a model comes out degraded or worse
 
 
 @dataclass(frozen=True)
