@@ -118,6 +118,49 @@ def word_at(typing: Any, array: Any, place: Any) -> Any:
 
 
 @intrinsic
+def pair_at(typing: Any, array: Any, place: Any) -> Any:
+    """(uint32 array or pointer, uint32) -> 2 uint32: those at a place as for `word_at`, in one load of 64 bits."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        pair = ir.VectorType(ir.IntType(32), 2)
+        loaded = builder.load(_at(context, builder, signature.args[0], arguments[0], arguments[1], pair))
+        loaded.align = 8
+        words = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(2)]
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, 2)(array, types.uint32), generate
+
+
+@intrinsic
+def byte_at(typing: Any, array: Any, place: Any) -> Any:
+    """(uint32 array or pointer, uint32) -> uint32: the byte at a place as for `word_at`."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        loaded = builder.load(_at(context, builder, signature.args[0], arguments[0], arguments[1], ir.IntType(8)))
+        return builder.zext(loaded, ir.IntType(32))
+
+    return types.uint32(array, types.uint32), generate
+
+
+@intrinsic
+def float_of_byte(typing: Any, word: Any, number: Any) -> Any:
+    """(uint32, int) -> float32: the signed byte of that number, 0 the lowest."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        shift = builder.shl(builder.trunc(arguments[1], ir.IntType(32)), ir.Constant(ir.IntType(32), 3))
+        byte = builder.trunc(builder.lshr(arguments[0], shift), ir.IntType(8))
+        return builder.sitofp(byte, ir.FloatType())
+
+    return types.float32(types.uint32, types.int64), generate
+
+
+@intrinsic
 def add_multiple(typing: Any, total: Any, array: Any, place: Any, factor: Any) -> Any:
     """(n floats, float32 array or pointer, uint32, float32) -> n floats: total + factor * the n at a place."""
     types = _types()

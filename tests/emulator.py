@@ -183,6 +183,16 @@ class Intrinsics:
     def word_at(self, array, place):
         return array.at(place)[0]
 
+    def pair_at(self, array, place):
+        return tuple(array.at(place, 2))
+
+    def byte_at(self, array, place):
+        return np.uint32(int(array.at(int(place) & ~3)[0]) >> 8 * (int(place) & 3) & 255)
+
+    def float_of_byte(self, word, number):
+        assert 0 <= number < 4
+        return np.float32(np.uint32(word).tobytes()[number] ^ 128) - np.float32(128)
+
     def add_multiple(self, total, array, place, factor):
         assert isinstance(factor, np.float32)
         values = array.at(place, len(total))
