@@ -122,6 +122,7 @@ def make_window_packets(
     counts : integer tensor, shape (E, R)
         Codewords of each row, at least one.
     steps : float tensor, shape (E, R)
+        Of the rows.
     scales : float tensor, shape (E, C), or None
         Of the columns.
     exceptions : int32 tensor (E, blocks + 1), uint16 tensor (N,), int8 tensor (N,)
@@ -197,8 +198,9 @@ def row_exceptions(starts: Tensor, positions: Tensor, rows: int, columns: int) -
     Parameters
     ----------
     starts : int32 tensor, shape (E, blocks + 1)
+        Number of the first exception of each block of rows, then the end of the matrix's.
     positions : uint16 tensor, shape (N,)
-        Of the exceptions, in the blocks of E matrices.
+        In their blocks.
     rows, columns : int
         Of a matrix.
 
@@ -276,5 +278,3 @@ def _repack_windows_kernel(
                 words[2 * (np.int64(first) + packet) + 1] = high
             base = np.int32(base + cuda.shfl_sync(_ALL, end, 31))
         row = np.int32(row + (cuda.gridsize(1) >> 5))
-
-

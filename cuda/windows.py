@@ -61,10 +61,10 @@ def decode_window_rows(packets: WindowPackets, expert: int, first: int, out: Ten
         lengths.view(torch.uint8),
     ]
     sizes = dictionary.bits, codewords_each(dictionary.bits), dictionary.width, rows, out.shape[1]
-    made = _decode_kernel
+    made = _decode_windows_kernel
     if out.dtype != torch.int16:
         arrays += packets.steps[at_row + first :], packets.scales[at_scale:]
-        made = _decode_dense_kernel
+        made = _decode_dense_windows_kernel
     made.launch(blocks, WARPS * WARP, *arrays, bits16(out), *sizes)
 
 
@@ -93,7 +93,7 @@ def _next_exception(columns: Any, values: Any, place: Any, stop: Any) -> Any:
 
 
 @kernel("uint32*, int32*, int32*, uint16*, int8*, int8*, uint8*, int16*, int32, int32, int32, int32, int32")
-def _decode_kernel(
+def _decode_windows_kernel(
     words: Any,
     starts: Any,
     exception_starts: Any,
@@ -142,7 +142,7 @@ def _decode_kernel(
         for out in KINDS.values()
     )
 )
-def _decode_dense_kernel(
+def _decode_dense_windows_kernel(
     words: Any,
     starts: Any,
     exception_starts: Any,
@@ -159,7 +159,7 @@ def _decode_dense_kernel(
     rows: int,
     columns: int,
 ) -> None:
-    """Fill out (R, C) with weights, as `_decode_kernel` does with digits."""
+    """Fill out (R, C) with weights, as `_decode_windows_kernel` does with digits."""
     lane = np.int32(cuda.threadIdx.x & 31)
     mask = np.int32((4 << bits) - 1)
     row = np.int32(cuda.grid(1) >> 5)

@@ -21,11 +21,10 @@ from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.gather import RESIDENT_WARPS, WARPS, Groups, sum_of_lanes
 from qmoe_lite.cuda.intrinsics import (
+    add_digits,
     add_multiple,
     advanced,
     bits_of_quad,
-    byte_at,
-    float_of_byte,
     load_constant,
     load_float,
     load_quad,
@@ -37,12 +36,14 @@ from qmoe_lite.cuda.launch import WARP, cuda, kernel
 from qmoe_lite.cuda.matmul import TILE_VALUES, groups_in_order, in_order
 from qmoe_lite.cuda.packets import KINDS, bits16
 from qmoe_lite.cuda.variants import WIDTHS, choose_lanes
-from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each, columns_behind, device_tables
+from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each, columns_behind
 from qmoe_lite.cuda.windows import decode_window_rows
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
-# Chosen by a model, not measured: writing and reading a decoded matrix takes about as long as four tokens do four times.
+# Chosen by a model, not measured: writing and reading a decoded matrix takes as long as 16 tokens do, four at a time.
 PRODUCT_TOKENS = 16
+_LOADED = 4  # floats that one load gives at most
+_QUARTER = np.float32(0.25)
 _ALL = 0xFFFFFFFF
 
 
@@ -57,38 +58,57 @@ class WindowVariant:
     width : int
         Digits of a table's row: 8 or 16.
     held : bool
-        The tables lie in shared memory.
+        The table lies in shared memory.
     tokens : int
         Of a group: 1, 2 or 4; activations of one column lie together.
+    span : int
+        Columns whose activations lie together, `tokens` each: from each column on, so that one load gives them all.
     """
 
     bits: int
     width: int
     held: bool
     tokens: int
+    span: int
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the tables of digits and of lengths."""
-        return (self.width + 1) * 4 << self.bits
+        """Bytes of the table of digits."""
+        return self.width * 4 << self.bits
 
     def shared_bytes(self, columns: int) -> int:
         """Return the dynamic shared memory of a block; `columns` are those of x and of the zeros behind it."""
-        return (self.table_bytes if self.held else 0) + 4 * self.tokens * columns
+        return (self.table_bytes if self.held else 0) + 4 * self.tokens * self.span * columns
 
 
 def choose_window_variant(dictionary: Dictionary, columns: int, tokens: int, limit: int) -> WindowVariant | None:
     """Return what to compile for, given the bytes of shared memory that a block may ask for.
 
-    As many tokens a group as wanted or as fit; tables in shared memory where they fit; None where not one token does.
+    As many tokens a group as wanted or as fit, then as long loads; the table in shared memory where it fits; None where
+    not one token does.
     """
     padded = columns + columns_behind(dictionary)
     for held in (True, False):
         for width in WIDTHS:
-            variant = WindowVariant(dictionary.bits, dictionary.width, held, width)
-            if width <= tokens and variant.shared_bytes(padded) <= limit:
-                return variant
+            for span in (4, 2, 1):
+                variant = WindowVariant(dictionary.bits, dictionary.width, held, width, span)
+                if width <= tokens and width * span <= _LOADED and variant.shared_bytes(padded) <= limit:
+                    return variant
     return None
+
+
+@functools.cache  # as `window_packets.device_tables`
+def product_table(dictionary: Dictionary, device: torch.device) -> Tensor:
+    """Return a dictionary's table as the product reads it, on a GPU: uint32, four digits each, the lowest byte first.
+
+    A byte is 128 + four times its digit. A string's length less one lies in the two lowest bits, which that leaves, of
+    the first byte, and what is above them in those of the second.
+    """
+    table = (128 + 4 * dictionary.digits_table.astype(np.int16)).astype(np.uint8)
+    more = np.maximum(dictionary.lengths, 1) - 1
+    table[:, 0] |= more & 3
+    table[:, 1] |= more >> 2
+    return torch.from_numpy(table.reshape(-1).view(np.uint32)).to(device)
 
 
 def multiply(packets: WindowPackets, expert: int, x: Tensor) -> Tensor:
@@ -159,7 +179,7 @@ def multiply_groups(
         packets.exception_starts,
         packets.exception_columns,
         packets.exception_values,
-        *device_tables(dictionary, x.device),
+        product_table(dictionary, x.device),
         bits16(x),
         places,
         experts,
@@ -172,28 +192,30 @@ def multiply_groups(
 
 
 @njit(inline="always")
-def _add_window(quad: Any, number: int, place: Any, total: Any, parts: Any, shape: Any) -> Any:
-    """Add the digits of a packet's window, the column `place` its first one's; return the place behind it, and the sums.
+def _add_window(quad: Any, number: int, offset: Any, total: Any, parts: Any, shape: Any) -> Any:
+    """Add the digits of a packet's window, the first one's column lying at `offset`; return that of the next, and sums.
 
-    parts: tables, their places, x; shape: bits, width, bytes of a column.
+    parts: table, x; shape: bits, width, bytes of a column, and a tuple as long as x has columns in such bytes.
     """
-    (tables, digits_at, lengths, lengths_at, values), (bits, width, unit) = parts, shape
-    shift = 3 if width == 8 else 4  # a window's bits times the width: the place of its digits
-    begin = bits_of_quad(quad, 16 - shift + bits * number) & np.uint32(((4 << bits) - 1) << shift)
-    at = np.uint32(digits_at + begin)
-    low, high = pair_at(tables, at)
-    length = byte_at(lengths, np.uint32(lengths_at + (begin >> np.uint32(shift))))
-    for i in range(4):
-        total = add_multiple(total, values, np.uint32(place + np.uint32(unit * i)), float_of_byte(low, i))
-    for i in range(4):
-        total = add_multiple(total, values, np.uint32(place + np.uint32(unit * (4 + i))), float_of_byte(high, i))
-    if width == 16:
-        low, high = pair_at(tables, np.uint32(at + np.uint32(8)))
-        for i in range(4):
-            total = add_multiple(total, values, np.uint32(place + np.uint32(unit * (8 + i))), float_of_byte(low, i))
-        for i in range(4):
-            total = add_multiple(total, values, np.uint32(place + np.uint32(unit * (12 + i))), float_of_byte(high, i))
-    return np.uint32(place + length * np.uint32(unit)), total
+    (table, values), (bits, width, unit, span) = parts, shape
+    shift = 3 if width == 8 else 4  # a window's bits times the width: where its digits lie
+    at = bits_of_quad(quad, 16 - shift + bits * number) & np.uint32(((4 << bits) - 1) << shift)
+    low, high = pair_at(table, at)
+    more = np.uint32((low & np.uint32(3)) | (low >> np.uint32(6)) & np.uint32(12))
+    total = add_digits(total, values, offset, np.uint32(low & np.uint32(0xFFFFFCFC)), span)
+    total = add_digits(total, values, np.uint32(offset + np.uint32(4 * unit)), high, span)
+    if width == 16 and more >= 8:  # of few strings, but where rates are low
+        low, high = pair_at(table, np.uint32(at + np.uint32(8)))
+        total = add_digits(total, values, np.uint32(offset + np.uint32(8 * unit)), low, span)
+        total = add_digits(total, values, np.uint32(offset + np.uint32(12 * unit)), high, span)
+    return np.uint32(offset + np.uint32(more * np.uint32(unit)) + np.uint32(unit)), total
+
+
+@njit(inline="always")
+def _add_two(quad: Any, number: int, offset: Any, total: Any, parts: Any, shape: Any) -> Any:
+    """Add a packet's window of that number and the next one."""
+    offset, total = _add_window(quad, number, offset, total, parts, shape)
+    return _add_window(quad, number + 1, offset, total, parts, shape)
 
 
 @njit(inline="always")
@@ -206,23 +228,25 @@ def _row_sums(
     while index < stop:
         index = np.int32(index + step)
         after = load_quad(words, np.int32(index if index < stop else 0))  # on its way while this one is added
-        place = np.uint32(first + np.uint32(quad[0] & np.uint32(0xFFFF)) * unit)
-        # in pieces, since the compiler unrolls no loop that is longer
-        for number in range(3):
-            place, total = _add_window(quad, number, place, total, parts, shape)
-        for number in range(3, 6):
-            place, total = _add_window(quad, number, place, total, parts, shape)
-        for number in range(6, min(9, each)):
-            place, total = _add_window(quad, number, place, total, parts, shape)
-        for number in range(9, each):
-            place, total = _add_window(quad, number, place, total, parts, shape)
+        offset = np.uint32(first + np.uint32(quad[0] & np.uint32(0xFFFF)) * unit)
+        # not in a loop, since the compiler unrolls none that is so long
+        offset, total = _add_two(quad, 0, offset, total, parts, shape)
+        offset, total = _add_two(quad, 2, offset, total, parts, shape)
+        offset, total = _add_two(quad, 4, offset, total, parts, shape)
+        offset, total = _add_two(quad, 6, offset, total, parts, shape)
+        if each >= 10:
+            offset, total = _add_two(quad, 8, offset, total, parts, shape)
+        if each >= 12:
+            offset, total = _add_two(quad, 10, offset, total, parts, shape)
+        if each % 2 == 1:
+            offset, total = _add_window(quad, each - 1, offset, total, parts, shape)
         quad = after
     return total
 
 
 def _signatures() -> list[str]:
     """Parameter types of a kernel, by the dtypes of x and of y."""
-    matrix = "uint32*, int32*, float32*, float32*, int32*, uint16*, int8*, uint32*, uint32*"
+    matrix = "uint32*, int32*, float32*, float32*, int32*, uint16*, int8*, uint32*"
     pairs = dict.fromkeys(pair for kind in KINDS.values() for pair in ((kind, kind), (kind, "float32*")))
     return [f"{matrix}, {x}, int32*, int32*, int32*, {y}" + ", int32" * 9 for x, y in pairs]
 
@@ -235,10 +259,9 @@ def window_kernel(variant: WindowVariant) -> launch.Kernel:
     as they are.
     """
     bits, width, held, tokens = variant.bits, variant.width, variant.held, variant.tokens
-    each, table_bytes = codewords_each(bits), variant.table_bytes
-    digit_words, length_words = width << bits, 1 << bits
-    unit = 4 * tokens  # bytes of a column
-    zeros = (np.float32(0),) * tokens
+    each, table_words, spanned = codewords_each(bits), width << bits, variant.span
+    unit = 4 * tokens * spanned  # bytes of a column
+    zeros, span = (np.float32(0),) * tokens, (np.uint32(0),) * spanned
 
     @kernel(*_signatures())
     def _window_kernel(
@@ -249,8 +272,7 @@ def window_kernel(variant: WindowVariant) -> launch.Kernel:
         exception_starts: Any,
         exception_columns: Any,
         exception_values: Any,
-        digits: Any,
-        lengths: Any,
+        table: Any,
         x: Any,
         places: Any,
         experts: Any,
@@ -279,30 +301,23 @@ def window_kernel(variant: WindowVariant) -> launch.Kernel:
         words, scales = advanced(words, slot * word_stride * 4), advanced(scales, slot * scale_stride)
         starts, steps = advanced(starts, slot * row_stride), advanced(steps, slot * row_stride)
         exception_starts = advanced(exception_starts, slot * row_stride)
-        behind = table_bytes if held else 0
-        first = np.uint32(origin(values) + np.uint32(behind))
-        tables = dynamic_words if held else digits
-        digits_at, all_lengths, lengths_at = np.uint32(0), lengths, np.uint32(0)
+        entries = dynamic_words if held else table
+        behind = np.int32(table_words if held else 0)  # where x begins
         if held:
-            digits_at, all_lengths = origin(dynamic_words), dynamic_words
-            lengths_at = np.uint32(digits_at + np.uint32(4 * digit_words))
             i = thread
-            while i < digit_words:
-                dynamic_words[i] = load_constant(digits, i)
-                i = np.int32(i + threads)
-            i = thread
-            while i < length_words:
-                dynamic_words[digit_words + i] = load_constant(lengths, i)
+            while i < table_words:
+                dynamic_words[i] = load_constant(table, i)
                 i = np.int32(i + threads)
         for token in range(tokens):
             pair = members[group * tokens + token]
             start = np.int64(pair // slots) * columns
             i = thread
-            while i < padded:
+            while i < padded * spanned:
+                column = np.int32(i // spanned + i % spanned)
                 value = np.float32(0)
-                if i < columns and pair >= 0:
-                    value = load_float(x, start + i) * load_constant(scales, i)
-                values[(behind >> 2) + i * tokens + token] = value
+                if column < columns and pair >= 0:
+                    value = load_float(x, start + column) * load_constant(scales, column) * _QUARTER
+                values[behind + i * tokens + token] = value
                 i = np.int32(i + threads)
         cuda.syncthreads()
 
@@ -311,7 +326,8 @@ def window_kernel(variant: WindowVariant) -> launch.Kernel:
         member = np.int32(lane - below * step)
         rows_each = np.int32(np.int32(32) // step)
         row = np.int32((cuda.blockIdx.x * (threads >> 5) + warp) * rows_each + below)
-        parts, shape = (tables, digits_at, all_lengths, lengths_at, values), (bits, width, unit)
+        parts, shape = (entries, values), (bits, width, unit, span)
+        first, place = np.uint32(4 * behind), np.uint32(origin(values) + np.uint32(4 * behind))
         while row - below < rows:
             at = row if row < rows else np.int32(0)
             index = np.int32(starts[at] + member)
@@ -320,8 +336,9 @@ def window_kernel(variant: WindowVariant) -> launch.Kernel:
             index = np.int32(exception_starts[at] + member)
             stop = exception_starts[at + 1] if row < rows else np.int32(0)
             while index < stop:
-                place = np.uint32(first + np.uint32(exception_columns[index]) * np.uint32(unit))
-                total = add_multiple(total, values, place, np.float32(np.int32(exception_values[index])))
+                column = np.uint32(exception_columns[index])
+                value = np.float32(np.int32(np.int32(exception_values[index]) << 2))
+                total = add_multiple(total, values, np.uint32(place + column * np.uint32(unit)), value)
                 index = np.int32(index + step)
             for token in range(tokens):
                 value = sum_of_lanes(total[token], step) * steps[at]
@@ -330,6 +347,6 @@ def window_kernel(variant: WindowVariant) -> launch.Kernel:
                     store_float(y, np.int64(pair) * rows + row, value)
             row = np.int32(row + cuda.gridDim.x * (threads >> 5) * rows_each)
 
-    place = "" if held else "_global"
-    _window_kernel.__name__ = f"_window_{bits}_{width}{place}_tokens{tokens}_kernel"
+    suffix = "" if held else "_global"
+    _window_kernel.__name__ = f"_window_{bits}_{width}{suffix}_tokens{tokens}_span{spanned}_kernel"
     return _window_kernel

@@ -53,7 +53,10 @@ def naive_windows(codes, counts, dictionary):
     text = "".join(f"{byte:08b}"[::-1] for byte in codes.tolist())
     windows, at = [], 0
     for count in counts.tolist():
-        row = [int(text[i : i + dictionary.bits + 2][::-1], 2) for i in range(at, at + count * dictionary.bits, dictionary.bits)]
+        row = [
+            int(text[i : i + dictionary.bits + 2][::-1], 2)
+            for i in range(at, at + count * dictionary.bits, dictionary.bits)
+        ]
         windows.append(row)
         at += count * dictionary.bits
     return windows
@@ -186,29 +189,32 @@ def test_any_number_of_lanes_may_share_a_row(emulated, monkeypatch, lanes):
     case.assert_product(windows_product.multiply(case.packets, 0, x), 0, x)
 
 
-@pytest.mark.parametrize("limit", [64 << 10, 24 << 10, 9 << 10], ids=["1 token", "4 and no tables", "1 and no tables"])
-def test_tables_stay_outside_where_they_do_not_fit(emulated, monkeypatch, limit):
+@pytest.mark.parametrize("limit", [64 << 10, 24 << 10, 9 << 10], ids=["held", "4 tokens", "1 token"])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_x_and_table_are_held_as_they_fit(emulated, monkeypatch, tokens, limit):
     monkeypatch.setattr(launch, "shared_limit", lambda device: limit)
     case = Case(draw_digits(8, 1, 3, 1000), dictionary_of(8))
-    x = torch.randn(4, 1000)
+    x = torch.randn(tokens, 1000)
     case.assert_product(windows_product.multiply(case.packets, 0, x), 0, x)
 
 
 def test_what_is_held_follows_from_what_fits():
-    def held(width, columns, limit, bits=BITS):
+    def held(width, columns, limit, tokens=4, bits=BITS):
         dictionary = dictionary_of(width, bits)
-        variant = windows_product.choose_window_variant(dictionary, columns, 4, limit)
+        variant = windows_product.choose_window_variant(dictionary, columns, tokens, limit)
         if variant is None:
             return None
         padded = columns + window_packets.columns_behind(dictionary)
         assert variant.shared_bytes(padded) <= limit
-        return variant.tokens, variant.held
+        return variant.tokens, variant.span, variant.held
 
-    assert held(8, 4096, 227 << 10) == (4, True)
-    assert held(8, 4096, 98 << 10) == (2, True)
-    assert held(8, 14336, 98 << 10) == (1, True)
-    assert held(16, 4096, 98 << 10) == (1, True)
-    assert held(8, 4096, 98 << 10, bits=12) == (4, False)
+    assert held(8, 4096, 227 << 10) == (4, 1, True)
+    assert held(8, 4096, 227 << 10, tokens=2) == (2, 2, True)
+    assert held(8, 4096, 227 << 10, tokens=1) == (1, 4, True)
+    assert held(8, 5000, 98 << 10) == (2, 1, True)
+    assert held(8, 14336, 98 << 10) == (1, 1, True)
+    assert held(16, 4096, 98 << 10, tokens=1) == (1, 2, True)
+    assert held(8, 4096, 98 << 10, bits=12) == (4, 1, False)
     assert held(8, 65535, 227 << 10) is None
 
 
@@ -241,10 +247,10 @@ def test_digits_of_zero_and_one_value(emulated, width):
 
 
 def test_exceptions_fill_rows_and_add_up(emulated):
-    """Every digit is beyond the clip, rows fill several blocks of exceptions, and one digit takes many of them."""
-    digits = draw_digits(8, 2, 5, 33000, rare=0)
-    digits[:, :, ::500] = 31
-    digits[1, 3, 7] = -32000
+    """Rows fill several blocks of exceptions, and one digit takes many of them."""
+    digits = draw_digits(8, 2, 3, 33000, rare=0)
+    digits[:, :, ::2000] = 31
+    digits[1, 2, 7] = -32000
     case = Case(digits, dictionary_of(8))
     for expert in range(2):
         assert (windows.decode_digits(case.packets, expert).numpy() == digits[expert]).all()
@@ -254,7 +260,7 @@ def test_groups_name_experts_and_their_places(emulated):
     """Pairs of a token and an expert, some dropped; an expert in no place leaves its rows alone."""
     case = Case(draw_digits(8, 3, 6, 50), dictionary_of(8))
     x = torch.randn(3, 50)
-    variant = windows_product.WindowVariant(BITS, 8, True, 2)
+    variant = windows_product.WindowVariant(BITS, 8, True, 2, 2)
     groups = torch.tensor([0, 1, 2, 2], dtype=torch.int32), torch.tensor([0, 3, 4, -1, 1, 5, -1, -1], dtype=torch.int32)
     y = torch.full((6, 6), 77.0)
     places = torch.tensor([0, -1, 2], dtype=torch.int32)
