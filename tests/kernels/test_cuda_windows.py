@@ -337,8 +337,7 @@ def test_a_codeword_takes_the_loads_that_it_must(name):
     code = compiled(name, (9, 0))
     bits, width, held, _, span = VARIANTS[name]
     of = static.row_loops(code.cubin, code.name, (9, 0))
-    of_table = width // 8 if held else 0
-    assert of.shared == window_packets.codewords_each(bits) * (of_table + width // span)
+    assert of.shared == window_packets.codewords_each(bits) * (held + width // span)  # one load gives all digits
     assert of.packet > 3 * width * window_packets.codewords_each(bits)  # a loop that does less was miscounted
     assert of.row > 40
 
