@@ -64,7 +64,7 @@ def decode_window_rows(packets: WindowPackets, expert: int, first: int, out: Ten
     made = _decode_windows_kernel
     if out.dtype != torch.int16:
         arrays += packets.steps[at_row + first :], packets.scales[at_scale:]
-        made = _decode_dense_windows_kernel
+        made = _window_weights_kernel
     made.launch(blocks, WARPS * WARP, *arrays, bits16(out), *sizes)
 
 
@@ -142,7 +142,7 @@ def _decode_windows_kernel(
         for out in KINDS.values()
     )
 )
-def _decode_dense_windows_kernel(
+def _window_weights_kernel(
     words: Any,
     starts: Any,
     exception_starts: Any,

@@ -336,9 +336,9 @@ def window_kernel(variant: WindowVariant) -> launch.Kernel:
             index = np.int32(exception_starts[at] + member)
             stop = exception_starts[at + 1] if row < rows else np.int32(0)
             while index < stop:
-                column = np.uint32(exception_columns[index])
+                beyond = np.uint32(exception_columns[index])
                 value = np.float32(np.int32(np.int32(exception_values[index]) << 2))
-                total = add_multiple(total, values, np.uint32(place + column * np.uint32(unit)), value)
+                total = add_multiple(total, values, np.uint32(place + beyond * np.uint32(unit)), value)
                 index = np.int32(index + step)
             for token in range(tokens):
                 value = sum_of_lanes(total[token], step) * steps[at]
