@@ -53,7 +53,7 @@ PRODUCTS: dict[str, tuple[tuple[int, ...] | None, int, int]] = {
 WINDOW_PRODUCTS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "windows: 1 bit": ((7661, 2335, 4), 16, 1),
     "windows: 2 bits": ((4215, 4829, 901, 54, 1), 8, 1),
-    "windows: 2 bits, 4 tokens": ((4215, 4829, 901, 54, 1), 8, 4),
+    "windows: 4 tokens": ((4215, 4829, 901, 54, 1), 8, 4),
 }
 WIDTH = 4096  # columns of a row whose instructions are spread over its weights
 _REGISTERS, _FRAME, _STACK = 0x2F, 0x11, 0x12  # attributes of an .nv.info section
