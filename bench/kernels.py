@@ -19,7 +19,19 @@ from typing import Any
 from qmoe_lite.bench._parts.common import machine_line
 from qmoe_lite.bench._parts.gpu_paper import paper_kernel
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.cuda import codec, gather, launch, packets, solver, static, variants
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.cuda import (
+    codec,
+    gather,
+    launch,
+    packets,
+    solver,
+    static,
+    variants,
+    window_packets,
+    windows,
+    windows_product,
+)
 from qmoe_lite.cuda.static import COUNTS
 from qmoe_lite.errors import DeviceError
 
@@ -37,10 +49,16 @@ PRODUCTS: dict[str, tuple[tuple[int, ...] | None, int, int]] = {
     "product: two-bit": ((885, 50, 40, 25), 3, 1),
     "product: paper": (None, 2, 1),
 }
+# products from codes of windows: counts of sizes of digits, longest string, tokens
+WINDOW_PRODUCTS: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "windows: 1 bit": ((7661, 2335, 4), 16, 1),
+    "windows: 2 bits": ((4215, 4829, 901, 54, 1), 8, 1),
+    "windows: 4 tokens": ((4215, 4829, 901, 54, 1), 8, 4),
+}
 WIDTH = 4096  # columns of a row whose instructions are spread over its weights
 _REGISTERS, _FRAME, _STACK = 0x2F, 0x11, 0x12  # attributes of an .nv.info section
 _NOP = 0x918
-_MODULES = (solver, codec, packets)
+_MODULES = (solver, codec, packets, windows, window_packets)
 _PAPER = "the paper's kernel"
 
 
@@ -162,10 +180,11 @@ def measure() -> KernelsReport:
 
 
 def all_kernels() -> list[tuple[launch.Kernel, str]]:
-    """Return the library's kernels with each of their signatures, `PRODUCTS` with x in bfloat16, and the paper's."""
+    """Return the library's kernels with each of their signatures, products with x in bfloat16, and the paper's."""
     kernels = [each for module in _MODULES for each in vars(module).values() if isinstance(each, launch.Kernel)]
     known = [(kernel, signature) for kernel in dict.fromkeys(kernels) for signature in kernel.signatures]
-    return [*known, *(_gather(_variant(product)) for product in PRODUCTS), (paper_kernel, paper_kernel.signatures[0])]
+    products = [*(_gather(_variant(each)) for each in PRODUCTS), *map(window_kernel, WINDOW_PRODUCTS)]
+    return [*known, *products, (paper_kernel, paper_kernel.signatures[0])]
 
 
 def _variant(product: str) -> variants.Variant:
@@ -185,6 +204,21 @@ def _gather(variant: variants.Variant) -> tuple[launch.Kernel, str]:
     kernel = gather.gather_kernel(variant)
     signature = next(each for each in kernel.signatures if each.count("uint16*") == 4)  # levels, twice, x and y
     return kernel, signature
+
+
+@functools.cache
+def _dictionary(product: str) -> Dictionary:
+    counts, longest, _ = WINDOW_PRODUCTS[product]
+    return Dictionary.fit_counts(counts, longest=longest)
+
+
+def window_kernel(product: str) -> tuple[launch.Kernel, str]:
+    """Return the kernel of one of `WINDOW_PRODUCTS`, and its signature for activations in bfloat16."""
+    tokens = WINDOW_PRODUCTS[product][2]
+    variant = windows_product.choose_window_variant(_dictionary(product), WIDTH, tokens, SHARED_LIMIT)
+    assert variant is not None
+    kernel = windows_product.window_kernel(variant)
+    return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 3)  # exceptions, x and y
 
 
 @functools.lru_cache(maxsize=256)
@@ -241,6 +275,14 @@ def per_weight(product: str, capability: tuple[int, int], columns: int) -> tuple
     return static.per_weight(static.row_loops(code.cubin, code.name, capability), _codebook(product), columns)
 
 
+def window_per_weight(product: str, capability: tuple[int, int], columns: int) -> tuple[float, float]:
+    """As `per_weight`, of one of `WINDOW_PRODUCTS`; as if each of its branches were taken."""
+    code, dictionary = compiled(*window_kernel(product), capability), _dictionary(product)
+    bits = dictionary.expected_bits(WINDOW_PRODUCTS[product][0])  # exceptions too: a packet holds a little more
+    weights = window_packets.codewords_each(dictionary.bits) * dictionary.bits / bits
+    return static.spread(static.row_loops(code.cubin, code.name, capability), weights, columns)
+
+
 def paper_per_weight(capability: tuple[int, int]) -> float:
     """Return the warp instructions a weight of the paper's algorithm: of its loop over codewords alone.
 
@@ -282,6 +324,9 @@ def _figures(kernel: launch.Kernel, signature: str, capability: tuple[int, int])
     of = resources(code)
     product = next((each for each in PRODUCTS if _gather(_variant(each))[0] is kernel), None)
     each = per_weight(product, capability, WIDTH)[0] if product and PRODUCTS[product][2] == 1 else None
+    for name, (_, _, tokens) in WINDOW_PRODUCTS.items():
+        if window_kernel(name)[0] is kernel:
+            product, each = name, window_per_weight(name, capability, WIDTH)[0] if tokens == 1 else None
     if kernel is paper_kernel:
         product, each = _PAPER, paper_per_weight(capability)
     return KernelFigures(

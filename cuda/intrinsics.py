@@ -43,6 +43,16 @@ def _at(context: Any, builder: Any, kind: Any, array: Any, place: Any, unit: Any
     return builder.bitcast(builder.gep(start, [place], inbounds=True), unit.as_pointer(1))
 
 
+def _from_begin(context: Any, builder: Any, kind: Any, array: Any, offset: Any, unit: Any) -> Any:
+    """Return the LLVM pointer to a `unit` that lies so many bytes from an array's begin."""
+    ir = _ir()
+    space = 3 if hasattr(kind, "ndim") else 1
+    start = context.make_array(kind)(context, builder, array).data if space == 3 else array
+    start = builder.addrspacecast(builder.bitcast(start, ir.IntType(8).as_pointer()), ir.IntType(8).as_pointer(space))
+    place = builder.gep(start, [builder.zext(offset, ir.IntType(64))], inbounds=True)
+    return builder.bitcast(place, unit.as_pointer(space))
+
+
 @intrinsic
 def origin(typing: Any, array: Any) -> Any:
     """(array in shared memory, or pointer) -> uint32: the place of its first byte; 0 of a pointer's."""
@@ -115,6 +125,59 @@ def word_at(typing: Any, array: Any, place: Any) -> Any:
         return loaded
 
     return types.uint32(array, types.uint32), generate
+
+
+@intrinsic
+def pair_at(typing: Any, array: Any, offset: Any) -> Any:
+    """(uint32 array in shared memory or pointer, uint32) -> 2 uint32: those at so many bytes from its begin."""
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        pair = ir.VectorType(ir.IntType(32), 2)
+        loaded = builder.load(_from_begin(context, builder, signature.args[0], *arguments, pair))
+        loaded.align = 8
+        words = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(2)]
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, 2)(array, types.uint32), generate
+
+
+@intrinsic
+def add_digits(typing: Any, total: Any, array: Any, offset: Any, word: Any, span: Any) -> Any:
+    """(n floats, float32 array in shared memory, uint32, uint32, tuple) -> n floats: total + 4 digits' products.
+
+    The digits are the bytes of `word` less 128. The row of the first one lies `offset` bytes from the array's begin,
+    those of the next ones behind it: n floats for the digit itself, n for the one after it and so on, for as many as
+    `span` has elements.
+    """
+    types = _types()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ir = _ir()
+        number = ir.IntType(32)
+        width, spanned = signature.return_type.count, signature.args[4].count
+        row = ir.VectorType(ir.FloatType(), width * spanned)
+        start = _from_begin(context, builder, signature.args[1], arguments[1], arguments[2], row)
+        totals = [builder.extract_value(arguments[0], i) for i in range(width)]
+        select = ir.InlineAsm(ir.FunctionType(number, [number] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
+        for digit in range(4):
+            if digit % spanned == 0:
+                values = builder.load(builder.gep(start, [ir.Constant(number, digit)], inbounds=True))
+                values.align = 4 * width * spanned
+            # the byte becomes the lowest one of 2**23 as a float
+            bits = builder.call(
+                select, [arguments[3], ir.Constant(number, 0x4B000000), ir.Constant(number, 0x7440 + digit)]
+            )
+            factor = builder.fadd(
+                builder.bitcast(bits, ir.FloatType()), ir.Constant(ir.FloatType(), -float(2**23 + 128))
+            )
+            for i in range(width):
+                place = ir.Constant(number, digit % spanned * width + i)
+                totals[i] = builder.fma(factor, builder.extract_element(values, place), totals[i])
+        return context.make_tuple(builder, signature.return_type, totals)
+
+    return total(total, array, types.uint32, types.uint32, span), generate
 
 
 @intrinsic

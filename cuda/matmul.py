@@ -105,7 +105,7 @@ def _gather_product(packed: PackedMatrix, tokens: Tensor) -> Tensor | None:
     if variant is None:
         return None
     y = torch.empty(len(tokens), packed.shape[0], dtype=tokens.dtype, device=tokens.device)
-    groups = _groups_in_order(len(tokens), variant.tokens, tokens.device)
+    groups = groups_in_order(len(tokens), variant.tokens, tokens.device)
     gather((_packets(packed),), in_order(1, tokens.device), variant, tokens, groups, 1, None, y)
     return y
 
@@ -118,7 +118,7 @@ def _packets(packed: PackedMatrix) -> Packets:
 
 
 @functools.lru_cache(maxsize=64)
-def _groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
+def groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
     """Return the tokens of one matrix, `width` at a time."""
     groups = -(-tokens // width)
     members = torch.arange(groups * width, dtype=torch.int32)
@@ -130,4 +130,4 @@ def _groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
 @functools.cache  # as `variants.device_words`
 def in_order(experts: int, device: torch.device) -> Tensor:
     """Return the places of experts that lie at their own numbers."""
-    return torch.arange(experts, dtype=torch.int32).to(device)  # as `_groups_in_order`
+    return torch.arange(experts, dtype=torch.int32).to(device)  # as `groups_in_order`

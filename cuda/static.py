@@ -137,7 +137,12 @@ def per_weight(of: Loops, codebook: Codebook, columns: int) -> tuple[float, floa
     columns : int
         Of a row.
     """
-    packets = columns / packet_weights(codebook)
+    return spread(of, packet_weights(codebook), columns)
+
+
+def spread(of: Loops, weights_each: float, columns: int) -> tuple[float, float]:
+    """As `per_weight`, of packets that hold so many weights on average."""
+    packets = columns / weights_each
     lanes = choose_lanes(packets, MANY_ROWS, 1)
     times, share = turns(packets, lanes), lanes / WARP / columns
     return (times * of.packet + of.row) * share, times * of.shared * share

@@ -184,6 +184,20 @@ class Intrinsics:
     def word_at(self, array, place):
         return array.at(place)[0]
 
+    def pair_at(self, array, offset):
+        return tuple(array.at(offset + np.uint32(array.origin), 2))
+
+    def add_digits(self, total, array, offset, word, span):
+        unit = len(total) * len(span)
+        for digit, byte in enumerate(np.uint32(word).tobytes()):
+            row = array.at(offset + array.origin + 4 * unit * (digit - digit % len(span)), unit)
+            values = row[digit % len(span) * len(total) :][: len(total)]
+            with np.errstate(invalid="ignore"):  # infinity times zero
+                total = tuple(
+                    np.float32(old + np.float32(byte - 128) * value) for old, value in zip(total, values, strict=True)
+                )
+        return total
+
     def add_multiple(self, total, array, place, factor):
         assert isinstance(factor, np.float32)
         values = array.at(place, len(total))

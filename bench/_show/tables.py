@@ -223,7 +223,8 @@ def print_kernels(report: KernelsReport) -> None:
     )
     print_text("stack: bytes a thread, spilled registers among them. shared: bytes a block, as")
     print_text("the code declares; 1,024 of sm_90's are its own. widest load: bytes, of global")
-    print_text(f"memory. a weight: warp instructions in rows of {WIDTH} columns at P(0) = .885.")
+    print_text(f"memory. a weight: warp instructions in rows of {WIDTH} columns; of ternary")
+    print_text("digits at P(0) = .885.")
     print_text()
     print_rows(
         f"A model of one token's product, unmeasured: us, packets of {report.bits_per_weight:.2f} bits a weight",

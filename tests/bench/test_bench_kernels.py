@@ -91,7 +91,7 @@ def test_a_row_s_end_counts_in_full(printed):
     assert narrow > 3 * wide
     shown = [row["instructions_per_weight"] for row in report["kernels"]]
     assert wide in shown
-    assert len([each for each in shown if each is not None]) == 10, "four products of one token and the paper's, twice"
+    assert len([each for each in shown if each is not None]) == 14, "six products of one token and the paper's, twice"
 
 
 @pytest.mark.slow
