@@ -219,8 +219,8 @@ def _measure_width(rows: Digits, codebook: Codebook) -> WidthRates:
 
 def _measure_projection(experts: PackedExperts, projection: str, weights: int) -> ProjectionRates:
     codebook, (rows, columns) = experts.codebooks[projection], experts.layer.shapes[projection]
-    if codebook.digits != 3:
-        raise SettingError(f"{experts.layer.experts} holds two-bit digits; expected ternary ones. Name another model.")
+    if not isinstance(codebook, Codebook) or codebook.digits != 3:
+        raise SettingError(f"{experts.layer.experts} holds other digits than ternary ones. Name another model.")
     taken = min(experts.num_experts, max(1, weights // (rows * columns)))
     packed = [experts.packed(expert, projection) for expert in range(taken)]
     digits = np.concatenate([decode(each)[0].numpy() for each in packed])

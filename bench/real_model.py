@@ -92,8 +92,8 @@ def write_model(gguf: Path, out: Path, experts: int = EXPERTS) -> float:
     config = dense.config
     if config.intermediate_size % experts:
         raise SystemExit(f"--experts {experts} does not divide the {config.intermediate_size} neurons of a layer.")
-    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    kept += ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    kept = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    kept += ["rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"]
     width = config.intermediate_size // experts
     mixture: Any = MixtralForCausalLM(
         MixtralConfig(

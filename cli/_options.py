@@ -128,7 +128,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         group: Any = parameter.annotation
         if is_dataclass(group):
             groups[name] = group
-            hints = inspect.get_annotations(group, eval_str=True)
+            hints = inspect.get_annotations(group, eval_str=True)  # type: ignore[arg-type]
             shown += [
                 inspect.Parameter(f.name, parameter.kind, default=f.default, annotation=hints[f.name])
                 for f in fields(group)

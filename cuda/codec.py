@@ -16,7 +16,7 @@ from qmoe_lite.coding.decode_kernels import slot_values
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS
+from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS, codebook_of
 from qmoe_lite.coding.stream import PADDING_BYTES, shorten_counts, stream_bytes
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.launch import WARP, as_tensor, cuda, kernel
@@ -62,7 +62,12 @@ def encode(digits: Any, levels: Any, codebook: Code, column_scales: Any = None) 
 def decode(packed: PackedMatrix) -> tuple[Tensor, Tensor]:
     """CUDA twin of :func:`qmoe_lite.coding.codec.decode`; the matrix is validated already."""
     check_validated(packed)
-    slots = packed.codebook.alphabet.slot_digits
+    if isinstance(packed.codebook, Dictionary):
+        from qmoe_lite.cuda.window_packets import matrix_packets
+        from qmoe_lite.cuda.windows import decode_digits
+
+        return decode_digits(matrix_packets(packed)), packed.levels
+    slots = codebook_of(packed).alphabet.slot_digits
     values = torch.tensor([slots], dtype=torch.int8, device=packed.device).repeat(packed.shape[0], 1)
     digits = torch.zeros(packed.shape, dtype=torch.int8, device=packed.device)
     decode_rows(packed, values, row_starts(packed), 0, digits)
@@ -74,8 +79,13 @@ def decode_dense(packed: PackedMatrix, dtype: torch.dtype = torch.float32) -> Te
     if dtype not in (*LEVEL_DTYPES, torch.float64):
         raise DtypeError(f"dtype is {dtype}; expected float16, bfloat16, float32 or float64.")
     check_validated(packed)
+    if isinstance(packed.codebook, Dictionary):
+        from qmoe_lite.cuda.window_packets import matrix_packets
+        from qmoe_lite.cuda.windows import DENSE_DTYPES, decode_weights
+
+        return decode_weights(matrix_packets(packed), 0, dtype if dtype in DENSE_DTYPES else torch.float32).to(dtype)
     dense = torch.zeros(packed.shape, dtype=dtype, device=packed.device)
-    decode_rows(packed, slot_values(packed.levels, packed.codebook.alphabet, dtype), row_starts(packed), 0, dense)
+    decode_rows(packed, slot_values(packed.levels, codebook_of(packed).alphabet, dtype), row_starts(packed), 0, dense)
     return dense
 
 
@@ -95,7 +105,7 @@ def row_starts(packed: PackedMatrix) -> Tensor:
 
 def decode_rows(packed: PackedMatrix, values: Tensor, starts: Tensor, first: int, out: Tensor) -> None:
     """Write the nonzeros of rows `first` and following into `out`, zeros before; as on the CPU otherwise."""
-    codebook, word = packed.codebook, _WORDS[out.element_size()]
+    codebook, word = codebook_of(packed), _WORDS[out.element_size()]
     rows = len(out)
     blocks = min(-(-rows // WARPS), BLOCKS * launch.multiprocessors(out.device))
     _decode_kernel.launch(

@@ -135,7 +135,7 @@ def pair_at(typing: Any, array: Any, offset: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         ir = _ir()
         pair = ir.VectorType(ir.IntType(32), 2)
-        loaded = builder.load(_from_begin(context, builder, signature.args[0], *arguments, pair))
+        loaded = builder.load(_from_begin(context, builder, signature.args[0], arguments[0], arguments[1], pair))
         loaded.align = 8
         words = [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(2)]
         return context.make_tuple(builder, signature.return_type, words)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.coding.decode_kernels import slot_values
+from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.parts import codebook_of
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import check_validated, decode_rows, row_starts
 from qmoe_lite.cuda.gather import Groups, gather
@@ -40,7 +42,12 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     check_validated(packed)
     tokens = _tokens(x, packed)
     y = None
-    if 0 < len(tokens) <= GATHERED_TOKENS:
+    if isinstance(packed.codebook, Dictionary):
+        from qmoe_lite.cuda.window_packets import matrix_packets
+        from qmoe_lite.cuda.windows_product import multiply
+
+        y = multiply(matrix_packets(packed), 0, tokens)
+    elif 0 < len(tokens) <= GATHERED_TOKENS:
         y = _gather_product(packed, tokens)
     if y is None:
         y = _tile_product(packed, tokens)
@@ -72,7 +79,7 @@ def _tile_product(packed: PackedMatrix, tokens: Tensor) -> Tensor:
 
     def decode(first: int, tile: Tensor) -> None:
         if tile.dtype not in values:
-            values[tile.dtype] = slot_values(packed.levels, packed.codebook.alphabet, tile.dtype)
+            values[tile.dtype] = slot_values(packed.levels, codebook_of(packed).alphabet, tile.dtype)
         decode_rows(packed, values[tile.dtype], starts, first, tile)
 
     return _by_tiles(packed.shape[0], packed.levels.dtype, decode, tokens)
@@ -101,7 +108,7 @@ def _gather_product(packed: PackedMatrix, tokens: Tensor) -> Tensor | None:
     """Product by adding nonzeros: tokens (T, C) -> (T, R) of the same dtype; None where x is too wide."""
     wanted = next(width for width in reversed(WIDTHS) if width >= min(len(tokens), WIDTHS[0]))
     limit, levels = launch.shared_limit(tokens.device), packed.levels.shape[1]
-    variant = choose_variant((packed.codebook,), levels, packed.columns, wanted, None, limit)
+    variant = choose_variant((codebook_of(packed),), levels, packed.columns, wanted, None, limit)
     if variant is None:
         return None
     y = torch.empty(len(tokens), packed.shape[0], dtype=tokens.dtype, device=tokens.device)

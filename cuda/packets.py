@@ -20,6 +20,7 @@ from torch import Tensor
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.entry import entry_field, entry_length, field_position, field_slot
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.parts import codebook_of
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import BLOCKS, THREADS, device_table, load_code
 from qmoe_lite.cuda.intrinsics import load_float, load_quad, store_float
@@ -105,7 +106,7 @@ def make_packets(packed: PackedMatrix) -> Packets:
     """Return a validated matrix on a GPU as packets; waits for the GPU, which must count them."""
     offsets = torch.zeros(1, dtype=torch.int64, device=packed.device)
     counts = packed.count_codewords()[None]
-    return _make(packed.codes, offsets, counts, packed.levels[None], packed.codebook, packed.columns)
+    return _make(packed.codes, offsets, counts, packed.levels[None], codebook_of(packed), packed.columns)
 
 
 def stack_packets(held: dict[str, Tensor], codebook: Codebook, columns: int) -> Packets:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,14 +19,17 @@ from torch import Tensor
 
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.exceptions import block_rows
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.parts import EXCEPTION_PARTS
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import BLOCKS, WARPS, load_code, warp_scan
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
 from qmoe_lite.cuda.packets import COLUMN_BITS, PACKET_BITS
-from qmoe_lite.errors import ShapeError
+from qmoe_lite.errors import DeviceError, ShapeError
 
 CLASS_BITS = 2  # of a window, the top of the codeword before
 _ALL = 0xFFFFFFFF
+LARGEST_WIDTH = 16  # digits of a table's row
 _MOST_PACKETS = (1 << 31) - 1  # numbered in 32 bits
 
 
@@ -134,9 +138,16 @@ def make_window_packets(
 
     Raises
     ------
+    DeviceError
+        Strings of more than 16 digits, which low rates have.
     ShapeError
         More than 2**31 - 1 packets.
     """
+    if dictionary.width > LARGEST_WIDTH:
+        raise DeviceError(
+            f"the code has strings of {dictionary.width} digits, the GPU's kernels take {LARGEST_WIDTH}. "
+            "Run the model on the CPU, or compress it at a rate of 1 or more."
+        )
     experts, rows = counts.shape
     counts = counts.to(torch.int64)
     starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=codes.device)
@@ -166,6 +177,27 @@ def make_window_packets(
         total / counts.numel(),
         strides=(0, rows, 0 if len(scales) == 1 else columns),
     )
+
+
+_PACKETS: WeakKeyDictionary[PackedMatrix, WindowPackets] = WeakKeyDictionary()
+
+
+def matrix_packets(packed: PackedMatrix) -> WindowPackets:
+    """Return a validated matrix on a GPU as packets; made when they are first needed, and kept with the matrix."""
+    if packed not in _PACKETS:
+        assert isinstance(packed.codebook, Dictionary)
+        starts, positions, values = (packed.tensors[name] for name in EXCEPTION_PARTS)
+        _PACKETS[packed] = make_window_packets(
+            packed.codes,
+            torch.zeros(1, dtype=torch.int64, device=packed.device),
+            packed.count_codewords()[None],
+            packed.levels[None, :, 0],
+            None if packed.column_scales is None else packed.column_scales[None],
+            (starts[None], positions, values),
+            packed.codebook,
+            packed.columns,
+        )
+    return _PACKETS[packed]
 
 
 def repack_windows(

@@ -182,7 +182,7 @@ def _window_weights_kernel(
             while beyond < stop and np.int32(exception_columns[beyond]) < base:
                 column, excess, beyond = _next_exception(exception_columns, exception_values, beyond, stop)
                 if begin <= column < end:
-                    digit = np.int32(table[np.int64(window) * width + (column - begin)])
-                    value = np.float32(np.int32(digit + excess)) * step * scales[column]
+                    clipped = np.int32(table[np.int64(window) * width + (column - begin)])
+                    value = np.float32(np.int32(clipped + excess)) * step * scales[column]
                     store_float(out, np.int64(row) * columns + column, value)
         row = np.int32(row + (cuda.gridsize(1) >> 5))

@@ -15,7 +15,7 @@ from torch import Tensor
 from qmoe_lite.bench._parts import gpu as parts
 from qmoe_lite.bench._show.text import print_rows, print_text
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.cuda import gather, matmul
+from qmoe_lite.cuda import gather, matmul, variants
 
 LANES = (2, 4, 8, 16, 32)
 TOKENS = (8, 16, 32, 64, 128)
@@ -42,7 +42,7 @@ def _chosen_lanes(packed: PackedMatrix) -> int:
         found.append(choose(*given))
         return found[0]
 
-    choose: Callable[..., int] = gather.choose_lanes
+    choose: Callable[..., int] = variants.choose_lanes
     with _forced(gather, "choose_lanes", noted):
         matmul.decode_matmul(packed, _draw(1, packed.columns))
     return found[0]

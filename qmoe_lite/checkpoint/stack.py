@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import ALIGNMENT, checksum, tensor_name
-from qmoe_lite.coding.codes import Code
+from qmoe_lite.coding.codes import Code, bytes_of_stream
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.exceptions import block_rows
 from qmoe_lite.coding.matmul import MatrixStack, Stack
@@ -150,7 +151,7 @@ class ExpertStack:
             return self._spans[expert]
         start, stop = self.parts["expert_offsets"][expert : expert + 2].tolist()
         lengths = self.matrix(expert, torch.empty(0, dtype=torch.uint8)).count_codewords()
-        used = self.codebook.stream_bytes(int(lengths.sum()))
+        used = bytes_of_stream(self.codebook, int(lengths.sum()))
         if start < 0 or start % ALIGNMENT or not start <= start + used <= stop <= self.codes_bytes:
             raise FormatError(f"{self.name_of(expert)} does not lie inside its codes. Fetch or make the file again.")
         self._spans[expert] = start, used
@@ -169,7 +170,7 @@ class ExpertStack:
             **self._window_parts(expert),
         )
 
-    def _window_parts(self, expert: int) -> dict[str, Tensor]:
+    def _window_parts(self, expert: int) -> dict[str, Any]:
         """Return one expert's column scales and exceptions, where the code is a dictionary."""
         if not isinstance(self.codebook, Dictionary):
             return {}

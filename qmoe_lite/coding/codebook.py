@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from qmoe_lite.coding.alphabet import ALPHABETS, Alphabet
 from qmoe_lite.coding.automaton import Automaton, Steps, build_automaton, walk_steps
 from qmoe_lite.coding.gather import STEP_IN_BYTES
-from qmoe_lite.coding.stream import stream_bytes
 from qmoe_lite.coding.strings import (
     PAPER_BITS,
     PAPER_COUNTS,
@@ -168,10 +167,6 @@ class Codebook:
         0.735
         """
         return _paper()
-
-    def stream_bytes(self, codewords: int) -> int:
-        """Return the bytes of a matrix's stream of so many codewords, with its padding."""
-        return stream_bytes(codewords, self.bits)
 
     @property
     def digits(self) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.dictionary import KIND, Dictionary
+from qmoe_lite.coding.stream import stream_bytes
+from qmoe_lite.coding.windows import windows_bytes
 from qmoe_lite.errors import FormatError
 
 Code = Codebook | Dictionary
@@ -35,3 +37,8 @@ def code_from_config(config: Any) -> Code:
         known = " or ".join(f'"{name}"' for name in CODES)
         raise FormatError(f"codebook config is unusable: kind is {kind!r}; expected {known}. Upgrade qmoe-lite.")
     return CODES[kind](config)
+
+
+def bytes_of_stream(code: Code, codewords: int) -> int:
+    """Return the bytes of a matrix's stream of so many codewords, with its padding."""
+    return (windows_bytes if isinstance(code, Dictionary) else stream_bytes)(codewords, code.bits)

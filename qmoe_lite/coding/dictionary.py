@@ -24,7 +24,7 @@ from qmoe_lite.coding.exceptions import count_exceptions
 from qmoe_lite.coding.fitting import EXCEPTION_BITS, LARGEST_CLIP, digit_chances, exception_bits, fit_trees
 from qmoe_lite.coding.growth import follow_chain
 from qmoe_lite.coding.trees import FAULTS, MOST_DIGITS, Trees, encoder_entries, read_trees, window_tables
-from qmoe_lite.coding.windows import count_codewords, windows_bytes
+from qmoe_lite.coding.windows import count_codewords
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
 
 KIND = "windows"
@@ -162,10 +162,6 @@ class Dictionary:
     def kind(self) -> str:
         """What config.json calls the code."""
         return KIND
-
-    def stream_bytes(self, codewords: int) -> int:
-        """Return the bytes of a matrix's stream of so many codewords, with its padding."""
-        return windows_bytes(codewords, self.bits)
 
     @property
     def entries(self) -> int:

@@ -23,6 +23,7 @@ from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.gather import gather_kernel
 from qmoe_lite.coding.jobs import expand_kernel
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.parts import codebook_of
 from qmoe_lite.coding.stream import row_starts
 from qmoe_lite.coding.validation import prepare
 from qmoe_lite.coding.window_parts import weights_of
@@ -120,7 +121,8 @@ class MatrixStack:
         """A stack of one; its levels are a float32 copy."""
         fewest, offsets = np.array([packed.fewest_codewords], dtype=np.int32), np.zeros(1, dtype=np.int64)
         codes, row_codewords = packed.codes.numpy(), packed.row_codewords.numpy()[None]
-        return cls(codes, offsets, row_codewords, fewest, packed.levels.float()[None], packed.codebook, packed.columns)
+        levels, book = packed.levels.float()[None], codebook_of(packed)
+        return cls(codes, offsets, row_codewords, fewest, levels, book, packed.columns)
 
 
 Stack = MatrixStack | WindowStack
@@ -300,11 +302,12 @@ def _tile_product(packed: PackedMatrix, tokens: torch.Tensor) -> torch.Tensor:
         return y
     if isinstance(packed.codebook, Dictionary):
         return tokens @ weights_of(packed).T
-    values = slot_values(packed.levels, packed.codebook.alphabet, torch.float32)
+    book = codebook_of(packed)
+    values = slot_values(packed.levels, book.alphabet, torch.float32)
     starts = row_starts(packed.count_codewords().numpy())
     tile = torch.empty(min(rows, max(1, TILE_VALUES // columns)), columns, dtype=torch.float32)
     for first in range(0, rows, len(tile)):
         part = tile[: rows - first]
-        decode_rows(packed.codes.numpy(), packed.codebook, values, starts, first, part)
+        decode_rows(packed.codes.numpy(), book, values, starts, first, part)
         y[:, first : first + len(part)] = tokens @ part.T
     return y

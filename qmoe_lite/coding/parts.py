@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -69,4 +69,11 @@ class MatrixParts:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same matrix on another device; dtypes stay."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
+
+
+def codebook_of(packed: MatrixParts) -> Codebook:
+    """Return the matrix's code, which is known to be a codebook of few digits."""
+    assert isinstance(packed.codebook, Codebook)
+    return packed.codebook

@@ -151,7 +151,7 @@ def _add_rows(
         count = np.int64(counts[i]) + fewest
         own = address_of(sums) + np.uint64(4 * len(tokens) * i)
         _add_row(stream, codeword, count, bits, table, width, lengths, tokens, address_of(x), token_bytes, own)
-        codeword += count
+        codeword += count  # type: ignore[assignment]
 
 
 @njit(forceinline=True, error_model="numpy")

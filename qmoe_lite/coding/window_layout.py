@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ _LARGEST_SCALED = np.float32(1e31)  # 127 times so much in each column cannot ov
 
 
 @njit(forceinline=True, error_model="numpy")
-def _scaled(value: np.float32, scale: np.float32) -> tuple[np.float32, int]:
+def _scaled(value: np.float32, scale: np.float32) -> Any:
     """Return value * scale, and 1 if one of them is not finite or too large, else 0."""
     scaled = value * scale
     return scaled, np.int64(not (abs(value) <= _LARGEST and abs(scaled) <= _LARGEST_SCALED))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,16 @@ from qmoe_lite.compression.calibration import (
     Samples,
     check_ids,
     hessian_masks,
-    make_samples,
     open_tokenizer,
-    read_text,
-    read_tokens,
-    window_length,
 )
+from qmoe_lite.compression.choice import grid_and_rate
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
-from qmoe_lite.compression.rate import MOST, RateControl
+from qmoe_lite.compression.rate import RateControl
+from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
-from qmoe_lite.compression.verdict import BAD_LAYER, Verdict, judge
+from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import BadResultError, OutputError, SettingError
 from qmoe_lite.models.routing import Assignment
@@ -52,11 +49,9 @@ from qmoe_lite.models.skeletons import (
     skeleton,
     unused,
 )
-from qmoe_lite.quantization.grid import Grid, MinMaxTernary, UniformGrid
+from qmoe_lite.quantization.grid import Grid
 
-TERNARY_FAMILIES = ("switch_transformers",)  # the paper's realm: .8 bits and fewer by the ternary grid
 RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
-USUAL_RATE = 2.0  # stored bits a weight of other families
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 
@@ -208,7 +203,7 @@ class _Run:
         self.started = time.perf_counter()
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self.family, self.checkpoint = open_checkpoint(model)
-        self.grid, self.settings = _grid_and_rate(grid, settings, self.family.model_type)
+        self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
         if self.checkpoint.config.get("quantization_config"):
             raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
@@ -226,8 +221,6 @@ class _Run:
         self._warning: str | None = None
         self.verdict: Verdict | None = None
 
-    # -- the whole
-
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
         if calibration is None:
             self._open_partial(None, resume)
@@ -236,10 +229,10 @@ class _Run:
                 self.unfinished.save()
         else:
             tokenizer = open_tokenizer(self.checkpoint.directory)
-            samples, for_hessians, reference = self._samples(calibration, tokenizer)
-            check_ids(samples, self.config.vocab_size)
-            self._open_partial(samples, resume)
-            self._calibrated(samples, for_hessians, reference, hessian_masks(samples, tokenizer))
+            samples = self._samples(calibration, tokenizer)
+            check_ids(samples.all, self.config.vocab_size)
+            self._open_partial(samples.all, resume)
+            self._calibrated(samples, hessian_masks(samples.all, tokenizer))
         return self._write_rest()
 
     def _open_partial(self, samples: Samples | None, resume: bool) -> None:
@@ -257,60 +250,18 @@ class _Run:
             known = self.done.rate or {"rate": self.settings.rate, "weights": weights}
             self.compressor.rate = RateControl(**known)
 
-    def _samples(self, calibration: str | Path, tokenizer: Any) -> tuple[Samples, int, int]:
-        """Return all samples, how many of them are for calibration, and the first of the reference samples.
+    def _samples(self, calibration: str | Path, tokenizer: Any) -> RunSamples:
+        wanted = self.settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
+        samples, notes = RunSamples.make(calibration, tokenizer, wanted, self.family.seq2seq, self.settings)
+        self.degraded += notes
+        return samples
 
-        Those for calibration come first, then those for validation, then the same ones once more, which go through the
-        dense experts.
-        """
-        options = self.settings
-        wanted = options.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
-        window = window_length(options.sequence_length) if self.family.seq2seq else options.sequence_length
-        tokens = read_tokens(read_text(calibration), tokenizer, (wanted + options.validation_samples) * window)
-        # validation text is the end of the text, at most an eighth of it, so that no Hessian sees a word of it
-        kept = min(options.validation_samples, len(tokens) // window // 8)
-        cut = len(tokens) - kept * window
-
-        def make(part: np.ndarray, count: int | None) -> Samples:
-            return make_samples(
-                part,
-                tokenizer,
-                seq2seq=self.family.seq2seq,
-                count=count,
-                sequence_length=options.sequence_length,
-                seed=options.seed,
-            )
-
-        main = make(tokens[:cut], wanted)
-        if len(main) < wanted:
-            self.degraded.append(f"the text gave {len(main)} calibration samples instead of {wanted}")
-        elif main.windows < wanted:
-            text = f"the text holds {main.windows} windows of calibration text: the {wanted} samples mask each "
-            self.degraded.append(f"{text}{wanted / main.windows:.1f} times on average")
-        if kept == 0:
-            return main, len(main), len(main)
-        extra = make(tokens[cut:], None)
-        reference = len(main) + len(extra)
-        ids = np.concatenate([main.input_ids, extra.input_ids, extra.input_ids])
-        if main.labels is None or extra.labels is None:
-            return Samples(ids, None, main.windows), len(main), reference
-        labels = np.concatenate([main.labels, extra.labels, extra.labels])
-        return Samples(ids, labels, main.windows), len(main), reference
-
-    # -- with calibration
-
-    def _calibrated(
-        self,
-        samples: Samples,
-        for_hessians: int,
-        reference: int,
-        masks: tuple[np.ndarray, np.ndarray | None],
-    ) -> None:
+    def _calibrated(self, samples: RunSamples, masks: tuple[np.ndarray, np.ndarray | None]) -> None:
         self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
-        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings, reference)
-        ids = [samples.input_ids]
-        if samples.labels is not None:
-            ids.append(self._decoder_input(samples.labels))
+        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings, samples.reference)
+        ids = [samples.all.input_ids]
+        if samples.all.labels is not None:
+            ids.append(self._decoder_input(samples.all.labels))
         memory: ListBuffer | None = None
         resumed, finished = self.unfinished.stack, self.unfinished.block
         with capacity_lifted(self.model):
@@ -327,15 +278,11 @@ class _Run:
                 if first:
                     self.unfinished.load_hidden(hidden)
                 assert mask is not None
-                eligible, rides, dense = mask.copy(), np.zeros_like(mask), np.zeros_like(mask)
-                eligible[for_hessians:] = False
-                rides[for_hessians:reference] = True
-                dense[reference:] = True
-                flags = [torch.from_numpy(flag.reshape(-1)) for flag in (eligible, rides, dense)]
+                flags = samples.flags(mask)
                 for i in range(first, len(stack.blocks)):
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
-                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, *flags, hidden))
+                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, flags, hidden))
                         self.unfinished.keep(number, i, hidden, memory)
                         if self._warning is not None and self.settings.stop_when_bad:
                             raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
@@ -343,26 +290,7 @@ class _Run:
                 runner.leave(stack, hidden)
                 memory = hidden
             assert memory is not None
-            if reference < len(samples):
-                self.verdict = self._judge(samples, slice(for_hessians, reference), memory)
-
-    def _judge(self, samples: Samples, validation: slice, hidden: ListBuffer) -> Verdict:
-        """Compare the losses of the validation samples and of the reference samples behind them."""
-        weight, factor = self.family.head(self.model, self.checkpoint)
-        count = validation.stop - validation.start
-        losses: list[float] = []
-        tokens: list[int] = []
-        for sample in range(validation.start, validation.stop + count):
-            states = hidden.read(slice(sample, sample + 1))[0] * factor
-            labels = torch.from_numpy(samples.input_ids[sample] if samples.labels is None else samples.labels[sample])
-            if samples.labels is None:
-                states, labels = states[:-1], labels[1:]
-            losses.append(loss_of_states(states, weight, labels))
-            tokens.append(int((labels != IGNORED).sum()))
-        gap = paired_gap(losses[:count], losses[count:], tokens[:count])
-        predicted = sum(tokens[:count])
-        rate = self.settings.rate
-        return judge(sum(losses[count:]) / predicted, gap, predicted, len(weight), rate, MOST)
+            self.verdict = samples.judge(memory, *self.family.head(self.model, self.checkpoint), self.settings.rate)
 
     def _decoder_input(self, labels: np.ndarray) -> np.ndarray:
         """Shift labels to the right, as transformers does."""
@@ -374,11 +302,10 @@ class _Run:
         self,
         inputs: ListBuffer,
         assigned: Assignment,
-        eligible: Tensor,
-        validation: Tensor,
-        reference: Tensor,
+        flags: tuple[Tensor, ...],
         hidden: ListBuffer,
     ) -> LayerInputs:
+        eligible, validation, reference = flags
         rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, len(self.done.held_out_error))
         return LayerInputs(inputs, assigned, eligible, validation, reference, inputs.gather(rows), hidden)
 
@@ -406,8 +333,6 @@ class _Run:
             )
             last = self.layers[-1].block
             self._progress(Progress(sum(sizes[: number + 1]), sum(sizes), f"{layer.block} of {last}", self._warning))
-
-    # -- the rest of the directory
 
     def _write_rest(self) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""
@@ -460,28 +385,6 @@ class _Run:
             versions=_versions(),
             verdict=None if self.verdict is None else self.verdict.to_json(),
         )
-
-
-def _grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid, Settings]:
-    """Return the grid and the settings that hold, with what is chosen where nothing was asked for.
-
-    Raises
-    ------
-    SettingError
-        The recipe, the grid and the rate do not go together.
-    """
-    if settings.recipe == "paper" and (settings.rate is not None or (grid is not None and grid.alphabet != 3)):
-        raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for other grids.")
-    if settings.rate is not None and grid is not None and not isinstance(grid, UniformGrid):
-        raise SettingError(f"rate is {settings.rate:g}, which only the uniform grid reaches. Leave the grid out.")
-    if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
-        raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
-    if grid is None and settings.rate is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES):
-        return MinMaxTernary(level_dtype=torch.bfloat16), settings
-    if grid is None:
-        settings = replace(settings, rate=settings.rate or USUAL_RATE)
-        grid = UniformGrid(level_dtype=torch.bfloat16)
-    return grid, settings
 
 
 def _versions() -> dict[str, str]:

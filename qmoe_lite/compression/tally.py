@@ -176,7 +176,7 @@ class WindowTally:
         book = self._dictionary or self._dictionaries.choose(count_sizes(all_digits))
         levels, scales = solved.quantized.levels.cpu().to(self._dtype), solved.quantized.column_scales
         per_expert = [None] * len(all_digits) if scales is None else list(scales.cpu())
-        return [encode(*each, book, s) for *each, s in zip(all_digits, levels, per_expert, strict=True)]
+        return [encode(d, steps, book, s) for d, steps, s in zip(all_digits, levels, per_expert, strict=True)]
 
     def bits(self, packed: list[PackedMatrix]) -> int:
         """Return the bits that a group takes as it is stored."""

@@ -6,7 +6,7 @@ when its expert is first needed, and multiplied as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qmoe_lite.checkpoint.format import check_alphabets, codebooks_of, parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.stack import ExpertStack
+from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.matmul import Stack
@@ -64,7 +65,7 @@ class PackedExperts(nn.Module):
     config : transformers configuration
     """
 
-    def __init__(self, family: Family, layer: MoELayer, codebooks: dict[str, Code], config: Any) -> None:
+    def __init__(self, family: Family, layer: MoELayer, codebooks: Mapping[str, Code], config: Any) -> None:
         super().__init__()
         check_alphabets(layer.experts, codebooks)
         self.family = family
@@ -213,6 +214,7 @@ class PackedExperts(nn.Module):
             for expert in range(self.layer.count):
                 self.packed(expert, projection)
             stack = self.stack(projection)
+            assert isinstance(stack.codebook, Codebook)
             self._packets_of[projection] = stack_packets(stack.parts, stack.codebook, stack.shape[1])
         return self._packets_of[projection]
 

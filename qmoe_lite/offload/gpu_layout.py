@@ -8,6 +8,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.errors import SettingError
 from qmoe_lite.offload.ram_tier import Layer
 
 ALIGNMENT = 256  # bytes; of each tensor in a slot
@@ -31,7 +33,13 @@ class Layout:
         for name in layer.projections:
             rows = layer.experts.layer.shapes[name][0]
             size = layer.part_sizes(name)[0]
-            self.words[name], self.packets[name] = at, most_packets(layer.experts.codebooks[name], size, rows)
+            book = layer.experts.codebooks[name]
+            if not isinstance(book, Codebook):
+                raise SettingError(
+                    "experts compressed at a rate cannot be cached on a GPU yet. Leave --devices out, or move the "
+                    "whole model to the GPU with --device."
+                )
+            self.words[name], self.packets[name] = at, most_packets(book, size, rows)
             at = aligned(at + PACKET_BITS // 8 * self.packets[name], ALIGNMENT)
             codes += aligned(size, CODES_ALIGNMENT) + aligned(4 * (rows + 1), CODES_ALIGNMENT)
         self.tail = at

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qmoe_lite.coding.matmul import MatrixStack
 from qmoe_lite.errors import DeviceError, FormatError, SettingError
 from qmoe_lite.offload.cache import ExpertCache, Wanting
 from qmoe_lite.offload.gpu_device import Device, Repack
@@ -282,6 +283,7 @@ class GpuTier(Wanting):
         from qmoe_lite.cuda.packets import Packets, packets_of
 
         layout, stack = self._layouts[layer.first], layer.stack(projection)
+        assert isinstance(stack, MatrixStack)
         counts = stack.row_codewords.astype(np.int64) + stack.fewest[:, None]
         levels = self._memory[layout.levels[projection] :].view(stack.levels.dtype)
         return Packets(

@@ -191,9 +191,9 @@ def test_what_does_not_go_together_is_one_line(made, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("part", "forge"),
     [
-        ("exception_positions", lambda t: t.view(torch.int16).neg().view(torch.uint16)),
+        ("exception_positions", lambda t: torch.zeros(len(t) + 1, dtype=torch.int16).view(torch.uint16)),
         ("exception_starts", lambda t: t + 1),
-        ("exception_starts", lambda t: t * -1),
+        ("exception_starts", lambda t: t - 1),
         ("column_scales", lambda t: t * math.nan),
         ("column_scales", lambda t: t[:, :-1]),
         ("row_codewords", lambda t: (t.view(torch.int8) + 1).view(torch.uint8) if t.dtype == torch.uint8 else t),

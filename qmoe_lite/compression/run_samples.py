@@ -1,0 +1,111 @@
+"""The samples of one compression: for Hessians, for validation, and those for validation once more as a reference.
+
+The validation samples go through the quantised experts, the reference samples, which are the same, through the dense
+ones; so both models' losses are known when the last block is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmoe_lite.compression.calibration import Samples, make_samples, read_text, read_tokens, window_length
+from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
+from qmoe_lite.compression.rate import MOST
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.verdict import Verdict, judge
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """All samples in one row.
+
+    Attributes
+    ----------
+    all : Samples
+    calibration : int
+        How many of them, the first ones, are for Hessians.
+    reference : int
+        Number of the first reference sample; the validation samples lie between.
+    """
+
+    all: Samples
+    calibration: int
+    reference: int
+
+    @classmethod
+    def make(
+        cls, text: str | Path, tokenizer: Any, wanted: int, seq2seq: bool, settings: Settings
+    ) -> tuple[RunSamples, list[str]]:
+        """Draw the samples from a text; return them, and what is less than was asked for, in words."""
+        window = window_length(settings.sequence_length) if seq2seq else settings.sequence_length
+        tokens = read_tokens(read_text(text), tokenizer, (wanted + settings.validation_samples) * window)
+        # validation text is the end of the text, at most an eighth of it, so that no Hessian sees a word of it
+        kept = min(settings.validation_samples, len(tokens) // window // 8)
+        cut = len(tokens) - kept * window
+
+        def make(part: np.ndarray, count: int | None) -> Samples:
+            length, seed = settings.sequence_length, settings.seed
+            return make_samples(part, tokenizer, seq2seq=seq2seq, count=count, sequence_length=length, seed=seed)
+
+        main, notes = make(tokens[:cut], wanted), list[str]()
+        if len(main) < wanted:
+            notes.append(f"the text gave {len(main)} calibration samples instead of {wanted}")
+        elif main.windows < wanted:
+            masked = f"the text holds {main.windows} windows of calibration text: the {wanted} samples mask each "
+            notes.append(f"{masked}{wanted / main.windows:.1f} times on average")
+        if kept == 0:
+            return cls(main, len(main), len(main)), notes
+        extra = make(tokens[cut:], None)
+        labels = None
+        if main.labels is not None and extra.labels is not None:
+            labels = np.concatenate([main.labels, extra.labels, extra.labels])
+        ids = np.concatenate([main.input_ids, extra.input_ids, extra.input_ids])
+        return cls(Samples(ids, labels, main.windows), len(main), len(main) + len(extra)), notes
+
+    def flags(self, mask: np.ndarray) -> tuple[Tensor, ...]:
+        """Return whether each token may enter a Hessian, is for validation, is for reference; bool, flat.
+
+        Parameters
+        ----------
+        mask : bool array, shape (samples, tokens)
+            From `hessian_masks`.
+        """
+        found = mask.copy(), np.zeros_like(mask), np.zeros_like(mask)
+        found[0][self.calibration :] = False
+        found[1][self.calibration : self.reference] = True
+        found[2][self.reference :] = True
+        return tuple(torch.from_numpy(flag.reshape(-1)) for flag in found)
+
+    def judge(self, states: ListBuffer, weight: Tensor, factor: float, rate: float | None) -> Verdict | None:
+        """Compare the losses of the validation and of the reference samples; None where there are none.
+
+        Parameters
+        ----------
+        states : ListBuffer
+            What the last norm put out, of all samples.
+        weight, factor
+            What makes logits of them; see `Family.head`.
+        rate : float or None
+            Bits a weight that were asked for.
+        """
+        count = self.reference - self.calibration
+        if not count:
+            return None
+        losses: list[float] = []
+        tokens: list[int] = []
+        for sample in range(self.calibration, self.reference + count):
+            known = self.all.input_ids if self.all.labels is None else self.all.labels
+            of_sample, labels = states.read(slice(sample, sample + 1))[0] * factor, torch.from_numpy(known[sample])
+            if self.all.labels is None:
+                of_sample, labels = of_sample[:-1], labels[1:]
+            losses.append(loss_of_states(of_sample, weight, labels))
+            tokens.append(int((labels != IGNORED).sum()))
+        gap, predicted = paired_gap(losses[:count], losses[count:], tokens[:count]), sum(tokens[:count])
+        return judge(sum(losses[count:]) / predicted, gap, predicted, len(weight), rate, MOST)
