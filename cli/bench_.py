@@ -118,6 +118,48 @@ def gptq(
     _show(measure(experts, threads, seed, SHAPES), json, tables.print_gptq, plot, plots.draw_gptq)
 
 
+@app.command("accuracy")
+def accuracy(
+    model: Annotated[str, typer.Argument(help="Hugging Face model directory, or its name on the hub.")],
+    calibration: Annotated[str, typer.Option(help="Calibration text, as qmoe compress takes it.")],
+    text: Annotated[str, typer.Option(help="Held-out text, which shares nothing with the calibration text.")],
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Stored bits a weight; may be repeated. [default: .8, 1, 1.3, 1.6, 2, 2.5, 3, 4]"),
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Measure rounding to nearest and the paper's recipe too.")] = True,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples.", min=1)] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.", min=16)] = 512,
+    held_out: Annotated[int | None, typer.Option(help="Samples of the held-out text. [default: all]", min=1)] = None,
+    directory: Annotated[str | None, typer.Option(help="Where there is room for a compressed model.")] = None,
+    plot: PlotOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure what a model loses at each number of stored bits.
+
+    Example: qmoe bench accuracy MODEL --calibration text.txt --text held_out.txt --rate 2 --rate 3
+    """
+    from qmoe_lite.bench._show.accuracy import draw_accuracy, print_accuracy
+    from qmoe_lite.bench.accuracy import RATES, measure
+    from qmoe_lite.cli import _output
+
+    _check(plot)
+    _output.quiet_transformers()
+    report = measure(
+        model,
+        calibration,
+        text,
+        rates=tuple(rate or RATES),
+        baselines=baselines,
+        samples=samples,
+        sequence_length=sequence_length,
+        held_out=held_out,
+        directory=directory,
+        progress=_output.note,
+    )
+    _show(report, json, print_accuracy, plot, draw_accuracy)
+
+
 @app.command("offload")
 def offload(
     layers: Annotated[

@@ -71,6 +71,7 @@ def _head(found: Inspection) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from qmoe_lite.compression.verdict import Verdict
     from qmoe_lite.inspection.contents import UNKNOWN
 
     table = Table.grid(padding=(0, 2))
@@ -89,6 +90,15 @@ def _head(found: Inspection) -> Table:
     table.add_row("with", ", ".join(f"{name} {version}" for name, version in versions.items()) or UNKNOWN)
     levels, bits = (sorted({getattr(row, name) for row in rows}) for name in ("level_dtype", "codeword_bits"))
     table.add_row("grid", f"{found.grid}, levels {', '.join(levels)}, codewords of {', '.join(map(str, bits))} bits")
+    digits = [(row.weights, row.report) for row in rows if row.report and row.report.entropy is not None]
+    if digits:
+        weights = sum(weight for weight, _ in digits)
+        entropy = sum(weight * report.entropy for weight, report in digits) / weights
+        exceptions = sum(weight * report.exceptions for weight, report in digits) / weights
+        largest = max(report.largest_digit for _, report in digits)
+        table.add_row("digits", f"entropy {entropy:.3f} bits, largest {largest}, exceptions {exceptions:.3%}")
+    if found.report and found.report.verdict:
+        table.add_row("verdict", str(Verdict.from_json(found.report.verdict)))
     before = found.report.sizes if found.report else {}
     total: tuple[int, int] = (0, 0)
     for name, size in (("expert", found.expert_bytes), ("other", found.other_bytes)):
