@@ -85,7 +85,7 @@ class MatmulReport:
 
 
 @dataclass(frozen=True)
-class _Contender:
+class Contender:
     """A product, the copies of the matrix that it takes in turn, the dtype of its x, and how exact it must be."""
 
     product: Product
@@ -147,14 +147,14 @@ def _measure_shape(
     if (why := _int8_flaw(two.dense(), inputs)) is not None:
         contenders.pop("dense_int8", None)
     for count, x in zip(tokens, inputs, strict=True):
-        _check(shape, contenders, x, {name: linear(x, of.dense()) for name, of in (("one", one), ("two", two))})
+        check_products(shape, contenders, x, {name: linear(x, of.dense()) for name, of in (("one", one), ("two", two))})
         work = rows * columns * count / 1e9
-        speeds = {name: work * rate for name, rate in _rates(contenders, x).items()}
+        speeds = {name: work * rate for name, rate in rates_of(contenders, x).items()}
         found.append(Speed(shape, count, dense_int8=speeds.pop("dense_int8", None), **speeds))
     return found, two.bits_per_weight, why
 
 
-def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
+def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, Contender]:
     """Return every product by the name of its field in `Speed`."""
     full, half = torch.float32, torch.bfloat16
     exact, rounded = TOLERANCES["float32"], TOLERANCES["bfloat16"]
@@ -169,31 +169,32 @@ def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, _Contender]:
         y: Tensor = decode_matmul(packed, x)
         return y
 
-    copies = _rotated(two.nbytes, two, lambda: _clone(two))
+    copies = rotated(two.nbytes, two, lambda: clone(two))
     found = {
-        "one_level": _Contender(ours, _rotated(one.nbytes, one, lambda: _clone(one)), full, exact),
-        "two_levels": _Contender(ours, copies, full, exact),
-        "bfloat16_input": _Contender(ours, copies, half, rounded),
-        "dequantised_float32": _Contender(dequantised, copies, full, exact),
-        "dequantised_bfloat16": _Contender(dequantised, copies, half, rounded),
+        "one_level": Contender(ours, rotated(one.nbytes, one, lambda: clone(one)), full, exact),
+        "two_levels": Contender(ours, copies, full, exact),
+        "bfloat16_input": Contender(ours, copies, half, rounded),
+        "dequantised_float32": Contender(dequantised, copies, full, exact),
+        "dequantised_bfloat16": Contender(dequantised, copies, half, rounded),
     }
     for name, dtype, tolerance in (("float32", full, exact), ("bfloat16", half, rounded)):
         weight = two.dense(dtype)
-        found[f"dense_{name}"] = _Contender(dense, _rotated(weight.nbytes, weight, weight.clone), dtype, tolerance)
+        found[f"dense_{name}"] = Contender(dense, rotated(weight.nbytes, weight, weight.clone), dtype, tolerance)
     weight = two.dense()
     if (packed := _pack_int8(weight)) is not None:
-        copies = _rotated(weight.nbytes // 4, packed, lambda: _pack_int8(weight))
-        found["dense_int8"] = _Contender(_int8_product, copies, full, TOLERANCES["int8"])
+        copies = rotated(weight.nbytes // 4, packed, lambda: _pack_int8(weight))
+        found["dense_int8"] = Contender(_int8_product, copies, full, TOLERANCES["int8"])
     return found
 
 
-def _rotated(nbytes: int, first: Any, clone: Callable[[], Any]) -> Iterator[Any]:
+def rotated(nbytes: int, first: Any, clone: Callable[[], Any]) -> Iterator[Any]:
     """Yield, for ever in turn, so many copies of a matrix that they do not fit the caches."""
     return itertools.cycle([first, *(clone() for _ in range(COLD_BYTES // nbytes))])
 
 
-def _clone(packed: PackedMatrix) -> PackedMatrix:
-    parts = {name: getattr(packed, name).clone() for name in ("codes", "row_codewords", "levels")}
+def clone(packed: PackedMatrix) -> PackedMatrix:
+    """Return a copy in memory of its own."""
+    parts: dict[str, Any] = {name: tensor.clone() for name, tensor in packed.tensors.items()}
     return replace(packed, **parts)
 
 
@@ -233,7 +234,7 @@ def _error(found: Tensor, reference: Tensor) -> float:
     return float((found.float().view_as(reference) - reference).abs().max() / reference.abs().max())
 
 
-def _check(shape: str, contenders: dict[str, _Contender], x: Tensor, references: dict[str, Tensor]) -> None:
+def check_products(shape: str, contenders: dict[str, Contender], x: Tensor, references: dict[str, Tensor]) -> None:
     for name, of in contenders.items():
         reference = references["one" if name == "one_level" else "two"]
         error = _error(_product(of, x.to(of.dtype)), reference)
@@ -241,7 +242,7 @@ def _check(shape: str, contenders: dict[str, _Contender], x: Tensor, references:
             raise QMoEError(f"{name} of {shape} differs by {error:.1e}; please report this as a bug.")
 
 
-def _rates(contenders: dict[str, _Contender], x: Tensor) -> dict[str, float]:
+def rates_of(contenders: dict[str, Contender], x: Tensor) -> dict[str, float]:
     """Products a second of each: the median of some trials in turn, each over enough products to be timed."""
     inputs = {name: x.to(of.dtype) for name, of in contenders.items()}
     trials: dict[str, list[float]] = {name: [] for name in contenders}
@@ -256,7 +257,7 @@ def _rates(contenders: dict[str, _Contender], x: Tensor) -> dict[str, float]:
     return {name: statistics.median(of) for name, of in trials.items()}
 
 
-def _product(of: _Contender, x: Tensor) -> Tensor:
+def _product(of: Contender, x: Tensor) -> Tensor:
     return of.product(next(of.matrices), x)
 
 
@@ -264,5 +265,5 @@ def _copy_gigabytes() -> float:
     """Bytes read and written a second by torch's copy of a large tensor."""
     source = torch.ones(COLD_BYTES // 4)
     target = torch.empty_like(source)
-    copy = _Contender(lambda to, x: to.copy_(x), itertools.repeat(target), torch.float32, 0)
-    return 2 * source.nbytes / 1e9 * _rates({"copy": copy}, source)["copy"]
+    copy = Contender(lambda to, x: to.copy_(x), itertools.repeat(target), torch.float32, 0)
+    return 2 * source.nbytes / 1e9 * rates_of({"copy": copy}, source)["copy"]

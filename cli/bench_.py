@@ -59,6 +59,10 @@ def matmul(
     tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens per product; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
     ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Codes of so many bits a weight instead of ternary ones; may be repeated. Takes no --plot."),
+    ] = None,
     threads: ThreadsOption = 1,
     seed: Annotated[int, typer.Option(help="Seed for digits and activations.", min=0)] = 0,
     plot: PlotOption = None,
@@ -72,6 +76,12 @@ def matmul(
     from qmoe_lite.bench.matmul import SHAPES, TOKENS, measure
 
     _check(plot)
+    if rate:
+        from qmoe_lite.bench import rate_matmul
+
+        chosen = tuple(shape or ("mixtral", "qwen3-30b-a3b")), tuple(tokens or rate_matmul.TOKENS)
+        _show(rate_matmul.measure(tuple(rate), *chosen, threads, seed), json, tables.print_rate_matmul, None, None)
+        return
     report = measure(tuple(shape or SHAPES), tuple(tokens or TOKENS), threads, seed)
     _show(report, json, tables.print_matmul, plot, plots.draw_matmul)
 

@@ -94,6 +94,7 @@ def _run(scratch: Path, device: str, show: bool) -> dict[str, Any]:
     lost = result["rtn"]["loss"] - result["dense"]["loss"]
     result["recovered"] = (result["rtn"]["loss"] - result["qmoe"]["loss"]) / lost if lost else 0.0
     result["expert_weights"] = weights
+    result["verdict"] = reports["qmoe"].verdict
     shown, truth, dense = spans["dense"]
     result["sample"] = {"text": shown, "truth": truth, "dense": dense, "qmoe": spans["qmoe"][2]}
     result["seconds"] = time.perf_counter() - started
@@ -135,6 +136,8 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
 def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from qmoe_lite.compression.verdict import Verdict
+
     table = Table(title=f"Switch Transformer, {result['expert_weights']:,} weights in experts")
     table.add_column("")
     for heading in ("dense", "round to nearest", "QMoE"):
@@ -157,6 +160,7 @@ def _print(result: dict[str, Any]) -> None:
         f"QMoE recovers {result['recovered']:.1%} of what rounding to nearest loses "
         f"({result['dense']['tokens']:,} predicted tokens)."
     )
+    print_text(f"Verdict: {Verdict.from_json(result['verdict'])}")
     sample = result["sample"]
     print_text(f"\nThe gap in:  {sample['text']}")
     for name, title in (("truth", "the text"), ("dense", "dense"), ("qmoe", "QMoE")):

@@ -24,7 +24,7 @@ def print_accuracy(report: AccuracyReport) -> None:
     headings = ("", "bits a weight", "loss", "gap", "+-", "verdict")
     print_rows(title, headings, [row for _, row in sorted(rows, key=lambda pair: pair[0])], text=1)
     if report.peers:
-        print_text("llama.cpp: measured on 2026-11-25 by llama-cpp-python 0.3.36's ggml, see bench/README.md")
+        print_text("llama.cpp: by ggml of llama-cpp-python 0.3.36, 2026-11-25; see bench/README.md")
 
 
 def draw_accuracy(report: AccuracyReport, file: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qmoe_lite.bench.layer import LayerReport
     from qmoe_lite.bench.matmul import MatmulReport, Speed
     from qmoe_lite.bench.offload import OffloadReport
+    from qmoe_lite.bench.rate_matmul import RateReport
     from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, RatesReport
 
 
@@ -158,6 +159,28 @@ def print_matmul(report: MatmulReport) -> None:
         print_text(f"int8 was left out: {report.int8_left_out}.")
     print_text("Not measured here: ggml TQ1_0 25, IQ1_S 8.2 (one token, a thread of a Xeon).")
     print_text(f"Copying float32 in memory: {report.copy_gigabytes:.1f} GB/s read and written.")
+
+
+def print_rate_matmul(report: RateReport) -> None:
+    """Print the speeds of products from codes at a rate, and llama.cpp's."""
+    from qmoe_lite.bench.matmul import SHAPES
+    from qmoe_lite.bench.rate_matmul import LLAMA_CPP
+
+    rows, before = [], ("", 0.0)
+    for s in report.speeds:
+        new, before = (s.shape, s.bits_per_weight) != before, (s.shape, s.bits_per_weight)
+        name = "{} x {}".format(*SHAPES[s.shape]) if new else ""
+        peers = (s.dense_float32, s.dense_bfloat16, s.anew_float32)
+        figures = [f"{value:.1f}" for value in (s.ours, *peers)]
+        ratios = [_ratio(s.ours, peer) for peer in peers]
+        rows.append([name, f"{s.bits_per_weight:.2f}" if new else "", str(s.tokens), *figures, *ratios])
+    headings = ("rows x\ncolumns", "bits", "tokens", "ours", "torch\nfp32", "\nbf16", "\nanew")
+    ratios = ("ours /\nfp32", "\nbf16", "\nanew")
+    title = f"10^9 multiply-adds a second, {plural(report.threads, 'thread')}, weights from memory"
+    print_rows(title, (*headings, *ratios), rows, text=1)
+    peers = ", ".join(f"{name} ({bits:g} bits) {speed:g}" for name, bits, speed in LLAMA_CPP)
+    print_text("anew: the matrix dequantised for each of torch's float32 products.")
+    print_text(f"llama.cpp, one token, not measured here (a thread of a Zen 3): {peers}.")
 
 
 def print_layer(report: LayerReport) -> None:

@@ -1,4 +1,4 @@
-"""Which levels the weights of a row may take. A new grid is one file and one line in `GRIDS`.
+"""Which levels the weights of a row may take. A new grid is one file and its name in `AnyGrid` and `GRIDS`.
 
 A grid fits levels (..., R, L) to a weight (..., R, C) and says how a kernel rounds to them. Zero is always a value.
 Digits: -1, 0, +1 for ternary; for two-bit 0 is the zero weight and 1 to 3 are the row's other levels, ascending; any
@@ -92,14 +92,10 @@ class Quantized:
 
 
 AnyGrid = MinMaxTernary | MinMaxTwoBit | UniformGrid
-GRIDS: tuple[type[MinMaxTernary] | type[MinMaxTwoBit] | type[UniformGrid], ...] = (
-    MinMaxTernary,
-    MinMaxTwoBit,
-    UniformGrid,
-)
+GRIDS: tuple[type[AnyGrid], ...] = (MinMaxTernary, MinMaxTwoBit, UniformGrid)
 
 
-def grid_of_word(word: str) -> type[MinMaxTernary] | type[MinMaxTwoBit] | type[UniformGrid]:
+def grid_of_word(word: str) -> type[AnyGrid]:
     """Return the grid that a word of the command line stands for.
 
     Raises
