@@ -93,9 +93,9 @@ def _head(found: Inspection) -> Table:
     digits = [(row.weights, row.report) for row in rows if row.report and row.report.entropy is not None]
     if digits:
         weights = sum(weight for weight, _ in digits)
-        entropy = sum(weight * report.entropy for weight, report in digits) / weights
-        exceptions = sum(weight * report.exceptions for weight, report in digits) / weights
-        largest = max(report.largest_digit for _, report in digits)
+        entropy = sum(weight * (report.entropy or 0.0) for weight, report in digits) / weights
+        exceptions = sum(weight * (report.exceptions or 0.0) for weight, report in digits) / weights
+        largest = max(report.largest_digit or 0 for _, report in digits)
         table.add_row("digits", f"entropy {entropy:.3f} bits, largest {largest}, exceptions {exceptions:.3%}")
     if found.report and found.report.verdict:
         table.add_row("verdict", str(Verdict.from_json(found.report.verdict)))

@@ -46,8 +46,10 @@ def draw_accuracy(report: AccuracyReport, file: Path) -> None:
             axes.plot([point.bits], [point.gap], "s", markersize=5, label=point.name)
     if report.peers:
         axes.plot([p[1] for p in report.peers], [p[2] for p in report.peers], "x", color="black", label="llama.cpp")
-        for name, bits_of_peer, gap in report.peers:
-            axes.annotate(name, (bits_of_peer, gap), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        for i, (name, bits_of_peer, gap) in enumerate(report.peers):
+            beside = (4, 4) if i % 2 else (4, -9)  # neighbours' names must not meet
+            axes.annotate(name, (bits_of_peer, gap), fontsize=7, xytext=beside, textcoords="offset points")
+        axes.margins(x=0.1)
     axes.set_yscale("log")
     axes.set_xlabel("stored bits an expert weight")
     axes.set_ylabel("held-out loss above the dense model's, nats")

@@ -172,15 +172,15 @@ def print_rate_matmul(report: RateReport) -> None:
         name = "{} x {}".format(*SHAPES[s.shape]) if new else ""
         peers = (s.dense_float32, s.dense_bfloat16, s.anew_float32)
         figures = [f"{value:.1f}" for value in (s.ours, *peers)]
-        ratios = [_ratio(s.ours, peer) for peer in peers]
-        rows.append([name, f"{s.bits_per_weight:.2f}" if new else "", str(s.tokens), *figures, *ratios])
+        shares = [_ratio(s.ours, peer) for peer in peers]
+        rows.append([name, f"{s.bits_per_weight:.2f}" if new else "", str(s.tokens), *figures, *shares])
     headings = ("rows x\ncolumns", "bits", "tokens", "ours", "torch\nfp32", "\nbf16", "\nanew")
     ratios = ("ours /\nfp32", "\nbf16", "\nanew")
     title = f"10^9 multiply-adds a second, {plural(report.threads, 'thread')}, weights from memory"
     print_rows(title, (*headings, *ratios), rows, text=1)
-    peers = ", ".join(f"{name} ({bits:g} bits) {speed:g}" for name, bits, speed in LLAMA_CPP)
+    others = ", ".join(f"{name} ({bits:g} bits) {speed:g}" for name, bits, speed in LLAMA_CPP)
     print_text("anew: the matrix dequantised for each of torch's float32 products.")
-    print_text(f"llama.cpp, one token, not measured here (a thread of a Zen 3): {peers}.")
+    print_text(f"llama.cpp, one token, not measured here (a thread of a Zen 3): {others}.")
 
 
 def print_layer(report: LayerReport) -> None:
