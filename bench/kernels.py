@@ -347,6 +347,8 @@ def _title(kernel: launch.Kernel, signature: str) -> str:
     own = signature.split(", ")
     differ = [len(set(kinds)) > 1 for kinds in zip(*(each.split(", ") for each in kernel.signatures), strict=False)]
     kinds = [kind.rstrip("*") for kind, other in zip(own, differ, strict=False) if other]
+    if kernel.__name__ == "_block_kernel" and "int16*" in own:
+        kinds.append("uniform")  # of its two kernels, the one whose digits are any
     return " ".join([kernel.__name__.strip("_").removesuffix("_kernel"), *dict.fromkeys(kinds)])
 
 

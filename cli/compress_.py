@@ -77,11 +77,14 @@ def compress(
     import torch
 
     from qmoe_lite.cli import _output
+    from qmoe_lite.compression.choice import USUAL_RATE
     from qmoe_lite.compression.run import compress as run
     from qmoe_lite.compression.verdict import Verdict
-    from qmoe_lite.quantization.grid import grid_of_word
+    from qmoe_lite.quantization.grid import UniformGrid, grid_of_word
 
     chosen = None if grid is None else grid_of_word(grid)(level_dtype=torch.bfloat16)
+    if isinstance(chosen, UniformGrid):  # its step follows from the rate
+        chosen, rate = None, rate or USUAL_RATE
     _output.quiet_transformers()
     settings: dict[str, Any] = {
         "grid": chosen,
@@ -111,7 +114,8 @@ def compress(
     if report.verdict is not None:
         _output.note(f"qmoe: {Verdict.from_json(report.verdict)}")
     elif recipe != "nearest":
-        _output.note("qmoe: not judged, since no text was left for validation. Give more of it, then rerun.")
+        cause = "without validation samples" if validation_samples == 0 else "since no text was left for validation"
+        _output.note(f"qmoe: not judged, {cause}.")
 
 
 def _print(report: Report, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,7 +161,7 @@ def _print(result: dict[str, Any]) -> None:
         f"QMoE recovers {result['recovered']:.1%} of what rounding to nearest loses "
         f"({result['dense']['tokens']:,} predicted tokens)."
     )
-    print_text(f"Verdict: {Verdict.from_json(result['verdict'])}")
+    print_text(textwrap.fill(f"Verdict: {Verdict.from_json(result['verdict'])}", 80))
     sample = result["sample"]
     print_text(f"\nThe gap in:  {sample['text']}")
     for name, title in (("truth", "the text"), ("dense", "dense"), ("qmoe", "QMoE")):

@@ -169,7 +169,8 @@ def _check_types(report: Report) -> None:
         n for row in report.projections for n in (row.entropy, row.largest_digit, row.exceptions) if n is not None
     ]
     if report.verdict is not None:
-        numbers += [report.verdict["dense_loss"], report.verdict["loss"], report.verdict["gap"]]
+        numbers += [report.verdict[name] for name in ("dense_loss", "loss", "gap", "tokens")]
+        numbers += [report.verdict["standard_error"] or 0.0]
         texts += [report.verdict["word"], report.verdict["advice"]]
     if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
         raise TypeError

@@ -26,11 +26,13 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
         raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for other grids.")
     if settings.rate is not None and grid is not None and not isinstance(grid, UniformGrid):
         raise SettingError(f"rate is {settings.rate:g}, which only the uniform grid reaches. Leave the grid out.")
-    if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
-        raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
+    if settings.stop_when_bad and (settings.recipe == "nearest" or settings.validation_samples == 0):
+        raise SettingError("stop_when_bad needs validation samples. Set validation_samples, and calibrate.")
     if grid is None and settings.rate is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES):
         return MinMaxTernary(level_dtype=torch.bfloat16), settings
     if grid is None:
         settings = replace(settings, rate=settings.rate or USUAL_RATE)
         grid = UniformGrid(level_dtype=torch.bfloat16)
+    if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
+        raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
     return grid, settings

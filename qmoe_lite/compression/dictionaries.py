@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.dictionary import Dictionary
-from qmoe_lite.compression.rate import entropy
 
 _WORSE = 0.005  # share of the bits that a known dictionary may take above what one of the digits' own would
 
 
 @dataclass
 class Dictionaries:
-    """Chooses the dictionary of each projection; fits another one only where that pays.
+    """Chooses the dictionary of each projection; takes another one only where that pays.
 
     Attributes
     ----------
@@ -28,7 +27,6 @@ class Dictionaries:
 
     bits: int
     known: list[Dictionary] = field(default_factory=list)
-    _excess: dict[Dictionary, float] = field(default_factory=dict)  # above entropy, of the digits it was fitted to
 
     def choose(self, sizes: NDArray[np.int64]) -> Dictionary:
         """Return the dictionary for digits of these sizes, one of those that are known where it serves.
@@ -38,22 +36,13 @@ class Dictionaries:
         sizes : int64 array
             How many digits have the size 0, 1, 2, ..
         """
-        least = entropy(signed(sizes))
-        best = min(self.known, key=lambda each: each.expected_bits(sizes), default=None)
-        if best is not None and best in self._excess:
-            wanted = least * (1 + self._excess[best] + _WORSE)
-            if best.expected_bits(sizes) <= wanted:
-                return best
         fitted = Dictionary.fit_counts(sizes, self.bits)
-        expected = fitted.expected_bits(sizes)
-        excess = expected / least - 1 if least else 0.0
-        if best is not None:
-            pays = (best.expected_bits(sizes) - expected) * sizes.sum() > 8 * len(fitted.kinds)
-            if not pays or best.expected_bits(sizes) <= expected * (1 + _WORSE):
-                self._excess.setdefault(best, excess)
-                return best
-        self._excess[fitted] = excess
-        return fitted
+        if not self.known:
+            return fitted
+        best = min(self.known, key=lambda each: each.expected_bits(sizes))
+        more = best.expected_bits(sizes) - fitted.expected_bits(sizes)
+        pays = more > _WORSE * fitted.expected_bits(sizes) and more * sizes.sum() > 8 * len(fitted.kinds)
+        return fitted if pays else best
 
     def use(self, dictionary: Dictionary) -> None:
         """Take note of a dictionary that digits were written with."""

@@ -14,10 +14,11 @@ from qmoe_lite.checkpoint.format import tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dictionaries import Dictionaries
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.rate import RateControl
+from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally
 from qmoe_lite.errors import NotFiniteError
@@ -80,6 +81,16 @@ class LayerResult:
     held_out_error: float | None
 
 
+@dataclass
+class _Taken:
+    """What the groups of a layer have taken: bits, weights, and whether their bits follow the step."""
+
+    bits: float = 0.0
+    weights: int = 0
+    tells: bool = False
+    dead: bool = False  # a group is all zeros
+
+
 class LayerCompressor:
     """Compresses sparse layers of one model.
 
@@ -137,6 +148,7 @@ class LayerCompressor:
         groups = self.groups(layer)
         tallies = {name: self._tally(layer, name) for name in layer.projections}
         wrong = right = 0.0
+        taken = _Taken()
         for i, group in enumerate(groups):
 
             def solve(grid: Grid, group: range = group) -> dict[str, Solved]:
@@ -149,7 +161,7 @@ class LayerCompressor:
                 for name, result in solved.items():
                     tallies[name].add(result)
             else:
-                solved = self._solve_at_rate(solve, tallies, layer, group, i == 0)
+                solved = self._solve_at_rate(solve, tallies, layer, group, taken)
             if seen is not None:
                 weights = [solved[name].quantized.weight for name in layer.projections]
                 for place, expert in enumerate(group):
@@ -164,7 +176,10 @@ class LayerCompressor:
             tensors |= {tensor_name(f"{layer.experts}.{name}", part): tensor for part, tensor in stored.items()}
         reports = [tally.report() for tally in tallies.values()]
         if self.rate is not None:
-            self.rate.finish_layer(layer.weights, 8 * sum(tensor.nbytes for tensor in tensors.values()))
+            stored_bits = 8 * sum(tensor.nbytes for tensor in tensors.values())
+            self.rate.finish_layer(
+                layer.weights, max(stored_bits, taken.bits) if taken.dead else stored_bits, taken.tells
+            )
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
 
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
@@ -185,26 +200,40 @@ class LayerCompressor:
         tallies: dict[str, Tally],
         layer: MoELayer,
         group: range,
-        first: bool,
+        taken: _Taken,
     ) -> dict[str, Solved]:
         """Solve a group with the step that makes the model take its bits; the first and the last layer decide it."""
-        assert self.rate is not None
-        assert isinstance(self._grid, UniformGrid)
-        last = self.rate.done_weights + layer.weights == self.rate.weights
+        rate, grid = self.rate, self._grid
+        assert rate is not None
+        assert isinstance(grid, UniformGrid)
+        windows = {name: tally for name, tally in tallies.items() if isinstance(tally, WindowTally)}
+        decides = rate.first or rate.done_weights + layer.weights == rate.weights
         weights = len(group) * layer.weights // layer.count
-        aim, tried = self.rate.aim, list[tuple[float, float]]()
+        left = layer.weights - taken.weights
+        aim = (rate.aim * layer.weights - taken.bits) / left
+        tried = list[tuple[float, float]]()
+        best: tuple[float, dict[str, Solved], dict[str, list[PackedMatrix]]] | None = None
         while True:
-            solved = solve(replace(self._grid, step=self.rate.step))
-            windows = {name: tally for name, tally in tallies.items() if isinstance(tally, WindowTally)}
+            solved = solve(replace(grid, step=rate.step))
             packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
-            bits = sum(tally.bits(packed[name]) for name, tally in windows.items())
-            tried.append((self.rate.step, bits / weights))
-            step = self.rate.corrected(tried, aim) if first and (self.rate.first or last) else None
+            bits = sum(tally.bits(packed[name]) for name, tally in windows.items()) / weights
+            tried.append((rate.step, bits))
+            if best is None or abs(bits - aim) < abs(best[0] - aim):
+                best = bits, solved, packed
+            dead = not any(each.quantized.digits.any() for each in solved.values())
+            tolerance = TOLERANCE if weights == left else GROUP_TOLERANCE
+            step = rate.corrected(tried, aim, tolerance) if decides and not dead else None
             if step is None:
-                for name, tally in windows.items():
-                    tally.keep(solved[name], packed[name])
-                return solved
-            self.rate.step = step
+                break
+            rate.step = step
+        bits, solved, packed = best
+        rate.step = next(step for step, found in tried if found == bits)
+        taken.tells, taken.dead = taken.tells or not dead, taken.dead or dead
+        taken.weights += weights
+        taken.bits += (aim if dead else bits) * weights  # zeros take no bits, whatever the step, and nobody gets theirs
+        for name, tally in windows.items():
+            tally.keep(solved[name], packed[name])
+        return solved
 
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""

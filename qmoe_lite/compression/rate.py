@@ -17,7 +17,8 @@ from qmoe_lite.errors import SettingError
 
 LEAST, MOST = 0.6, 4.0  # stored bits a weight
 TOLERANCE = 0.004  # share of the bits by which a group may miss its aim before it is solved again
-LARGEST_STEP = 8.0  # in units of a row's RMS: hardly a digit is left that is not zero
+SMALLEST_STEP, LARGEST_STEP = 0.06, 8.0  # in units of a row's RMS: over 6 bits; hardly a digit that is not zero
+GROUP_TOLERANCE = 0.02  # the same of a group that others of its layer follow
 TRIES = 5  # solves of a group at most
 _CHANGE = 2.0  # octaves that a step may move between two solves
 _SLOPE = 0.9  # bits that a weight loses when its step doubles, before two solves have shown it
@@ -47,6 +48,11 @@ def first_step(bits: float) -> float:
     return float(2.0 ** np.interp(bits, bits_at, np.log2(steps)))
 
 
+def bounded(step: float) -> float:
+    """Return a step within those that are tried."""
+    return min(max(step, SMALLEST_STEP), LARGEST_STEP)
+
+
 @dataclass
 class RateControl:
     """Chooses the step of each layer so that the experts of the whole model take `rate` bits a weight.
@@ -67,6 +73,8 @@ class RateControl:
         Bits that they take as stored.
     level : float
         Mean bits a weight of finished layers, had their step been 1.
+    level_weights : int
+        Weights of the layers that say so.
     """
 
     rate: float
@@ -76,6 +84,7 @@ class RateControl:
     done_weights: int = 0
     done_bits: float = 0.0
     level: float = 0.0
+    level_weights: int = 0
 
     def __post_init__(self) -> None:
         """Begin with what bell-shaped weights would need."""
@@ -90,11 +99,11 @@ class RateControl:
 
     @property
     def first(self) -> bool:
-        """Whether no layer is finished."""
-        return self.done_weights == 0
+        """Whether no finished layer has told how bits follow the step."""
+        return self.level_weights == 0
 
-    def corrected(self, tried: list[tuple[float, float]], aim: float) -> float | None:
-        """Return the step that a group should be solved with next; None where the last one was near enough.
+    def corrected(self, tried: list[tuple[float, float]], aim: float, tolerance: float = TOLERANCE) -> float | None:
+        """Return the step that a group should be solved with next; None where one of the tries was near enough.
 
         Parameters
         ----------
@@ -102,25 +111,38 @@ class RateControl:
             Solves of this group so far.
         aim : float
             Bits a weight that it should take.
+        tolerance : float
+            Share of them by which it may miss.
         """
-        step, bits = tried[-1]
-        if abs(bits - aim) <= TOLERANCE * aim or len(tried) == TRIES:
+        if min(abs(bits - aim) for _, bits in tried) <= tolerance * aim or len(tried) == TRIES:
             return None
+        step, bits = tried[-1]
         if len(tried) > 1:
             bits_before, moved = tried[-2][1], math.log2(step / tried[-2][0])
-            if abs(moved) > 1e-3:
+            if abs(moved) > 1e-3 and bits != bits_before:
                 self.slope = min(max((bits_before - bits) / moved, _SLOPES[0]), _SLOPES[1])
-        octaves = min(max((bits - aim) / self.slope, -_CHANGE), _CHANGE)
-        return min(step * 2.0**octaves, LARGEST_STEP)
+        above = max((t for t in tried if t[1] >= aim), default=None)  # the largest step that takes too many bits
+        below = min((t for t in tried if t[1] < aim), default=None)
+        if above is not None and below is not None and above[0] < below[0]:
+            share = (above[1] - aim) / (above[1] - below[1])
+            following = above[0] * (below[0] / above[0]) ** min(max(share, 0.1), 0.9)
+        else:
+            octaves = min(max((bits - aim) / self.slope, -_CHANGE), _CHANGE)
+            following = bounded(step * 2.0**octaves)
+        return None if any(following == known for known, _ in tried) else following
 
-    def finish_layer(self, weights: int, bits: float) -> None:
-        """Take over a finished layer, solved with `step`, and choose the next one's step."""
-        level = bits / weights + self.slope * math.log2(self.step)
-        total = self.done_weights + weights
-        self.level += (level - self.level) * weights / total
-        self.done_weights, self.done_bits = total, self.done_bits + bits
-        if self.done_weights < self.weights:
-            self.step = min(2.0 ** ((self.level - self.aim) / self.slope), LARGEST_STEP)
+    def finish_layer(self, weights: int, bits: float, tells: bool = True) -> None:
+        """Take over a finished layer, solved with `step`, and choose the next one's step.
+
+        `tells` is False of a layer whose bits do not follow the step, such as one of zeros.
+        """
+        if tells:
+            level = bits / weights + self.slope * math.log2(self.step)
+            self.level_weights += weights
+            self.level += (level - self.level) * weights / self.level_weights
+        self.done_weights, self.done_bits = self.done_weights + weights, self.done_bits + bits
+        if self.done_weights < self.weights and self.level_weights:
+            self.step = bounded(2.0 ** ((self.level - self.aim) / self.slope))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values: `RateControl(**values)` goes on from there."""

@@ -32,13 +32,13 @@ from qmoe_lite.compression.calibration import (
 from qmoe_lite.compression.choice import grid_and_rate
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.rate import RateControl
+from qmoe_lite.compression.rate import RateControl, check_rate
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
 from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
 from qmoe_lite.devices import find_device
-from qmoe_lite.errors import BadResultError, OutputError, SettingError
+from qmoe_lite.errors import BadResultError, OutputError, ResumeError, SettingError
 from qmoe_lite.models.routing import Assignment
 from qmoe_lite.models.skeletons import (
     capacity_lifted,
@@ -177,7 +177,7 @@ def compress(
         batch_size=batch_size,
         activations=activations,
         seed=seed,
-        rate=rate,
+        rate=None if rate is None else check_rate(rate),
         stop_when_bad=stop_when_bad,
         device=str(find_device(device)),
     )
@@ -248,7 +248,10 @@ class _Run:
         if self.settings.rate is not None:
             weights = sum(layer.weights for layer in self.layers)
             known = self.done.rate or {"rate": self.settings.rate, "weights": weights}
-            self.compressor.rate = RateControl(**known)
+            try:
+                self.compressor.rate = RateControl(**known)
+            except TypeError as error:
+                raise ResumeError(f"{self.partial} has a damaged state. Start over with --restart.") from error
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> RunSamples:
         wanted = self.settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
@@ -366,8 +369,7 @@ class _Run:
         experts, others = stored_bytes(Checkpoint(self.partial))
         rate, bits = self.settings.rate, 8 * experts / sum(layer.weights for layer in self.layers)
         if rate is not None and abs(bits - rate) > RATE_TOLERANCE * rate:
-            text = f"the experts take {bits:.3f} bits a weight instead of {rate:g}"
-            self.degraded.append(f"{text}: what is stored of rows and columns counts on matrices as narrow as these")
+            self.degraded.append(f"the experts take {bits:.3f} bits a weight instead of {rate:g}")
         dense_experts, dense_others = stored_bytes(self.checkpoint)
         return Report(
             model=str(self.checkpoint.directory),

@@ -13,7 +13,7 @@ from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.codec import encode
+from qmoe_lite.coding.codec import decode, encode
 from qmoe_lite.coding.dictionary import Dictionary, count_sizes
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.window_parts import dictionary_of
@@ -24,6 +24,7 @@ from qmoe_lite.quantization.digits import count, squeeze, unsqueeze
 from qmoe_lite.quantization.grid import Grid, Quantized
 
 _SAMPLE = 1 << 22  # digits, over all experts of a projection, that choose its codebook; at least a row of each
+_REWRITE = 0.005  # share of the bits from which on all experts are written again
 _EXPERT_BYTES = 16  # of an expert's offset and checksum
 
 
@@ -201,6 +202,11 @@ class WindowTally:
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Lay all experts side by side."""
         assert self._dictionary is not None
+        of_all = self._dictionaries.choose(self._sizes)  # the first group may not stand for the others
+        if of_all.expected_bits(self._sizes) < (1 - _REWRITE) * self._dictionary.expected_bits(self._sizes):
+            self._packed = [encode(decode(p)[0].numpy(), p.levels, of_all, p.column_scales) for p in self._packed]
+            self._dictionary = of_all
+            self._dictionaries.use(of_all)
         stored = pack_experts(self._packed, shares_scales=self._shares_scales)
         exceptions = stored["exception_values"].numel() / self._figures.weights
         figures = entropy(signed(self._sizes)), len(self._sizes) - 1, exceptions

@@ -9,7 +9,7 @@ IQ1_M, which writes no sentence, 2.75.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from qmoe_lite.compression.losses import Gap
@@ -53,8 +53,9 @@ class Verdict:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Verdict:
         """Return what `to_json` was made of."""
-        error = values["standard_error"]
-        return cls(**{**values, "standard_error": math.nan if error is None else error})
+        known = {f.name: values[f.name] for f in fields(cls)}
+        error = known["standard_error"]
+        return cls(**{**known, "standard_error": math.nan if error is None else error})
 
     def __str__(self) -> str:
         error = "" if math.isnan(self.standard_error) else f" +- {self.standard_error:.3f}"

@@ -109,7 +109,7 @@ def test_models_of_two_bit_digits_are_refused(tmp_path, switch):
     from qmoe_lite import compress
 
     compress(switch, tmp_path / "out", recipe="nearest", grid=MinMaxTwoBit())
-    with pytest.raises(SettingError, match="two-bit"):
+    with pytest.raises(SettingError, match="other digits than ternary"):
         rates.measure_model(str(tmp_path / "out"))
 
 
@@ -163,11 +163,11 @@ def test_nothing_is_timed_when_a_product_is_wrong(quick, monkeypatch, wrong):
     def doubled(*matrices):
         found = make(*matrices)
         of = found[wrong]
-        found[wrong] = matmul._Contender(lambda w, x: 2 * of.product(w, x), of.matrices, of.dtype, of.tolerance)
+        found[wrong] = matmul.Contender(lambda w, x: 2 * of.product(w, x), of.matrices, of.dtype, of.tolerance)
         return found
 
     monkeypatch.setattr(matmul, "_contenders", doubled)
-    monkeypatch.setattr(matmul, "_rates", None)
+    monkeypatch.setattr(matmul, "rates_of", None)
     with pytest.raises(QMoEError, match=f"{wrong} of small differs"):
         matmul.measure(("small",), (1, 20))
 

@@ -34,7 +34,9 @@ def run(rate: float, scales: list[float], weights: list[int]) -> tuple[float, in
             if step is None:
                 break
             control.step = step
-        control.finish_layer(count, tried[-1][1] * count)
+        aim = control.aim
+        control.step, bits = min(tried, key=lambda t: abs(t[1] - aim))
+        control.finish_layer(count, bits * count)
         control = RateControl(**json.loads(json.dumps(control.to_json())))  # as a resumed run
     return control.done_bits / control.done_weights, solves
 
@@ -47,6 +49,21 @@ def test_the_model_takes_what_was_asked_for(rate):
         found, solves = run(rate, scales, rng.integers(1000, 5000, layers).tolist())
         assert found == pytest.approx(rate, rel=0.01)
         assert solves <= layers + 8
+
+
+def test_a_layer_of_zeros_decides_nothing():
+    control = RateControl(2.0, 200)
+    step = control.step
+    control.finish_layer(100, 200.0, tells=False)
+    assert (control.step, control.first, control.aim) == (step, True, 2.0)
+
+
+def test_tries_on_both_sides_close_in_on_the_aim():
+    control, tried = RateControl(1.0, 100), [(1.0, 2.0), (4.0, 0.5)]
+    while (step := control.corrected(tried, 1.0)) is not None:
+        assert 1.0 < step < 4.0
+        tried.append((step, 2.0 if step < 2 else 0.5))  # bits that jump
+    assert len(tried) == 5
 
 
 def test_a_rate_out_of_range_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import tiny
@@ -66,6 +67,35 @@ def test_the_experts_take_the_bits_that_were_asked_for(made, rate):
     assert report.settings["rate"] == rate
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert (config["format"], {book["kind"] for book in config["codebooks"]}) == (FORMAT, {"windows"})
+
+
+def with_experts(directory, target, change):
+    """Copy a model, its experts changed by `change(name, tensor)`."""
+    shutil.copytree(directory, target)
+    tensors = load_file(target / "model.safetensors")
+    changed = {name: change(name, t) if ".experts." in name else t for name, t in tensors.items()}
+    save_file(changed, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_groups_that_differ_take_the_bits_together(made, text_file, tmp_path, group_size):
+    def other(name, tensor):
+        tensor[:, ::5] *= 30 if ".experts.3." in name else 1
+        return tensor
+
+    dense = with_experts(made()[0], tmp_path / "dense", other)
+    report = qm.compress(dense, tmp_path / "out", calibration=text_file, rate=2.5, group_size=group_size, **TEXT)
+    assert report.bits_per_weight == pytest.approx(2.5, rel=0.02)
+
+
+def test_experts_of_zeros_take_no_others_bits(made, text_file, tmp_path):
+    dense = with_experts(made()[0], tmp_path / "dense", lambda name, t: t * 0 if ".layers.0." in name else t)
+    report = qm.compress(dense, tmp_path / "out", calibration=text_file, rate=2.5, **TEXT)
+    bits = {row.layer: row.bits_per_weight for row in report.projections if row.projection == "down_proj"}
+    assert 1.8 < bits["model.layers.1.mlp.experts"] < 3.5
+    assert report.degraded[-1].endswith("instead of 2.5")
+    assert qm.verify(tmp_path / "out") == []
 
 
 def test_more_bits_lose_less(made):
@@ -202,8 +232,6 @@ def test_what_does_not_go_together_is_one_line(made, text_file, tmp_path):
     ],
 )
 def test_forged_parts_are_refused_before_a_kernel_sees_them(made, tmp_path, part, forge):
-    import shutil
-
     out = tmp_path / "forged"
     shutil.copytree(made(rate=1.6)[1], out)
     for file in sorted(out.glob("*.safetensors")):
@@ -217,8 +245,6 @@ def test_forged_parts_are_refused_before_a_kernel_sees_them(made, tmp_path, part
 
 
 def test_a_forged_dictionary_is_refused(made, tmp_path):
-    import shutil
-
     out = tmp_path / "forged"
     shutil.copytree(made()[1], out)
     config = json.loads((out / "config.json").read_text())
