@@ -108,8 +108,8 @@ def test_packets_are_made_once_and_anew_after_a_move(emulated, monkeypatch, expe
 
 def test_a_projection_on_a_gpu_is_checked_as_a_whole(experts):
     projection = experts.layer.projections[0]
-    experts._check_on_host(projection)
-    on_gpu = {expert: experts._checked[expert, projection] for expert in range(experts.num_experts)}
+    on_gpu = dict(enumerate(experts.stack(projection).checked_on_device()))
+    assert len(on_gpu) == experts.num_experts
     experts._forget()
     for expert, packed in on_gpu.items():
         known = experts.packed(expert, projection)
@@ -118,7 +118,7 @@ def test_a_projection_on_a_gpu_is_checked_as_a_whole(experts):
         assert torch.equal(packed.dense(), known.dense())
     experts.get_buffer(f"{projection}_checksums")[-1] ^= 1
     with pytest.raises(FormatError, match="damaged"):
-        experts._check_on_host(projection)
+        experts.stack(projection).checked_on_device()
 
 
 def test_hidden_states_elsewhere_are_refused_in_one_line(experts):
