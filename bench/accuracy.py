@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,3 @@ def _evaluated(model: str | Path, text: str | Path, sequence_length: int, held_o
     )
     config: Any = AutoConfig.from_pretrained(directory)
     return found, (config.vocab_size, config.hidden_size, config.num_hidden_layers)
-
-
-def fewer(report: AccuracyReport, names: Iterable[str]) -> AccuracyReport:
-    """Return a report of some variants."""
-    kept = set(names)
-    return replace(report, points=tuple(point for point in report.points if point.name in kept))
