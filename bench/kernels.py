@@ -215,10 +215,10 @@ def _dictionary(product: str) -> Dictionary:
 def window_kernel(product: str) -> tuple[launch.Kernel, str]:
     """Return the kernel of one of `WINDOW_PRODUCTS`, and its signature for activations in bfloat16."""
     tokens = WINDOW_PRODUCTS[product][2]
-    variant = windows_product.choose_window_variant(_dictionary(product), WIDTH, tokens, SHARED_LIMIT)
+    variant = variants.choose_window_variant(_dictionary(product), WIDTH, tokens, SHARED_LIMIT)
     assert variant is not None
     kernel = windows_product.window_kernel(variant)
-    return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 3)  # exceptions, x and y
+    return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 2)  # x and y
 
 
 @functools.lru_cache(maxsize=256)
