@@ -132,7 +132,7 @@ def multiply_groups(
     made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_more(table: Any, at: Any, values: Any, offset: Any, total: Any, unit: int, span: Any) -> Any:
     """Add a string's next 8 digits, which lie at `at` in the table."""
     low, high = pair_at(table, np.uint32(at))
@@ -140,7 +140,7 @@ def _add_more(table: Any, at: Any, values: Any, offset: Any, total: Any, unit: i
     return add_digits(total, values, np.uint32(offset + np.uint32(4 * unit)), high, span)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_window(quad: Any, number: int, offset: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Add the digits of a packet's window, the first one's column lying at `offset`; return that of the next, and sums.
 
@@ -166,14 +166,14 @@ def _add_window(quad: Any, number: int, offset: Any, total: Any, parts: Any, sha
     return np.uint32(offset + np.uint32(more * np.uint32(unit)) + np.uint32(unit)), total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_two(quad: Any, number: int, offset: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Add a packet's window of that number and the next one."""
     offset, total = _add_window(quad, number, offset, total, parts, shape)
     return _add_window(quad, number + 1, offset, total, parts, shape)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _packet_sums(words: Any, index: Any, stop: Any, step: Any, first: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Add packets index, index + step, .. below `stop` to the sums of a group's tokens."""
     unit, each = np.uint32(shape[3]), shape[5]
@@ -197,7 +197,7 @@ def _packet_sums(words: Any, index: Any, stop: Any, step: Any, first: Any, total
     return total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _row_sums(matrix: Any, at: Any, inside: Any, lanes: Any, first: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Return a lane's share of a row's sums, one a token; nothing where the row is not `inside` the matrix.
 
@@ -219,7 +219,7 @@ def _row_sums(matrix: Any, at: Any, inside: Any, lanes: Any, first: Any, total: 
     return total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _load_table(table: Any, words: Any, first: Any, count: int, thread: Any, threads: Any) -> None:
     """Copy a table to shared memory, from the element `first` on."""
     i = thread
