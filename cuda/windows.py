@@ -48,24 +48,24 @@ def decode_window_rows(packets: WindowPackets, expert: int, first: int, out: Ten
     rows = len(out)
     if rows == 0:
         return
-    dictionary, (at_word, at_row, at_scale) = packets.dictionary, (expert * stride for stride in packets.strides)
+    dictionary = packets.dictionary
+    at_word, at_row, at_scale, at_exception = (expert * stride for stride in packets.strides)
     digits, lengths = device_tables(dictionary, out.device)
     blocks = min(-(-rows // WARPS), BLOCKS * launch.multiprocessors(out.device))
     arrays = [
         packets.words[at_word:],
         packets.starts[at_row + first :],
         packets.exception_starts[at_row + first :],
-        packets.exception_columns,
-        packets.exception_values,
+        packets.exceptions[at_exception:],
         digits.view(torch.int8),
         lengths.view(torch.uint8),
+        packets.steps[at_row + first :],
+        packets.scales[at_scale:],
+        bits16(out),
     ]
     sizes = dictionary.bits, codewords_each(dictionary.bits), dictionary.width, rows, out.shape[1]
-    made = _decode_windows_kernel
-    if out.dtype != torch.int16:
-        arrays += packets.steps[at_row + first :], packets.scales[at_scale:]
-        made = _window_weights_kernel
-    made.launch(blocks, WARPS * WARP, *arrays, bits16(out), *sizes)
+    made = _decode_digits_kernel if out.dtype == torch.int16 else _decode_weights_kernel
+    made.launch(blocks, WARPS * WARP, *arrays, *sizes)
 
 
 @njit(inline="always")
@@ -81,108 +81,73 @@ def _window_of(words: Any, first: Any, codeword: Any, bits: Any, each: Any, mask
 
 
 @njit(inline="always")
-def _next_exception(columns: Any, values: Any, place: Any, stop: Any) -> Any:
+def _next_exception(exceptions: Any, place: Any, stop: Any) -> Any:
     """Return the column of the exception at `place`, the sum of those of that column, and the place behind them."""
-    column = np.int32(columns[place])
-    excess = np.int32(values[place])
+    column = np.int32(exceptions[place] & 0xFFFF)
+    excess = np.int32(exceptions[place] >> 16)
     place = np.int32(place + 1)
-    while place < stop and np.int32(columns[place]) == column:
-        excess = np.int32(excess + np.int32(values[place]))
+    while place < stop and np.int32(exceptions[place] & 0xFFFF) == column:
+        excess = np.int32(excess + np.int32(exceptions[place] >> 16))
         place = np.int32(place + 1)
     return column, excess, place
 
 
-@kernel("uint32*, int32*, int32*, uint16*, int8*, int8*, uint8*, int16*, int32, int32, int32, int32, int32")
-def _decode_windows_kernel(
-    words: Any,
-    starts: Any,
-    exception_starts: Any,
-    exception_columns: Any,
-    exception_values: Any,
-    table: Any,
-    lengths: Any,
-    out: Any,
-    bits: int,
-    each: int,
-    width: int,
-    rows: int,
-    columns: int,
-) -> None:
-    """Fill out (R, C): a warp a row, a lane a codeword; who wrote a digit adds its exceptions."""
-    lane = np.int32(cuda.threadIdx.x & 31)
-    mask = np.int32((4 << bits) - 1)
-    row = np.int32(cuda.grid(1) >> 5)
-    while row < rows:
-        first = starts[row]
-        count = np.int32((starts[row + 1] - first) * each)
-        beyond, stop = exception_starts[row], exception_starts[row + 1]
-        base = np.int32(0)
-        for chunk in range(0, count, WARP):
-            window, length = np.int32(0), np.int32(0)
-            if chunk + lane < count:
-                window = _window_of(words, first, np.int32(chunk + lane), bits, each, mask)
-                length = np.int32(lengths[window])
-            end = np.int32(base + warp_scan(length, lane))
-            begin = np.int32(end - length)
-            for i in range(min(length, np.int32(columns - begin))):
-                out[np.int64(row) * columns + begin + i] = np.int16(table[np.int64(window) * width + i])
-            base = cuda.shfl_sync(_ALL, end, 31)
-            while beyond < stop and np.int32(exception_columns[beyond]) < base:
-                column, excess, beyond = _next_exception(exception_columns, exception_values, beyond, stop)
-                if begin <= column < end:
-                    digit = np.int32(table[np.int64(window) * width + (column - begin)])
-                    out[np.int64(row) * columns + column] = np.int16(digit + excess)
-        row = np.int32(row + (cuda.gridsize(1) >> 5))
+def decode_kernel(weights: bool) -> launch.Kernel:
+    """Return the kernel that fills out (R, C) with digits, or with weights; a warp takes a row, a lane a codeword."""
+    kinds = KINDS.values() if weights else ("int16*",)
+    arrays = "uint32*, int32*, int32*, int32*, int8*, uint8*, float32*, float32*"
+
+    @kernel(*(f"{arrays}, {out}" + ", int32" * 5 for out in kinds))
+    def _decode_windows_kernel(
+        words: Any,
+        starts: Any,
+        exception_starts: Any,
+        exceptions: Any,
+        table: Any,
+        lengths: Any,
+        steps: Any,
+        scales: Any,
+        out: Any,
+        bits: int,
+        each: int,
+        width: int,
+        rows: int,
+        columns: int,
+    ) -> None:
+        lane = np.int32(cuda.threadIdx.x & 31)
+        mask = np.int32((4 << bits) - 1)
+        row = np.int32(cuda.grid(1) >> 5)
+        while row < rows:
+            first, step, at = starts[row], steps[row], np.int64(row) * columns
+            count = np.int32((starts[row + 1] - first) * each)
+            beyond, stop = exception_starts[row], exception_starts[row + 1]
+            base = np.int32(0)
+            for chunk in range(0, count, WARP):
+                window, length = np.int32(0), np.int32(0)
+                if chunk + lane < count:
+                    window = _window_of(words, first, np.int32(chunk + lane), bits, each, mask)
+                    length = np.int32(lengths[window])
+                end = np.int32(base + warp_scan(length, lane))
+                begin = np.int32(end - length)
+                for i in range(min(length, np.int32(columns - begin))):
+                    digit = np.int32(table[np.int64(window) * width + i])
+                    if weights:
+                        store_float(out, at + begin + i, np.float32(digit) * step * scales[begin + i])
+                    else:
+                        out[at + begin + i] = np.int16(digit)
+                base = cuda.shfl_sync(_ALL, end, 31)
+                while beyond < stop and np.int32(exceptions[beyond] & 0xFFFF) < base:
+                    column, excess, beyond = _next_exception(exceptions, beyond, stop)
+                    if begin <= column < end:  # who wrote a digit adds its exceptions
+                        digit = np.int32(np.int32(table[np.int64(window) * width + (column - begin)]) + excess)
+                        if weights:
+                            store_float(out, at + column, np.float32(digit) * step * scales[column])
+                        else:
+                            out[at + column] = np.int16(digit)
+            row = np.int32(row + (cuda.gridsize(1) >> 5))
+
+    _decode_windows_kernel.__name__ = f"_decode_window_{'weights' if weights else 'digits'}_kernel"
+    return _decode_windows_kernel
 
 
-@kernel(
-    *(
-        "uint32*, int32*, int32*, uint16*, int8*, int8*, uint8*, float32*, float32*, "
-        f"{out}, int32, int32, int32, int32, int32"
-        for out in KINDS.values()
-    )
-)
-def _window_weights_kernel(
-    words: Any,
-    starts: Any,
-    exception_starts: Any,
-    exception_columns: Any,
-    exception_values: Any,
-    table: Any,
-    lengths: Any,
-    steps: Any,
-    scales: Any,
-    out: Any,
-    bits: int,
-    each: int,
-    width: int,
-    rows: int,
-    columns: int,
-) -> None:
-    """Fill out (R, C) with weights, as `_decode_windows_kernel` does with digits."""
-    lane = np.int32(cuda.threadIdx.x & 31)
-    mask = np.int32((4 << bits) - 1)
-    row = np.int32(cuda.grid(1) >> 5)
-    while row < rows:
-        first, step = starts[row], steps[row]
-        count = np.int32((starts[row + 1] - first) * each)
-        beyond, stop = exception_starts[row], exception_starts[row + 1]
-        base = np.int32(0)
-        for chunk in range(0, count, WARP):
-            window, length = np.int32(0), np.int32(0)
-            if chunk + lane < count:
-                window = _window_of(words, first, np.int32(chunk + lane), bits, each, mask)
-                length = np.int32(lengths[window])
-            end = np.int32(base + warp_scan(length, lane))
-            begin = np.int32(end - length)
-            for i in range(min(length, np.int32(columns - begin))):
-                digit = np.float32(np.int32(table[np.int64(window) * width + i]))
-                store_float(out, np.int64(row) * columns + begin + i, digit * step * scales[begin + i])
-            base = cuda.shfl_sync(_ALL, end, 31)
-            while beyond < stop and np.int32(exception_columns[beyond]) < base:
-                column, excess, beyond = _next_exception(exception_columns, exception_values, beyond, stop)
-                if begin <= column < end:
-                    clipped = np.int32(table[np.int64(window) * width + (column - begin)])
-                    value = np.float32(np.int32(clipped + excess)) * step * scales[column]
-                    store_float(out, np.int64(row) * columns + column, value)
-        row = np.int32(row + (cuda.gridsize(1) >> 5))
+_decode_digits_kernel, _decode_weights_kernel = decode_kernel(weights=False), decode_kernel(weights=True)
