@@ -19,7 +19,8 @@ from qmoe_lite.cuda.packets import columns_behind
 
 WIDTHS = (4, 2, 1)  # tokens of a group
 SATURATING_WARPS = 16  # of a multiprocessor: with fewer it waits for memory
-_LOADED = 4  # floats that one load gives at most
+LONGEST_LOAD = 16  # bytes
+_SPANS = (8, 4, 2, 1)
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
 
 
@@ -174,6 +175,8 @@ class WindowVariant:
         Of a group: 1, 2 or 4; activations of one column lie together.
     span : int
         Columns whose activations lie together, `tokens` each: from each column on, so that one load gives them all.
+    half : bool
+        Activations, times their columns' scales, are kept in bfloat16, else in float32.
     other : (int, int) or None
         Bits and width of a second matrix, the up projection, by whose results the first one's are multiplied.
     activation : str or None
@@ -185,6 +188,7 @@ class WindowVariant:
     held: bool
     tokens: int
     span: int
+    half: bool = False
     other: tuple[int, int] | None = None
     activation: str | None = None
 
@@ -196,7 +200,12 @@ class WindowVariant:
 
     def shared_bytes(self, columns: int) -> int:
         """Return the dynamic shared memory of a block; `columns` are those of x and of the zeros behind it."""
-        return 4 * (self.held * sum(self.table_words) + self.tokens * self.span * columns)
+        return 4 * self.held * sum(self.table_words) + self.column_bytes * columns
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of the activations that lie together for a column."""
+        return (2 if self.half else 4) * self.tokens * self.span
 
 
 def choose_window_variant(
@@ -204,26 +213,33 @@ def choose_window_variant(
     columns: int,
     tokens: int,
     limit: int,
+    half: bool = False,
     other: Dictionary | None = None,
     activation: str | None = None,
 ) -> WindowVariant | None:
     """Return what to compile for, given the bytes of shared memory that a block may ask for.
 
-    As many tokens a group as wanted or as fit, then as long loads; the tables in shared memory where they fit; None
-    where not one token does. `other` is the second matrix's.
+    The tables in shared memory where they fit, then as many tokens a group as wanted or as fit, then loads as long as
+    leave room for a second block, or as fit; None where not one token does. `half`: x is bfloat16. `other` is the
+    second matrix's dictionary.
     """
     padded = columns + window_packets.columns_behind(dictionary, other)
     second = None if other is None else (other.bits, other.width)
     for held in (True, False):
-        for width in WIDTHS:
-            for span in (4, 2, 1):
-                variant = WindowVariant(dictionary.bits, dictionary.width, held, width, span, second, activation)
-                if width <= tokens and width * span <= _LOADED and variant.shared_bytes(padded) <= limit:
-                    return variant
+        for width in (each for each in WIDTHS if each <= tokens):
+            spans = [span for span in _SPANS if 4 <= (2 if half else 4) * width * span <= LONGEST_LOAD]
+            variants = [
+                WindowVariant(dictionary.bits, dictionary.width, held, width, span, half, second, activation)
+                for span in spans
+            ]
+            for most in (limit // 2, limit):
+                found = [variant for variant in variants if variant.shared_bytes(padded) <= most]
+                if found:
+                    return found[0]
     return None
 
 
-@functools.cache  # as `window_packets.device_tables`
+@functools.cache  # as `window_packets.device_lengths`
 def product_table(dictionary: Dictionary, device: torch.device) -> Tensor:
     """Return a dictionary's table as the product reads it, on a GPU: uint32, four digits each, the lowest byte first.
 

@@ -228,10 +228,10 @@ def repack_windows(
         Is filled.
     """
     experts, rows = len(firsts), firsts.shape[1] - 1
-    _, lengths = device_tables(dictionary, codes.device)
+    lengths = device_lengths(dictionary, codes.device)
     blocks = min(-(-experts * rows // WARPS), BLOCKS * launch.multiprocessors(codes.device))
     sizes = dictionary.bits, codewords_each(dictionary.bits), rows, experts * rows
-    arrays = codes, offsets, firsts, starts, lengths.view(torch.uint8), words.view(torch.uint64)
+    arrays = codes, offsets, firsts, starts, lengths, words.view(torch.uint64)
     _repack_windows_kernel.launch(blocks, WARPS * WARP, *arrays, *sizes)
 
 
@@ -266,11 +266,9 @@ def row_exceptions(starts: Tensor, positions: Tensor, values: Tensor, rows: int,
 
 
 @functools.cache  # of no bounded size: a graph keeps a table's address, and a model has hundreds of dictionaries
-def device_tables(dictionary: Dictionary, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a dictionary's tables on a GPU, kept there for the next call: digits, lengths, four to a uint32."""
-    tables = (dictionary.digits_table, dictionary.lengths)
-    digits, lengths = (torch.from_numpy(table.reshape(-1).view(np.uint32).copy()).to(device) for table in tables)
-    return digits, lengths
+def device_lengths(dictionary: Dictionary, device: torch.device) -> Tensor:
+    """Return the digits of a dictionary's windows on a GPU, uint8; kept there for the next call."""
+    return torch.from_numpy(dictionary.lengths.copy()).to(device)
 
 
 @kernel("uint8*, int64*, int32*, int32*, uint8*, uint64*, int32, int32, int32, int32")

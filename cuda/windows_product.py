@@ -43,7 +43,7 @@ from qmoe_lite.cuda.variants import (
     product_table,
 )
 from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each, columns_behind
-from qmoe_lite.cuda.windows import decode_window_rows
+from qmoe_lite.cuda.windows import decode_window_rows, length_of
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
 # Chosen by a model, not measured: writing and reading a decoded matrix takes as long as 16 tokens do, four at a time.
@@ -78,7 +78,8 @@ def multiply(packets: WindowPackets, expert: int, x: Tensor) -> Tensor:
     if len(x) <= PRODUCT_TOKENS:
         wanted = next(width for width in reversed(WIDTHS) if width >= min(len(x), WIDTHS[0]))
         limit = launch.shared_limit(x.device)
-        variant = choose_window_variant(packets.dictionary, packets.columns, wanted, limit)
+        half = x.dtype == torch.bfloat16
+        variant = choose_window_variant(packets.dictionary, packets.columns, wanted, limit, half)
         if variant is not None:
             experts, members = groups_in_order(len(x), variant.tokens, x.device)
             groups = experts + expert, members
@@ -136,8 +137,7 @@ def multiply_groups(
 def _add_more(table: Any, at: Any, values: Any, offset: Any, total: Any, unit: int, span: Any) -> Any:
     """Add a string's next 8 digits, which lie at `at` in the table."""
     low, high = pair_at(table, np.uint32(at))
-    total = add_digits(total, values, np.uint32(offset), low, span)
-    return add_digits(total, values, np.uint32(offset + np.uint32(4 * unit)), high, span)
+    return add_digits(total, values, np.uint32(offset), low, high, span)
 
 
 @njit(forceinline=True)
@@ -152,11 +152,8 @@ def _add_window(quad: Any, number: int, offset: Any, total: Any, parts: Any, sha
     at = bits_of_quad(quad, 16 - shift + bits * number) & np.uint32(((4 << bits) - 1) << shift)
     at = np.uint32(at + np.uint32(before))
     low, high = pair_at(table, at)
-    more = np.uint32((low & np.uint32(3)) | (low >> np.uint32(6)) & np.uint32(12))
-    if width == 32:
-        more = np.uint32(more | (low >> np.uint32(12)) & np.uint32(16))
-    total = add_digits(total, values, offset, np.uint32(low & np.uint32(0xFFFCFCFC)), span)
-    total = add_digits(total, values, np.uint32(offset + np.uint32(4 * unit)), high, span)
+    more = np.uint32(length_of(low, width) - np.int32(1))
+    total = add_digits(total, values, offset, np.uint32(low & np.uint32(0xFFFCFCFC)), high, span)
     if width >= 16 and more >= 8:  # of few strings, but where rates are low
         total = _add_more(table, at + np.uint32(8), values, offset + np.uint32(8 * unit), total, unit, span)
     if width == 32 and more >= 16:
@@ -251,7 +248,8 @@ def window_kernel(variant: WindowVariant, weighted: bool = False) -> launch.Kern
     activation = -1 if variant.activation is None else ACTIVATIONS.index(variant.activation)
     (table_words, other_words_held), spanned = variant.table_words, variant.span
     tables = table_words + other_words_held if held else 0  # words before x
-    unit = 4 * tokens * spanned  # bytes of a column
+    kept, before_x = (np.uint16, 2 * tables) if variant.half else (np.float32, tables)
+    unit = variant.column_bytes
     zeros, span = (np.float32(0),) * tokens, (np.uint32(0),) * spanned
     each, other_each = codewords_each(bits), codewords_each(other_bits)
     other_at = 4 * table_words if held else 0
@@ -292,7 +290,7 @@ def window_kernel(variant: WindowVariant, weighted: bool = False) -> launch.Kern
         lane = np.int32(thread & 31)
         warp = np.int32(cuda.shfl_sync(_ALL, np.int32(thread >> 5), 0))  # so that the compiler knows it for uniform
         dynamic_words = cuda.shared.array(0, np.uint32)
-        values = cuda.shared.array(0, np.float32)
+        values = cuda.shared.array(0, kept)
         group = np.int32(cuda.blockIdx.y)
         expert = experts[group]
         if members[group * tokens] < 0 or expert < 0 or expert >= n_experts or places[expert] < 0:
@@ -320,7 +318,7 @@ def window_kernel(variant: WindowVariant, weighted: bool = False) -> launch.Kern
                 value = np.float32(0)
                 if column < columns and pair >= 0:
                     value = load_float(x, start + column) * load_constant(scales, column) * _QUARTER
-                values[tables + i * tokens + token] = value
+                store_float(values, np.int64(before_x + i * tokens + token), value)
                 i = np.int32(i + threads)
         cuda.syncthreads()
 
@@ -354,5 +352,6 @@ def window_kernel(variant: WindowVariant, weighted: bool = False) -> launch.Kern
 
     names = f"{bits}_{width}" + (f"_{other_bits}_{other_width}" if gated else "") + ("" if held else "_global")
     suffix = f"{'_' + variant.activation if variant.activation else ''}{'_weighted' if weighted else ''}"
+    suffix += "_half" if variant.half else ""
     _window_kernel.__name__ = f"_window_{names}_tokens{tokens}_span{spanned}{suffix}_kernel"
     return _window_kernel

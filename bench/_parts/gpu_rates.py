@@ -46,19 +46,12 @@ def _measure_one(rows: int, columns: int, rate: float, quick: bool, end: float) 
             yield shape | {"tokens": tokens} | parts._time_product(copies, peers, dense, tokens, refused)
     decode = [functools.partial(windows.decode_weights, matrix_packets(each), 0, torch.bfloat16) for each in copies]
     x = torch.randn(windows_product.PRODUCT_TOKENS, columns, device=parts._DEVICE).bfloat16()
-    tiles = [functools.partial(windows_product._tile_product, matrix_packets(each), 0, x) for each in copies]
+    tiles = [functools.partial(windows_product.tile_product, matrix_packets(each), 0, x) for each in copies]
     direct = [functools.partial(matmul.decode_matmul, each, x) for each in copies]
-    times = {"tiles_us": parts._graph_us(_with_result(tiles, len(x), rows)), "direct_us": parts._graph_us(direct)}
+    for call in (*tiles, *direct):
+        call()  # a graph cannot hold what a matrix's first product makes
+    times = {"tiles_us": parts._graph_us(tiles), "direct_us": parts._graph_us(direct)}
     yield shape | {"decoded": rows * columns / 1e3 / parts._event_us(decode), "choice_tokens": len(x)} | times
-
-
-def _with_result(calls: list[functools.partial[torch.Tensor]], tokens: int, rows: int) -> list[parts.Call]:
-    """Give each call the tensor that it fills."""
-    y = torch.empty(tokens, rows, dtype=torch.bfloat16, device=parts._DEVICE)
-    found: list[parts.Call] = [functools.partial(call, y) for call in calls]
-    for call in found:
-        call()  # a graph cannot hold what the first call makes
-    return found
 
 
 def show_rates(rows: list[parts.Row]) -> None:
