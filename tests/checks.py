@@ -40,6 +40,35 @@ def naive_packets(packed):
     return words, starts
 
 
+def naive_windows(codes, counts, dictionary):
+    """Each row's windows, read from the stream as a string of zeros and ones."""
+    text = "".join(f"{byte:08b}"[::-1] for byte in codes.tolist())
+    windows, at = [], 0
+    for count in counts.tolist():
+        row = [
+            int(text[i : i + dictionary.bits + 2][::-1], 2)
+            for i in range(at, at + count * dictionary.bits, dictionary.bits)
+        ]
+        windows.append(row)
+        at += count * dictionary.bits
+    return windows
+
+
+def naive_window_packets(windows, dictionary):
+    """Words (packets, 4) and row starts by the description, from strings of zeros and ones."""
+    bits, each, words, starts = dictionary.bits, (128 - 18) // dictionary.bits, [], [0]
+    for row in windows:
+        column = 0
+        for first in range(0, len(row), each):
+            own = row[first : first + each]
+            text = f"{column:016b}"[::-1] + f"{own[0] & 3:02b}"[::-1]
+            text += "".join(f"{window >> 2:0{bits}b}"[::-1] for window in own)
+            words.append([int(text.ljust(128, "0")[i : i + 32][::-1], 2) for i in range(0, 128, 32)])
+            column += sum(int(dictionary.lengths[window]) for window in own)
+        starts.append(len(words))
+    return words, starts
+
+
 @functools.cache
 def window_book(longest):
     """A dictionary of strings of so many digits: 8 of large ones, 16 or 32 of small ones."""

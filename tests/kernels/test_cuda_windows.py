@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread; pip install 'qmoe-lite[dev]'")
 
 import emulator
+from checks import naive_window_packets, naive_windows
 
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.windows import encode
@@ -48,20 +49,6 @@ def draw_digits(width, experts, rows, columns, seed=0, rare=0.01):
     return digits
 
 
-def naive_windows(codes, counts, dictionary):
-    """Each row's windows, read from the stream as a string of zeros and ones."""
-    text = "".join(f"{byte:08b}"[::-1] for byte in codes.tolist())
-    windows, at = [], 0
-    for count in counts.tolist():
-        row = [
-            int(text[i : i + dictionary.bits + 2][::-1], 2)
-            for i in range(at, at + count * dictionary.bits, dictionary.bits)
-        ]
-        windows.append(row)
-        at += count * dictionary.bits
-    return windows
-
-
 def naive_digits(windows, stream, dictionary, columns):
     """Digits (R, C), one window and one exception after another."""
     table, lengths = dictionary.digits_table.tolist(), dictionary.lengths.tolist()
@@ -73,21 +60,6 @@ def naive_digits(windows, stream, dictionary, columns):
             row, column = divmod(int(positions[i]), columns)
             rows[block * each + row][column] += int(values[i])
     return np.array(rows, dtype=np.int64).reshape(-1, columns)
-
-
-def naive_packets(windows, dictionary):
-    """Words (packets, 4) and row starts by the description, from strings of zeros and ones."""
-    bits, each, words, starts = dictionary.bits, (128 - 18) // dictionary.bits, [], [0]
-    for row in windows:
-        column = 0
-        for first in range(0, len(row), each):
-            own = row[first : first + each]
-            text = f"{column:016b}"[::-1] + f"{own[0] & 3:02b}"[::-1]
-            text += "".join(f"{window >> 2:0{bits}b}"[::-1] for window in own)
-            words.append([int(text.ljust(128, "0")[i : i + 32][::-1], 2) for i in range(0, 128, 32)])
-            column += sum(int(dictionary.lengths[window]) for window in own)
-        starts.append(len(words))
-    return words, starts
 
 
 class Case:
@@ -137,7 +109,7 @@ def test_packets_and_digits_are_those_of_the_slow_reference(emulated, rows, colu
     words, starts = [], [0]
     for expert, stream in enumerate(case.streams):
         read = naive_windows(stream.codes, stream.row_codewords, dictionary)
-        own_words, own_starts = naive_packets(read, dictionary)
+        own_words, own_starts = naive_window_packets(read, dictionary)
         starts += [len(words) + start for start in own_starts[1:]]
         words += own_words
         assert (naive_digits(read, stream, dictionary, columns) == case.digits[expert]).all()
@@ -152,7 +124,7 @@ def test_packets_and_digits_are_those_of_the_slow_reference(emulated, rows, colu
 def test_other_widths_of_codewords(emulated, bits, width):
     case = Case(draw_digits(width, 1, 3, 300), dictionary_of(width, bits))
     [stream] = case.streams
-    words, _ = naive_packets(naive_windows(stream.codes, stream.row_codewords, case.dictionary), case.dictionary)
+    words, _ = naive_window_packets(naive_windows(stream.codes, stream.row_codewords, case.dictionary), case.dictionary)
     assert case.packets.words.tolist() == words
     assert (windows.decode_digits(case.packets).numpy() == case.digits[0]).all()
     x = torch.randn(2, 300)
