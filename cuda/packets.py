@@ -94,10 +94,9 @@ def columns_behind(codebook: Codebook) -> int:
     return codebook.longest + codewords_each(codebook.bits) * codebook.min_weights
 
 
-def most_packets(codebook: Codebook, codes: int, rows: int) -> int:
-    """Return how many packets a matrix takes at most, given the bytes of its codes."""
-    each = codewords_each(codebook.bits)
-    return (8 * codes // codebook.bits + rows * (each - 1)) // each
+def most_packets(bits: int, each: int, codes: int, rows: int) -> int:
+    """Return how many packets of `each` codewords of so many bits a matrix takes, given the bytes of its codes."""
+    return (8 * codes // bits + rows * (each - 1)) // each
 
 
 def packets_of(codewords: Any, each: int) -> Any:

@@ -177,12 +177,12 @@ class WindowVariant:
         Of a group: 1, 2 or 4; activations of one column lie together.
     span : int
         Columns whose activations lie together, `tokens` each: from each column on, so that one load gives them all.
-    half : bool
-        Activations, times their columns' scales, are kept in bfloat16, else in float32.
     other : (int, int) or None
         Bits and width of a second matrix, the up projection, by whose results the first one's are multiplied.
     activation : str or None
         One of `ACTIVATIONS`, of the first matrix's results.
+    half : bool
+        Activations, times their columns' scales, are kept in bfloat16, else in float32.
     """
 
     bits: int
@@ -190,9 +190,9 @@ class WindowVariant:
     held: bool
     tokens: int
     span: int
-    half: bool = False
     other: tuple[int, int] | None = None
     activation: str | None = None
+    half: bool = False
 
     @property
     def table_words(self) -> tuple[int, int]:
@@ -216,9 +216,9 @@ def choose_window_variant(
     columns: int,
     tokens: int,
     limit: int,
-    half: bool = False,
     other: Dictionary | None = None,
     activation: str | None = None,
+    half: bool = False,
 ) -> WindowVariant | None:
     """Return what to compile for, given the bytes of shared memory that a block may ask for.
 
@@ -232,7 +232,7 @@ def choose_window_variant(
         for width in (each for each in WIDTHS if each <= tokens):
             spans = [span for span in _SPANS if 4 <= (2 if half else 4) * width * span <= LONGEST_LOAD]
             variants = [
-                WindowVariant(dictionary.bits, dictionary.width, held, width, span, half, second, activation)
+                WindowVariant(dictionary.bits, dictionary.width, held, width, span, second, activation, half)
                 for span in spans
             ]
             roomy = [each for each in variants if each.column_bytes >= 8 and each.shared_bytes(padded) <= limit // 2]

@@ -79,7 +79,7 @@ def multiply(packets: WindowPackets, expert: int, x: Tensor) -> Tensor:
         wanted = wanted_width(tokens)
         limit = launch.shared_limit(x.device)
         half = x.dtype == torch.bfloat16
-        variant = choose_window_variant(packets.dictionary, packets.columns, wanted, limit, half)
+        variant = choose_window_variant(packets.dictionary, packets.columns, wanted, limit, half=half)
         if variant is not None:
             groups = groups_in_order(tokens, variant.tokens, x.device, expert)
             multiply_groups(packets, in_order(packets.experts, x.device), variant, x.contiguous(), groups, 1, y)
