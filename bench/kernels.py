@@ -7,13 +7,9 @@ and from the machine code's ELF file.
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from qmoe_lite.bench._parts.common import machine_line
@@ -224,8 +220,7 @@ def window_kernel(product: str) -> tuple[launch.Kernel, str]:
 @functools.lru_cache(maxsize=256)
 def compiled(kernel: launch.Kernel, signature: str, capability: tuple[int, int]) -> Compiled:
     """Compile and link one kernel, once in a process; needs no GPU."""
-    with _gpu_taken_for_granted(capability):
-        ptx = kernel.ptx(signature, capability)
+    ptx = kernel.ptx(signature, capability)
     return Compiled(launch.entry_name(ptx), ptx, bytes(launch.link(ptx, capability).code))
 
 
@@ -350,18 +345,6 @@ def _title(kernel: launch.Kernel, signature: str) -> str:
     if kernel.__name__ == "_block_kernel" and "int16*" in own:
         kinds.append("uniform")  # of its two kernels, the one whose digits are any
     return " ".join([kernel.__name__.strip("_").removesuffix("_kernel"), *dict.fromkeys(kinds)])
-
-
-@contextmanager
-def _gpu_taken_for_granted(capability: tuple[int, int]) -> Iterator[None]:
-    """Simulate a GPU for numba-cuda inside the block: it asks the driver when it compiles a helper."""
-    dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
-    before = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = before
 
 
 def _missing_compiler() -> str | None:

@@ -74,7 +74,7 @@ def gather(
     made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def sum_of_lanes(value: np.float32, lanes: np.int32) -> np.float32:
     """Return the sum of `value` over each `lanes` (a power of two) neighbouring lanes, in each of them."""
     step = np.int32(lanes >> 1)
@@ -125,7 +125,7 @@ def _entry_place(quad: Any, number: int, table_at: Any, bits: int) -> Any:
     return np.uint32(table_at | four_times)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_codeword(quad: Any, number: int, place: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Add the nonzeros of a packet's codeword that begins at `place`; return the place behind it, and the sums.
 
@@ -144,7 +144,7 @@ def _add_codeword(quad: Any, number: int, place: Any, total: Any, parts: Any, sh
     return dot_bytes(near, np.uint32(unit), place), total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_all_columns(quad: Any, number: int, place: Any, total: Any, parts: Any, shape: Any) -> Any:
     """As `_add_codeword`, but zero weights are multiplied too: by infinity they give NaN, as in a dense product."""
     (entries, table_at, values, own), (bits, fields, levels, unit) = parts, shape
@@ -169,7 +169,7 @@ def _add_all_columns(quad: Any, number: int, place: Any, total: Any, parts: Any,
     return place, total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _row_sums(
     words: Any, index: Any, stop: Any, step: Any, first: Any, spread: Any, total: Any, parts: Any, shape: Any, each: int
 ) -> Any:
@@ -195,7 +195,7 @@ def _row_sums(
     return total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _own_levels(scales: Any, at: Any, levels: int) -> Any:
     """Return a row's levels as a triple; of fewer, the first one again."""
     level = load_float(scales, np.int64(at) * levels)
@@ -206,7 +206,7 @@ def _own_levels(scales: Any, at: Any, levels: int) -> Any:
     )
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _activated(value: Any, activation: int) -> Any:
     """Return the activation, by its place in `ACTIVATIONS`, of a value."""
     if activation == 0:
@@ -221,7 +221,7 @@ def _activated(value: Any, activation: int) -> Any:
     return value
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _load_table(table: Any, entries: Any, behind: Any, bits: int, planes: int, thread: Any, threads: Any) -> Any:
     """Copy a table to shared memory, to the first multiple of a plane's size from `behind` on; return its place."""
     plane = 4 << bits

@@ -191,7 +191,7 @@ def multiply_groups(
     made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_window(quad: Any, number: int, offset: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Add the digits of a packet's window, the first one's column lying at `offset`; return that of the next, and sums.
 
@@ -211,14 +211,14 @@ def _add_window(quad: Any, number: int, offset: Any, total: Any, parts: Any, sha
     return np.uint32(offset + np.uint32(more * np.uint32(unit)) + np.uint32(unit)), total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_two(quad: Any, number: int, offset: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Add a packet's window of that number and the next one."""
     offset, total = _add_window(quad, number, offset, total, parts, shape)
     return _add_window(quad, number + 1, offset, total, parts, shape)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _row_sums(
     words: Any, index: Any, stop: Any, step: Any, first: Any, total: Any, parts: Any, shape: Any, each: int
 ) -> Any:
