@@ -54,7 +54,7 @@ WINDOW_PRODUCTS: dict[str, tuple[tuple[int, ...], int, int]] = {
 WIDTH = 4096  # columns of a row whose instructions are spread over its weights
 _REGISTERS, _FRAME, _STACK = 0x2F, 0x11, 0x12  # attributes of an .nv.info section
 _NOP = 0x918
-_MODULES = (solver, codec, packets, windows, window_packets)
+_MODULES = (solver, codec, packets, window_packets)
 _PAPER = "the paper's kernel"
 
 
@@ -178,6 +178,7 @@ def measure() -> KernelsReport:
 def all_kernels() -> list[tuple[launch.Kernel, str]]:
     """Return the library's kernels with each of their signatures, products with x in bfloat16, and the paper's."""
     kernels = [each for module in _MODULES for each in vars(module).values() if isinstance(each, launch.Kernel)]
+    kernels += [windows.decode_kernel(8, True, weights) for weights in (False, True)]
     known = [(kernel, signature) for kernel in dict.fromkeys(kernels) for signature in kernel.signatures]
     products = [*(_gather(_variant(each)) for each in PRODUCTS), *map(window_kernel, WINDOW_PRODUCTS)]
     return [*known, *products, (paper_kernel, paper_kernel.signatures[0])]
@@ -211,10 +212,10 @@ def _dictionary(product: str) -> Dictionary:
 def window_kernel(product: str) -> tuple[launch.Kernel, str]:
     """Return the kernel of one of `WINDOW_PRODUCTS`, and its signature for activations in bfloat16."""
     tokens = WINDOW_PRODUCTS[product][2]
-    variant = windows_product.choose_window_variant(_dictionary(product), WIDTH, tokens, SHARED_LIMIT)
+    variant = variants.choose_window_variant(_dictionary(product), WIDTH, tokens, SHARED_LIMIT, half=True)
     assert variant is not None
     kernel = windows_product.window_kernel(variant)
-    return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 3)  # exceptions, x and y
+    return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 2)  # x and y
 
 
 @functools.lru_cache(maxsize=256)

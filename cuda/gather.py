@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit
 from torch import Tensor
 
@@ -59,11 +60,7 @@ def gather(
     shared_bytes = variant.shared_bytes(padded)
     # not by how many groups there are: a token's bytes must not depend on the others
     lanes = choose_lanes(packets.packets_each, packets.rows, multiprocessors)
-    rows_each = WARP // lanes
-    warps = min(max(-(-packets.rows * len(experts) // (rows_each * multiprocessors)), WARPS[0]), WARPS[1])
-    resident = min(RESIDENT_WARPS // warps, launch.shared_limit(x.device) // max(shared_bytes, 1))
-    blocks = max(1, -(-multiprocessors * max(resident, 1) // len(experts)))
-    tiles = min(-(-packets.rows // (rows_each * warps)), blocks)
+    tiles, warps = share_rows(packets.rows, lanes, len(experts), shared_bytes, WARPS, x.device)
     arrays: list[Tensor] = []
     for each, book in zip((*matrices, *matrices), (*variant.books, *variant.books), strict=True):
         arrays += each.words, each.starts, bits16(each.levels), device_words(each.codebook, book.fields, x.device)
@@ -72,6 +69,31 @@ def gather(
     sizes = len(places), *packets.strides, packets.rows, packets.columns, padded, slots, lanes
     made = gather_kernel(variant, weights is not None)
     made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
+
+
+def share_rows(
+    rows: int, lanes: int, groups: int, shared_bytes: int, warps: tuple[int, int], device: torch.device
+) -> tuple[int, int]:
+    """Return the blocks that share the rows of a group of tokens, and the warps of a block.
+
+    Parameters
+    ----------
+    rows, lanes : int
+        Of a matrix, and those that share a row.
+    groups : int
+        Of tokens, each with blocks of its own.
+    shared_bytes : int
+        Of a block.
+    warps : (int, int)
+        Least and most of a block.
+    device : torch device
+        The GPU, which shall be full.
+    """
+    rows_each, multiprocessors = WARP // lanes, launch.multiprocessors(device)
+    chosen = min(max(-(-rows * groups // (rows_each * multiprocessors)), warps[0]), warps[1])
+    resident = min(RESIDENT_WARPS // chosen, launch.shared_limit(device) // max(shared_bytes, 1))
+    blocks = max(1, -(-multiprocessors * max(resident, 1) // groups))
+    return min(-(-rows // (rows_each * chosen)), blocks), chosen
 
 
 @njit(forceinline=True)
@@ -207,7 +229,7 @@ def _own_levels(scales: Any, at: Any, levels: int) -> Any:
 
 
 @njit(forceinline=True)
-def _activated(value: Any, activation: int) -> Any:
+def activated(value: Any, activation: int) -> Any:
     """Return the activation, by its place in `ACTIVATIONS`, of a value."""
     if activation == 0:
         return value if value > np.float32(0) or value != value else np.float32(0)
@@ -353,7 +375,7 @@ def gather_kernel(variant: Variant, weighted: bool = False) -> launch.Kernel:
                 other_total = _row_sums(other_words, index, stop, step, first, spread, zeros, parts, shape, other_each)
             for token in range(tokens):
                 value = sum_of_lanes(total[token], step)
-                value = _activated(value * own[0] if levels == 1 else value, activation)
+                value = activated(value * own[0] if levels == 1 else value, activation)
                 if gated:
                     factor = sum_of_lanes(other_total[token], step)
                     value = value * (factor * other_own[0] if levels == 1 else factor)

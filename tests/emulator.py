@@ -167,6 +167,11 @@ def _local_array(shape, dtype):
     return Memory(np.full(shape * np.dtype(dtype).itemsize, POISON, dtype=np.uint8).view(dtype))
 
 
+def _float(value):
+    """A value of an array of floats, of which uint16 stands for bfloat16, as float32."""
+    return np.uint32(int(value) << 16).view(np.float32) if value.dtype == np.uint16 else np.float32(value)
+
+
 class Intrinsics:
     """What each of `qmoe_lite.cuda.intrinsics` does, for one block; indices wrap nowhere and places are checked."""
 
@@ -194,11 +199,12 @@ class Intrinsics:
     def pair_at(self, array, offset):
         return tuple(array.at(offset + np.uint32(array.origin), 2))
 
-    def add_digits(self, total, array, offset, word, span):
+    def add_digits(self, total, array, offset, low, high, span):
         unit = len(total) * len(span)
-        for digit, byte in enumerate(np.uint32(word).tobytes()):
-            row = array.at(offset + array.origin + 4 * unit * (digit - digit % len(span)), unit)
-            values = row[digit % len(span) * len(total) :][: len(total)]
+        row_bytes = unit * array.array.itemsize
+        for digit, byte in enumerate(np.uint32(low).tobytes() + np.uint32(high).tobytes()):
+            row = array.at(offset + array.origin + row_bytes * (digit - digit % len(span)), unit)
+            values = map(_float, row[digit % len(span) * len(total) :][: len(total)])
             with np.errstate(invalid="ignore"):  # infinity times zero
                 total = tuple(
                     np.float32(old + np.float32(byte - 128) * value) for old, value in zip(total, values, strict=True)
@@ -207,7 +213,7 @@ class Intrinsics:
 
     def add_multiple(self, total, array, place, factor):
         assert isinstance(factor, np.float32)
-        values = array.at(place, len(total))
+        values = map(_float, array.at(place, len(total)))
         with np.errstate(invalid="ignore"):  # infinity times zero
             return tuple(np.float32(old + factor * value) for old, value in zip(total, values, strict=True))
 
@@ -226,10 +232,7 @@ class Intrinsics:
         return np.uint32(bits).view(np.float32)
 
     def load_float(self, array, index):
-        value = array[index]
-        if value.dtype == np.uint16:
-            return np.uint32(int(value) << 16).view(np.float32)
-        return np.float32(value)
+        return _float(array[index])
 
     def store_float(self, array, index, value):
         assert isinstance(value, np.float32)

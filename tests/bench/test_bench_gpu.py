@@ -27,11 +27,11 @@ from fake_device import EmulatedDevice
 
 from qmoe_lite.bench import gptq, gpu, layer
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper
+from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper, gpu_rates
 from qmoe_lite.bench._parts import offload as offload_parts
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
-from qmoe_lite.cuda import codec, gather, launch, matmul, packets, variants
+from qmoe_lite.cuda import codec, gather, launch, matmul, packets, variants, windows_product
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import QMoEError, ShapeError
 from qmoe_lite.models.experts import PackedExperts
@@ -89,6 +89,8 @@ def emulated(monkeypatch):
     monkeypatch.setattr(gpu_choice, "TOKENS", (2, 3))
     monkeypatch.setattr(gpu_choice, "LANES", (4, 32))
     monkeypatch.setattr(gpu_paper, "WARPS", (1, 2))
+    monkeypatch.setattr(gpu_rates, "RATES", (7.5, 8.0))  # of which three rows spend 5.3 on the scales
+    monkeypatch.setattr(windows_product, "WARPS", (1, 2))
     monkeypatch.setattr(gpu_demo, "_command", demo_without_a_gpu)
     monkeypatch.setattr(gather, "WARPS", (1, 2))
     properties = type("Properties", (), {"L2_cache_size": 1 << 20})
@@ -196,7 +198,7 @@ def test_three_ways_go_through_the_same_experts_and_the_cache_is_counted(emulate
 
 
 def test_what_does_not_fit_the_time_is_named(emulated):
-    for name in ("matmul", "layer", "offload", "solver", "paper", "coder", "choice"):
+    for name in ("matmul", "layer", "offload", "solver", "paper", "coder", "choice", "rates"):
         rows = list(gpu.PARTS[name].measure(False, time.monotonic() + 1))
         assert rows
         assert all(list(row) == ["skipped"] for row in rows)

@@ -179,6 +179,8 @@ def test_product_is_the_naive_one(emulated, rows, columns, width, tokens):
     x = torch.randn(tokens, columns)
     for expert in range(2):
         case.assert_product(windows_product.multiply(case.packets, expert, x), expert, x)
+    half = windows_product.multiply(case.packets, 1, x.bfloat16())
+    case.assert_product(half, 1, x.bfloat16(), 2**-7)  # x times its scale, and the result, are rounded
 
 
 @pytest.mark.parametrize("lanes", [2, 4, 8, 16, 32])
@@ -199,9 +201,9 @@ def test_x_and_table_are_held_as_they_fit(emulated, monkeypatch, tokens, limit):
 
 
 def test_what_is_held_follows_from_what_fits():
-    def held(width, columns, limit, tokens=4, bits=BITS):
+    def held(width, columns, limit, tokens=4, bits=BITS, half=False):
         dictionary = dictionary_of(width, bits)
-        variant = windows_product.choose_window_variant(dictionary, columns, tokens, limit)
+        variant = windows_product.choose_window_variant(dictionary, columns, tokens, limit, half)
         if variant is None:
             return None
         padded = columns + window_packets.columns_behind(dictionary)
@@ -216,6 +218,9 @@ def test_what_is_held_follows_from_what_fits():
     assert held(16, 4096, 98 << 10, tokens=1) == (1, 2, True)
     assert held(8, 4096, 98 << 10, bits=12) == (4, 1, False)
     assert held(8, 65535, 227 << 10) is None
+    assert held(8, 4096, 227 << 10, tokens=1, half=True) == (1, 8, True)
+    assert held(8, 14336, 227 << 10, tokens=1, half=True) == (1, 2, True), "two blocks"
+    assert held(8, 4096, 227 << 10, tokens=4, half=True) == (4, 2, True)
 
 
 def test_activations_too_wide_for_shared_memory_meet_decoded_tiles(emulated, monkeypatch):
@@ -303,6 +308,8 @@ VARIANTS = {
     "12 bits, table not held": (12, 8, False, 1, 2),
     "16 digits": (10, 16, True, 1, 2),
     "16 digits, 4 tokens": (10, 16, True, 4, 1),
+    "x in bfloat16": (10, 8, True, 1, 8, True),
+    "x in bfloat16, 4 tokens": (10, 8, True, 4, 2, True),
 }
 
 
