@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
@@ -55,26 +54,37 @@ def gather(
 ) -> None:
     """Fill y (pairs, R) with the products of x (pairs / slots, C), group by group; see `gather_kernel`."""
     experts, members = groups
-    packets, multiprocessors = matrices[0], launch.multiprocessors(x.device)
-    padded = padded_columns(tuple(each.codebook for each in matrices), packets.columns)
-    shared_bytes = variant.shared_bytes(padded)
+    packets = matrices[0]
     # not by how many groups there are: a token's bytes must not depend on the others
-    lanes = choose_lanes(packets.packets_each, packets.rows, multiprocessors)
-    tiles, warps = share_rows(packets.rows, lanes, len(experts), shared_bytes, WARPS, x.device)
+    lanes = choose_lanes(packets.packets_each, packets.rows, launch.multiprocessors(x.device))
+    key = variant, lanes, weights is not None, places.numel(), slots, *matrices[1:]
+    ready = packets.launches.get(key)
+    if ready is None:
+        ready = packets.launches[key] = _prepare(matrices, *key[:5])
+    grid = share_rows(packets.rows, lanes, experts.numel(), ready.shared_bytes, WARPS, *launch.sizes(x.device))
+    given = bits16(x), places, experts, members, experts if weights is None else weights, bits16(y)
+    ready.launch(grid, *given)
+
+
+def _prepare(
+    matrices: tuple[Packets, ...], variant: Variant, lanes: int, weighted: bool, places: int, slots: int
+) -> launch.Prepared:
+    packets = matrices[0]
+    padded = padded_columns(tuple(each.codebook for each in matrices), packets.columns)
     arrays: list[Tensor] = []
     for each, book in zip((*matrices, *matrices), (*variant.books, *variant.books), strict=True):
-        arrays += each.words, each.starts, bits16(each.levels), device_words(each.codebook, book.fields, x.device)
-    arrays = [*arrays[:8], bits16(x), places, experts, members, experts if weights is None else weights, bits16(y)]
+        words = device_words(each.codebook, book.fields, packets.device)
+        arrays += each.words, each.starts, bits16(each.levels), words
     assert all(each.strides == packets.strides for each in matrices), "gate and up projection lie alike"
-    sizes = len(places), *packets.strides, packets.rows, packets.columns, padded, slots, lanes
-    made = gather_kernel(variant, weights is not None)
-    made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
+    sizes = places, *packets.strides, packets.rows, packets.columns, padded, slots, lanes
+    return launch.Prepared(gather_kernel(variant, weighted), tuple(arrays[:8]), sizes, variant.shared_bytes(padded))
 
 
+@functools.lru_cache(maxsize=1024)  # as `variants.choose_variant`
 def share_rows(
-    rows: int, lanes: int, groups: int, shared_bytes: int, warps: tuple[int, int], device: torch.device
-) -> tuple[int, int]:
-    """Return the blocks that share the rows of a group of tokens, and the warps of a block.
+    rows: int, lanes: int, groups: int, shared_bytes: int, warps: tuple[int, int], multiprocessors: int, limit: int
+) -> tuple[tuple[int, int], int]:
+    """Return the blocks that share the rows of a group of tokens, of all groups, and the threads of a block.
 
     Parameters
     ----------
@@ -86,14 +96,14 @@ def share_rows(
         Of a block.
     warps : (int, int)
         Least and most of a block.
-    device : torch device
-        The GPU, which shall be full.
+    multiprocessors, limit : int
+        Of the GPU, which shall be full, and the shared memory that a block may ask for.
     """
-    rows_each, multiprocessors = WARP // lanes, launch.multiprocessors(device)
+    rows_each = WARP // lanes
     chosen = min(max(-(-rows * groups // (rows_each * multiprocessors)), warps[0]), warps[1])
-    resident = min(RESIDENT_WARPS // chosen, launch.shared_limit(device) // max(shared_bytes, 1))
+    resident = min(RESIDENT_WARPS // chosen, limit // max(shared_bytes, 1))
     blocks = max(1, -(-multiprocessors * max(resident, 1) // groups))
-    return min(-(-rows // (rows_each * chosen)), blocks), chosen
+    return (min(-(-rows // (rows_each * chosen)), blocks), groups), chosen * WARP
 
 
 @njit(forceinline=True)

@@ -18,6 +18,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,6 +129,11 @@ def shared_limit(device: torch.device) -> int:
     from cuda.core import Device
 
     return int(Device(device.index).properties.max_shared_memory_per_block_optin) - _STATIC_BYTES
+
+
+def sizes(device: torch.device) -> tuple[int, int]:
+    """Return `multiprocessors` and `shared_limit` of a GPU."""
+    return multiprocessors(device), shared_limit(device)
 
 
 def upload(numbers: list[int], device: torch.device) -> Tensor:
@@ -277,6 +283,20 @@ class Kernel:
         with torch.cuda.device(index):
             _core().Device(index).set_current()
             return _core().ObjectCode.from_cubin(code).get_kernel(entry)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A launch but for what changes from call to call: found anew, all that would take longer than the GPU does."""
+
+    made: Kernel
+    arrays: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    shared_bytes: int
+
+    def launch(self, grid: tuple[tuple[int, int], int], *arrays: Tensor) -> None:
+        """Run with more arrays, behind those known; `grid`: blocks, and threads of each."""
+        self.made.launch(*grid, *self.arrays, *arrays, *self.sizes, shared_bytes=self.shared_bytes)
 
 
 class _Ready:

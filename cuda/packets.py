@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class Packets:
     strides : tuple of int
         From one expert to the next: packets of `words`, elements of `starts` and of `levels`. With a stride of 0 starts
         are counted from the first expert's packets on.
+    launches : dict
+        What launches need of these matrices, by what they are for.
     """
 
     words: Tensor
@@ -69,6 +71,7 @@ class Packets:
     levels_each: int
     packets_each: float
     strides: tuple[int, int, int]
+    launches: dict[Any, launch.Prepared] = field(default_factory=dict, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -79,6 +79,7 @@ class Variant:
         return 4 * self.tokens * columns + sum(book.shared_bytes for book in self.books)
 
 
+@functools.lru_cache(maxsize=1024)  # asked at each call, which takes no longer than this does
 def choose_variant(
     codebooks: tuple[Codebook, ...], levels: int, columns: int, tokens: int, activation: str | None, limit: int
 ) -> Variant | None:
@@ -108,6 +109,7 @@ def padded_columns(codebooks: tuple[Codebook, ...], columns: int) -> int:
     return columns + max(map(columns_behind, codebooks))
 
 
+@functools.lru_cache(maxsize=1024)  # as `choose_variant`
 def choose_lanes(packets_each: float, rows: int, multiprocessors: int) -> int:
     """Return how many lanes share a row: a model of what keeps most lanes busy, not measured.
 
@@ -208,6 +210,7 @@ class WindowVariant:
         return (2 if self.half else 4) * self.tokens * self.span
 
 
+@functools.lru_cache(maxsize=1024)  # asked at each call, which takes no longer than this does
 def choose_window_variant(
     dictionary: Dictionary,
     columns: int,
@@ -220,8 +223,8 @@ def choose_window_variant(
     """Return what to compile for, given the bytes of shared memory that a block may ask for.
 
     The tables in shared memory where they fit, then as many tokens a group as wanted or as fit, then loads as long as
-    leave room for a second block, or as fit; None where not one token does. `half`: x is bfloat16. `other` is the
-    second matrix's dictionary.
+    leave room for a second block, if that is 8 bytes, or as fit; None where not one token does. `half`: x is bfloat16.
+    `other` is the second matrix's dictionary.
     """
     padded = columns + window_packets.columns_behind(dictionary, other)
     second = None if other is None else (other.bits, other.width)
@@ -232,10 +235,10 @@ def choose_window_variant(
                 WindowVariant(dictionary.bits, dictionary.width, held, width, span, half, second, activation)
                 for span in spans
             ]
-            for most in (limit // 2, limit):
-                found = [variant for variant in variants if variant.shared_bytes(padded) <= most]
-                if found:
-                    return found[0]
+            roomy = [each for each in variants if each.column_bytes >= 8 and each.shared_bytes(padded) <= limit // 2]
+            for variant in (*roomy, *variants):
+                if variant.shared_bytes(padded) <= limit:
+                    return variant
     return None
 
 

@@ -9,7 +9,7 @@ end. So a lane needs nothing of another lane's packet. Exceptions are listed by 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,7 @@ from qmoe_lite.coding.exceptions import block_rows
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import EXCEPTION_PARTS
 from qmoe_lite.cuda import launch
-from qmoe_lite.cuda.codec import BLOCKS, WARPS, load_code, warp_scan
+from qmoe_lite.cuda.codec import BLOCKS, WARPS, check_validated, load_code, warp_scan
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
 from qmoe_lite.cuda.packets import COLUMN_BITS, PACKET_BITS, codewords_of, start_packets
 
@@ -59,6 +59,8 @@ class WindowPackets:
     strides : tuple of int
         From one expert to the next: packets of `words`, elements of the tensors that have one for each row, of `scales`
         and of `exceptions`. With a stride of 0 packets or exceptions are counted from the first expert's on.
+    launches : dict
+        What launches need of these matrices, by what they are for.
     """
 
     words: Tensor
@@ -73,6 +75,7 @@ class WindowPackets:
     columns: int
     packets_each: float
     strides: tuple[int, int, int, int]
+    launches: dict[Any, launch.Prepared] = field(default_factory=dict, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -194,11 +197,13 @@ _PACKETS: WeakKeyDictionary[PackedMatrix, WindowPackets] = WeakKeyDictionary()
 
 
 def matrix_packets(packed: PackedMatrix) -> WindowPackets:
-    """Return a validated matrix on a GPU as packets; made when they are first needed, and kept with the matrix."""
-    if packed not in _PACKETS:
+    """Return a matrix on a GPU as packets: made when they are first needed, and kept with the matrix."""
+    packets = _PACKETS.get(packed)
+    if packets is None:
+        check_validated(packed)
         assert isinstance(packed.codebook, Dictionary)
         starts, positions, values = (packed.tensors[name] for name in EXCEPTION_PARTS)
-        _PACKETS[packed] = make_window_packets(
+        packets = _PACKETS[packed] = make_window_packets(
             packed.codes,
             torch.zeros(1, dtype=torch.int64, device=packed.device),
             packed.count_codewords()[None],
@@ -208,7 +213,7 @@ def matrix_packets(packed: PackedMatrix) -> WindowPackets:
             packed.codebook,
             packed.columns,
         )
-    return _PACKETS[packed]
+    return packets
 
 
 def repack_windows(

@@ -116,6 +116,7 @@ def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
     """
     kinds = KINDS.values() if weights else ("int16*",)
     arrays = "uint32*, int32*, int32*, int32*, uint32*, float32*, float32*"
+    staged = WARPS * WARP * width
 
     @kernel(*(f"{arrays}, {out}" + ", int32" * 5 for out in kinds))
     def _decode_windows_kernel(
@@ -135,7 +136,7 @@ def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
     ) -> None:
         thread, lane = np.int32(cuda.threadIdx.x), np.int32(cuda.threadIdx.x & 31)
         dynamic_words = cuda.shared.array(0, np.uint32)
-        stage = cuda.shared.array(WARPS * WARP * width, np.int16)
+        stage = cuda.shared.array(staged, np.int16)
         entries = dynamic_words if held else table
         if held:
             i = thread

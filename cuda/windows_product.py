@@ -31,12 +31,11 @@ from qmoe_lite.cuda.intrinsics import (
     pair_at,
     store_float,
 )
-from qmoe_lite.cuda.launch import WARP, cuda, kernel
-from qmoe_lite.cuda.matmul import TILE_VALUES, groups_in_order, in_order
+from qmoe_lite.cuda.launch import cuda, kernel
+from qmoe_lite.cuda.matmul import TILE_VALUES, groups_in_order, in_order, wanted_width
 from qmoe_lite.cuda.packets import KINDS, bits16
 from qmoe_lite.cuda.variants import (
     ACTIVATIONS,
-    WIDTHS,
     WindowVariant,
     choose_lanes,
     choose_window_variant,
@@ -72,17 +71,17 @@ def multiply(packets: WindowPackets, expert: int, x: Tensor) -> Tensor:
         )
     if x.device != packets.device:
         raise SettingError(f"x is on {x.device} but the matrix on {packets.device}; expected one GPU. Move one.")
-    y = torch.empty((len(x), packets.rows), dtype=x.dtype, device=x.device)
-    if len(x) == 0 or packets.rows == 0:
+    tokens = x.shape[0]
+    y = torch.empty((tokens, packets.rows), dtype=x.dtype, device=x.device)
+    if tokens == 0 or packets.rows == 0:
         return y
-    if len(x) <= PRODUCT_TOKENS:
-        wanted = next(width for width in reversed(WIDTHS) if width >= min(len(x), WIDTHS[0]))
+    if tokens <= PRODUCT_TOKENS:
+        wanted = wanted_width(tokens)
         limit = launch.shared_limit(x.device)
         half = x.dtype == torch.bfloat16
         variant = choose_window_variant(packets.dictionary, packets.columns, wanted, limit, half)
         if variant is not None:
-            experts, members = groups_in_order(len(x), variant.tokens, x.device)
-            groups = experts + expert, members
+            groups = groups_in_order(tokens, variant.tokens, x.device, expert)
             multiply_groups(packets, in_order(packets.experts, x.device), variant, x.contiguous(), groups, 1, y)
             return y
     return tile_product(packets, expert, x)
@@ -116,21 +115,35 @@ def multiply_groups(
     `other` are the second matrices: of the same shape, lying alike, with the same column scales.
     """
     experts, members = groups
-    second = packets if other is None else other
-    padded = packets.columns + columns_behind(packets.dictionary, second.dictionary)
-    shared_bytes = variant.shared_bytes(padded)
     # not by how many groups there are: a token's bytes must not depend on the others
     lanes = choose_lanes(packets.packets_each, packets.rows, launch.multiprocessors(x.device))
-    tiles, warps = share_rows(packets.rows, lanes, len(experts), shared_bytes, WARPS, x.device)
+    key = variant, lanes, weights is not None, places.numel(), slots, other
+    ready = packets.launches.get(key)
+    if ready is None:
+        ready = packets.launches[key] = _prepare(packets, *key)
+    grid = share_rows(packets.rows, lanes, experts.numel(), ready.shared_bytes, WARPS, *launch.sizes(x.device))
+    ready.launch(grid, bits16(x), places, experts, members, experts if weights is None else weights, bits16(y))
+
+
+def _prepare(
+    packets: WindowPackets,
+    variant: WindowVariant,
+    lanes: int,
+    weighted: bool,
+    places: int,
+    slots: int,
+    other: WindowPackets | None,
+) -> launch.Prepared:
+    second = packets if other is None else other
+    padded = packets.columns + columns_behind(packets.dictionary, second.dictionary)
     arrays: list[Tensor] = []
     for each in (packets, second):
         arrays += each.words, each.starts, each.steps, each.exception_starts, each.exceptions
-        arrays.append(product_table(each.dictionary, x.device))
-    arrays += packets.scales, bits16(x), places, experts, members, experts if weights is None else weights, bits16(y)
+        arrays.append(product_table(each.dictionary, packets.device))
     assert second.strides == packets.strides, "gate and up projection lie alike"
-    sizes = len(places), *packets.strides, packets.rows, packets.columns, padded, slots, lanes
-    made = window_kernel(variant, weights is not None)
-    made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
+    sizes = places, *packets.strides, packets.rows, packets.columns, padded, slots, lanes
+    made = window_kernel(variant, weighted)
+    return launch.Prepared(made, (*arrays, packets.scales), sizes, variant.shared_bytes(padded))
 
 
 @njit(forceinline=True)

@@ -219,7 +219,8 @@ def test_what_is_held_follows_from_what_fits():
     assert held(8, 4096, 98 << 10, bits=12) == (4, 1, False)
     assert held(8, 65535, 227 << 10) is None
     assert held(8, 4096, 227 << 10, tokens=1, half=True) == (1, 8, True)
-    assert held(8, 14336, 227 << 10, tokens=1, half=True) == (1, 2, True), "two blocks"
+    assert held(8, 8192, 227 << 10, tokens=1, half=True) == (1, 4, True), "so that two blocks fit"
+    assert held(8, 14336, 227 << 10, tokens=1, half=True) == (1, 4, True)
     assert held(8, 4096, 227 << 10, tokens=4, half=True) == (4, 2, True)
 
 
