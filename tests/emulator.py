@@ -7,6 +7,7 @@ thread does not reach and a warp operation whose mask names an absent lane all r
 from __future__ import annotations
 
 import contextvars
+import functools
 import operator
 import random
 import sys
@@ -32,32 +33,38 @@ class Memory:
 
     def __init__(self, array, origin=0):
         self.array = array
+        self.size, self.itemsize = array.size, array.itemsize
         self.origin = origin  # the place of its first byte, as `intrinsics.origin` gives it
 
     def at(self, place, count=1):
         """Return `count` elements from a place in bytes on."""
         byte = operator.index(place) - self.origin
-        if byte % (count * self.array.itemsize):
+        if byte % (count * self.itemsize):
             raise EmulationError(f"{count} elements at byte {byte}, which is no multiple of their size")
-        first = byte // self.array.itemsize
-        end = self._place(first + count - 1) + 1
-        return list(self.array[self._place(first) : end])
+        first = byte // self.itemsize
+        self._check(first)
+        self._check(first + count - 1)
+        return list(self.array[first : first + count])
 
     def __getitem__(self, index):
-        return self.array[self._place(index)]
+        return self.array[self._check(operator.index(index))]
 
     def __setitem__(self, index, value):
-        if self.array.dtype.kind in "iu":
-            bounds = np.iinfo(self.array.dtype)
-            if not bounds.min <= operator.index(value) <= bounds.max:
-                raise EmulationError(f"{value} does not fit {self.array.dtype}")
-        self.array[self._place(index)] = value
+        bounds = _bounds(self.array.dtype)
+        if bounds is not None and not bounds[0] <= operator.index(value) <= bounds[1]:
+            raise EmulationError(f"{value} does not fit {self.array.dtype}")
+        self.array[self._check(operator.index(index))] = value
 
-    def _place(self, index):
-        place = operator.index(index)
-        if not 0 <= place < self.array.size:
-            raise EmulationError(f"index {place} of an array of {self.array.size} {self.array.dtype}")
+    def _check(self, place):
+        if not 0 <= place < self.size:
+            raise EmulationError(f"index {place} of an array of {self.size} {self.array.dtype}")
         return place
+
+
+@functools.cache
+def _bounds(dtype):
+    """Return the least and the largest value of integers; None of others."""
+    return (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)) if dtype.kind in "iu" else None
 
 
 class Cuda:

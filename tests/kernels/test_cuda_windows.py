@@ -325,6 +325,7 @@ def compiled(name, capability):
     return kernels.compiled(kernel, kernel.signatures[0], capability)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", list(VARIANTS))
@@ -341,6 +342,7 @@ def test_variant_fits_the_gpu(name, capability):
     assert kernels.widest_load(code.ptx) == 16
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", ONE_MATRIX)
 def test_a_codeword_takes_the_loads_that_it_must(name):
@@ -355,6 +357,7 @@ def test_a_codeword_takes_the_loads_that_it_must(name):
     assert of.row > 40
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 def test_a_weight_takes_few_instructions_at_two_bits(capability):
