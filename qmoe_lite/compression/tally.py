@@ -168,6 +168,7 @@ class WindowTally:
         self._shares_scales = layer.first_of_stage(projection) != projection
         self._dictionary: Dictionary | None = None
         self._sizes = np.zeros(1, dtype=np.int64)
+        self._groups = 0
         self._packed: list[PackedMatrix] = []
         self._report: ProjectionReport | None = None
 
@@ -193,6 +194,7 @@ class WindowTally:
         for sizes in both:
             self._sizes[: len(sizes)] += sizes
         self._packed += packed
+        self._groups += 1
         self._figures.add(solved)
 
     def add(self, solved: Solved) -> None:
@@ -202,7 +204,9 @@ class WindowTally:
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Lay all experts side by side."""
         assert self._dictionary is not None
-        of_all = self._dictionaries.choose(self._sizes)  # the first group may not stand for the others
+        of_all = self._dictionary
+        if self._groups > 1:  # the first may not stand for the others
+            of_all = self._dictionaries.choose(self._sizes)
         if of_all.expected_bits(self._sizes) < (1 - _REWRITE) * self._dictionary.expected_bits(self._sizes):
             self._packed = [encode(decode(p)[0].numpy(), p.levels, of_all, p.column_scales) for p in self._packed]
             self._dictionary = of_all
