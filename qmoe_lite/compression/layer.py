@@ -44,6 +44,10 @@ def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
     return rows[torch.from_numpy(np.sort(chosen))]
 
 
+def _step(grid: Grid) -> float | None:
+    return grid.step if isinstance(grid, UniformGrid) else None
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """What the experts of one sparse layer get to see, and where their outputs go.
@@ -252,7 +256,7 @@ class LayerCompressor:
     def _nearest(self, layer: MoELayer, group: range, grid: Grid) -> dict[str, Solved]:
         def one(name: str) -> Solved:
             quantized = gptq(self._group_weights(layer, group, name), None, grid)
-            return Solved(quantized, [0] * len(group), ["nearest"] * len(group))
+            return Solved(quantized, [0] * len(group), ["nearest"] * len(group), _step(grid))
 
         return {name: one(name) for name in layer.projections}
 
@@ -292,7 +296,8 @@ class LayerCompressor:
             for name, quantized in zip(stage, results, strict=True):
                 pairs = zip(quantized.hessian_class, starved, strict=True)
                 classes = ["blended" if known == "own" and few else known for known, few in pairs]
-                solved[name] = Solved(quantized, [len(rows) for rows in rows_of], classes)
+                tokens = [len(rows) for rows in rows_of]
+                solved[name] = Solved(quantized, tokens, classes, _step(grid))
         return solved
 
     def _hessians(

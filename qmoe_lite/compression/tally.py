@@ -29,11 +29,12 @@ _EXPERT_BYTES = 16  # of an expert's offset and checksum
 
 
 class Solved(NamedTuple):
-    """One projection of a group of experts."""
+    """One projection of a group of experts; `step` is that of a uniform grid, in units of a row's RMS."""
 
     quantized: Quantized
     tokens: list[int]
     classes: list[str]
+    step: float | None = None
 
 
 class Tally(Protocol):
@@ -59,10 +60,13 @@ class _Figures:
         self._errors: list[float] = []
         self._tokens: list[int] = []
         self._classes: dict[str, int] = {}
+        self._steps: list[float] = []
 
     def add(self, solved: Solved) -> None:
         self._errors += solved.quantized.error.tolist()
         self._tokens += solved.tokens
+        if solved.step is not None:
+            self._steps += [solved.step] * len(solved.tokens)
         for name in solved.classes:
             self._classes[name] = self._classes.get(name, 0) + 1
 
@@ -91,6 +95,7 @@ class _Figures:
             entropy=entropy,
             largest_digit=largest_digit,
             exceptions=exceptions,
+            step=float(np.mean(self._steps)) if self._steps else None,
         )
 
 
