@@ -71,7 +71,7 @@ class Packets:
     levels_each: int
     packets_each: float
     strides: tuple[int, int, int]
-    launches: dict[Any, launch.Prepared] = field(default_factory=dict, repr=False)
+    launches: dict[Any, launch.Prepared] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -75,7 +75,7 @@ class WindowPackets:
     columns: int
     packets_each: float
     strides: tuple[int, int, int, int]
-    launches: dict[Any, launch.Prepared] = field(default_factory=dict, repr=False)
+    launches: dict[Any, launch.Prepared] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -83,7 +83,8 @@ def _clone(ours: PackedExperts) -> PackedExperts:
     """Return the same experts with packets of their own, which are all that a GPU's call reads."""
     twin = copy.copy(ours)
     for name, packets in ours._packets_of.items():
-        arrays = {part: getattr(packets, part).clone() for part in ("words", "starts", "levels")}
+        parts = (part for part in ("words", "starts", "levels", "steps") if hasattr(packets, part))
+        arrays = {part: getattr(packets, part).clone() for part in parts}
         twin._packets_of[name] = replace(packets, **arrays)
     return twin
 
