@@ -161,6 +161,13 @@ def test_verify_and_inspect_know_the_code(made, run):
     assert (code, "times the root mean square of a row" in printed, f"{steps[0]:.3f}" in printed) == (0, True, True)
 
 
+def test_a_grid_without_column_steps_is_stored_with_scales_of_one(made, text_file, tmp_path):
+    grid = qm.UniformGrid(level_dtype=torch.bfloat16, column_steps=False)
+    qm.compress(made()[0], tmp_path / "out", calibration=text_file, rate=2.5, grid=grid, **TEXT)
+    assert qm.verify(tmp_path / "out") == []
+    assert torch.isfinite(logits(qm.load(tmp_path / "out"))).all()
+
+
 def test_a_killed_run_ends_with_the_same_bytes(made, text_file, tmp_path):
     dense, out, _ = made()
     settings = {"calibration": text_file, "rate": 2.5, **TEXT}
