@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qmoe_lite.checkpoint.format import check_alphabets, codebooks_of, parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.stack import ExpertStack
-from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.matmul import Stack
@@ -184,11 +183,10 @@ class PackedExperts(nn.Module):
             if source is not None:
                 found = source.run_layer(self, hidden_states, index, weights, sizes)
             else:
-                by_torch = home.type == "cpu" or self.in_turn
-                found = None if by_torch else self._forward_on_gpu(hidden_states, index, weights)
+                found = None if home.type == "cpu" else self._forward_on_gpu(hidden_states, index, weights)
             if found is not None:
                 return found.to(hidden_states.dtype)
-        alone = hidden_states.device.type != "cpu" and (learns or self.in_turn)
+        alone = hidden_states.device.type != "cpu" and learns
         run = self._run_in_turn if alone else self._run_experts
         count = self.layer.count
         assigned = Assignment.group(index, weights, count)
@@ -209,13 +207,18 @@ class PackedExperts(nn.Module):
     def _packets(self, projection: str) -> Any:
         """A projection as the GPU's kernels read it; made when it is first needed."""
         from qmoe_lite.cuda.packets import stack_packets
+        from qmoe_lite.cuda.window_packets import stack_window_packets
 
         if projection not in self._packets_of:
             for expert in range(self.layer.count):
                 self.packed(expert, projection)
-            stack = self.stack(projection)
-            assert isinstance(stack.codebook, Codebook)
-            self._packets_of[projection] = stack_packets(stack.parts, stack.codebook, stack.shape[1])
+            stack, first = self.stack(projection), self.layer.first_of_stage(projection)
+            if isinstance(stack.codebook, Dictionary):
+                shared = None if first == projection else self._packets(first)
+                made: Any = stack_window_packets(stack.parts, stack.codebook, stack.shape[1], shared)
+            else:
+                made = stack_packets(stack.parts, stack.codebook, stack.shape[1])
+            self._packets_of[projection] = made
         return self._packets_of[projection]
 
     def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
@@ -253,11 +256,6 @@ class PackedExperts(nn.Module):
         shared = None if first == projection else self.stack(first)
         book = self.codebooks[projection]
         return ExpertStack(name, layer.count, layer.shapes[projection], book, parts, first=shared)
-
-    @property
-    def in_turn(self) -> bool:
-        """Whether a GPU multiplies its experts one after another: their code has no kernel for a whole layer there."""
-        return any(isinstance(book, Dictionary) for book in self.codebooks.values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         if self.source is not None:
