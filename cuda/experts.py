@@ -233,5 +233,6 @@ def _multiply(
 
 
 def _decoded(matrix: Matrices, place: int, x: Tensor) -> Tensor:
-    product = windows_product.tile_product if isinstance(matrix, WindowPackets) else decoded_product
-    return product(matrix, place, x)
+    if isinstance(matrix, WindowPackets):
+        return windows_product.tile_product(matrix, place, x)
+    return decoded_product(matrix, place, x)
