@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint
+from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.errors import FormatError, unreadable
 
 FILE_NAME = "qmoe_report.json"
@@ -189,7 +189,7 @@ def stored_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
     experts = others = 0
     for name in checkpoint.names:
         tensor = checkpoint.meta(name)
-        if EXPERTS in name:
+        if of_experts(name):
             experts += tensor.nbytes
         else:
             others += tensor.nbytes

@@ -6,6 +6,7 @@ run and freed; its experts are read, quantised, and written a group at a time. A
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,9 +21,10 @@ from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes
+from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.coding.dictionary import KIND, Dictionary
-from qmoe_lite.compression.block_runner import BlockRunner
+from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import (
     Samples,
     check_ids,
@@ -39,16 +41,8 @@ from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
 from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import BadResultError, OutputError, ResumeError, SettingError
-from qmoe_lite.models.routing import Assignment
-from qmoe_lite.models.skeletons import (
-    capacity_lifted,
-    check_dense,
-    check_promise,
-    open_checkpoint,
-    read_config,
-    skeleton,
-    unused,
-)
+from qmoe_lite.models.building import read_config, skeleton
+from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promise, open_checkpoint, unused
 from qmoe_lite.quantization.grid import Grid
 
 RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
@@ -203,9 +197,8 @@ class _Run:
         self.started = time.perf_counter()
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self.family, self.checkpoint = open_checkpoint(model)
+        check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
-        if self.checkpoint.config.get("quantization_config"):
-            raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
         self.degraded = list[str]()
         self.model = skeleton(self.family, self.config, torch.float32)
@@ -215,7 +208,8 @@ class _Run:
         self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
-        self.writer = Writer(self.partial, self.checkpoint, self.family.stored, len(self.layers))
+        stored = functools.partial(self.family.stored, self.config, checkpoint=self.checkpoint)
+        self.writer = Writer(self.partial, self.checkpoint, stored, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
         self._progress = progress or (lambda event: None)
         self._warning: str | None = None
@@ -230,7 +224,7 @@ class _Run:
         else:
             tokenizer = open_tokenizer(self.checkpoint.directory)
             samples = self._samples(calibration, tokenizer)
-            check_ids(samples.all, self.config.vocab_size)
+            check_ids(samples.all, self.config.get_text_config().vocab_size)
             self._open_partial(samples.all, resume)
             self._calibrated(samples, hessian_masks(samples.all, tokenizer))
         return self._write_rest()
@@ -285,7 +279,8 @@ class _Run:
                 for i in range(first, len(stack.blocks)):
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
-                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, flags, hidden))
+                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(caught, flags))
+                        caught.finish()
                         self.unfinished.keep(number, i, hidden, memory)
                         if self._warning is not None and self.settings.stop_when_bad:
                             raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
@@ -303,14 +298,13 @@ class _Run:
 
     def _seen(
         self,
-        inputs: ListBuffer,
-        assigned: Assignment,
+        caught: Caught,
         flags: tuple[Tensor, ...],
-        hidden: ListBuffer,
     ) -> LayerInputs:
         eligible, validation, reference = flags
         rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, len(self.done.held_out_error))
-        return LayerInputs(inputs, assigned, eligible, validation, reference, inputs.gather(rows), hidden)
+        sample = caught.inputs.gather(rows)
+        return LayerInputs(caught.inputs, caught.assigned, eligible, validation, reference, sample, caught.outputs)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
         """Compress and write one sparse layer."""

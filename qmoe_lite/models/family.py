@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint.sources import View
 from qmoe_lite.errors import UnsupportedFamilyError
+from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.blocks import MoELayer, Stack
 from qmoe_lite.models.causal import CAUSAL
 from qmoe_lite.models.switch import SwitchTransformers
 
 
-def inner(activation: Callable[[Tensor], Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Return the last projection's input: activation(wi x), or activation(gate_proj x) * up_proj x."""
+def inner(activation: Callable[[Tensor], Tensor] | Joint, outputs: Sequence[Tensor]) -> Tensor:
+    """Return the last projection's input: activation(wi x), or activation(gate_proj x) * up_proj x, or its own."""
+    if isinstance(activation, Joint):
+        return activation.join(outputs)
     first, *others = outputs
     result = activation(first)
     for other in others:
@@ -41,21 +45,17 @@ class Family(Protocol):
         """Transformers' class of an experts module that is slow to build, even without weights."""
 
     @property
-    def router(self) -> str:
-        """Name, beside the experts module, of what holds the router's weight, shape (experts, width)."""
-
-    @property
     def seq2seq(self) -> bool:
         """Whether the model has an encoder and a decoder."""
 
     def tied(self, config: Any) -> frozenset[str]:
         """Tensors that a checkpoint may lack, because they are another one's."""
 
-    def canonical(self, name: str) -> str:
-        """Return the model's name of a tensor for its name in the checkpoint's files."""
+    def views(self, config: Any, checkpoint: Checkpoint) -> dict[str, View]:
+        """Return where each of the model's tensors lies in the checkpoint's files."""
 
-    def stored(self, name: str) -> str:
-        """Return the name in the files for the model's own."""
+    def stored(self, config: Any, name: str, checkpoint: Checkpoint) -> str:
+        """Return what a compressed model's files are to call a tensor, given the checkpoint that it is made of."""
 
     def layers(self, config: Any) -> list[MoELayer]:
         """All sparse layers that the configuration promises, in the order in which they run."""
@@ -66,7 +66,7 @@ class Family(Protocol):
     def stacks(self, config: Any) -> list[Stack]:
         """The chains of blocks, in the order in which they run."""
 
-    def activation(self, config: Any) -> Callable[[Tensor], Tensor]:
+    def activation(self, config: Any) -> Callable[[Tensor], Tensor] | Joint:
         """The experts' activation function."""
 
     def routing(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -86,8 +86,8 @@ class Family(Protocol):
     ) -> tuple[Tensor, Any]:
         """Run one of a stack's blocks, by its index; return the hidden states and the call for the blocks after it."""
 
-    def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, float]:
-        """Return what makes logits of the last stack's output: the vocabulary's weight (V, C), and a factor."""
+    def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the vocabulary's weight (V, C), and what makes logits of its products with the last stack's output."""
 
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         """Run what follows a stack's last block."""

@@ -58,15 +58,16 @@ class QMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from qmoe_lite.models.building import auto_class
         from qmoe_lite.models.experts import empty_experts
-        from qmoe_lite.models.skeletons import auto_class, check_dense, open_checkpoint
+        from qmoe_lite.models.skeletons import check_dense, open_checkpoint
 
         if not checkpoint_files:
             raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
         family, checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         if {Path(file).name for file in checkpoint_files} != set(checkpoint.files):
             raise CheckpointError(f"{checkpoint.directory} holds other weight files besides; load the main ones.")
-        wanted = auto_class(family)
+        wanted = auto_class(family, model.config)
         if not isinstance(model, wanted._model_mapping[type(model.config)]):
             raise CheckpointError(
                 f"a compressed model is loaded by {wanted.__name__} or qmoe_lite.load, not as {type(model).__name__}."

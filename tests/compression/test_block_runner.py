@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import inner
-from qmoe_lite.models.skeletons import check_dense, check_promise, open_checkpoint, read_config, skeleton
+from qmoe_lite.models.skeletons import check_dense, check_promise, open_checkpoint
 
 YARN = {
     "rope_type": "yarn",
@@ -69,7 +70,7 @@ def test_experts_see_what_they_see_in_the_whole_model(tmp_path, tokenizer, model
             if caught is None:
                 continue
             layer = next(layer for layer in layers if layer.block == stack.blocks[number])
-            inputs, assigned = caught
+            inputs, assigned = caught.inputs, caught.assigned
             x, index, weights = seen[layer.experts]
             assert (inputs.rows - x).abs().max() <= 1e-5 * x.abs().max()
             for expert in range(layer.count):
@@ -79,6 +80,7 @@ def test_experts_see_what_they_see_in_the_whole_model(tmp_path, tokenizer, model
                 assert torch.allclose(gates, weights[chosen].float(), atol=1e-6)
                 matrices = [checkpoint.tensor(family.weight_name(layer, expert, p)) for p in layer.projections]
                 first = inner(activation, [inputs.rows[rows] @ matrix.T for matrix in matrices[:-1]])
-                hidden.add(rows, first @ matrices[-1].T * gates[:, None])
+                caught.outputs.add(rows, first @ matrices[-1].T * gates[:, None])
+            caught.finish()
         runner.leave(stack, hidden)
     assert (hidden.read(slice(0, 12)) - expected).abs().max() <= 1e-5 * expected.abs().max()

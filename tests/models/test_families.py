@@ -16,8 +16,9 @@ import qmoe_lite as qm
 from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
 from qmoe_lite.errors import CheckpointError
 from qmoe_lite.models.blocks import recorded_calls
+from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.family import FAMILIES, family_of, inner
-from qmoe_lite.models.skeletons import open_checkpoint, skeleton, unused
+from qmoe_lite.models.skeletons import open_checkpoint, unused
 
 TERNARY = qm.MinMaxTernary(torch.bfloat16)
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "grid": TERNARY}
@@ -101,7 +102,7 @@ def test_nothing_but_experts_is_touched(causal, compressed_causal, model_type):
 def test_tensors_are_known_by_the_models_names(tmp_path, tokenizer, model_type, changes):
     directory = tiny.make_causal(tmp_path / "m", tokenizer, model_type, **changes)
     family, checkpoint = open_checkpoint(directory)
-    assert {family.stored(name) for name in checkpoint.names} == set(names_in(directory))
+    assert {checkpoint.stored_name(name) for name in checkpoint.names} == set(names_in(directory))
     model = AutoModelForCausalLM.from_pretrained(directory)
     dense = {name for name in model.state_dict() if ".experts." not in name}
     assert {name for name in checkpoint.names if ".experts." not in name} == dense
