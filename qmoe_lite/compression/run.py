@@ -274,6 +274,7 @@ class _Run:
                 calls = runner.enter(stack, tokens, memory, hidden, first)
                 if first:
                     self.unfinished.load_hidden(hidden)
+                    runner.handed = self.unfinished.load_handed()
                 assert mask is not None
                 flags = samples.flags(mask)
                 for i in range(first, len(stack.blocks)):
@@ -281,7 +282,7 @@ class _Run:
                     if caught is not None:
                         self._finish_layer(self.number_of[stack.blocks[i]], self._seen(caught, flags))
                         caught.finish()
-                        self.unfinished.keep(number, i, hidden, memory)
+                        self.unfinished.keep(number, i, hidden, memory, runner.handed)
                         if self._warning is not None and self.settings.stop_when_bad:
                             raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
                     del caught  # its buffer is as large as `hidden`, and the next block makes another

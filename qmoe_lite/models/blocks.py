@@ -145,6 +145,25 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Calls:
+    """How the blocks of a stack are called, and what the latest one handed on.
+
+    Attributes
+    ----------
+    of_block : list of Call
+    handed : dict
+        What stands for the marks in the next block's call.
+    """
+
+    of_block: list[Call]
+    handed: dict[Mark, Any]
+
+    def fill(self, value: Any) -> Any:
+        """Return an argument with what stands for its mark."""
+        return self.handed[value] if isinstance(value, Mark) else value
+
+
+@dataclass(frozen=True)
 class Mark:
     """Stands for what a block returns besides the hidden states, in the calls of those after it."""
 

@@ -14,21 +14,9 @@ from torch import Tensor, nn
 from qmoe_lite.checkpoint.reader import Checkpoint, materialise
 from qmoe_lite.checkpoint.sources import View
 from qmoe_lite.models.architecture import Architecture, Joint
-from qmoe_lite.models.blocks import Call, Mark, MoELayer, Stack, calls_of
+from qmoe_lite.models.blocks import Calls, Mark, MoELayer, Stack, calls_of
 from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.names import Names, weight_name
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """How the blocks are called, and what the latest ones handed on by their marks."""
-
-    of_block: list[Call]
-    handed: dict[Mark, Any]
-
-    def fill(self, value: Any) -> Any:
-        """Return an argument with what stands for its marks."""
-        return self.handed[value] if isinstance(value, Mark) else value
 
 
 @dataclass(frozen=True)
@@ -76,13 +64,13 @@ class Causal:
     def load_outside_blocks(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         (stack,) = self.stacks(model.config)  # calibration does not get as far as the output head
         owner = model.get_submodule(stack.name)
-        materialise(owner, stack.name, checkpoint, dtype, without=f"{stack.attribute}.")
         for module in owner.modules():
-            # rotary frequencies and the like are in no file
+            # rotary frequencies and the like are in no file; set before weights are there, which would be drawn anew
             if lost := [n for n in module._non_persistent_buffers_set if module.get_buffer(n).is_meta]:
                 for name in lost:
                     module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
                 model._init_weights(module)
+        materialise(owner, stack.name, checkpoint, dtype, without=f"{stack.attribute}.")
 
     def tie(self, model: nn.Module, held: Container[str]) -> None:
         pass  # transformers does it
@@ -90,10 +78,10 @@ class Causal:
     def enter(self, model: Any, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
         owner = model.get_submodule(stack.name)
         calls, _ = calls_of(owner, stack.attribute, lambda: model.base_model(input_ids=tokens, use_cache=False))
-        return calls[0][0], _Calls([call for _, call in calls], {})
+        return calls[0][0], Calls([call for _, call in calls], {})
 
     def through(
-        self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: _Calls
+        self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: Calls
     ) -> tuple[Tensor, Any]:
         own = call.of_block[block_index]
         args = [call.fill(value) for value in own.args]
@@ -121,6 +109,20 @@ class Causal:
         return result.last_hidden_state.as_subclass(Tensor)  # type: ignore[no-any-return]
 
 
+class _Output(tuple[Tensor]):
+    """What a model without its head returns; all that may be in it besides the hidden states is None."""
+
+    def __new__(cls, hidden_states: Tensor) -> _Output:
+        return super().__new__(cls, (hidden_states,))
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class _Given(nn.Module):
     """Stands for a model or its head: returns what it was given."""
 
@@ -134,11 +136,9 @@ class _Given(nn.Module):
 
 def _finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Tensor:
     """Run what the model's own code makes of its head's products, (N, V): scaled, or capped; return logits."""
-    from transformers.modeling_outputs import MoeModelOutputWithPast
-
     logits = products if bias is None else products + bias
     stand_ins = {
-        model.base_model_prefix: _Given(MoeModelOutputWithPast(last_hidden_state=logits[None])),
+        model.base_model_prefix: _Given(_Output(logits[None])),
         head: _Given(logits[None]),
     }
     before = {name: model.get_submodule(name) for name in stand_ins}
@@ -176,5 +176,34 @@ TYPES = (
     "deepseek_v2",
     "deepseek_v3",
     "glm4_moe",
+    *[
+        "afmoe",
+        "cohere2_moe",
+        "deepseek_v32",
+        "dots1",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "gemma4_text",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "jamba",
+        "laguna",
+        "lfm2_moe",
+        "mellum",
+        "minimax",
+        "nemotron_h",
+        "phimoe",
+        "qwen3_5_moe_text",
+        "qwen3_next",
+        "solar_open",
+    ],
 )
 CAUSAL = tuple(Causal(model_type) for model_type in TYPES)

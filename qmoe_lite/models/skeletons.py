@@ -54,12 +54,19 @@ def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[M
         for expert in range(layer.count)
         for projection, shape in layer.shapes.items()
     }
+    held = [name for name in checkpoint.names if of_experts(name)]
+    extra = sorted(set(held) - set(promised))
+    if extra and (lost := next((name for name in promised if name not in checkpoint), None)):
+        text = (
+            f"{checkpoint.directory} holds {checkpoint.stored_name(extra[0])} and not {lost}: its layout is unknown. "
+        )
+        more = "Load it in transformers and save it by save_pretrained(.., save_original_format=False)."
+        raise CheckpointError(text + more)
     for name, shape in promised.items():
         if (found := checkpoint.shape(name)) != shape:
             raise CheckpointError(f"{name} has shape {found}; config.json says {shape}.")
-    held = [name for name in checkpoint.names if of_experts(name)]
-    if extra := set(held) - set(promised):
-        raise CheckpointError(f"the checkpoint has {sorted(extra)[0]}, which config.json does not account for.")
+    if extra:
+        raise CheckpointError(f"the checkpoint has {extra[0]}, which config.json does not account for.")
     return layers
 
 

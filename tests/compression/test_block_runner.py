@@ -30,7 +30,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
-        *((model_type, {}) for model_type in sorted(tiny.CAUSAL)),
+        *((model_type, {}) for model_type in sorted(tiny.CAUSAL | tiny.MORE)),
         ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
         ("qwen3_moe", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
