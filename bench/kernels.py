@@ -7,13 +7,9 @@ and from the machine code's ELF file.
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from qmoe_lite.bench._parts.common import machine_line
@@ -58,7 +54,7 @@ WINDOW_PRODUCTS: dict[str, tuple[tuple[int, ...], int, int]] = {
 WIDTH = 4096  # columns of a row whose instructions are spread over its weights
 _REGISTERS, _FRAME, _STACK = 0x2F, 0x11, 0x12  # attributes of an .nv.info section
 _NOP = 0x918
-_MODULES = (solver, codec, packets, windows, window_packets)
+_MODULES = (solver, codec, packets, window_packets)
 _PAPER = "the paper's kernel"
 
 
@@ -182,6 +178,7 @@ def measure() -> KernelsReport:
 def all_kernels() -> list[tuple[launch.Kernel, str]]:
     """Return the library's kernels with each of their signatures, products with x in bfloat16, and the paper's."""
     kernels = [each for module in _MODULES for each in vars(module).values() if isinstance(each, launch.Kernel)]
+    kernels += [windows.decode_kernel(8, True, weights) for weights in (False, True)]
     known = [(kernel, signature) for kernel in dict.fromkeys(kernels) for signature in kernel.signatures]
     products = [*(_gather(_variant(each)) for each in PRODUCTS), *map(window_kernel, WINDOW_PRODUCTS)]
     return [*known, *products, (paper_kernel, paper_kernel.signatures[0])]
@@ -215,17 +212,16 @@ def _dictionary(product: str) -> Dictionary:
 def window_kernel(product: str) -> tuple[launch.Kernel, str]:
     """Return the kernel of one of `WINDOW_PRODUCTS`, and its signature for activations in bfloat16."""
     tokens = WINDOW_PRODUCTS[product][2]
-    variant = windows_product.choose_window_variant(_dictionary(product), WIDTH, tokens, SHARED_LIMIT)
+    variant = variants.choose_window_variant(_dictionary(product), WIDTH, tokens, SHARED_LIMIT, half=True)
     assert variant is not None
     kernel = windows_product.window_kernel(variant)
-    return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 3)  # exceptions, x and y
+    return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 2)  # x and y
 
 
 @functools.lru_cache(maxsize=256)
 def compiled(kernel: launch.Kernel, signature: str, capability: tuple[int, int]) -> Compiled:
     """Compile and link one kernel, once in a process; needs no GPU."""
-    with _gpu_taken_for_granted(capability):
-        ptx = kernel.ptx(signature, capability)
+    ptx = kernel.ptx(signature, capability)
     return Compiled(launch.entry_name(ptx), ptx, bytes(launch.link(ptx, capability).code))
 
 
@@ -350,18 +346,6 @@ def _title(kernel: launch.Kernel, signature: str) -> str:
     if kernel.__name__ == "_block_kernel" and "int16*" in own:
         kinds.append("uniform")  # of its two kernels, the one whose digits are any
     return " ".join([kernel.__name__.strip("_").removesuffix("_kernel"), *dict.fromkeys(kinds)])
-
-
-@contextmanager
-def _gpu_taken_for_granted(capability: tuple[int, int]) -> Iterator[None]:
-    """Simulate a GPU for numba-cuda inside the block: it asks the driver when it compiles a helper."""
-    dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
-    before = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = before
 
 
 def _missing_compiler() -> str | None:

@@ -97,6 +97,8 @@ def _head(found: Inspection) -> Table:
         exceptions = sum(weight * (report.exceptions or 0.0) for weight, report in digits) / weights
         largest = max(report.largest_digit or 0 for _, report in digits)
         table.add_row("digits", f"entropy {entropy:.3f} bits, largest {largest}, exceptions {exceptions:.3%}")
+    if steps := [row.report.step for row in rows if row.report and row.report.step is not None]:
+        table.add_row("steps", f"{min(steps):.3f} to {max(steps):.3f} times the root mean square of a row")
     if found.report and found.report.verdict:
         table.add_row("verdict", str(Verdict.from_json(found.report.verdict)))
     before = found.report.sizes if found.report else {}
@@ -177,12 +179,13 @@ def _figures(rows: list[StoredProjection], classes: list[str]) -> list[str]:
 
 
 def _layers(found: Inspection) -> Table:
-    """Make a row for each layer: its calibration tokens and its held-out error."""
+    """Make a row for each layer: its calibration tokens, its held-out error and its step."""
     from statistics import median
 
     table = _table(title="Calibration tokens per expert", title_justify="left")
     table.add_column("layer", overflow="fold")
-    for heading in ("min", "median", "max", "held-out error"):
+    steps = {row.layer: row.report.step for row in found.projections if row.report and row.report.step is not None}
+    for heading in ("min", "median", "max", "held-out error", *(["step"] if steps else [])):
         table.add_column(heading, justify="right")
     table.add_column("experts without a token", overflow="fold")
     # the projections of a layer see the same tokens: a layer has one row
@@ -191,7 +194,8 @@ def _layers(found: Inspection) -> Table:
         figures = [f"{figure:,.0f}" for figure in (min(tokens), median(tokens), max(tokens))]
         held_out = found.held_out_error.get(layer)
         error = "-" if held_out is None else f"{held_out:.4f}"
-        table.add_row(short, *figures, error, _ranges([e for e, count in enumerate(tokens) if count == 0]))
+        step = [f"{steps[layer]:.3f}" if layer in steps else "-"] if steps else []
+        table.add_row(short, *figures, error, *step, _ranges([e for e, count in enumerate(tokens) if count == 0]))
     return table
 
 

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.coding.tokens import count_tokens, known_experts
-from qmoe_lite.cuda import launch, matmul
+from qmoe_lite.cuda import launch, matmul, windows_product
 from qmoe_lite.cuda.gather import Groups, gather
 from qmoe_lite.cuda.matmul import decoded_product, in_order
 from qmoe_lite.cuda.packets import Packets
-from qmoe_lite.cuda.variants import WIDTHS, Variant, choose_variant
+from qmoe_lite.cuda.variants import WIDTHS, Variant, WindowVariant, choose_variant, choose_window_variant
+from qmoe_lite.cuda.window_packets import WindowPackets
 
 # pairs of token and expert that are all gathered, since then the host need not know how many tokens an expert has:
 # beyond, by a model of the time and not measured, decoding an expert once for many tokens is worth waiting to know
 GATHERED_PAIRS = 4096
+
+Matrices = Packets | WindowPackets  # of one layer all are of one kind
 
 
 class ExpertsCall:
@@ -28,14 +31,14 @@ class ExpertsCall:
 
     Parameters
     ----------
-    first : list of Packets
+    first : list of Packets or of WindowPackets
         The projections that take x, one or two (gate and up), of the same shape; all experts of the layer, or slots,
         which other experts may hold besides.
-    last : Packets
+    last : Packets or WindowPackets
         The projection that takes what they put out.
     activation : str or function
-        One of `ACTIVATIONS`, of the first projection's results, which the second one's are multiplied by; or what makes
-        one tensor of the projections' results, in a launch of its own.
+        One of `ACTIVATIONS`, of the first projection's results, which the second one's are multiplied by, where both
+        `share_x`; or what makes one tensor of the projections' results, in a launch of its own.
     x : float32, float16 or bfloat16 tensor, shape (T, C), contiguous
         On the GPU of the packets.
     index : integer tensor, shape (T, K)
@@ -50,6 +53,8 @@ class ExpertsCall:
     fits : bool
         The GPU's shared memory holds a token of x and of what the first projections put out; else `gather` must not be
         called.
+    few : bool
+        There are so few pairs that `gather` suits all experts, however many tokens each has.
 
     Notes
     -----
@@ -58,8 +63,8 @@ class ExpertsCall:
 
     def __init__(
         self,
-        first: list[Packets],
-        last: Packets,
+        first: Sequence[Matrices],
+        last: Matrices,
         activation: str | Callable[[list[Tensor]], Tensor],
         x: Tensor,
         index: Tensor,
@@ -67,20 +72,26 @@ class ExpertsCall:
         experts: int,
     ) -> None:
         self._first, self._last, self._activation = first, last, activation
+        windows = isinstance(last, WindowPackets)
+        self._most_tokens = windows_product.PRODUCT_TOKENS if windows else matmul.GATHERED_TOKENS
         self._x, self._index, self._experts = x, index, experts
         self._weights = weights.float().reshape(-1).contiguous()
         self._y = torch.zeros(index.numel(), last.rows, dtype=torch.float32, device=x.device)
         self._groups: Groups | None = None
         self._order: Tensor | None = None
         name = activation if isinstance(activation, str) else None
-        self._stages = [tuple(first)] if name else [(each,) for each in first]
+        self._stages: list[tuple[Matrices, ...]] = [tuple(first)] if name else [(each,) for each in first]
         wanted = 1 if index.numel() <= 2 * experts else WIDTHS[0]
-        variants = [_variant(matrices, wanted, name) for matrices in self._stages]
-        variants.append(_variant((last,), wanted, None))
+        half = windows and x.dtype == torch.bfloat16
+        self._inside_dtype = torch.bfloat16 if half else torch.float32  # of what the first projections put out
+        variants = [_variant(matrices, wanted, name, half) for matrices in self._stages]
+        variants.append(_variant((last,), wanted, None, half))
         found = [variant for variant in variants if variant is not None]
         self.fits = len(found) == len(variants)
+        most_pairs = min(GATHERED_PAIRS, experts * self._most_tokens) if windows else GATHERED_PAIRS
+        self.few = self.fits and index.numel() <= most_pairs
         self._width = min((variant.tokens for variant in found), default=1)
-        self._variants = [replace(variant, tokens=self._width) for variant in found]
+        self._variants: list[Variant | WindowVariant] = [replace(variant, tokens=self._width) for variant in found]
 
     def gather(self, places: Tensor | None = None) -> None:
         """Send tokens through experts: a launch for the first projections, one for the last.
@@ -104,10 +115,10 @@ class ExpertsCall:
         outputs = []
         for matrices, variant in zip(self._stages, before, strict=True):
             shape = self._index.numel(), matrices[0].rows
-            outputs.append(torch.empty(shape, dtype=torch.float32, device=self._x.device))
-            gather(matrices, places, variant, self._x, self._groups, self._index.shape[1], None, outputs[-1])
+            outputs.append(torch.empty(shape, dtype=self._inside_dtype, device=self._x.device))
+            _multiply(matrices, places, variant, self._x, self._groups, self._index.shape[1], None, outputs[-1])
         inside = outputs[0] if isinstance(self._activation, str) else self._activation(outputs).contiguous()
-        gather((self._last,), places, after, inside, self._groups, 1, self._weights, self._y)
+        _multiply((self._last,), places, after, inside, self._groups, 1, self._weights, self._y)
 
     def turn(self, places: dict[int, int], sizes: Sequence[int], activation: Callable[[list[Tensor]], Tensor]) -> None:
         """Send tokens through some experts: those of few tokens, or all where there are few pairs, without decoding.
@@ -121,7 +132,7 @@ class ExpertsCall:
         activation : function
             As `decode` takes it.
         """
-        most = matmul.GATHERED_TOKENS if self._index.numel() > GATHERED_PAIRS else self._index.numel()
+        most = self._index.numel() if self.few else self._most_tokens
         few = [expert for expert in places if self.fits and sizes[expert] <= most]
         if few:
             numbers = [-1] * self._experts
@@ -148,8 +159,8 @@ class ExpertsCall:
             self._order = torch.argsort(known_experts(self._index, self._experts), stable=True)
         own = self._order[pairs]
         x = self._x[torch.div(own, self._index.shape[1], rounding_mode="floor")]
-        inside = activation([decoded_product(each, place, x) for each in self._first])
-        out = decoded_product(self._last, place, inside)
+        inside = activation([_decoded(each, place, x) for each in self._first])
+        out = _decoded(self._last, place, inside)
         self._y.index_copy_(0, own, out.float() * self._weights[own, None])
 
     def total(self) -> Tensor:
@@ -183,7 +194,48 @@ def group_pairs(index: Tensor, experts: int, width: int) -> Groups:
     return found, members
 
 
-def _variant(matrices: tuple[Packets, ...], tokens: int, activation: str | None) -> Variant | None:
+def share_x(matrices: Sequence[Matrices]) -> bool:
+    """Return whether projections can take x in one launch: those from codes of windows need equal column scales."""
+    scales = [(each.scales.data_ptr(), each.strides[2]) for each in matrices if isinstance(each, WindowPackets)]
+    return len(set(scales)) <= 1
+
+
+def _variant(
+    matrices: tuple[Matrices, ...], tokens: int, activation: str | None, half: bool
+) -> Variant | WindowVariant | None:
     packets, limit = matrices[0], launch.shared_limit(matrices[0].device)
-    codebooks = tuple(each.codebook for each in matrices)
+    if isinstance(packets, WindowPackets):
+        book, *others = (each.dictionary for each in matrices if isinstance(each, WindowPackets))
+<<<<<<< HEAD
+        return choose_window_variant(book, packets.columns, tokens, limit, next(iter(others), None), activation, half)
+=======
+        other = next(iter(others), None)
+        return choose_window_variant(book, packets.columns, tokens, limit, other=other, activation=activation)
+>>>>>>> gpu
+    codebooks = tuple(each.codebook for each in matrices if isinstance(each, Packets))
     return choose_variant(codebooks, packets.levels_each, packets.columns, tokens, activation, limit)
+
+
+def _multiply(
+    matrices: tuple[Matrices, ...],
+    places: Tensor,
+    variant: Variant | WindowVariant,
+    x: Tensor,
+    groups: Groups,
+    slots: int,
+    weights: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Fill y (pairs, R), as `gather` or `windows_product.multiply_groups` does."""
+    if isinstance(variant, WindowVariant):
+        first, *others = (each for each in matrices if isinstance(each, WindowPackets))
+        other = next(iter(others), None)
+        windows_product.multiply_groups(first, places, variant, x, groups, slots, y, weights, other)
+    else:
+        own = tuple(each for each in matrices if isinstance(each, Packets))
+        gather(own, places, variant, x, groups, slots, weights, y)
+
+
+def _decoded(matrix: Matrices, place: int, x: Tensor) -> Tensor:
+    product = windows_product.tile_product if isinstance(matrix, WindowPackets) else decoded_product
+    return product(matrix, place, x)

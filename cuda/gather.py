@@ -54,27 +54,59 @@ def gather(
 ) -> None:
     """Fill y (pairs, R) with the products of x (pairs / slots, C), group by group; see `gather_kernel`."""
     experts, members = groups
-    packets, multiprocessors = matrices[0], launch.multiprocessors(x.device)
-    padded = padded_columns(tuple(each.codebook for each in matrices), packets.columns)
-    shared_bytes = variant.shared_bytes(padded)
+    packets = matrices[0]
     # not by how many groups there are: a token's bytes must not depend on the others
-    lanes = choose_lanes(packets.packets_each, packets.rows, multiprocessors)
-    rows_each = WARP // lanes
-    warps = min(max(-(-packets.rows * len(experts) // (rows_each * multiprocessors)), WARPS[0]), WARPS[1])
-    resident = min(RESIDENT_WARPS // warps, launch.shared_limit(x.device) // max(shared_bytes, 1))
-    blocks = max(1, -(-multiprocessors * max(resident, 1) // len(experts)))
-    tiles = min(-(-packets.rows // (rows_each * warps)), blocks)
+    lanes = choose_lanes(packets.packets_each, packets.rows, launch.multiprocessors(x.device))
+    key = variant, lanes, weights is not None, places.numel(), slots, *matrices[1:]
+    ready = packets.launches.get(key)
+    if ready is None:
+        ready = packets.launches[key] = _prepare(matrices, *key[:5])
+    grid = share_rows(packets.rows, lanes, experts.numel(), ready.shared_bytes, WARPS, *launch.sizes(x.device))
+    given = bits16(x), places, experts, members, experts if weights is None else weights, bits16(y)
+    ready.launch(grid, *given)
+
+
+def _prepare(
+    matrices: tuple[Packets, ...], variant: Variant, lanes: int, weighted: bool, places: int, slots: int
+) -> launch.Prepared:
+    packets = matrices[0]
+    padded = padded_columns(tuple(each.codebook for each in matrices), packets.columns)
     arrays: list[Tensor] = []
     for each, book in zip((*matrices, *matrices), (*variant.books, *variant.books), strict=True):
-        arrays += each.words, each.starts, bits16(each.levels), device_words(each.codebook, book.fields, x.device)
-    arrays = [*arrays[:8], bits16(x), places, experts, members, experts if weights is None else weights, bits16(y)]
+        words = device_words(each.codebook, book.fields, packets.device)
+        arrays += each.words, each.starts, bits16(each.levels), words
     assert all(each.strides == packets.strides for each in matrices), "gate and up projection lie alike"
-    sizes = len(places), *packets.strides, packets.rows, packets.columns, padded, slots, lanes
-    made = gather_kernel(variant, weights is not None)
-    made.launch((tiles, len(experts)), warps * WARP, *arrays, *sizes, shared_bytes=shared_bytes)
+    sizes = places, *packets.strides, packets.rows, packets.columns, padded, slots, lanes
+    return launch.Prepared(gather_kernel(variant, weighted), tuple(arrays[:8]), sizes, variant.shared_bytes(padded))
 
 
-@njit(inline="always")
+@functools.lru_cache(maxsize=1024)  # as `variants.choose_variant`
+def share_rows(
+    rows: int, lanes: int, groups: int, shared_bytes: int, warps: tuple[int, int], multiprocessors: int, limit: int
+) -> tuple[tuple[int, int], int]:
+    """Return the blocks that share the rows of a group of tokens, of all groups, and the threads of a block.
+
+    Parameters
+    ----------
+    rows, lanes : int
+        Of a matrix, and those that share a row.
+    groups : int
+        Of tokens, each with blocks of its own.
+    shared_bytes : int
+        Of a block.
+    warps : (int, int)
+        Least and most of a block.
+    multiprocessors, limit : int
+        Of the GPU, which shall be full, and the shared memory that a block may ask for.
+    """
+    rows_each = WARP // lanes
+    chosen = min(max(-(-rows * groups // (rows_each * multiprocessors)), warps[0]), warps[1])
+    resident = min(RESIDENT_WARPS // chosen, limit // max(shared_bytes, 1))
+    blocks = max(1, -(-multiprocessors * max(resident, 1) // groups))
+    return (min(-(-rows // (rows_each * chosen)), blocks), groups), chosen * WARP
+
+
+@njit(forceinline=True)
 def sum_of_lanes(value: np.float32, lanes: np.int32) -> np.float32:
     """Return the sum of `value` over each `lanes` (a power of two) neighbouring lanes, in each of them."""
     step = np.int32(lanes >> 1)
@@ -125,7 +157,7 @@ def _entry_place(quad: Any, number: int, table_at: Any, bits: int) -> Any:
     return np.uint32(table_at | four_times)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_codeword(quad: Any, number: int, place: Any, total: Any, parts: Any, shape: Any) -> Any:
     """Add the nonzeros of a packet's codeword that begins at `place`; return the place behind it, and the sums.
 
@@ -144,7 +176,7 @@ def _add_codeword(quad: Any, number: int, place: Any, total: Any, parts: Any, sh
     return dot_bytes(near, np.uint32(unit), place), total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _add_all_columns(quad: Any, number: int, place: Any, total: Any, parts: Any, shape: Any) -> Any:
     """As `_add_codeword`, but zero weights are multiplied too: by infinity they give NaN, as in a dense product."""
     (entries, table_at, values, own), (bits, fields, levels, unit) = parts, shape
@@ -169,7 +201,7 @@ def _add_all_columns(quad: Any, number: int, place: Any, total: Any, parts: Any,
     return place, total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _row_sums(
     words: Any, index: Any, stop: Any, step: Any, first: Any, spread: Any, total: Any, parts: Any, shape: Any, each: int
 ) -> Any:
@@ -195,7 +227,7 @@ def _row_sums(
     return total
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _own_levels(scales: Any, at: Any, levels: int) -> Any:
     """Return a row's levels as a triple; of fewer, the first one again."""
     level = load_float(scales, np.int64(at) * levels)
@@ -206,8 +238,8 @@ def _own_levels(scales: Any, at: Any, levels: int) -> Any:
     )
 
 
-@njit(inline="always")
-def _activated(value: Any, activation: int) -> Any:
+@njit(forceinline=True)
+def activated(value: Any, activation: int) -> Any:
     """Return the activation, by its place in `ACTIVATIONS`, of a value."""
     if activation == 0:
         return value if value > np.float32(0) or value != value else np.float32(0)
@@ -221,7 +253,7 @@ def _activated(value: Any, activation: int) -> Any:
     return value
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _load_table(table: Any, entries: Any, behind: Any, bits: int, planes: int, thread: Any, threads: Any) -> Any:
     """Copy a table to shared memory, to the first multiple of a plane's size from `behind` on; return its place."""
     plane = 4 << bits
@@ -353,7 +385,7 @@ def gather_kernel(variant: Variant, weighted: bool = False) -> launch.Kernel:
                 other_total = _row_sums(other_words, index, stop, step, first, spread, zeros, parts, shape, other_each)
             for token in range(tokens):
                 value = sum_of_lanes(total[token], step)
-                value = _activated(value * own[0] if levels == 1 else value, activation)
+                value = activated(value * own[0] if levels == 1 else value, activation)
                 if gated:
                     factor = sum_of_lanes(other_total[token], step)
                     value = value * (factor * other_own[0] if levels == 1 else factor)

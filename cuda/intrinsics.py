@@ -143,61 +143,87 @@ def pair_at(typing: Any, array: Any, offset: Any) -> Any:
     return types.UniTuple(types.uint32, 2)(array, types.uint32), generate
 
 
-@intrinsic
-def add_digits(typing: Any, total: Any, array: Any, offset: Any, word: Any, span: Any) -> Any:
-    """(n floats, float32 array in shared memory, uint32, uint32, tuple) -> n floats: total + 4 digits' products.
+def _as(builder: Any, pointer: Any, unit: Any) -> Any:
+    """Return the same place as a pointer to a `unit`."""
+    return builder.bitcast(pointer, unit.as_pointer(pointer.type.addrspace))
 
-    The digits are the bytes of `word` less 128. The row of the first one lies `offset` bytes from the array's begin,
-    those of the next ones behind it: n floats for the digit itself, n for the one after it and so on, for as many as
-    `span` has elements.
+
+def _load_values(builder: Any, kind: Any, pointer: Any, count: int) -> list[Any]:
+    """Return `count` floats that lie side by side, in one load; of uint16 arrays those that have their upper halves."""
+    ir = _ir()
+    if kind.dtype != _types().uint16:
+        loaded = builder.load(
+            builder.bitcast(pointer, ir.VectorType(ir.FloatType(), count).as_pointer(pointer.type.addrspace))
+        )
+        loaded.align = 4 * count
+        return [builder.extract_element(loaded, ir.Constant(ir.IntType(32), i)) for i in range(count)]
+    number = ir.IntType(32)
+    if count == 1:
+        half = builder.load(_as(builder, pointer, ir.IntType(16)))
+        half.align = 2
+        words = [builder.shl(builder.zext(half, number), ir.Constant(number, 16))]
+    else:
+        pairs = builder.load(
+            builder.bitcast(pointer, ir.VectorType(number, count // 2).as_pointer(pointer.type.addrspace))
+        )
+        pairs.align = 2 * count
+        words = []
+        for i in range(count // 2):
+            pair = builder.extract_element(pairs, ir.Constant(number, i))
+            words.append(builder.shl(pair, ir.Constant(number, 16)))
+            words.append(builder.and_(pair, ir.Constant(number, 0xFFFF0000)))
+    return [builder.bitcast(word, ir.FloatType()) for word in words]
+
+
+@intrinsic
+def add_digits(typing: Any, total: Any, array: Any, offset: Any, low: Any, high: Any, span: Any) -> Any:
+    """(n floats, float32 or bfloat16 array in shared memory, uint32, 2 uint32, tuple) -> n floats: 8 digits added.
+
+    The digits are the bytes of `low`, then of `high`, less 128; each is multiplied by what it meets. The row of the
+    first one lies `offset` bytes from the array's begin, those of the next ones behind it: n values for the digit
+    itself, n for the one after it and so on, for as many as `span` has elements. A uint16 array holds bfloat16 values.
     """
     types = _types()
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         ir = _ir()
-        number = ir.IntType(32)
-        width, spanned = signature.return_type.count, signature.args[4].count
-        row = ir.VectorType(ir.FloatType(), width * spanned)
-        start = _from_begin(context, builder, signature.args[1], arguments[1], arguments[2], row)
+        number, byte = ir.IntType(32), ir.IntType(8)
+        width, spanned, kind = signature.return_type.count, signature.args[5].count, signature.args[1]
+        row_bytes = kind.dtype.bitwidth // 8 * width * spanned
+        start = _from_begin(context, builder, kind, arguments[1], arguments[2], byte)
         totals = [builder.extract_value(arguments[0], i) for i in range(width)]
         select = ir.InlineAsm(ir.FunctionType(number, [number] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
-        for digit in range(4):
+        values: list[Any] = []
+        for digit in range(8):
             if digit % spanned == 0:
-                values = builder.load(builder.gep(start, [ir.Constant(number, digit)], inbounds=True))
-                values.align = 4 * width * spanned
+                place = builder.gep(start, [ir.Constant(number, digit * row_bytes)], inbounds=True)
+                values = _load_values(builder, kind, place, width * spanned)
             # the byte becomes the lowest one of 2**23 as a float
             bits = builder.call(
-                select, [arguments[3], ir.Constant(number, 0x4B000000), ir.Constant(number, 0x7440 + digit)]
+                select,
+                [arguments[3 + digit // 4], ir.Constant(number, 0x4B000000), ir.Constant(number, 0x7440 + digit % 4)],
             )
             factor = builder.fadd(
                 builder.bitcast(bits, ir.FloatType()), ir.Constant(ir.FloatType(), -float(2**23 + 128))
             )
             for i in range(width):
-                place = ir.Constant(number, digit % spanned * width + i)
-                totals[i] = builder.fma(factor, builder.extract_element(values, place), totals[i])
+                totals[i] = builder.fma(factor, values[digit % spanned * width + i], totals[i])
         return context.make_tuple(builder, signature.return_type, totals)
 
-    return total(total, array, types.uint32, types.uint32, span), generate
+    return total(total, array, types.uint32, types.uint32, types.uint32, span), generate
 
 
 @intrinsic
 def add_multiple(typing: Any, total: Any, array: Any, place: Any, factor: Any) -> Any:
-    """(n floats, float32 array or pointer, uint32, float32) -> n floats: total + factor * the n at a place."""
+    """(n floats, array as add_digits takes or pointer, uint32, float32) -> n floats: total + factor * n at a place."""
     types = _types()
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        ir = _ir()
-        width = signature.return_type.count
-        pointer = _at(
-            context, builder, signature.args[1], arguments[1], arguments[2], ir.VectorType(ir.FloatType(), width)
-        )
-        loaded = builder.load(pointer)
-        loaded.align = 4 * width
-        totals = []
-        for i in range(width):
-            value = builder.extract_element(loaded, ir.Constant(ir.IntType(32), i))
-            before = builder.extract_value(arguments[0], i)
-            totals.append(builder.fma(arguments[3], value, before))
+        width, kind = signature.return_type.count, signature.args[1]
+        pointer = _at(context, builder, kind, arguments[1], arguments[2], _ir().IntType(8))
+        values = _load_values(builder, kind, pointer, width)
+        before = [builder.extract_value(arguments[0], i) for i in range(width)]
+        totals = [builder.fma(arguments[3], value, old) for value, old in zip(values, before, strict=True)]
         return context.make_tuple(builder, signature.return_type, totals)
 
     return total(total, array, types.uint32, types.float32), generate
@@ -271,7 +297,7 @@ def load_float(typing: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def store_float(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """(array as for load_float, int64, float32): write the nearest value, ties to even."""
+    """(array as for load_float, or in shared memory; int64, float32): write the nearest value, ties to even."""
     types = _types()
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -283,8 +309,9 @@ def store_float(typing: Any, array: Any, index: Any, value: Any) -> Any:
         elif kind == types.uint16:
             form = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
             value = builder.call(ir.InlineAsm(form, "cvt.rn.bf16.f32 $0, $1;", "=h,f"), [value])
-        pointer = builder.bitcast(arguments[0], value.type.as_pointer())
-        pointer = builder.gep(pointer, [arguments[1]], inbounds=True)
+        shared = hasattr(signature.args[0], "ndim")
+        start = context.make_array(signature.args[0])(context, builder, arguments[0]).data if shared else arguments[0]
+        pointer = builder.gep(_as(builder, start, value.type), [arguments[1]], inbounds=True)
         builder.store(value, pointer, align=4 if kind == types.float32 else 2)
         return context.get_dummy_value()
 

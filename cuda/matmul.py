@@ -39,7 +39,6 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     where that holds the levels exactly, and torch.matmul multiplies, in the precision that torch is set to. A matrix
     that `encode` did not make must have been validated.
     """
-    check_validated(packed)
     tokens = _tokens(x, packed)
     y = None
     if isinstance(packed.codebook, Dictionary):
@@ -47,7 +46,7 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
         from qmoe_lite.cuda.windows_product import multiply
 
         y = multiply(matrix_packets(packed), 0, tokens)
-    elif 0 < len(tokens) <= GATHERED_TOKENS:
+    elif 0 < tokens.shape[0] <= GATHERED_TOKENS:
         y = _gather_product(packed, tokens)
     if y is None:
         y = _tile_product(packed, tokens)
@@ -74,6 +73,7 @@ def _tile_product(packed: PackedMatrix, tokens: Tensor) -> Tensor:
     """Product by decoded tiles of rows: tokens (T, C) -> (T, R)."""
     if packed in _PACKETS:
         return decoded_product(_PACKETS[packed], 0, tokens)
+    check_validated(packed)
     values: dict[torch.dtype, Tensor] = {}
     starts = row_starts(packed)
 
@@ -106,32 +106,40 @@ def _by_tiles(rows: int, levels_dtype: torch.dtype, decode: Callable[[int, Tenso
 
 def _gather_product(packed: PackedMatrix, tokens: Tensor) -> Tensor | None:
     """Product by adding nonzeros: tokens (T, C) -> (T, R) of the same dtype; None where x is too wide."""
-    wanted = next(width for width in reversed(WIDTHS) if width >= min(len(tokens), WIDTHS[0]))
+    count = tokens.shape[0]
+    wanted = wanted_width(count)
     limit, levels = launch.shared_limit(tokens.device), packed.levels.shape[1]
     variant = choose_variant((codebook_of(packed),), levels, packed.columns, wanted, None, limit)
     if variant is None:
         return None
-    y = torch.empty(len(tokens), packed.shape[0], dtype=tokens.dtype, device=tokens.device)
-    groups = groups_in_order(len(tokens), variant.tokens, tokens.device)
+    y = torch.empty((count, packed.shape[0]), dtype=tokens.dtype, device=tokens.device)
+    groups = groups_in_order(count, variant.tokens, tokens.device)
     gather((_packets(packed),), in_order(1, tokens.device), variant, tokens, groups, 1, None, y)
     return y
 
 
+def wanted_width(tokens: int) -> int:
+    """Return how many of so many tokens a group shall hold."""
+    return tokens if tokens < 3 else WIDTHS[0]
+
+
 def _packets(packed: PackedMatrix) -> Packets:
     """Return a matrix as packets; made once for a matrix, which is not changed."""
-    if packed not in _PACKETS:
-        _PACKETS[packed] = make_packets(packed)
-    return _PACKETS[packed]
+    packets = _PACKETS.get(packed)
+    if packets is None:
+        check_validated(packed)
+        packets = _PACKETS[packed] = make_packets(packed)
+    return packets
 
 
 @functools.lru_cache(maxsize=64)
-def groups_in_order(tokens: int, width: int, device: torch.device) -> Groups:
-    """Return the tokens of one matrix, `width` at a time."""
+def groups_in_order(tokens: int, width: int, device: torch.device, expert: int = 0) -> Groups:
+    """Return the tokens of one expert, `width` at a time."""
     groups = -(-tokens // width)
     members = torch.arange(groups * width, dtype=torch.int32)
     members[tokens:] = -1
     # made on the CPU: it is there when the copy returns, whichever stream uses it, and no graph is filled with it
-    return torch.zeros(groups, dtype=torch.int32).to(device), members.to(device)
+    return torch.full((groups,), expert, dtype=torch.int32).to(device), members.to(device)
 
 
 @functools.cache  # as `variants.device_words`

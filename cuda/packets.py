@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,8 @@ class Packets:
     strides : tuple of int
         From one expert to the next: packets of `words`, elements of `starts` and of `levels`. With a stride of 0 starts
         are counted from the first expert's packets on.
+    launches : dict
+        What launches need of these matrices, by what they are for.
     """
 
     words: Tensor
@@ -69,6 +71,7 @@ class Packets:
     levels_each: int
     packets_each: float
     strides: tuple[int, int, int]
+    launches: dict[Any, launch.Prepared] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -91,15 +94,49 @@ def columns_behind(codebook: Codebook) -> int:
     return codebook.longest + codewords_each(codebook.bits) * codebook.min_weights
 
 
-def most_packets(codebook: Codebook, codes: int, rows: int) -> int:
-    """Return how many packets a matrix takes at most, given the bytes of its codes."""
-    each = codewords_each(codebook.bits)
-    return (8 * codes // codebook.bits + rows * (each - 1)) // each
+def most_packets(bits: int, each: int, codes: int, rows: int) -> int:
+    """Return how many packets of `each` codewords of so many bits a matrix takes, given the bytes of its codes."""
+    return (8 * codes // bits + rows * (each - 1)) // each
 
 
-def packets_of(codewords: Any, bits: int) -> Any:
-    """Return how many packets rows of so many codewords take, at least one each; of an array or a tensor."""
-    return (codewords - 1) // codewords_each(bits) + 1
+def packets_of(codewords: Any, each: int) -> Any:
+    """Return how many packets of `each` codewords rows take, at least one a row; of an array or a tensor."""
+    return (codewords - 1) // each + 1
+
+
+def start_packets(counts: Tensor, each: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `firsts`, `starts` and `words` as `repack` takes them, the last one to be filled; waits for the GPU.
+
+    Parameters
+    ----------
+    counts : int64 tensor, shape (E, R)
+        Codewords of the rows of matrices that lie side by side.
+    each : int
+        Codewords of a packet.
+
+    Raises
+    ------
+    ShapeError
+        More than 2**31 - 1 packets.
+    """
+    experts, rows = counts.shape
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(packets_of(counts, each).reshape(-1), 0, out=starts[1:])
+    total = int(starts[-1])
+    if total > _MOST_PACKETS:
+        raise ShapeError(f"the matrices take {total} packets; expected at most {_MOST_PACKETS}. Split the experts.")
+    firsts = torch.zeros((experts, rows + 1), dtype=torch.int32, device=counts.device)
+    firsts[:, 1:] = counts.cumsum(1)
+    words = torch.empty((total, 4), dtype=torch.uint32, device=counts.device)
+    return firsts, starts.to(torch.int32), words
+
+
+def codewords_of(held: dict[str, Tensor]) -> Tensor:
+    """Return the codewords of each row of a projection, int64 (E, R), given what `stack_packets` is."""
+    above = held["row_codewords"]
+    if above.dtype == torch.uint16:  # torch knows little of it on a GPU
+        above = above.view(torch.int16).to(torch.int64) & 0xFFFF
+    return above.to(torch.int64) + held["fewest_codewords"].to(torch.int64)[:, None]
 
 
 def make_packets(packed: PackedMatrix) -> Packets:
@@ -127,30 +164,18 @@ def stack_packets(held: dict[str, Tensor], codebook: Codebook, columns: int) -> 
     ShapeError
         More than 2**31 - 1 packets.
     """
-    above = held["row_codewords"]
-    if above.dtype == torch.uint16:  # torch knows little of it on a GPU
-        above = above.view(torch.int16).to(torch.int64) & 0xFFFF
-    counts = above.to(torch.int64) + held["fewest_codewords"].to(torch.int64)[:, None]
-    return _make(held["codes"], held["expert_offsets"], counts, held["levels"], codebook, columns)
+    return _make(held["codes"], held["expert_offsets"], codewords_of(held), held["levels"], codebook, columns)
 
 
 def _make(codes: Tensor, offsets: Tensor, counts: Tensor, levels: Tensor, codebook: Codebook, columns: int) -> Packets:
     """Lay out matrices side by side: counts (E, R) of codewords, levels (E, R, L); offsets as `repack` takes them."""
     experts, rows = counts.shape
-    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=codes.device)
-    torch.cumsum(packets_of(counts, codebook.bits).reshape(-1), 0, out=starts[1:])
-    total = int(starts[-1])
-    if total > _MOST_PACKETS:
-        raise ShapeError(f"the matrices take {total} packets; expected at most {_MOST_PACKETS}. Split the experts.")
-    starts = starts.to(torch.int32)
-    firsts = torch.zeros((experts, rows + 1), dtype=torch.int32, device=codes.device)
-    firsts[:, 1:] = counts.cumsum(1)
-    words = torch.empty((total, 4), dtype=torch.uint32, device=codes.device)
+    firsts, starts, words = start_packets(counts, codewords_each(codebook.bits))
     repack(codes, offsets, firsts, starts, words, codebook)
     launch.finish(codes.device)  # they are kept, and may be used on another stream
     width = levels.shape[-1]
     levels = levels.reshape(-1, width).contiguous()
-    sizes = experts, rows, columns, width, total / counts.numel()
+    sizes = experts, rows, columns, width, len(words) / counts.numel()
     return Packets(words, starts, levels, codebook, *sizes, strides=(0, rows, rows * width))
 
 

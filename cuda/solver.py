@@ -107,7 +107,7 @@ def _check_shapes(block: Tensor, factor: Tensor, table: Rounding, parts: tuple[T
         raise ShapeError(message + "expected one fewer a row. Use what grid.rounding() returned.")
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _load_panel(factor: Any, corner: Any, pitch: Any, first: int, width: int, factors: Any, thread: int) -> None:
     """Copy rows `first` to first + 15 of a column of the factor to shared memory; behind the last row, that one."""
     read = cuda.local.array(_PANEL, np.float32)  # all before the first is written: they are waited for once
@@ -121,7 +121,7 @@ def _load_panel(factor: Any, corner: Any, pitch: Any, first: int, width: int, fa
         factors[at + _index(_THREADS * i)] = read[i]
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _solve_column(held: Any, factors: Any, corner: Any, inverses: Any, table: Any, first: int, at: int) -> Any:
     """Round column first + at of a panel, of which a lane holds those from `first` on; return the digit."""
     values, thresholds, symbols = table
@@ -137,7 +137,7 @@ def _solve_column(held: Any, factors: Any, corner: Any, inverses: Any, table: An
     return digit
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _solve_uniform_column(
     held: Any, factors: Any, corner: Any, inverses: Any, multiple: Any, first: int, at: int
 ) -> Any:
@@ -152,7 +152,7 @@ def _solve_uniform_column(
     return np.int16(np.int32(digit))
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _correct(held: Any, factors: Any, corner: Any, inverses: Any, missing: Any, first: int, at: int) -> None:
     """Put the error of column first + at, of which `missing` is left, in its place, and correct those after it.
 
@@ -169,7 +169,7 @@ def _correct(held: Any, factors: Any, corner: Any, inverses: Any, missing: Any, 
             held[later] -= error * factors[line + _index(later)]
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def _subtract_outer(held: Any, tile: Any, error_at: Any, factors: Any, factor_at: Any) -> None:
     """Subtract 4 errors times 4 factors from the 4 by 4 that a lane holds, a column's rows side by side."""
     for column in range(_index(_SIDE)):

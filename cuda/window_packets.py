@@ -9,7 +9,7 @@ end. So a lane needs nothing of another lane's packet. Exceptions are listed by 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,15 +22,12 @@ from qmoe_lite.coding.exceptions import block_rows
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import EXCEPTION_PARTS
 from qmoe_lite.cuda import launch
-from qmoe_lite.cuda.codec import BLOCKS, WARPS, load_code, warp_scan
+from qmoe_lite.cuda.codec import BLOCKS, WARPS, check_validated, load_code, warp_scan
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
-from qmoe_lite.cuda.packets import COLUMN_BITS, PACKET_BITS
-from qmoe_lite.errors import DeviceError, ShapeError
+from qmoe_lite.cuda.packets import COLUMN_BITS, PACKET_BITS, codewords_of, start_packets
 
 CLASS_BITS = 2  # of a window, the top of the codeword before
 _ALL = 0xFFFFFFFF
-LARGEST_WIDTH = 16  # digits of a table's row
-_MOST_PACKETS = (1 << 31) - 1  # numbered in 32 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +47,20 @@ class WindowPackets:
     scales : float32 tensor, flat
         Of each column; ones where a matrix has none.
     exception_starts : int32 tensor, flat
-        Number of each row's first exception, counted from the first expert's on; then the last row's end.
-    exception_columns : uint16 tensor, shape (N,)
-        Ascending in a row; several of the same add up.
-    exception_values : int8 tensor, shape (N,)
+        Number of each row's first exception, counted from where its expert's begin; then the last row's end.
+    exceptions : int32 tensor, flat
+        The column in the lowest 16 bits, above it what is added to its digit; columns ascend in a row, and several of
+        the same add up.
     dictionary : Dictionary
     experts, rows, columns : int
         E, R and C; or the slots.
     packets_each : float
         Packets of a row, on average over all experts.
     strides : tuple of int
-        From one expert to the next: packets of `words`, elements of the tensors that have one for each row, elements of
-        `scales`. With a stride of 0 packets are counted from the first expert's on.
+        From one expert to the next: packets of `words`, elements of the tensors that have one for each row, of `scales`
+        and of `exceptions`. With a stride of 0 packets or exceptions are counted from the first expert's on.
+    launches : dict
+        What launches need of these matrices, by what they are for.
     """
 
     words: Tensor
@@ -69,20 +68,20 @@ class WindowPackets:
     steps: Tensor
     scales: Tensor
     exception_starts: Tensor
-    exception_columns: Tensor
-    exception_values: Tensor
+    exceptions: Tensor
     dictionary: Dictionary
     experts: int
     rows: int
     columns: int
     packets_each: float
-    strides: tuple[int, int, int]
+    strides: tuple[int, int, int, int]
+    launches: dict[Any, launch.Prepared] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the GPU."""
-        exceptions = self.exception_starts, self.exception_columns, self.exception_values
-        return sum(tensor.nbytes for tensor in (self.words, self.starts, self.steps, self.scales, *exceptions))
+        tensors = self.words, self.starts, self.steps, self.scales, self.exception_starts, self.exceptions
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def device(self) -> torch.device:
@@ -95,14 +94,9 @@ def codewords_each(bits: int) -> int:
     return (PACKET_BITS - COLUMN_BITS - CLASS_BITS) // bits
 
 
-def columns_behind(dictionary: Dictionary) -> int:
+def columns_behind(*dictionaries: Dictionary | None) -> int:
     """Return how many columns of zeros must lie behind x, so that no codeword of a last packet ends beyond them."""
-    return (codewords_each(dictionary.bits) + 1) * dictionary.width
-
-
-def packets_of(codewords: Any, bits: int) -> Any:
-    """Return how many packets rows of so many codewords take, at least one each; of an array or a tensor."""
-    return (codewords - 1) // codewords_each(bits) + 1
+    return max((codewords_each(each.bits) + 1) * each.width for each in dictionaries if each is not None)
 
 
 def make_window_packets(
@@ -138,27 +132,11 @@ def make_window_packets(
 
     Raises
     ------
-    DeviceError
-        Strings of more than 16 digits, which low rates have.
     ShapeError
         More than 2**31 - 1 packets.
     """
-    if dictionary.width > LARGEST_WIDTH:
-        raise DeviceError(
-            f"the code has strings of {dictionary.width} digits, the GPU's kernels take {LARGEST_WIDTH}. "
-            "Run the model on the CPU, or compress it at a rate of 1 or more."
-        )
     experts, rows = counts.shape
-    counts = counts.to(torch.int64)
-    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=codes.device)
-    torch.cumsum(packets_of(counts, dictionary.bits).reshape(-1), 0, out=starts[1:])
-    total = int(starts[-1])
-    if total > _MOST_PACKETS:
-        raise ShapeError(f"the matrices take {total} packets; expected at most {_MOST_PACKETS}. Split the experts.")
-    firsts = torch.zeros((experts, rows + 1), dtype=torch.int32, device=codes.device)
-    firsts[:, 1:] = counts.cumsum(1)
-    starts = starts.to(torch.int32)
-    words = torch.empty((total, 4), dtype=torch.uint32, device=codes.device)
+    firsts, starts, words = start_packets(counts.to(torch.int64), codewords_each(dictionary.bits))
     repack_windows(codes, offsets, firsts, starts, words, dictionary)
     if scales is None:
         scales = torch.ones((1, columns), device=codes.device)
@@ -168,14 +146,50 @@ def make_window_packets(
         starts,
         steps.float().reshape(-1).contiguous(),
         scales.float().reshape(-1).contiguous(),
-        *row_exceptions(*exceptions[:2], rows, columns),
-        exceptions[2].contiguous(),
+        *row_exceptions(*exceptions, rows, columns),
         dictionary,
         experts,
         rows,
         columns,
-        total / counts.numel(),
-        strides=(0, rows, 0 if len(scales) == 1 else columns),
+        len(words) / counts.numel(),
+        strides=(0, rows, 0 if len(scales) == 1 else columns, 0),
+    )
+
+
+def stack_window_packets(
+    held: dict[str, Tensor], dictionary: Dictionary, columns: int, first: WindowPackets | None = None
+) -> WindowPackets:
+    """Return a projection of a layer, all its experts, as packets; waits for the GPU.
+
+    Parameters
+    ----------
+    held : dict of tensors on a GPU
+        All that :func:`qmoe_lite.checkpoint.format.pack_experts` makes of a dictionary's matrices; validated.
+    dictionary : Dictionary
+        Of all experts.
+    columns : int
+        C.
+    first : WindowPackets, optional
+        Of the stage's first projection, whose column scales are this one's where it has none of its own.
+
+    Raises
+    ------
+    ShapeError
+        More than 2**31 - 1 packets.
+    """
+    scales = held["column_scales"]
+    if first is not None and scales.shape[1] == 0:
+        scales = first.scales.view(-1, columns)
+    starts, positions, values = (held[name] for name in EXCEPTION_PARTS)
+    return make_window_packets(
+        held["codes"],
+        held["expert_offsets"],
+        codewords_of(held),
+        held["levels"][:, :, 0],
+        scales,
+        (starts, positions, values),
+        dictionary,
+        columns,
     )
 
 
@@ -183,11 +197,13 @@ _PACKETS: WeakKeyDictionary[PackedMatrix, WindowPackets] = WeakKeyDictionary()
 
 
 def matrix_packets(packed: PackedMatrix) -> WindowPackets:
-    """Return a validated matrix on a GPU as packets; made when they are first needed, and kept with the matrix."""
-    if packed not in _PACKETS:
+    """Return a matrix on a GPU as packets: made when they are first needed, and kept with the matrix."""
+    packets = _PACKETS.get(packed)
+    if packets is None:
+        check_validated(packed)
         assert isinstance(packed.codebook, Dictionary)
         starts, positions, values = (packed.tensors[name] for name in EXCEPTION_PARTS)
-        _PACKETS[packed] = make_window_packets(
+        packets = _PACKETS[packed] = make_window_packets(
             packed.codes,
             torch.zeros(1, dtype=torch.int64, device=packed.device),
             packed.count_codewords()[None],
@@ -197,7 +213,7 @@ def matrix_packets(packed: PackedMatrix) -> WindowPackets:
             packed.codebook,
             packed.columns,
         )
-    return _PACKETS[packed]
+    return packets
 
 
 def repack_windows(
@@ -217,15 +233,15 @@ def repack_windows(
         Is filled.
     """
     experts, rows = len(firsts), firsts.shape[1] - 1
-    _, lengths = device_tables(dictionary, codes.device)
+    lengths = device_lengths(dictionary, codes.device)
     blocks = min(-(-experts * rows // WARPS), BLOCKS * launch.multiprocessors(codes.device))
     sizes = dictionary.bits, codewords_each(dictionary.bits), rows, experts * rows
-    arrays = codes, offsets, firsts, starts, lengths.view(torch.uint8), words.view(torch.uint64)
+    arrays = codes, offsets, firsts, starts, lengths, words.view(torch.uint64)
     _repack_windows_kernel.launch(blocks, WARPS * WARP, *arrays, *sizes)
 
 
-def row_exceptions(starts: Tensor, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return where the exceptions of each row begin, then their total, and their columns; does not wait for the GPU.
+def row_exceptions(starts: Tensor, positions: Tensor, values: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return `exception_starts` and `exceptions` of `WindowPackets`; does not wait for the GPU.
 
     Parameters
     ----------
@@ -233,13 +249,15 @@ def row_exceptions(starts: Tensor, positions: Tensor, rows: int, columns: int) -
         Number of the first exception of each block of rows, then the end of the matrix's.
     positions : uint16 tensor, shape (N,)
         In their blocks.
+    values : int8 tensor, shape (N,)
+        What each adds.
     rows, columns : int
         Of a matrix.
 
     Returns
     -------
     starts : int32 tensor, shape (E * R + 1,)
-    columns : uint16 tensor, shape (N,)
+    exceptions : int32 tensor, shape (N,); one zero where there are none
     """
     experts, blocks = len(starts), starts.shape[1] - 1
     place = positions.view(torch.int16).to(torch.int32) & 0xFFFF  # torch knows little of uint16 on a GPU
@@ -248,15 +266,14 @@ def row_exceptions(starts: Tensor, positions: Tensor, rows: int, columns: int) -
     expert = block // blocks
     row = expert * rows + (block - expert * blocks) * block_rows(columns) + place // columns
     first = torch.searchsorted(row, torch.arange(experts * rows + 1, device=place.device))
-    return first.to(torch.int32), (place % columns).to(torch.int16).view(torch.uint16)
+    words = place % columns | values.to(torch.int32) << COLUMN_BITS
+    return first.to(torch.int32), words if len(words) else torch.zeros(1, dtype=torch.int32, device=place.device)
 
 
 @functools.cache  # of no bounded size: a graph keeps a table's address, and a model has hundreds of dictionaries
-def device_tables(dictionary: Dictionary, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a dictionary's tables on a GPU, kept there for the next call: digits, lengths, four to a uint32."""
-    tables = (dictionary.digits_table, dictionary.lengths)
-    digits, lengths = (torch.from_numpy(table.reshape(-1).view(np.uint32).copy()).to(device) for table in tables)
-    return digits, lengths
+def device_lengths(dictionary: Dictionary, device: torch.device) -> Tensor:
+    """Return the digits of a dictionary's windows on a GPU, uint8; kept there for the next call."""
+    return torch.from_numpy(dictionary.lengths.copy()).to(device)
 
 
 @kernel("uint8*, int64*, int32*, int32*, uint8*, uint64*, int32, int32, int32, int32")

@@ -1,7 +1,12 @@
-"""CUDA twin of :mod:`qmoe_lite.coding.windows`: decode packets of windows, a warp a row and a lane a codeword."""
+"""CUDA twin of :mod:`qmoe_lite.coding.windows`: decode packets of windows, a warp a row and a lane a codeword.
+
+A lane's string goes to shared memory first, from where the warp writes a stretch of the row side by side: written where
+it belongs at once, each of its digits would be a transaction of its own.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,14 +15,16 @@ from numba import njit
 from torch import Tensor
 
 from qmoe_lite.cuda import launch
-from qmoe_lite.cuda.codec import BLOCKS, WARPS, warp_scan
-from qmoe_lite.cuda.intrinsics import store_float
+from qmoe_lite.cuda.codec import BLOCKS, warp_scan
+from qmoe_lite.cuda.intrinsics import load_constant, pair_at, store_float
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
 from qmoe_lite.cuda.packets import KINDS, bits16
-from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each, device_tables
+from qmoe_lite.cuda.variants import product_table
+from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each
 from qmoe_lite.errors import DtypeError
 
 DENSE_DTYPES = tuple(KINDS)
+WARPS = 8  # per block: each loads the table
 _ALL = 0xFFFFFFFF
 
 
@@ -48,24 +55,25 @@ def decode_window_rows(packets: WindowPackets, expert: int, first: int, out: Ten
     rows = len(out)
     if rows == 0:
         return
-    dictionary, (at_word, at_row, at_scale) = packets.dictionary, (expert * stride for stride in packets.strides)
-    digits, lengths = device_tables(dictionary, out.device)
+    dictionary = packets.dictionary
+    at_word, at_row, at_scale, at_exception = (expert * stride for stride in packets.strides)
     blocks = min(-(-rows // WARPS), BLOCKS * launch.multiprocessors(out.device))
+    table = product_table(dictionary, out.device)
     arrays = [
         packets.words[at_word:],
         packets.starts[at_row + first :],
         packets.exception_starts[at_row + first :],
-        packets.exception_columns,
-        packets.exception_values,
-        digits.view(torch.int8),
-        lengths.view(torch.uint8),
+        packets.exceptions[at_exception:],
+        table,
+        packets.steps[at_row + first :],
+        packets.scales[at_scale:],
+        bits16(out),
     ]
-    sizes = dictionary.bits, codewords_each(dictionary.bits), dictionary.width, rows, out.shape[1]
-    made = _decode_windows_kernel
-    if out.dtype != torch.int16:
-        arrays += packets.steps[at_row + first :], packets.scales[at_scale:]
-        made = _window_weights_kernel
-    made.launch(blocks, WARPS * WARP, *arrays, bits16(out), *sizes)
+    staged = 2 * WARPS * WARP * dictionary.width
+    held = table.nbytes + staged <= launch.shared_limit(out.device)
+    sizes = dictionary.bits, codewords_each(dictionary.bits), table.numel(), rows, out.shape[1]
+    made = decode_kernel(dictionary.width, held, out.dtype != torch.int16)
+    made.launch(blocks, WARPS * WARP, *arrays, *sizes, shared_bytes=table.nbytes if held else 0)
 
 
 @njit(inline="always")
@@ -81,108 +89,96 @@ def _window_of(words: Any, first: Any, codeword: Any, bits: Any, each: Any, mask
 
 
 @njit(inline="always")
-def _next_exception(columns: Any, values: Any, place: Any, stop: Any) -> Any:
-    """Return the column of the exception at `place`, the sum of those of that column, and the place behind them."""
-    column = np.int32(columns[place])
-    excess = np.int32(values[place])
-    place = np.int32(place + 1)
-    while place < stop and np.int32(columns[place]) == column:
-        excess = np.int32(excess + np.int32(values[place]))
-        place = np.int32(place + 1)
-    return column, excess, place
+def length_of(word: Any, width: int) -> Any:
+    """Return the digits of a table's row, given its first word; see `variants.product_table`."""
+    more = np.uint32((word & np.uint32(3)) | (word >> np.uint32(6)) & np.uint32(12))
+    if width == 32:
+        more = np.uint32(more | (word >> np.uint32(12)) & np.uint32(16))
+    return np.int32(more + np.uint32(1))
 
 
-@kernel("uint32*, int32*, int32*, uint16*, int8*, int8*, uint8*, int16*, int32, int32, int32, int32, int32")
-def _decode_windows_kernel(
-    words: Any,
-    starts: Any,
-    exception_starts: Any,
-    exception_columns: Any,
-    exception_values: Any,
-    table: Any,
-    lengths: Any,
-    out: Any,
-    bits: int,
-    each: int,
-    width: int,
-    rows: int,
-    columns: int,
-) -> None:
-    """Fill out (R, C): a warp a row, a lane a codeword; who wrote a digit adds its exceptions."""
-    lane = np.int32(cuda.threadIdx.x & 31)
-    mask = np.int32((4 << bits) - 1)
-    row = np.int32(cuda.grid(1) >> 5)
-    while row < rows:
-        first = starts[row]
-        count = np.int32((starts[row + 1] - first) * each)
-        beyond, stop = exception_starts[row], exception_starts[row + 1]
-        base = np.int32(0)
-        for chunk in range(0, count, WARP):
-            window, length = np.int32(0), np.int32(0)
-            if chunk + lane < count:
-                window = _window_of(words, first, np.int32(chunk + lane), bits, each, mask)
-                length = np.int32(lengths[window])
-            end = np.int32(base + warp_scan(length, lane))
-            begin = np.int32(end - length)
-            for i in range(min(length, np.int32(columns - begin))):
-                out[np.int64(row) * columns + begin + i] = np.int16(table[np.int64(window) * width + i])
-            base = cuda.shfl_sync(_ALL, end, 31)
-            while beyond < stop and np.int32(exception_columns[beyond]) < base:
-                column, excess, beyond = _next_exception(exception_columns, exception_values, beyond, stop)
-                if begin <= column < end:
-                    digit = np.int32(table[np.int64(window) * width + (column - begin)])
-                    out[np.int64(row) * columns + column] = np.int16(digit + excess)
-        row = np.int32(row + (cuda.gridsize(1) >> 5))
+@njit(forceinline=True)
+def _stage(entries: Any, window: Any, width: int, stage: Any, place: Any, length: Any) -> None:
+    """Write a window's digits to shared memory, from `place` on."""
+    for part in range(0, length, 8):
+        low, high = pair_at(entries, np.uint32(window * width + part))
+        for i in range(min(np.int32(8), np.int32(length - part))):
+            word = low if i < 4 else high
+            byte = np.int32((word >> np.uint32(8 * (i & 3))) & np.uint32(0xFC))
+            stage[np.int32(place + part + i)] = np.int16((byte >> 2) - 32)
 
 
-@kernel(
-    *(
-        "uint32*, int32*, int32*, uint16*, int8*, int8*, uint8*, float32*, float32*, "
-        f"{out}, int32, int32, int32, int32, int32"
-        for out in KINDS.values()
-    )
-)
-def _window_weights_kernel(
-    words: Any,
-    starts: Any,
-    exception_starts: Any,
-    exception_columns: Any,
-    exception_values: Any,
-    table: Any,
-    lengths: Any,
-    steps: Any,
-    scales: Any,
-    out: Any,
-    bits: int,
-    each: int,
-    width: int,
-    rows: int,
-    columns: int,
-) -> None:
-    """Fill out (R, C) with weights, as `_decode_windows_kernel` does with digits."""
-    lane = np.int32(cuda.threadIdx.x & 31)
-    mask = np.int32((4 << bits) - 1)
-    row = np.int32(cuda.grid(1) >> 5)
-    while row < rows:
-        first, step = starts[row], steps[row]
-        count = np.int32((starts[row + 1] - first) * each)
-        beyond, stop = exception_starts[row], exception_starts[row + 1]
-        base = np.int32(0)
-        for chunk in range(0, count, WARP):
-            window, length = np.int32(0), np.int32(0)
-            if chunk + lane < count:
-                window = _window_of(words, first, np.int32(chunk + lane), bits, each, mask)
-                length = np.int32(lengths[window])
-            end = np.int32(base + warp_scan(length, lane))
-            begin = np.int32(end - length)
-            for i in range(min(length, np.int32(columns - begin))):
-                digit = np.float32(np.int32(table[np.int64(window) * width + i]))
-                store_float(out, np.int64(row) * columns + begin + i, digit * step * scales[begin + i])
-            base = cuda.shfl_sync(_ALL, end, 31)
-            while beyond < stop and np.int32(exception_columns[beyond]) < base:
-                column, excess, beyond = _next_exception(exception_columns, exception_values, beyond, stop)
-                if begin <= column < end:
-                    clipped = np.int32(table[np.int64(window) * width + (column - begin)])
-                    value = np.float32(np.int32(clipped + excess)) * step * scales[column]
-                    store_float(out, np.int64(row) * columns + column, value)
-        row = np.int32(row + (cuda.gridsize(1) >> 5))
+@functools.cache
+def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
+    """Return the kernel that fills out (R, C) with digits, or with weights.
+
+    `width`: digits of a table's row; `held`: the table is copied to shared memory.
+    """
+    kinds = KINDS.values() if weights else ("int16*",)
+    arrays = "uint32*, int32*, int32*, int32*, uint32*, float32*, float32*"
+    staged = WARPS * WARP * width
+
+    @kernel(*(f"{arrays}, {out}" + ", int32" * 5 for out in kinds))
+    def _decode_windows_kernel(
+        words: Any,
+        starts: Any,
+        exception_starts: Any,
+        exceptions: Any,
+        table: Any,
+        steps: Any,
+        scales: Any,
+        out: Any,
+        bits: int,
+        each: int,
+        table_words: int,
+        rows: int,
+        columns: int,
+    ) -> None:
+        thread, lane = np.int32(cuda.threadIdx.x), np.int32(cuda.threadIdx.x & 31)
+        dynamic_words = cuda.shared.array(0, np.uint32)
+        stage = cuda.shared.array(staged, np.int16)
+        entries = dynamic_words if held else table
+        if held:
+            i = thread
+            while i < table_words:
+                dynamic_words[i] = load_constant(table, i)
+                i = np.int32(i + cuda.blockDim.x)
+            cuda.syncthreads()
+        own = np.int32((thread >> 5) * WARP * width)
+        mask = np.int32((4 << bits) - 1)
+        row = np.int32(cuda.grid(1) >> 5)
+        while row < rows:
+            first, step, at = starts[row], steps[row], np.int64(row) * columns
+            count = np.int32((starts[row + 1] - first) * each)
+            beyond, stop = exception_starts[row], exception_starts[row + 1]
+            base = np.int32(0)
+            for chunk in range(0, count, WARP):
+                window, length = np.int32(0), np.int32(0)
+                if chunk + lane < count:
+                    window = _window_of(words, first, np.int32(chunk + lane), bits, each, mask)
+                    length = length_of(pair_at(entries, np.uint32(window * width))[0], width)
+                end = warp_scan(length, lane)
+                _stage(entries, window, width, stage, np.int32(own + end - length), length)
+                end = np.int32(base + cuda.shfl_sync(_ALL, end, 31))
+                cuda.syncwarp()
+                while beyond < stop and np.int32(exceptions[beyond] & 0xFFFF) < end:
+                    if lane == 0:  # one lane, since several of a column add up
+                        place = np.int32(own + np.int32(exceptions[beyond] & 0xFFFF) - base)
+                        stage[place] = np.int16(np.int32(stage[place]) + np.int32(exceptions[beyond] >> 16))
+                    beyond = np.int32(beyond + 1)
+                cuda.syncwarp()
+                column = np.int32(base + lane)
+                while column < min(end, np.int32(columns)):
+                    digit = stage[np.int32(own + column - base)]
+                    if weights:
+                        store_float(out, at + column, np.float32(digit) * step * scales[column])
+                    else:
+                        out[at + column] = digit
+                    column = np.int32(column + WARP)
+                cuda.syncwarp()
+                base = end
+            row = np.int32(row + (cuda.gridsize(1) >> 5))
+
+    name = f"_decode_window_{'weights' if weights else 'digits'}_{width}{'' if held else '_global'}_kernel"
+    _decode_windows_kernel.__name__ = name
+    return _decode_windows_kernel

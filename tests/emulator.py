@@ -7,6 +7,7 @@ thread does not reach and a warp operation whose mask names an absent lane all r
 from __future__ import annotations
 
 import contextvars
+import functools
 import operator
 import random
 import sys
@@ -32,32 +33,38 @@ class Memory:
 
     def __init__(self, array, origin=0):
         self.array = array
+        self.size, self.itemsize = array.size, array.itemsize
         self.origin = origin  # the place of its first byte, as `intrinsics.origin` gives it
 
     def at(self, place, count=1):
         """Return `count` elements from a place in bytes on."""
         byte = operator.index(place) - self.origin
-        if byte % (count * self.array.itemsize):
+        if byte % (count * self.itemsize):
             raise EmulationError(f"{count} elements at byte {byte}, which is no multiple of their size")
-        first = byte // self.array.itemsize
-        end = self._place(first + count - 1) + 1
-        return list(self.array[self._place(first) : end])
+        first = byte // self.itemsize
+        self._check(first)
+        self._check(first + count - 1)
+        return list(self.array[first : first + count])
 
     def __getitem__(self, index):
-        return self.array[self._place(index)]
+        return self.array[self._check(operator.index(index))]
 
     def __setitem__(self, index, value):
-        if self.array.dtype.kind in "iu":
-            bounds = np.iinfo(self.array.dtype)
-            if not bounds.min <= operator.index(value) <= bounds.max:
-                raise EmulationError(f"{value} does not fit {self.array.dtype}")
-        self.array[self._place(index)] = value
+        bounds = _bounds(self.array.dtype)
+        if bounds is not None and not bounds[0] <= operator.index(value) <= bounds[1]:
+            raise EmulationError(f"{value} does not fit {self.array.dtype}")
+        self.array[self._check(operator.index(index))] = value
 
-    def _place(self, index):
-        place = operator.index(index)
-        if not 0 <= place < self.array.size:
-            raise EmulationError(f"index {place} of an array of {self.array.size} {self.array.dtype}")
+    def _check(self, place):
+        if not 0 <= place < self.size:
+            raise EmulationError(f"index {place} of an array of {self.size} {self.array.dtype}")
         return place
+
+
+@functools.cache
+def _bounds(dtype):
+    """Return the least and the largest value of integers; None of others."""
+    return (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)) if dtype.kind in "iu" else None
 
 
 class Cuda:
@@ -160,6 +167,11 @@ def _local_array(shape, dtype):
     return Memory(np.full(shape * np.dtype(dtype).itemsize, POISON, dtype=np.uint8).view(dtype))
 
 
+def _float(value):
+    """A value of an array of floats, of which uint16 stands for bfloat16, as float32."""
+    return np.uint32(int(value) << 16).view(np.float32) if value.dtype == np.uint16 else np.float32(value)
+
+
 class Intrinsics:
     """What each of `qmoe_lite.cuda.intrinsics` does, for one block; indices wrap nowhere and places are checked."""
 
@@ -187,11 +199,12 @@ class Intrinsics:
     def pair_at(self, array, offset):
         return tuple(array.at(offset + np.uint32(array.origin), 2))
 
-    def add_digits(self, total, array, offset, word, span):
+    def add_digits(self, total, array, offset, low, high, span):
         unit = len(total) * len(span)
-        for digit, byte in enumerate(np.uint32(word).tobytes()):
-            row = array.at(offset + array.origin + 4 * unit * (digit - digit % len(span)), unit)
-            values = row[digit % len(span) * len(total) :][: len(total)]
+        row_bytes = unit * array.array.itemsize
+        for digit, byte in enumerate(np.uint32(low).tobytes() + np.uint32(high).tobytes()):
+            row = array.at(offset + array.origin + row_bytes * (digit - digit % len(span)), unit)
+            values = map(_float, row[digit % len(span) * len(total) :][: len(total)])
             with np.errstate(invalid="ignore"):  # infinity times zero
                 total = tuple(
                     np.float32(old + np.float32(byte - 128) * value) for old, value in zip(total, values, strict=True)
@@ -200,7 +213,7 @@ class Intrinsics:
 
     def add_multiple(self, total, array, place, factor):
         assert isinstance(factor, np.float32)
-        values = array.at(place, len(total))
+        values = map(_float, array.at(place, len(total)))
         with np.errstate(invalid="ignore"):  # infinity times zero
             return tuple(np.float32(old + factor * value) for old, value in zip(total, values, strict=True))
 
@@ -219,10 +232,7 @@ class Intrinsics:
         return np.uint32(bits).view(np.float32)
 
     def load_float(self, array, index):
-        value = array[index]
-        if value.dtype == np.uint16:
-            return np.uint32(int(value) << 16).view(np.float32)
-        return np.float32(value)
+        return _float(array[index])
 
     def store_float(self, array, index, value):
         assert isinstance(value, np.float32)

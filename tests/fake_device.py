@@ -8,16 +8,18 @@ from types import SimpleNamespace
 import naive
 import numpy as np
 import torch
-from checks import naive_packets
+from checks import naive_packets, naive_window_packets, naive_windows
 
-from qmoe_lite.cuda import packets
+from qmoe_lite.coding.codes import bytes_of_stream
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.offload.gpu_device import Repack
 
 
 class Mark(int):
     """The event of the end of what was computed; a plain number is that of a copy."""
 
 
-MATRICES = {}  # that were read, by codebook and bytes
+MATRICES = {}  # that were read, by code and bytes
 
 
 @functools.cache
@@ -73,6 +75,12 @@ class FakeDevice:
     def repack(self, codes, offsets, firsts, starts, words, codebook):
         """Lay out by the description."""
         counts = firsts[0].diff()
+        if isinstance(codebook, Dictionary):
+            own = codes[int(offsets) :][: bytes_of_stream(codebook, int(counts.sum()))]
+            made, expected = naive_window_packets(naive_windows(own, counts, codebook), codebook)
+            assert starts.tolist() == expected
+            words.view(torch.int32).copy_(torch.tensor(made).to(torch.int32).view(-1, 4))
+            return
         one = SimpleNamespace(codes=codes[int(offsets) :], codebook=codebook, count_codewords=lambda: counts)
         made, expected = naive_packets(one)
         assert starts.tolist() == expected
@@ -95,8 +103,9 @@ class FakeDevice:
         if self.turns in self._fails_at:
             raise torch.OutOfMemoryError("fake out of memory")
         for each in packets.values():
+            parts = each.words, each.starts, each.scales if hasattr(each, "dictionary") else each.levels
             for slot in slots:
-                for part, stride in zip((each.words, each.starts, each.levels), each.strides, strict=True):
+                for part, stride in zip(parts, each.strides, strict=False):
                     self._used[part[slot * stride :].data_ptr()] = 0
 
     def begin(self, experts, packets, x, index, weights):
@@ -104,17 +113,49 @@ class FakeDevice:
 
     def matrix(self, packets, slot):
         """Read a slot's matrix by the description."""
-        words, starts, levels = packets.strides
-        book = packets.codebook
-        own = packets.starts[slot * starts :][: packets.rows + 1].tolist()
-        quads = packets.words[slot * words :][: own[-1]]
-        own_levels = packets.levels[slot * levels :][: packets.rows * packets.levels_each]
-        key = repr(book), quads.numpy().tobytes(), own_levels.view(torch.uint8).numpy().tobytes()
-        if key not in MATRICES:
-            digits = naive.digits_of_packets(quads.tolist(), own, strings(book), book.bits, packets.columns)
-            dense = naive.dequantize(np.array(digits), own_levels.view(packets.rows, -1).tolist())
-            MATRICES[key] = torch.from_numpy(dense).float()
-        return MATRICES[key]
+        read = window_matrix if hasattr(packets, "dictionary") else level_matrix
+        return read(packets, slot)
+
+
+def level_matrix(packets, slot):
+    """The matrix in a slot of digits that have levels."""
+    words, starts, levels = packets.strides
+    book = packets.codebook
+    own = packets.starts[slot * starts :][: packets.rows + 1].tolist()
+    quads = packets.words[slot * words :][: own[-1]]
+    own_levels = packets.levels[slot * levels :][: packets.rows * packets.levels_each]
+    key = book, quads.numpy().tobytes(), own_levels.view(torch.uint8).numpy().tobytes()
+    if key not in MATRICES:
+        digits = naive.digits_of_packets(quads.tolist(), own, strings(book), book.bits, packets.columns)
+        dense = naive.dequantize(np.array(digits), own_levels.view(packets.rows, -1).tolist())
+        MATRICES[key] = torch.from_numpy(dense).float()
+    return MATRICES[key]
+
+
+def window_matrix(packets, slot):
+    """The matrix in a slot of codes of windows, one window and one exception after another."""
+    words, rows, scales, listed = (slot * stride for stride in packets.strides)
+    book, count = packets.dictionary, packets.rows
+    own, beyond = (part[rows:][: count + 1].tolist() for part in (packets.starts, packets.exception_starts))
+    quads, exceptions = packets.words[words:][: own[-1]], packets.exceptions[listed:][: beyond[-1]]
+    steps, factors = packets.steps[rows:][:count], packets.scales[scales:][: packets.columns]
+    parts = quads, torch.tensor(beyond), exceptions, steps, factors
+    key = book, *(part.numpy().tobytes() for part in parts)
+    if key not in MATRICES:
+        table, lengths = book.digits_table.tolist(), book.lengths.tolist()
+        digits = []
+        for row in range(count):
+            held = []
+            for quad in quads[own[row] : own[row + 1]].tolist():
+                bits = sum(word << 32 * i for i, word in enumerate(quad))
+                assert bits & 0xFFFF == len(held), "a packet begins where the one before ended"
+                found = [bits >> 16 + book.bits * i & (4 << book.bits) - 1 for i in range((128 - 18) // book.bits)]
+                held += [digit for window in found for digit in table[window][: lengths[window]]]
+            for word in exceptions[beyond[row] : beyond[row + 1]].tolist():
+                held[word & 0xFFFF] += word >> 16
+            digits.append(held[: packets.columns])
+        MATRICES[key] = torch.tensor(digits).float() * steps[:, None] * factors
+    return MATRICES[key]
 
 
 class FakeCall:
@@ -149,7 +190,7 @@ class EmulatedDevice(FakeDevice):
     """The same order of things, with the kernels' own Python."""
 
     def repack(self, *given):
-        packets.repack(*given)
+        Repack(*given).run()
 
     def begin(self, experts, packets, x, index, weights):
         call = experts.begin_call(packets, x, index, weights)

@@ -83,7 +83,8 @@ def _clone(ours: PackedExperts) -> PackedExperts:
     """Return the same experts with packets of their own, which are all that a GPU's call reads."""
     twin = copy.copy(ours)
     for name, packets in ours._packets_of.items():
-        arrays = {part: getattr(packets, part).clone() for part in ("words", "starts", "levels")}
+        parts = (part for part in ("words", "starts", "levels", "steps") if hasattr(packets, part))
+        arrays = {part: getattr(packets, part).clone() for part in parts}
         twin._packets_of[name] = replace(packets, **arrays)
     return twin
 
@@ -109,4 +110,4 @@ def show_layer(rows: list[parts.Row]) -> None:
     print_text("")
 
 
-PART = parts.Part(measure_layer, show_layer, 55)
+PART = parts.Part(measure_layer, show_layer, 45)

@@ -43,6 +43,8 @@ class ProjectionReport:
         Of a dictionary's digits, without its sign.
     exceptions : float or None
         Entries of a dictionary's list of exceptions, a weight.
+    step : float or None
+        Of a uniform grid, in units of a row's RMS: the mean over experts.
     """
 
     layer: str
@@ -60,6 +62,7 @@ class ProjectionReport:
     entropy: float | None = None
     largest_digit: int | None = None
     exceptions: float | None = None
+    step: float | None = None
 
     @property
     def weights(self) -> int:
@@ -165,9 +168,9 @@ def _check_types(report: Report) -> None:
         numbers += [row.experts, row.rows, row.columns, row.bits_per_weight, row.code_bits_per_weight, row.zeros]
         numbers += [row.codeword_bits, row.error, *row.hessian_classes.values(), *row.tokens]
         texts += [row.layer, row.projection]
-    numbers += [
-        n for row in report.projections for n in (row.entropy, row.largest_digit, row.exceptions) if n is not None
-    ]
+    for row in report.projections:
+        optional = (row.entropy, row.largest_digit, row.exceptions, row.step)
+        numbers += [number for number in optional if number is not None]
     if report.verdict is not None:
         numbers += [report.verdict[name] for name in ("dense_loss", "loss", "gap", "tokens")]
         numbers += [report.verdict["standard_error"] or 0.0]

@@ -130,6 +130,11 @@ class ExpertStack:
         steps: NDArray[np.float32] = self.parts["levels"][:, :, 0].float().contiguous().numpy()
         return steps
 
+    @cached_property
+    def _exception_starts(self) -> NDArray[np.int32]:
+        starts: NDArray[np.int32] = self.parts["exception_starts"].cpu().numpy()  # asked of a GPU once
+        return starts
+
     @property
     def nbytes(self) -> int:
         """Bytes of all parts that are here."""
@@ -175,7 +180,7 @@ class ExpertStack:
         if not isinstance(self.codebook, Dictionary):
             return {}
         starts = self.parts["exception_starts"][expert]
-        first, last = int(starts[0]), int(starts[-1])
+        first, last = int(self._exception_starts[expert, 0]), int(self._exception_starts[expert, -1])
         if not 0 <= first <= last <= len(self.parts["exception_positions"]):
             raise FormatError(
                 f"{self.name_of(expert)} has exceptions outside their list. Fetch or make the file again."

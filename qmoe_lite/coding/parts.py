@@ -36,7 +36,7 @@ class MatrixParts:
     @property
     def shape(self) -> tuple[int, int]:
         """(R, C)."""
-        return len(self.row_codewords), self.columns
+        return self.row_codewords.shape[0], self.columns
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
+from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import SettingError
 from qmoe_lite.quantization.grid import Grid, MinMaxTernary, UniformGrid
@@ -36,3 +38,11 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
     if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
         raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
     return grid, settings
+
+
+def with_mean_step(grid: Grid, projections: Iterable[ProjectionReport]) -> Grid:
+    """Return the grid as it was used: a uniform one with the mean of its layers' steps, which follow the rate."""
+    steps = [(row.step, row.weights) for row in projections if row.step is not None]
+    if not isinstance(grid, UniformGrid) or not steps:
+        return grid
+    return replace(grid, step=sum(step * weights for step, weights in steps) / sum(weights for _, weights in steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,14 @@ from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.models.routing import Assignment
+from qmoe_lite.quantization.factors import Factors, factorise_all
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
 _TOKENS = 1 << 14  # tokens that go through an expert at a time
+
+Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
 
 
 def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
@@ -38,6 +42,10 @@ def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
         return rows
     chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
     return rows[torch.from_numpy(np.sort(chosen))]
+
+
+def _step(grid: Grid) -> float | None:
+    return grid.step if isinstance(grid, UniformGrid) else None
 
 
 @dataclass(frozen=True)
@@ -162,12 +170,11 @@ class LayerCompressor:
         wrong = right = 0.0
         taken = _Taken()
         for i, group in enumerate(groups):
-
-            def solve(grid: Grid, group: range = group) -> dict[str, Solved]:
-                return (
-                    self._nearest(layer, group, grid) if seen is None else self._solve(layer, group, number, seen, grid)
-                )
-
+            solve: Solver
+            if seen is None:
+                solve = partial(self._nearest, layer, group)
+            else:
+                solve = partial(self._solve, layer, group, number, seen, {})
             if self.rate is None:
                 solved = solve(self._grid)
                 for name, result in solved.items():
@@ -208,7 +215,7 @@ class LayerCompressor:
 
     def _solve_at_rate(
         self,
-        solve: Callable[[Grid], dict[str, Solved]],
+        solve: Solver,
         tallies: dict[str, Tally],
         layer: MoELayer,
         group: range,
@@ -275,12 +282,23 @@ class LayerCompressor:
     def _nearest(self, layer: MoELayer, group: range, grid: Grid) -> dict[str, Solved]:
         def one(name: str) -> Solved:
             quantized = gptq(self._group_weights(layer, group, name), None, grid)
-            return Solved(quantized, [0] * len(group), ["nearest"] * len(group))
+            return Solved(quantized, [0] * len(group), ["nearest"] * len(group), _step(grid))
 
         return {name: one(name) for name in layer.projections}
 
-    def _solve(self, layer: MoELayer, group: range, number: int, seen: LayerInputs, grid: Grid) -> dict[str, Solved]:
-        """Quantise a group's projections, the last one for what the quantised first ones put out."""
+    def _solve(
+        self,
+        layer: MoELayer,
+        group: range,
+        number: int,
+        seen: LayerInputs,
+        first: dict[str, Factors],
+        grid: Grid,
+    ) -> dict[str, Solved]:
+        """Quantise a group's projections, the last one for what the quantised first ones put out.
+
+        `first` keeps the factors of the first stage, whose inputs are the same when the group is solved again.
+        """
         options = self._settings
         cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
         rows_of = []
@@ -295,29 +313,45 @@ class LayerCompressor:
                 for place, expert in enumerate(group)
             ]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
-            hessians = []
-            of_layer: Tensor | None = None
-            for rows, matrices, few in zip(rows_of, before, starved, strict=True):
-                parts = (self._gather(seen, rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
-                hessian = self._mean_hessian(parts, matrices, len(rows), columns)
-                if few:
-                    if of_layer is None or matrices:  # in front of the first projection it is the same for all
-                        sample = seen.sample.to(self._device)
-                        of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
-                    hessian = blend(hessian, of_layer, len(rows), options.blend_tokens)
-                hessians.append(hessian)
-            results = gptq_shared(
-                [self._group_weights(layer, group, name) for name in stage],
-                torch.stack(hessians),
-                grid,
-                dampening=options.dampening,
-                block_size=options.block_size,
-            )
+            factors = None if solved else first.get(stage[0])
+            if factors is None:
+                hessians = self._hessians(seen, rows_of, before, starved, columns)
+                steps = grid.column_steps
+                factors = factorise_all(hessians, None, options.dampening, options.block_size, steps)
+                if not solved and self.rate is not None:
+                    first[stage[0]] = factors
+            weights = [self._group_weights(layer, group, name) for name in stage]
+            results = gptq_shared(weights, None, grid, factors=factors)
             for name, quantized in zip(stage, results, strict=True):
                 pairs = zip(quantized.hessian_class, starved, strict=True)
                 classes = ["blended" if known == "own" and few else known for known, few in pairs]
-                solved[name] = Solved(quantized, [len(rows) for rows in rows_of], classes)
+                tokens = [len(rows) for rows in rows_of]
+                solved[name] = Solved(quantized, tokens, classes, _step(grid))
         return solved
+
+    def _hessians(
+        self,
+        seen: LayerInputs,
+        rows_of: list[Tensor],
+        before: list[list[_Linear]],
+        starved: list[bool],
+        columns: int,
+    ) -> Tensor:
+        """Return the Hessians of a group, (E, C, C), or one, (1, C, C), where all experts see the same inputs."""
+        if not before[0] and all(torch.equal(rows, rows_of[0]) for rows in rows_of[1:]):
+            rows_of = rows_of[:1]
+        hessians = []
+        of_layer: Tensor | None = None
+        for rows, matrices, few in zip(rows_of, before, starved, strict=False):
+            parts = (self._gather(seen, rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
+            hessian = self._mean_hessian(parts, matrices, len(rows), columns)
+            if few:
+                if of_layer is None or matrices:  # in front of the first projection it is the same for all
+                    sample = seen.sample.to(self._device)
+                    of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
+                hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
+            hessians.append(hessian)
+        return torch.stack(hessians)
 
     def _mean_hessian(self, parts: Iterable[Tensor], before: list[_Linear], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""

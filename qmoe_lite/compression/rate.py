@@ -1,7 +1,8 @@
 """The knob between size and loss: which step makes the experts of a model take a given number of bits.
 
 All layers share one step, in units of each row's RMS, so that matrices that need more bits get them. It is found on the
-first group of experts and corrected as layers finish; the last layer is solved again until the whole model fits.
+first group of experts and corrected as layers finish; the last layer is solved again until the whole model fits, but
+no layer's step leaves the others' by more than an octave: a missed rate is reported, a ruined layer would not be.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ SMALLEST_STEP, LARGEST_STEP = 0.06, 8.0  # in units of a row's RMS: over 6 bits;
 GROUP_TOLERANCE = 0.02  # the same of a group that others of its layer follow
 TRIES = 5  # solves of a group at most
 _CHANGE = 2.0  # octaves that a step may move between two solves
+MOST_APART = 1.0  # octaves between a layer's step and the mean of those before it
 _SLOPE = 0.9  # bits that a weight loses when its step doubles, before two solves have shown it
 _SLOPES = (0.25, 1.1)  # what it can be
 
@@ -75,6 +77,8 @@ class RateControl:
         Mean bits a weight of finished layers, had their step been 1.
     level_weights : int
         Weights of the layers that say so.
+    octave : float
+        Mean binary logarithm of their steps.
     """
 
     rate: float
@@ -85,6 +89,7 @@ class RateControl:
     done_bits: float = 0.0
     level: float = 0.0
     level_weights: int = 0
+    octave: float = 0.0
 
     def __post_init__(self) -> None:
         """Begin with what bell-shaped weights would need."""
@@ -101,6 +106,12 @@ class RateControl:
     def first(self) -> bool:
         """Whether no finished layer has told how bits follow the step."""
         return self.level_weights == 0
+
+    def within(self, step: float) -> float:
+        """Return a step within those that are tried, and not far from those of finished layers."""
+        if not self.first:
+            step = min(max(step, 2.0 ** (self.octave - MOST_APART)), 2.0 ** (self.octave + MOST_APART))
+        return bounded(step)
 
     def corrected(self, tried: list[tuple[float, float]], aim: float, tolerance: float = TOLERANCE) -> float | None:
         """Return the step that a group should be solved with next; None where one of the tries was near enough.
@@ -128,7 +139,7 @@ class RateControl:
             following = above[0] * (below[0] / above[0]) ** min(max(share, 0.1), 0.9)
         else:
             octaves = min(max((bits - aim) / self.slope, -_CHANGE), _CHANGE)
-            following = bounded(step * 2.0**octaves)
+            following = self.within(step * 2.0**octaves)
         return None if any(following == known for known, _ in tried) else following
 
     def finish_layer(self, weights: int, bits: float, tells: bool = True) -> None:
@@ -140,9 +151,10 @@ class RateControl:
             level = bits / weights + self.slope * math.log2(self.step)
             self.level_weights += weights
             self.level += (level - self.level) * weights / self.level_weights
+            self.octave += (math.log2(self.step) - self.octave) * weights / self.level_weights
         self.done_weights, self.done_bits = self.done_weights + weights, self.done_bits + bits
         if self.done_weights < self.weights and self.level_weights:
-            self.step = bounded(2.0 ** ((self.level - self.aim) / self.slope))
+            self.step = self.within(2.0 ** ((self.level - self.aim) / self.slope))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values: `RateControl(**values)` goes on from there."""

@@ -25,13 +25,8 @@ from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.compression.block_runner import BlockRunner, Caught
-from qmoe_lite.compression.calibration import (
-    Samples,
-    check_ids,
-    hessian_masks,
-    open_tokenizer,
-)
-from qmoe_lite.compression.choice import grid_and_rate
+from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
+from qmoe_lite.compression.choice import grid_and_rate, with_mean_step
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.rate import RateControl, check_rate
@@ -341,7 +336,7 @@ class _Run:
         settings = quantization_config(
             self.done.codebooks,
             recipe=self.settings.recipe,
-            grid=self.grid.to_config(),
+            grid=with_mean_step(self.grid, self.done.projections).to_config(),
             level_dtype=self.grid.level_dtype or torch.float32,
             versions=_versions(),
         )
@@ -368,7 +363,7 @@ class _Run:
         dense_experts, dense_others = stored_bytes(self.checkpoint)
         return Report(
             model=str(self.checkpoint.directory),
-            settings={**asdict(self.settings), "grid": self.grid.to_config()},
+            settings={**asdict(self.settings), "grid": with_mean_step(self.grid, self.done.projections).to_config()},
             projections=self.done.projections,
             held_out_error={k: v for k, v in self.done.held_out_error.items() if v is not None},
             degraded=self.degraded,

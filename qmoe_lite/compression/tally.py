@@ -29,11 +29,12 @@ _EXPERT_BYTES = 16  # of an expert's offset and checksum
 
 
 class Solved(NamedTuple):
-    """One projection of a group of experts."""
+    """One projection of a group of experts; `step` is that of a uniform grid, in units of a row's RMS."""
 
     quantized: Quantized
     tokens: list[int]
     classes: list[str]
+    step: float | None = None
 
 
 class Tally(Protocol):
@@ -59,10 +60,13 @@ class _Figures:
         self._errors: list[float] = []
         self._tokens: list[int] = []
         self._classes: dict[str, int] = {}
+        self._steps: list[float] = []
 
     def add(self, solved: Solved) -> None:
         self._errors += solved.quantized.error.tolist()
         self._tokens += solved.tokens
+        if solved.step is not None:
+            self._steps += [solved.step] * len(solved.tokens)
         for name in solved.classes:
             self._classes[name] = self._classes.get(name, 0) + 1
 
@@ -91,6 +95,7 @@ class _Figures:
             entropy=entropy,
             largest_digit=largest_digit,
             exceptions=exceptions,
+            step=float(np.mean(self._steps)) if self._steps else None,
         )
 
 
@@ -168,6 +173,7 @@ class WindowTally:
         self._shares_scales = layer.first_of_stage(projection) != projection
         self._dictionary: Dictionary | None = None
         self._sizes = np.zeros(1, dtype=np.int64)
+        self._groups = 0
         self._packed: list[PackedMatrix] = []
         self._report: ProjectionReport | None = None
 
@@ -193,6 +199,7 @@ class WindowTally:
         for sizes in both:
             self._sizes[: len(sizes)] += sizes
         self._packed += packed
+        self._groups += 1
         self._figures.add(solved)
 
     def add(self, solved: Solved) -> None:
@@ -202,7 +209,9 @@ class WindowTally:
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Lay all experts side by side."""
         assert self._dictionary is not None
-        of_all = self._dictionaries.choose(self._sizes)  # the first group may not stand for the others
+        of_all = self._dictionary
+        if self._groups > 1:  # the first may not stand for the others
+            of_all = self._dictionaries.choose(self._sizes)
         if of_all.expected_bits(self._sizes) < (1 - _REWRITE) * self._dictionary.expected_bits(self._sizes):
             self._packed = [encode(decode(p)[0].numpy(), p.levels, of_all, p.column_scales) for p in self._packed]
             self._dictionary = of_all

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from qmoe_lite.checkpoint.format import check_alphabets, codebooks_of, parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.stack import ExpertStack
-from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.matmul import Stack
@@ -218,13 +217,18 @@ class PackedExperts(nn.Module):
     def _packets(self, projection: str) -> Any:
         """A projection as the GPU's kernels read it; made when it is first needed."""
         from qmoe_lite.cuda.packets import stack_packets
+        from qmoe_lite.cuda.window_packets import stack_window_packets
 
         if projection not in self._packets_of:
             for expert in range(self.layer.count):
                 self.packed(expert, projection)
-            stack = self.stack(projection)
-            assert isinstance(stack.codebook, Codebook)
-            self._packets_of[projection] = stack_packets(stack.parts, stack.codebook, stack.shape[1])
+            stack, first = self.stack(projection), self.layer.first_of_stage(projection)
+            if isinstance(stack.codebook, Dictionary):
+                shared = None if first == projection else self._packets(first)
+                made: Any = stack_window_packets(stack.parts, stack.codebook, stack.shape[1], shared)
+            else:
+                made = stack_packets(stack.parts, stack.codebook, stack.shape[1])
+            self._packets_of[projection] = made
         return self._packets_of[projection]
 
     def _run_experts(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
@@ -265,9 +269,8 @@ class PackedExperts(nn.Module):
 
     @property
     def in_turn(self) -> bool:
-        """Whether a GPU multiplies its experts one by one: no kernel there takes a layer of such codes, or biases."""
-        biased = self.layer.layout is not None and self.layer.layout.biased
-        return biased or any(isinstance(book, Dictionary) for book in self.codebooks.values())
+        """Whether a GPU multiplies its experts one after another: no kernel there adds biases."""
+        return self.layer.layout is not None and self.layer.layout.biased
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         if self.source is not None:

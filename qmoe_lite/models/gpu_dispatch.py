@@ -44,7 +44,7 @@ def run_packets(
         Whose experts these are.
     activation : callable
         The experts' own.
-    packets : dict, projection to Packets
+    packets : dict, projection to Packets or WindowPackets
         All experts' matrices.
     hidden_states : float tensor, shape (T, C)
         Tokens.
@@ -55,12 +55,10 @@ def run_packets(
     -------
     float32 tensor, shape (T, C)
     """
-    from qmoe_lite.cuda.experts import GATHERED_PAIRS
-
     parts = []
     for some in stretches(layer, index):
         call = begin_call(layer, activation, packets, hidden_states[some], index[some], weights[some])
-        if call.fits and index[some].numel() <= GATHERED_PAIRS:
+        if call.few:
             call.gather()
         else:
             sizes = count_tokens(index[some], layer.count)[:-1].tolist()
@@ -81,9 +79,11 @@ def begin_call(
     layer: MoELayer, activation: Activation, packets: dict[str, Any], x: Tensor, index: Tensor, weights: Tensor
 ) -> Any:
     """Begin to send tokens through experts that a GPU holds as packets, a projection an entry."""
-    from qmoe_lite.cuda.experts import ExpertsCall
+    from qmoe_lite.cuda.experts import ExpertsCall, share_x
 
     first, (last,) = layer.stages
-    kernel = _KERNEL_ACTIVATIONS.get(type(activation).__name__, functools.partial(inner, activation))
+    own = [packets[name] for name in first]
+    kernel = _KERNEL_ACTIVATIONS.get(type(activation).__name__) if share_x(own) else None
     x = (x.float() if x.dtype == torch.float64 else x).contiguous()
-    return ExpertsCall([packets[name] for name in first], packets[last], kernel, x, index, weights, layer.count)
+    given = kernel or functools.partial(inner, activation)
+    return ExpertsCall(own, packets[last], given, x, index, weights, layer.count)

@@ -9,23 +9,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codes import Code
+from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.errors import DeviceError, SettingError
 from qmoe_lite.models.experts import PackedExperts
 
 if TYPE_CHECKING:
-    from qmoe_lite.cuda.packets import Packets
+    from qmoe_lite.cuda.experts import Matrices
 
 
 class Repack(NamedTuple):
-    """Codes on the GPU that are to be laid out in packets; as `cuda.packets.repack` takes them."""
+    """Codes on the GPU that are to be laid out in packets; as `cuda.packets.repack` or `repack_windows` takes them."""
 
     codes: Tensor
     offsets: Tensor
     firsts: Tensor
     starts: Tensor
     words: Tensor
-    codebook: Codebook
+    codebook: Code
+
+    def run(self) -> None:
+        """Lay them out, without waiting for the GPU."""
+        from qmoe_lite.cuda.packets import repack
+        from qmoe_lite.cuda.window_packets import repack_windows
+
+        book = self.codebook
+        if isinstance(book, Dictionary):
+            repack_windows(*self[:5], book)
+        else:
+            repack(*self[:5], book)
 
 
 class Call(Protocol):
@@ -69,7 +81,7 @@ class Device(Protocol):
         """Return the event of the end of all that was given it to compute so far."""
 
     def begin(
-        self, experts: PackedExperts, packets: dict[str, Packets], x: Tensor, index: Tensor, weights: Tensor
+        self, experts: PackedExperts, packets: dict[str, Matrices], x: Tensor, index: Tensor, weights: Tensor
     ) -> Call:
         """Begin to send tokens through a layer's experts there."""
 
@@ -110,15 +122,13 @@ class CudaDevice:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def fill(self, copies: Sequence[tuple[Tensor, Tensor]], repacks: Sequence[Repack], after: Any) -> Any:
-        from qmoe_lite.cuda.packets import repack
-
         with torch.cuda.stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
             for source, target in copies:
                 target.copy_(source, non_blocking=True)
             for each in repacks:
-                repack(*each)
+                each.run()
             return self._copies.record_event()
 
     def wait(self, event: Any) -> None:
@@ -144,6 +154,6 @@ class CudaDevice:
         return torch.cuda.current_stream(self.device).record_event()
 
     def begin(
-        self, experts: PackedExperts, packets: dict[str, Packets], x: Tensor, index: Tensor, weights: Tensor
+        self, experts: PackedExperts, packets: dict[str, Matrices], x: Tensor, index: Tensor, weights: Tensor
     ) -> Call:
         return experts.begin_call(packets, x, index, weights)  # type: ignore[no-any-return]

@@ -11,19 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.coding.matmul import MatrixStack
 from qmoe_lite.errors import DeviceError, FormatError, SettingError
 from qmoe_lite.offload.cache import ExpertCache, Wanting
 from qmoe_lite.offload.gpu_device import Device, Repack
-from qmoe_lite.offload.gpu_layout import CODES_ALIGNMENT, Layout, aligned, start_rows
+from qmoe_lite.offload.gpu_layout import Layout
 from qmoe_lite.offload.ram_tier import Layer
 
 if TYPE_CHECKING:
-    from qmoe_lite.cuda.packets import Packets
+    from qmoe_lite.cuda.experts import Matrices
 
 _STAGES = 4  # pinned buffers, and those on the GPU: copies that may be under way
 
@@ -124,7 +122,7 @@ class GpuTier(Wanting):
 
     def _make(self, slots: int) -> None:
         asked = slots
-        self._packets: dict[int, dict[str, Packets]] = {}
+        self._packets: dict[int, dict[str, Matrices]] = {}
         while True:
             try:
                 self._memory = self.device.allocate(slots * self.slot_bytes)
@@ -226,44 +224,26 @@ class GpuTier(Wanting):
         return True
 
     def _fill(self, slot: int, number: int, layer: Layer) -> None:
-        from qmoe_lite.cuda.packets import codewords_each
-
         held, base = self._held[slot], slot * self.slot_bytes
-        layout, packets = self._layouts[layer.first], self.packets(layer)
+        layout = self._layouts[layer.first]
         stage = self._stages[self._begun % _STAGES]
         if stage.copied is not None:
             self.device.finish(stage.copied)  # the buffer is filled anew only when its last copy is done
-        memory, begun = stage.memory.numpy(), len(stage.on_gpu)
-        shift = begun - layout.tail  # from an offset in the slot to that in the buffer of what is copied as it is
-        offsets = memory[: 8 * len(layer.projections)].view(np.int64)
-        at = aligned(offsets.nbytes, CODES_ALIGNMENT)
+        begun = len(stage.on_gpu)
+        at, coming = layout.write(number - layer.first, stage.memory.numpy(), begun)
         repacks = []
-        for i, (name, own) in enumerate(packets.items()):
-            packed = layer.packed(number - layer.first, name)
-            firsts_at = at + aligned(len(packed.codes), CODES_ALIGNMENT)
-            memory[at : at + len(packed.codes)] = packed.codes.numpy()
-            offsets[i] = at
-            firsts = memory[firsts_at : firsts_at + 4 * (own.rows + 1)].view(np.int32)
-            starts_at = layout.starts[name] + shift
-            starts = memory[starts_at : starts_at + firsts.nbytes].view(np.int32)
-            each = codewords_each(own.codebook.bits)
-            start_rows(packed.row_codewords.numpy(), packed.fewest_codewords, each, firsts, starts)
-            assert starts[-1] <= layout.packets[name]
-            levels = packed.levels.contiguous().view(-1).view(torch.uint8).numpy()
-            levels_at = layout.levels[name] + shift
-            memory[levels_at : levels_at + len(levels)] = levels
-            words = base + layout.words[name]
+        for i, (name, (firsts_at, count)) in enumerate(coming.items()):
+            size, words = 4 * (layer.experts.layer.shapes[name][0] + 1), base + layout.words[name]
             repacks.append(
                 Repack(
                     stage.on_gpu,
                     stage.on_gpu[8 * i : 8 * i + 8].view(torch.int64),
-                    stage.on_gpu[firsts_at : firsts_at + firsts.nbytes].view(torch.int32)[None],
-                    self._memory[base + layout.starts[name] :][: firsts.nbytes].view(torch.int32),
-                    self._memory[words : words + 16 * int(starts[-1])].view(torch.uint32).view(-1, 4),
-                    own.codebook,
+                    stage.on_gpu[firsts_at : firsts_at + size].view(torch.int32)[None],
+                    self._memory[base + layout.starts[name] :][:size].view(torch.int32),
+                    self._memory[words : words + 16 * count].view(torch.uint32).view(-1, 4),
+                    layer.experts.codebooks[name],
                 )
             )
-            at = aligned(firsts_at + firsts.nbytes, CODES_ALIGNMENT)
         as_it_is = stage.memory[begun : begun + layout.size - layout.tail]
         tail = self._memory[base + layout.tail : base + layout.size]
         held.arrived = stage.copied = self.device.fill(
@@ -273,32 +253,12 @@ class GpuTier(Wanting):
         held.used, held.copy = None, self._begun
         self.copied_bytes += at + len(tail)
 
-    def packets(self, layer: Layer) -> dict[str, Packets]:
+    def packets(self, layer: Layer) -> dict[str, Matrices]:
         """Return a layer's projections as the kernels read them: an expert at the number of its slot."""
         if layer.first not in self._packets:
-            self._packets[layer.first] = {name: self._view(layer, name) for name in layer.projections}
+            layout, given = self._layouts[layer.first], (self._memory, self.cache.slots, self.slot_bytes)
+            self._packets[layer.first] = {name: layout.view(name, *given) for name in layer.projections}
         return self._packets[layer.first]
-
-    def _view(self, layer: Layer, projection: str) -> Packets:
-        from qmoe_lite.cuda.packets import Packets, packets_of
-
-        layout, stack = self._layouts[layer.first], layer.stack(projection)
-        assert isinstance(stack, MatrixStack)
-        counts = stack.row_codewords.astype(np.int64) + stack.fewest[:, None]
-        levels = self._memory[layout.levels[projection] :].view(stack.levels.dtype)
-        return Packets(
-            words=self._memory[layout.words[projection] :].view(torch.uint32).view(-1, 4),
-            starts=self._memory[layout.starts[projection] :].view(torch.int32),
-            levels=levels,
-            codebook=stack.codebook,
-            experts=self.cache.slots,
-            rows=counts.shape[1],
-            columns=stack.columns,
-            levels_each=stack.levels.shape[2],
-            # of all experts, not of those that are there: what is computed does not depend on them
-            packets_each=int(packets_of(counts, stack.codebook.bits).sum()) / counts.size,
-            strides=(self.slot_bytes // 16, self.slot_bytes // 4, self.slot_bytes // levels.element_size()),
-        )
 
     def run(
         self, layer: Layer, x: Tensor, index: Tensor, weights: Tensor, sizes: Sequence[int], arriving: Any

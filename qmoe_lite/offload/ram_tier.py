@@ -80,6 +80,17 @@ class Layer:
         others = [places[part].length // experts for part in ("row_codewords", "levels")]
         return self.largest(projection), others[0], others[1]
 
+    def has_scales(self, projection: str) -> bool:
+        """Return whether a projection of a code of windows has column scales of its own."""
+        return self._places[projection]["column_scales"].length > 0
+
+    def most_exceptions(self, projection: str) -> int:
+        """Most exceptions of one expert, of a code of windows."""
+        places = self._places[projection]
+        starts = self._read(places["exception_starts"]).numpy().astype(np.int64)
+        counts = starts[:, -1] - starts[:, 0]
+        return int(counts[(counts >= 0) & (counts <= places["exception_values"].length)].max(initial=0))
+
     def _read(self, place: Place) -> Tensor:
         if not place.length:  # shared column scales, or no exceptions
             return torch.empty(place.shape, dtype=place.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
 NOT_FINITE = -1  # in `info`: NaN or infinity in the Hessian or in its factor
+_SLAB = 256  # columns of X^T X at a time, from the diagonal down: nearly half of the products are mirrored
 _PANEL = 384  # columns of a product that updates a triangle: narrow ones compute little below it, wide ones are faster
 _LEAF = 32  # columns that LAPACK factorises and inverts: above, products are faster
 
@@ -94,8 +95,12 @@ def accumulate(hessian: Tensor, x: Tensor) -> None:
         message = f"hessian is {hessian.dtype} and inputs are {x.dtype}; expected torch.float32 and a float dtype. "
         raise DtypeError(message + "Make the Hessian with hessian.new().")
     x = x.detach().to(torch.float32)
+    columns = len(hessian)
     with full_float32():
-        hessian.addmm_(x.T, x)
+        for start in range(0, columns, _SLAB):
+            end = min(start + _SLAB, columns)
+            hessian[start:, start:end].addmm_(x[:, start:].T, x[:, start:end])
+            hessian[start:end, end:] = hessian[end:, start:end].T
 
 
 def mean(hessian: Tensor, tokens: Tensor | int) -> Tensor:

@@ -8,7 +8,6 @@ the products, C^3 / 3 for the factorisation, R C^2 for the error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,26 +16,14 @@ from torch import Tensor
 from qmoe_lite.errors import ShapeError
 from qmoe_lite.quantization.arguments import Array, check_hessian, check_settings, check_weight
 from qmoe_lite.quantization.columns import block_kernel, lost_kernel, uniform_kernel
+from qmoe_lite.quantization.factors import Factors, factorise_all
 from qmoe_lite.quantization.grid import Grid, Quantized, dequantize
-from qmoe_lite.quantization.hessian import added, all_finite, factorise, full_float32
+from qmoe_lite.quantization.hessian import full_float32
 from qmoe_lite.quantization.rounding import Rounding, UniformRounding, nearest_digits
-from qmoe_lite.quantization.uniform import column_scales
 
-_MOST_DAMPENING = 1.0
 _QUADRATIC_BLOCK = 192
 _CANCELLATION = 32  # the error may be this many times smaller than the two sums whose difference it is
 _CHUNK = 1 << 21  # weights that the CPU works on at a time, whole experts
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known of the Hessians, (E or 1, ...) each."""
-
-    factor: Tensor  # (E, C, C), as `factorise` gives it
-    classes: list[str]
-    metric: Tensor  # (E, C, C), what the error is measured with
-    added: Tensor  # (E,), what was added to the metric's diagonal for the factor; NaN where the factor is another's
-    scales: Tensor | None = None  # (E, C): the factor is that of the weights with their columns divided by these
 
 
 def gptq(
@@ -115,6 +102,7 @@ def gptq_shared(
     dampening: float = 0.1,
     block_size: int = 128,
     layer_hessian: Array | None = None,
+    factors: Factors | None = None,
 ) -> list[Quantized]:
     """Quantise matrices that get the same inputs, such as gate_proj and up_proj, factorising the Hessian once.
 
@@ -124,6 +112,8 @@ def gptq_shared(
         As `gptq` takes one.
     hessian, grid, dampening, block_size, layer_hessian
         As in `gptq`.
+    factors : Factors or None, default None
+        What `factorise_all` made of the Hessian for this grid: it takes the place of the other arguments but the grid.
 
     Returns
     -------
@@ -134,7 +124,7 @@ def gptq_shared(
     ------
     As `gptq`.
     """
-    dampening, block_size = check_settings(dampening, block_size)
+    check_settings(dampening, block_size)
     checked = [check_weight(weight) for weight in weights]
     for full in checked[1:]:
         if (*full.shape[:-2], full.shape[-1]) != (*checked[0].shape[:-2], checked[0].shape[-1]):
@@ -142,13 +132,12 @@ def gptq_shared(
             raise ShapeError(f"weights have shapes {found}; expected one E and one C. Quantise them apart.")
     own = check_hessian(hessian, checked[0], shared=True, name="hessian")
     layer = check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
-    known = None if own is None else _factorise_all(own, layer, dampening, block_size)
-    if known is not None and grid.column_steps:
-        known = _scale_columns(known, block_size)
-    return [_quantise(weight, known, grid, block_size) for weight in checked]
+    if factors is None and own is not None:
+        factors = factorise_all(own, layer, dampening, block_size, grid.column_steps)
+    return [_quantise(weight, factors, grid) for weight in checked]
 
 
-def _quantise(full: Tensor, known: _Known | None, grid: Grid, block_size: int) -> Quantized:
+def _quantise(full: Tensor, known: Factors | None, grid: Grid) -> Quantized:
     """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians."""
     group = full if full.ndim == 3 else full[None]
     levels = grid.fit(group)
@@ -162,7 +151,7 @@ def _quantise(full: Tensor, known: _Known | None, grid: Grid, block_size: int) -
     else:
         classes = known.classes if len(known.classes) == len(group) else known.classes * len(group)
         scales = None if known.scales is None else known.scales.expand(len(group), -1)
-        digits, lost = _solve(group, known, scales, levels, rounding, block_size)
+        digits, lost = _solve(group, known, scales, levels, rounding)
         broken = torch.nonzero(lost.isinf()).flatten().tolist()
         if broken:  # its scales stay: they are those of the other matrices of this input
             whole = group if scales is None else group / scales[:, None]
@@ -212,7 +201,7 @@ def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor,
 
 
 def _solve(
-    weight: Tensor, known: _Known, scales: Tensor | None, levels: Tensor, rounding: Rounding, block_size: int
+    weight: Tensor, known: Factors, scales: Tensor | None, levels: Tensor, rounding: Rounding
 ) -> tuple[Tensor, Tensor]:
     """Return the digits (E, R, C) of weight / scales (E, C), and tr(D H D^T), D = weight - quantised, float64 (E,).
 
@@ -234,8 +223,8 @@ def _solve(
             if scales is not None:
                 whole.div_(scales[part, :, None])
             work.copy_(whole)
-            for start in range(0, columns, block_size):
-                end = min(start + block_size, columns)
+            for start in range(0, columns, known.block_size):
+                end = min(start + known.block_size, columns)
                 block, upper = work[:, start:end].mT, factor[part, start:end, start:end]
                 symbols, errors = solve_block(block, upper, chosen)
                 digits[part, :, start:end] = symbols
@@ -288,63 +277,6 @@ def _add_product(rest: Tensor, factor: Tensor, lost: Tensor) -> None:
             rest[expert].addmm_(factor[expert], lost[expert])
     else:
         rest.baddbmm_(factor, lost)
-
-
-def _factorise_all(own: Tensor, layer: Tensor | None, dampening: float, block_size: int) -> _Known:
-    """Return a factor for each Hessian, the class of each, and the Hessians that the error is measured with."""
-    factor, info = factorise(own, dampening, block_size)
-    classes = ["own" if code == 0 else "nearest" for code in info.tolist()]
-    extra = torch.where(info.to(own.device) == 0, added(own, dampening), torch.nan)
-    for step in _dampening_steps(dampening):
-        for index in _indices(classes, "nearest"):
-            candidate, code = factorise(own[index : index + 1], step, block_size)
-            if code.item() == 0:
-                factor[index], classes[index], extra[index] = candidate[0], "dampened", added(own[index], step)
-    if layer is not None and "nearest" in classes:
-        for step in (dampening, *_dampening_steps(dampening)):
-            candidate, code = factorise(layer, step, block_size)
-            if code.item() == 0:
-                for index in _indices(classes, "nearest"):
-                    factor[index], classes[index], extra[index] = candidate[0], "blended", added(layer[0], step)
-                break
-    metric = own
-    finite = all_finite(own).tolist()
-    if "blended" in classes or not all(finite):
-        metric = own.clone()
-        for index, name in enumerate(classes):
-            if name == "blended" and layer is not None:
-                metric[index] = layer[0]
-            elif not finite[index]:
-                metric[index] = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
-    return _Known(factor, classes, metric, extra)
-
-
-def _scale_columns(known: _Known, block_size: int) -> _Known:
-    """Return the factor for weights whose columns are divided by scales that come from it: diag(s) M for M.
-
-    M^-1 / s on the diagonal of blocks; above it s_i (M_ab U_bb)_ij / s_j. An error over the factor's diagonal, and what
-    it costs, stay what they were. Takes the factor's memory.
-    """
-    factor = known.factor
-    scales = column_scales(factor.diagonal(dim1=-2, dim2=-1))
-    factor /= scales[:, None]
-    for start in range(0, factor.shape[-1], block_size):
-        end = start + block_size
-        factor[:, start:end, end:] *= scales[:, start:end, None]
-    return replace(known, factor=factor, scales=scales)
-
-
-def _indices(classes: list[str], wanted: str) -> list[int]:
-    return [index for index, name in enumerate(classes) if name == wanted]
-
-
-def _dampening_steps(dampening: float) -> list[float]:
-    """Return the dampening to try after `dampening` failed: ten times as much, and so on up to 1."""
-    steps = []
-    while dampening < _MOST_DAMPENING:
-        dampening = min(max(10 * dampening, 0.01), _MOST_DAMPENING)
-        steps.append(dampening)
-    return steps
 
 
 def _relative_error(

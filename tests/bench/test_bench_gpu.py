@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -26,11 +27,11 @@ from fake_device import EmulatedDevice
 
 from qmoe_lite.bench import gptq, gpu, layer
 from qmoe_lite.bench._parts import gpu as parts
-from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper
+from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper, gpu_rates
 from qmoe_lite.bench._parts import offload as offload_parts
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
-from qmoe_lite.cuda import codec, gather, launch, matmul, packets, variants
+from qmoe_lite.cuda import codec, gather, launch, matmul, packets, variants, windows_product
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import QMoEError, ShapeError
 from qmoe_lite.models.experts import PackedExperts
@@ -74,6 +75,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(parts, "COPY_BYTES", 1 << 10)
     monkeypatch.setattr(parts, "_MOST_COPIES", 3)
     monkeypatch.setattr(gptq, "SHAPES", ((7, 150),))
+    monkeypatch.setattr(gptq, "EXPERTS", 2)
     sizes = {"hidden_size": 24, "moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
     monkeypatch.setattr(layer, "LAYERS", {name: ("qwen3_moe", sizes) for name in gpu_layer.LAYERS})
     monkeypatch.setattr(PackedExperts, "forward", on_a_gpu)
@@ -82,20 +84,21 @@ def emulated(monkeypatch):
     for name, value in {"LAYERS": 2, "VOCABULARY": 50, "PROMPT": 3, "WARM": 1, "TOKENS": 2, "SHARE": 0.75}.items():
         monkeypatch.setattr(gpu_offload, name, value)
     monkeypatch.setattr(offload_parts, "SHAPE", shape)
+    monkeypatch.setattr(offload_parts, "demo_trace", functools.partial(offload_parts.demo_trace, 128))
     monkeypatch.setattr(gpu_offload, "_device", EmulatedDevice)
     monkeypatch.setattr(gpu_choice, "TOKENS", (2, 3))
     monkeypatch.setattr(gpu_choice, "LANES", (4, 32))
     monkeypatch.setattr(gpu_paper, "WARPS", (1, 2))
+    monkeypatch.setattr(gpu_rates, "RATES", (7.5, 8.0))  # of which three rows spend 5.3 on the scales
+    monkeypatch.setattr(windows_product, "WARPS", (1, 2))
     monkeypatch.setattr(gpu_demo, "_command", demo_without_a_gpu)
     monkeypatch.setattr(gather, "WARPS", (1, 2))
     properties = type("Properties", (), {"L2_cache_size": 1 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(gpu.PARTS))
-@pytest.mark.parametrize("quick", [True, False])
-def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, capsys, name, quick):
+def measured_and_shown(capsys, name, quick):
+    """Rows of a part, all of them JSON values, and what is printed of them, within 80 columns."""
     rows = list(gpu.PARTS[name].measure(quick, FOR_EVER))
     assert json.loads(json.dumps(rows)) == rows
     gpu.PARTS[name].show(rows)
@@ -105,6 +108,16 @@ def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, cap
         if "rows" in row:
             assert f"{row['rows']} x {row['columns']}" in printed
         assert all(value > 0 for key, value in row.items() if key.endswith(("_us", "_ms")))
+    return rows, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "quick"),  # the whole offload is measured below, where its rows are looked at
+    [(name, quick) for name in gpu.PARTS for quick in (True, False) if (name, quick) != ("offload", False)],
+)
+def test_every_part_measures_rows_and_shows_them_within_80_columns(emulated, capsys, name, quick):
+    rows, printed = measured_and_shown(capsys, name, quick)
     if name == "matmul":
         shapes = parts.QUICK_SHAPES if quick else parts.SHAPES
         assert [(r["rows"], r["columns"]) for r in rows] == [
@@ -168,7 +181,7 @@ def test_choices_are_those_that_the_product_makes(emulated, capsys):
 
 @pytest.mark.slow
 def test_three_ways_go_through_the_same_experts_and_the_cache_is_counted(emulated, capsys):
-    rows = list(gpu_offload.measure_offload(False, FOR_EVER))
+    rows, _ = measured_and_shown(capsys, "offload", quick=False)
     assert [(row["way"], row["routing"]) for row in rows] == [
         (way, routing) for way in ("dense", "all", "cached") for routing in ("even", "a text's")
     ]
@@ -185,7 +198,7 @@ def test_three_ways_go_through_the_same_experts_and_the_cache_is_counted(emulate
 
 
 def test_what_does_not_fit_the_time_is_named(emulated):
-    for name in ("matmul", "layer", "offload", "solver", "paper", "coder", "choice"):
+    for name in ("matmul", "layer", "offload", "solver", "paper", "coder", "choice", "rates"):
         rows = list(gpu.PARTS[name].measure(False, time.monotonic() + 1))
         assert rows
         assert all(list(row) == ["skipped"] for row in rows)

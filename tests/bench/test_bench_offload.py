@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -35,6 +36,7 @@ def small(monkeypatch):
     """Measure a small model, without processes of its own for each contender."""
     monkeypatch.setattr(offload, "SHAPE", SMALL)
     monkeypatch.setattr(offload, "_REPLAYED", 50)
+    monkeypatch.setattr(offload, "demo_trace", functools.partial(offload.demo_trace, 128))
     monkeypatch.setattr(offload, "_alone", lambda function, *arguments: function(*arguments))
 
 

@@ -57,6 +57,7 @@ CODEBOOKS = [
 ]
 
 
+@pytest.mark.slow
 @given(
     codebook=st.sampled_from(CODEBOOKS),
     symmetric=st.booleans(),
@@ -264,6 +265,7 @@ def test_rows_of_one_and_of_two_levels_are_multiplied_in_one_call(symmetric_firs
         torch.testing.assert_close(y, x @ packed.dense().T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 9, 11, 12, 13])
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_codewords_of_any_length_are_cut_where_they_begin(bits, tokens):
@@ -273,6 +275,7 @@ def test_codewords_of_any_length_are_cut_where_they_begin(bits, tokens):
     assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
 def test_columns_walked_in_stretches_give_the_whole_product(codebook, width, tokens, monkeypatch):

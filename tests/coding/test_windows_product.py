@@ -130,13 +130,21 @@ LONGEST = draw_tables(3, longest=32, clip=1)
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9, 17, 64])
 @pytest.mark.parametrize("columns", [1, 63, 1000])
-@pytest.mark.parametrize("tables", [SHORT, LONG, LONGEST], ids=["8 digits", "16 digits", "32 digits"])
+@pytest.mark.parametrize(
+    "tables",
+    [
+        pytest.param(SHORT, id="8 digits"),
+        pytest.param(LONG, id="16 digits", marks=pytest.mark.slow),  # kernels of their own, compiled for seconds each
+        pytest.param(LONGEST, id="32 digits", marks=pytest.mark.slow),
+    ],
+)
 def test_product_equals_the_dense_one(tables, columns, tokens):
     stack, weights = draw_stack(tables, 1, 13, columns, seed=columns)
     x = draw_x(tokens, columns)
     assert_close(multiply_windows([stack], x, [0], [0, tokens])[0], weights[0], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_rows_that_fill_the_positions_of_exceptions(tokens):
     stack, weights = draw_stack(SHORT, 1, 3, 65535, exceptions=0.001, spread=np.uint16)
@@ -152,6 +160,7 @@ def test_numbers_of_rows(rows, tokens):
     assert_close(multiply_windows([stack], x, [0], [0, tokens])[0], weights[0], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [9, 11, 12])
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_other_widths_of_codewords(bits, tokens):

@@ -47,7 +47,7 @@ def experts_inputs(model, name, samples):
     return hidden, one_hot[:, 0].argmax(-1)
 
 
-@pytest.mark.parametrize("sparse_layers", [1, 2])
+@pytest.mark.parametrize("sparse_layers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_digits_are_those_of_gptq_on_the_whole_models_activations(tmp_path, tokenizer, text_file, sparse_layers):
     source = tiny.make_switch(
         tmp_path / "m", tokenizer, num_sparse_encoder_layers=sparse_layers, num_sparse_decoder_layers=sparse_layers

@@ -91,3 +91,29 @@ def test_a_group_is_solved_a_bounded_number_of_times():
         control.step = control.corrected(tried, 2.0)
     assert len(tried) < 6
     assert control.corrected([(1.0, 2.0 * (1 + TOLERANCE / 2))], 2.0) is None
+
+
+@pytest.mark.parametrize("scale", [16.0, 1 / 16])
+def test_the_last_layer_is_not_ruined_for_the_rate(scale):
+    control, steps = RateControl(2.0, 300), []
+    for layer in range(3):
+        tried = []
+        while True:
+            tried.append((control.step, bits_of(scale if layer == 2 else 1.0, control.step)))
+            step = control.corrected(tried, control.aim) if layer != 1 else None
+            if step is None:
+                break
+            control.step = step
+        aim = control.aim
+        control.step, bits = min(tried, key=lambda t: abs(t[1] - aim))
+        steps.append(control.step)
+        control.finish_layer(100, 100 * bits)
+    neighbours = math.sqrt(steps[0] * steps[1])
+    assert neighbours / 2.001 < steps[2] < 2.001 * neighbours
+    assert abs(control.done_bits / 300 - 2.0) > 0.02
+
+
+def test_a_state_without_the_mean_step_is_taken_up():
+    values = RateControl(2.0, 300).to_json()
+    del values["octave"]
+    assert RateControl(**values).octave == 0.0

@@ -139,7 +139,7 @@ def test_experts_from_disk_compute_the_same_bits(made):
     runner.close()
 
 
-def test_verify_and_inspect_know_the_code(made):
+def test_verify_and_inspect_know_the_code(made, run):
     from qmoe_lite.inspection.contents import inspect_model
 
     _, out, report = made()
@@ -151,6 +151,14 @@ def test_verify_and_inspect_know_the_code(made):
     assert 0 < row.zeros < 1
     assert row.entropy < row.code_bits_per_weight
     assert row.largest_digit >= 1
+    steps = [each.report.step for each in found.projections]
+    assert all(0.05 < step < 8 for step in steps)
+    assert found.projections[0].report.step == found.projections[1].report.step
+    grid = json.loads((out / "config.json").read_text())["quantization_config"]["grid"]
+    assert min(steps) <= grid["step"] <= max(steps)
+    assert report.settings["grid"] == grid
+    code, printed, _ = run("inspect", out)
+    assert (code, "times the root mean square of a row" in printed, f"{steps[0]:.3f}" in printed) == (0, True, True)
 
 
 def test_a_killed_run_ends_with_the_same_bytes(made, text_file, tmp_path):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread; pip install 'qmoe-lite[dev]'")
 
 import emulator
+from checks import recode_in_windows
 
 import qmoe_lite as qm
-from qmoe_lite.cuda import codec, gather, matmul, packets
+from qmoe_lite.cuda import codec, gather, matmul, packets, window_packets, windows, windows_product
 from qmoe_lite.cuda import experts as experts_twin
+from qmoe_lite.cuda import launch as launcher
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.models import gpu_dispatch
 from qmoe_lite.models.experts import PackedExperts
@@ -21,12 +25,16 @@ from qmoe_lite.models.experts import PackedExperts
 def emulated(monkeypatch):
     emulator.install(monkeypatch, seed=3)
     monkeypatch.setattr(gather, "WARPS", (1, 2))
-    monkeypatch.setattr(codec, "WARPS", 2)
+    monkeypatch.setattr(windows_product, "WARPS", (1, 2))
+    for module in (codec, windows, window_packets):
+        monkeypatch.setattr(module, "WARPS", 2)
 
 
-@pytest.fixture(params=["switch", "causal"])
-def experts(request, compressed, compressed_causal):
-    directory = compressed[0] if request.param == "switch" else compressed_causal("qwen3_moe")
+@pytest.fixture(params=["switch", "causal", "switch of windows", "causal of windows"])
+def experts(request, compressed, compressed_causal, tmp_path):
+    directory = compressed[0] if "switch" in request.param else compressed_causal("qwen3_moe")
+    if "windows" in request.param:
+        directory = recode_in_windows(shutil.copytree(directory, tmp_path / "windows"))
     model = qm.load(directory, dtype=torch.float32)
     return next(module for module in model.modules() if isinstance(module, PackedExperts))
 
@@ -63,16 +71,19 @@ def test_any_way_through_the_experts_gives_the_same(emulated, monkeypatch, exper
     hidden, index, weights = drawn(experts, 0 if reason == "no tokens" else 3)
     expected = on_the_cpu(experts, hidden, index, weights)
     decoded = []
-    decode = matmul.decode_packets
-    monkeypatch.setattr(matmul, "decode_packets", lambda *given: decoded.append(given[1]) or decode(*given))
+    for module, name in ((matmul, "decode_packets"), (windows_product, "decode_window_rows")):
+        decode = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, decode=decode: decoded.append(given[1]) or decode(*given))
     if reason in ("many pairs", "many tokens"):
         monkeypatch.setattr(experts_twin, "GATHERED_PAIRS", 1)
         monkeypatch.setattr(matmul, "GATHERED_TOKENS", 1 if reason == "many pairs" else 0)
+        monkeypatch.setattr(windows_product, "PRODUCT_TOKENS", 1 if reason == "many pairs" else 0)
     elif reason == "stretches":
         monkeypatch.setattr(gpu_dispatch, "GPU_BYTES", 1)
         assert len(experts.stretches(index)) == 3
     elif reason == "a wide layer":
         monkeypatch.setattr(experts_twin, "choose_variant", lambda *_: None)
+        monkeypatch.setattr(experts_twin, "choose_window_variant", lambda *_: None)
     found = experts._forward_on_gpu(hidden, index, weights)
     torch.testing.assert_close(
         found, expected, rtol=1e-4, atol=1e-5 * max(expected.abs().flatten().tolist(), default=0) + 1e-6
@@ -83,6 +94,42 @@ def test_any_way_through_the_experts_gives_the_same(emulated, monkeypatch, exper
     else:
         sizes = known.bincount(minlength=experts.num_experts) if reason == "many pairs" else torch.zeros(1)
         assert set(decoded) == set((sizes > 1).nonzero().flatten().tolist())
+
+
+def test_few_tokens_take_two_launches_however_many_experts(emulated, monkeypatch, experts):
+    launched = []
+    launch = launcher.Kernel.launch
+    monkeypatch.setattr(
+        launcher.Kernel, "launch", lambda kernel, *g, **k: launched.append(kernel) or launch(kernel, *g, **k)
+    )
+    inputs = drawn(experts, 3)
+    experts._forward_on_gpu(*inputs)
+    launched.clear()
+    experts._forward_on_gpu(*inputs)
+    assert len(launched) == 2
+
+
+def test_a_pair_s_bits_do_not_depend_on_the_others(emulated, monkeypatch, experts):
+    """Tokens one by one, or all in groups of four, some experts in a turn of their own."""
+    hidden, index, weights = drawn(experts, 9)
+    whole = experts._forward_on_gpu(hidden, index, weights)
+    alone = [experts._forward_on_gpu(*(part[i : i + 1] for part in (hidden, index, weights))) for i in range(9)]
+    assert torch.equal(torch.cat(alone), whole)
+    packets_of = {name: experts._packets(name) for name in experts.layer.projections}
+    call = experts.begin_call(packets_of, hidden, index, weights)
+    sizes = [int((index == expert).sum()) for expert in range(experts.num_experts)]
+    for expert in reversed(range(experts.num_experts)):
+        call.turn({expert: expert} if sizes[expert] else {}, sizes, experts.activate)
+    assert torch.equal(call.total(), whole)
+
+
+def test_gate_and_up_with_column_scales_of_their_own(emulated, compressed_causal, tmp_path):
+    directory = recode_in_windows(shutil.copytree(compressed_causal("qwen3_moe"), tmp_path / "windows"), shares=False)
+    experts = next(m for m in qm.load(directory, dtype=torch.float32).modules() if isinstance(m, PackedExperts))
+    inputs = drawn(experts, 3)
+    expected = on_the_cpu(experts, *inputs)
+    found = experts._forward_on_gpu(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-6)
 
 
 def test_an_activation_that_the_kernel_lacks_is_torch_s(emulated, experts):
@@ -96,10 +143,12 @@ def test_an_activation_that_the_kernel_lacks_is_torch_s(emulated, experts):
 def test_packets_are_made_once_and_anew_after_a_move(emulated, monkeypatch, experts):
     inputs = drawn(experts, 1)
     first = experts._forward_on_gpu(*inputs)
-    made = packets.stack_packets
+    made = packets.stack_packets, window_packets.stack_window_packets
     monkeypatch.setattr(packets, "stack_packets", None)
+    monkeypatch.setattr(window_packets, "stack_window_packets", None)
     assert torch.equal(experts._forward_on_gpu(*inputs), first)
-    monkeypatch.setattr(packets, "stack_packets", made)
+    monkeypatch.setattr(packets, "stack_packets", made[0])
+    monkeypatch.setattr(window_packets, "stack_window_packets", made[1])
     kept = dict(experts._packets_of)
     experts.to("cpu")
     assert torch.equal(experts._forward_on_gpu(*inputs), first)

@@ -107,7 +107,7 @@ def test_packets_are_those_of_the_description(emulated, name, columns):
     assert made.words.tolist() == words
     assert made.starts.tolist() == starts
     assert (made.experts, made.rows, made.columns) == (1, 5, columns)
-    most = packets.most_packets(codebook, packed.codes.numel(), 5)
+    most = packets.most_packets(codebook.bits, packets.codewords_each(codebook.bits), packed.codes.numel(), 5)
     assert len(words) <= most <= len(words) + 5 + 1 + 64 // codebook.bits // packets.codewords_each(codebook.bits)
     assert made.packets_each == len(words) / 5
 

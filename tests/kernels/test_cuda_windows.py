@@ -13,13 +13,14 @@ import torch
 pytest.importorskip("greenlet", reason="the emulator runs one greenlet a thread; pip install 'qmoe-lite[dev]'")
 
 import emulator
+from checks import naive_window_packets, naive_windows
 
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.windows import encode
 from qmoe_lite.cuda import launch, window_packets, windows, windows_product
 from qmoe_lite.errors import DtypeError, ShapeError
 
-BITS, SPREADS = 10, {8: 1.2, 16: 0.3}  # standard deviation of digits by the width that their dictionary has
+BITS, SPREADS = 10, {8: 1.2, 16: 0.3, 32: 0.3}  # standard deviation of digits by the width that their dictionary has
 MOST_REGISTERS, MOST_PER_WEIGHT = 128, 0.30
 
 
@@ -48,20 +49,6 @@ def draw_digits(width, experts, rows, columns, seed=0, rare=0.01):
     return digits
 
 
-def naive_windows(codes, counts, dictionary):
-    """Each row's windows, read from the stream as a string of zeros and ones."""
-    text = "".join(f"{byte:08b}"[::-1] for byte in codes.tolist())
-    windows, at = [], 0
-    for count in counts.tolist():
-        row = [
-            int(text[i : i + dictionary.bits + 2][::-1], 2)
-            for i in range(at, at + count * dictionary.bits, dictionary.bits)
-        ]
-        windows.append(row)
-        at += count * dictionary.bits
-    return windows
-
-
 def naive_digits(windows, stream, dictionary, columns):
     """Digits (R, C), one window and one exception after another."""
     table, lengths = dictionary.digits_table.tolist(), dictionary.lengths.tolist()
@@ -73,21 +60,6 @@ def naive_digits(windows, stream, dictionary, columns):
             row, column = divmod(int(positions[i]), columns)
             rows[block * each + row][column] += int(values[i])
     return np.array(rows, dtype=np.int64).reshape(-1, columns)
-
-
-def naive_packets(windows, dictionary):
-    """Words (packets, 4) and row starts by the description, from strings of zeros and ones."""
-    bits, each, words, starts = dictionary.bits, (128 - 18) // dictionary.bits, [], [0]
-    for row in windows:
-        column = 0
-        for first in range(0, len(row), each):
-            own = row[first : first + each]
-            text = f"{column:016b}"[::-1] + f"{own[0] & 3:02b}"[::-1]
-            text += "".join(f"{window >> 2:0{bits}b}"[::-1] for window in own)
-            words.append([int(text.ljust(128, "0")[i : i + 32][::-1], 2) for i in range(0, 128, 32)])
-            column += sum(int(dictionary.lengths[window]) for window in own)
-        starts.append(len(words))
-    return words, starts
 
 
 class Case:
@@ -129,7 +101,7 @@ class Case:
 SHAPES = [(1, 1), (7, 1), (1, 63), (5, 63), (3, 1000), (70, 9)]
 
 
-@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("width", [8, 16, 32])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES, ids=str)
 def test_packets_and_digits_are_those_of_the_slow_reference(emulated, rows, columns, width):
     dictionary = dictionary_of(width)
@@ -137,7 +109,7 @@ def test_packets_and_digits_are_those_of_the_slow_reference(emulated, rows, colu
     words, starts = [], [0]
     for expert, stream in enumerate(case.streams):
         read = naive_windows(stream.codes, stream.row_codewords, dictionary)
-        own_words, own_starts = naive_packets(read, dictionary)
+        own_words, own_starts = naive_window_packets(read, dictionary)
         starts += [len(words) + start for start in own_starts[1:]]
         words += own_words
         assert (naive_digits(read, stream, dictionary, columns) == case.digits[expert]).all()
@@ -147,11 +119,12 @@ def test_packets_and_digits_are_those_of_the_slow_reference(emulated, rows, colu
     assert case.packets.packets_each == len(words) / (2 * rows)
 
 
+@pytest.mark.parametrize("width", [8, 32])
 @pytest.mark.parametrize("bits", [9, 11, 12])
-def test_other_widths_of_codewords(emulated, bits):
-    case = Case(draw_digits(8, 1, 3, 300), dictionary_of(8, bits))
+def test_other_widths_of_codewords(emulated, bits, width):
+    case = Case(draw_digits(width, 1, 3, 300), dictionary_of(width, bits))
     [stream] = case.streams
-    words, _ = naive_packets(naive_windows(stream.codes, stream.row_codewords, case.dictionary), case.dictionary)
+    words, _ = naive_window_packets(naive_windows(stream.codes, stream.row_codewords, case.dictionary), case.dictionary)
     assert case.packets.words.tolist() == words
     assert (windows.decode_digits(case.packets).numpy() == case.digits[0]).all()
     x = torch.randn(2, 300)
@@ -160,7 +133,7 @@ def test_other_widths_of_codewords(emulated, bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("width", [8, 16, 32])
 def test_weights_are_digits_times_steps_times_scales(emulated, width, scaled, dtype):
     case = Case(draw_digits(width, 2, 4, 150), dictionary_of(width), scaled)
     for expert in range(2):
@@ -172,13 +145,15 @@ def test_weights_are_digits_times_steps_times_scales(emulated, width, scaled, dt
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7])
-@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("width", [8, 16, 32])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES, ids=str)
 def test_product_is_the_naive_one(emulated, rows, columns, width, tokens):
     case = Case(draw_digits(width, 2, rows, columns, seed=tokens), dictionary_of(width), scaled=tokens != 2)
     x = torch.randn(tokens, columns)
     for expert in range(2):
         case.assert_product(windows_product.multiply(case.packets, expert, x), expert, x)
+    half = windows_product.multiply(case.packets, 1, x.bfloat16())
+    case.assert_product(half, 1, x.bfloat16(), 2**-7)  # x times its scale, and the result, are rounded
 
 
 @pytest.mark.parametrize("lanes", [2, 4, 8, 16, 32])
@@ -199,9 +174,9 @@ def test_x_and_table_are_held_as_they_fit(emulated, monkeypatch, tokens, limit):
 
 
 def test_what_is_held_follows_from_what_fits():
-    def held(width, columns, limit, tokens=4, bits=BITS):
+    def held(width, columns, limit, tokens=4, bits=BITS, half=False):
         dictionary = dictionary_of(width, bits)
-        variant = windows_product.choose_window_variant(dictionary, columns, tokens, limit)
+        variant = windows_product.choose_window_variant(dictionary, columns, tokens, limit, half=half)
         if variant is None:
             return None
         padded = columns + window_packets.columns_behind(dictionary)
@@ -214,8 +189,14 @@ def test_what_is_held_follows_from_what_fits():
     assert held(8, 5000, 98 << 10) == (2, 1, True)
     assert held(8, 14336, 98 << 10) == (1, 1, True)
     assert held(16, 4096, 98 << 10, tokens=1) == (1, 2, True)
+    assert held(32, 4096, 98 << 10, tokens=1) == (1, 4, False)
+    assert held(32, 4096, 227 << 10, tokens=1) == (1, 4, True)
     assert held(8, 4096, 98 << 10, bits=12) == (4, 1, False)
     assert held(8, 65535, 227 << 10) is None
+    assert held(8, 4096, 227 << 10, tokens=1, half=True) == (1, 8, True)
+    assert held(8, 8192, 227 << 10, tokens=1, half=True) == (1, 4, True), "so that two blocks fit"
+    assert held(8, 14336, 227 << 10, tokens=1, half=True) == (1, 4, True)
+    assert held(8, 4096, 227 << 10, tokens=4, half=True) == (4, 2, True)
 
 
 def test_activations_too_wide_for_shared_memory_meet_decoded_tiles(emulated, monkeypatch):
@@ -237,7 +218,7 @@ def test_few_and_many_tokens_in_the_dtype_of_x(emulated, monkeypatch, tokens, dt
     case.assert_product(y, 1, x, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype])
 
 
-@pytest.mark.parametrize("width", [8, 16])
+@pytest.mark.parametrize("width", [8, 16, 32])
 def test_digits_of_zero_and_one_value(emulated, width):
     for value in (0, 1, -2):
         case = Case(np.full((1, 3, 77), value, dtype=np.int16), dictionary_of(width))
@@ -269,6 +250,30 @@ def test_groups_name_experts_and_their_places(emulated):
         token = pair // 2
         case.assert_product(y[pair : pair + 1], expert, x[token : token + 1])
     assert (y[[2, 4]] == 77).all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", None])
+@pytest.mark.parametrize("widths", [(8, 8), (8, 32), (16, 8)])
+def test_two_matrices_meet_x_in_one_launch(emulated, widths, activation):
+    """The first one's product, or the activation of it, times the second one's, as each alone gives, bit for bit."""
+    gate, up = (Case(draw_digits(w, 2, 9, 130, seed=w, rare=0.05), dictionary_of(w), seed=1) for w in widths)
+    pairs, groups = torch.arange(4, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    x, places, weights = torch.randn(2, 130), torch.tensor([1, 0], dtype=torch.int32), torch.rand(4)
+    chosen = [dictionary_of(width) for width in widths]
+    variant = windows_product.choose_window_variant(chosen[0], 130, 2, 1 << 20, chosen[1], activation)
+    assert (variant.tokens, variant.held) == (2, True)
+    y = torch.empty(4, 9)
+    given = places, variant, x, (groups, pairs), 2, y, weights
+    windows_product.multiply_groups(gate.packets, *given, other=up.packets)
+    act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, None: lambda z: z}[activation]
+    for pair in range(4):
+        alone = [
+            windows_product.multiply(each.packets, int(places[pair // 2]), x[pair // 2][None]) for each in (gate, up)
+        ]
+        expected = act(alone[0]) * alone[1] * weights[pair]
+        if activation is None:
+            assert torch.equal(y[pair], expected[0])
+        torch.testing.assert_close(y[pair], expected[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_s_result_does_not_depend_on_the_others(emulated):
@@ -303,7 +308,14 @@ VARIANTS = {
     "12 bits, table not held": (12, 8, False, 1, 2),
     "16 digits": (10, 16, True, 1, 2),
     "16 digits, 4 tokens": (10, 16, True, 4, 1),
+    "32 digits": (10, 32, True, 1, 4),
+    "32 digits, 4 tokens, table not held": (10, 32, False, 4, 1),
+    "gate and up": (10, 8, True, 1, 4, (10, 8), "silu"),
+    "gate and up, 4 tokens": (10, 16, True, 4, 1, (10, 32), "gelu"),
+    "x in bfloat16": (10, 8, True, 1, 8, None, None, True),
+    "x in bfloat16, 4 tokens": (10, 8, True, 4, 2, None, None, True),
 }
+ONE_MATRIX = [name for name, settings in VARIANTS.items() if settings[5:6] in ((), (None,))]
 
 
 def compiled(name, capability):
@@ -313,6 +325,7 @@ def compiled(name, capability):
     return kernels.compiled(kernel, kernel.signatures[0], capability)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", list(VARIANTS))
@@ -329,19 +342,22 @@ def test_variant_fits_the_gpu(name, capability):
     assert kernels.widest_load(code.ptx) == 16
 
 
+@pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", ONE_MATRIX)
 def test_a_codeword_takes_the_loads_that_it_must(name):
     from qmoe_lite.cuda import static
 
     code = compiled(name, (9, 0))
     bits, width, held, _, span = VARIANTS[name]
     of = static.row_loops(code.cubin, code.name, (9, 0))
-    assert of.shared == window_packets.codewords_each(bits) * (held + width // span)  # one load gives all digits
+    entry = held * max(1, width // 16)  # one load gives up to 16 digits
+    assert of.shared == window_packets.codewords_each(bits) * (entry + width // span)
     assert of.packet > 3 * width * window_packets.codewords_each(bits)  # a loop that does less was miscounted
     assert of.row > 40
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 def test_a_weight_takes_few_instructions_at_two_bits(capability):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import outputs
+from checks import outputs, recode_in_windows
 from fake_device import EmulatedDevice, FakeDevice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qmoe_lite as qm
-from qmoe_lite.cuda import codec, gather, matmul, packets
+from qmoe_lite.cuda import codec, gather, matmul, window_packets, windows, windows_product
 from qmoe_lite.cuda import experts as experts_twin
 from qmoe_lite.errors import DeviceError, SettingError
 from qmoe_lite.models.causal import Causal
@@ -21,6 +21,19 @@ from qmoe_lite.offload.gpu_tier import GpuTier, share_layers
 from qmoe_lite.offload.prediction import Prediction
 from qmoe_lite.offload.ram_tier import slot_layout
 from qmoe_lite.offload.runner import Runner, attach, runner_of
+
+KINDS = ["qwen3_moe", "qwen3_moe of windows"]
+
+
+@pytest.fixture
+def directory(directory):
+    """Give a function: model type -> its compressed directory; "mixtral of windows": with digits of such codes."""
+
+    def get(name="qwen3_moe"):
+        found = directory(name.removesuffix(" of windows"))
+        return recode_in_windows(found) if name.endswith(" of windows") else found
+
+    return get
 
 
 @pytest.fixture
@@ -56,7 +69,7 @@ def everything_there(on_devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral", "qwen3_moe", "qwen3_moe of windows"])
 @pytest.mark.parametrize("memory", [None, 1, 3])
 @pytest.mark.parametrize("slots", [1, 2, 5, None])
 def test_logits_are_the_same_bits_at_every_pair_of_budgets(
@@ -205,7 +218,9 @@ def emulated(monkeypatch):
     emulator = pytest.importorskip("emulator", reason="it runs one greenlet a thread", exc_type=ImportError)
     emulator.install(monkeypatch, seed=5)
     monkeypatch.setattr(gather, "WARPS", (1, 2))
-    monkeypatch.setattr(codec, "WARPS", 2)
+    monkeypatch.setattr(windows_product, "WARPS", (1, 2))
+    for module in (codec, windows, window_packets):
+        monkeypatch.setattr(module, "WARPS", 2)
 
 
 def layer_of(model, runner, number=0):
@@ -221,7 +236,7 @@ def drawn(tokens, experts=6, slots=2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
+@pytest.mark.parametrize("model_type", [*KINDS, "switch_transformers", "switch_transformers of windows"])
 @pytest.mark.parametrize("slots", [1, 3, None])
 def test_the_kernels_multiply_from_slots_what_the_naive_experts_do(directory, on_devices, emulated, model_type, slots):
     path = directory(model_type)
@@ -245,15 +260,20 @@ def test_the_kernels_multiply_from_slots_what_the_naive_experts_do(directory, on
         assert torch.equal(y, own._forward_on_gpu(x, index, weights)), "the bits of a model that is there as a whole"
 
 
-def test_many_tokens_of_an_expert_meet_its_decoded_matrix_in_the_slot(directory, on_devices, emulated, monkeypatch):
-    model, runner = on_devices(directory(), [EmulatedDevice()], 3)
+@pytest.mark.parametrize("model_type", KINDS)
+def test_many_tokens_of_an_expert_meet_its_decoded_matrix_in_the_slot(
+    directory, on_devices, emulated, monkeypatch, model_type
+):
+    model, runner = on_devices(directory(model_type), [EmulatedDevice()], 3)
     experts, inputs = layer_of(model, runner), drawn(9)
     gathered = experts(*inputs)
     monkeypatch.setattr(experts_twin, "GATHERED_PAIRS", 4)
     monkeypatch.setattr(matmul, "GATHERED_TOKENS", 2)
+    monkeypatch.setattr(windows_product, "PRODUCT_TOKENS", 2)
     decoded = []
-    decode = packets.decode_packets
-    monkeypatch.setattr(matmul, "decode_packets", lambda *given: decoded.append(given[1]) or decode(*given))
+    for module, name in ((matmul, "decode_packets"), (windows_product, "decode_window_rows")):
+        decode = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, decode=decode: decoded.append(given[1]) or decode(*given))
     torch.testing.assert_close(experts(*inputs), gathered, rtol=1e-4, atol=1e-5 * float(gathered.abs().max()))
     assert decoded
 
@@ -270,9 +290,10 @@ class Operations(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def test_a_layer_waits_for_the_gpu_once(directory, on_devices, emulated, monkeypatch):
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_layer_waits_for_the_gpu_once(directory, on_devices, emulated, monkeypatch, model_type):
     """What would wait for a GPU's numbers is asked for once, as the layer begins: which experts there are."""
-    model, runner = on_devices(directory(), [EmulatedDevice()], 5)
+    model, runner = on_devices(directory(model_type), [EmulatedDevice()], 5)
     experts, inputs = layer_of(model, runner), drawn(3)
     runner._prediction.trust = 0.0
     experts(*inputs)  # codes are checked at the first call, on the CPU
