@@ -206,12 +206,7 @@ def _variant(
     packets, limit = matrices[0], launch.shared_limit(matrices[0].device)
     if isinstance(packets, WindowPackets):
         book, *others = (each.dictionary for each in matrices if isinstance(each, WindowPackets))
-<<<<<<< HEAD
         return choose_window_variant(book, packets.columns, tokens, limit, next(iter(others), None), activation, half)
-=======
-        other = next(iter(others), None)
-        return choose_window_variant(book, packets.columns, tokens, limit, other=other, activation=activation)
->>>>>>> gpu
     codebooks = tuple(each.codebook for each in matrices if isinstance(each, Packets))
     return choose_variant(codebooks, packets.levels_each, packets.columns, tokens, activation, limit)
 
