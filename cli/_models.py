@@ -23,7 +23,7 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
 
     placement = placement or Placement()
     path = find_model(name)
-    family, checkpoint = open_checkpoint(path)
+    family, checkpoint = open_checkpoint(path, auto=True)
     quantized = checkpoint.config.get("quantization_config") or {}
     if not isinstance(quantized, dict):
         raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.")

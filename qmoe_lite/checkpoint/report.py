@@ -197,3 +197,13 @@ def stored_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
         else:
             others += tensor.nbytes
     return experts, others
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides a compression's bytes, by package."""
+    from importlib.metadata import version
+
+    from qmoe_lite import __version__
+
+    others = {name: version(name) for name in ("torch", "transformers", "numba", "numpy")}
+    return {"qmoe-lite": __version__, **others}

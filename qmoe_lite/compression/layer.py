@@ -131,7 +131,7 @@ class LayerCompressor:
     def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
         self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
         self._activation = family.activation(config)
-        self._device = torch.device(settings.device)
+        self.device = torch.device(settings.device)
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
@@ -257,7 +257,7 @@ class LayerCompressor:
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
         name = self._family.weight_name(layer, expert, projection)
-        weight = self._checkpoint.tensor(name).to(self._device).float()
+        weight = self._checkpoint.tensor(name).to(self.device).float()
         if not torch.isfinite(weight).all():
             raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
         return weight
@@ -270,10 +270,11 @@ class LayerCompressor:
         if layer.layout is None or not layer.layout.biased:
             return None
         tensor, rows = layer.layout.place(projection, layer.shapes[projection][0])
-        bias = self._checkpoint.tensor(f"{layer.experts}.{tensor}_bias")[expert].to(self._device).float()
+        bias = self._checkpoint.tensor(f"{layer.experts}.{tensor}_bias")[expert].to(self.device).float()
         return bias if rows is None else bias[rows]
 
-    def _truth(self, layer: MoELayer, expert: int) -> list[_Linear]:
+    def truth(self, layer: MoELayer, expert: int) -> list[_Linear]:
+        """Return an expert's dense matrices, with their biases."""
         return self._linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
 
     def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
@@ -347,7 +348,7 @@ class LayerCompressor:
             hessian = self._mean_hessian(parts, matrices, len(rows), columns)
             if few:
                 if of_layer is None or matrices:  # in front of the first projection it is the same for all
-                    sample = seen.sample.to(self._device)
+                    sample = seen.sample.to(self.device)
                     of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
                 hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
             hessians.append(hessian)
@@ -355,7 +356,7 @@ class LayerCompressor:
 
     def _mean_hessian(self, parts: Iterable[Tensor], before: list[_Linear], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
-        hessian = new(columns, device=self._device)
+        hessian = new(columns, device=self.device)
         for x in parts:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
@@ -369,25 +370,26 @@ class LayerCompressor:
         wrong = right = 0.0
         for start in range(0, len(rows), _TOKENS):
             part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
-            x, weights = self._gather(seen, part), weights.to(self._device)
-            y = self._expert(x, matrices) * weights
+            x, weights = self._gather(seen, part), weights.to(self.device)
+            y = self.expert(x, matrices) * weights
             seen.hidden.add(part, y.cpu())
-            rides = seen.validation[part].to(self._device)
+            rides = seen.validation[part].to(self.device)
             if rides.any():
-                truth = truth or self._truth(layer, expert)
-                dense = self._expert(x[rides], truth) * weights[rides]
+                truth = truth or self.truth(layer, expert)
+                dense = self.expert(x[rides], truth) * weights[rides]
                 wrong += (y[rides] - dense).double().square().sum().item()
                 right += dense.double().square().sum().item()
         if apart.any():
-            truth = truth or self._truth(layer, expert)
-            rows, gates = all_rows[apart], all_gates[apart, None].to(self._device)
-            seen.hidden.add(rows, (self._expert(self._gather(seen, rows), truth) * gates).cpu())
+            truth = truth or self.truth(layer, expert)
+            rows, gates = all_rows[apart], all_gates[apart, None].to(self.device)
+            seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
         return wrong, right
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
-        return seen.inputs.gather(rows).to(self._device)
+        return seen.inputs.gather(rows).to(self.device)
 
-    def _expert(self, x: Tensor, matrices: list[_Linear]) -> Tensor:
+    def expert(self, x: Tensor, matrices: list[_Linear]) -> Tensor:
+        """Send tokens through the matrices of one expert."""
         return matrices[-1].of(self._inner(x, matrices[:-1]))
 
     def _inner(self, x: Tensor, matrices: list[_Linear]) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
-from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes
+from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes, versions
 from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.coding.dictionary import KIND, Dictionary
@@ -30,6 +30,7 @@ from qmoe_lite.compression.choice import grid_and_rate, with_mean_step
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.rate import RateControl, check_rate
+from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
@@ -37,6 +38,8 @@ from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import BadResultError, OutputError, ResumeError, SettingError
 from qmoe_lite.models.building import read_config, skeleton
+from qmoe_lite.models.causal import Causal
+from qmoe_lite.models.family import FAMILIES
 from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promise, open_checkpoint, unused
 from qmoe_lite.quantization.grid import Grid
 
@@ -70,6 +73,7 @@ def compress(
     seed: int = 0,
     rate: float | None = None,
     stop_when_bad: bool = False,
+    family: str | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -124,6 +128,9 @@ def compress(
         for it.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
+    family : str, optional
+        "auto" takes a model type that is not among the tested ones too, if its first blocks compute what transformers
+        does.
 
     Returns
     -------
@@ -178,7 +185,9 @@ def compress(
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
-    run = _Run(find_model(model), target, grid, options, progress)
+    if family not in (None, "auto"):
+        raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
+    run = _Run(find_model(model), target, grid, options, progress, auto=family == "auto")
     with torch.inference_mode():
         return run.run(calibration, resume)
 
@@ -187,11 +196,17 @@ class _Run:
     """One compression, from an opened checkpoint to a written directory."""
 
     def __init__(
-        self, model: Path, out: Path, grid: Grid | None, settings: Settings, progress: Callable[[Progress], None] | None
+        self,
+        model: Path,
+        out: Path,
+        grid: Grid | None,
+        settings: Settings,
+        progress: Callable[[Progress], None] | None,
+        auto: bool,
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, out.with_name(out.name + ".partial")
-        self.family, self.checkpoint = open_checkpoint(model)
+        self.family, self.checkpoint = open_checkpoint(model, auto)
         check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
         self.config = read_config(str(model))
@@ -206,6 +221,8 @@ class _Run:
         stored = functools.partial(self.family.stored, self.config, checkpoint=self.checkpoint)
         self.writer = Writer(self.partial, self.checkpoint, stored, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
+        if isinstance(self.family, Causal) and self.family.model_type not in FAMILIES:
+            check_first_blocks(self.family, self.checkpoint, self.config, self.layers, self.compressor, self.settings)
         self._progress = progress or (lambda event: None)
         self._warning: str | None = None
         self.verdict: Verdict | None = None
@@ -338,7 +355,7 @@ class _Run:
             recipe=self.settings.recipe,
             grid=with_mean_step(self.grid, self.done.projections).to_config(),
             level_dtype=self.grid.level_dtype or torch.float32,
-            versions=_versions(),
+            versions=versions(),
         )
         self.writer.write_rest(self.done.checksums, settings)
         report = self._report()
@@ -374,15 +391,6 @@ class _Run:
                 "dense_other_bytes": dense_others,
             },
             seconds=self.unfinished.seconds,
-            versions=_versions(),
+            versions=versions(),
             verdict=None if self.verdict is None else self.verdict.to_json(),
         )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from qmoe_lite import __version__
-
-    others = {name: version(name) for name in ("torch", "transformers", "numba", "numpy")}
-    return {"qmoe-lite": __version__, **others}

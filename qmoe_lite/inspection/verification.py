@@ -151,7 +151,7 @@ class _Search:
         family = config = None
         if settings is not None:
             with self.found("model_type", "config.json"):
-                family = family_of(checkpoint.config.get("model_type"))
+                family = family_of(checkpoint.config.get("model_type"), auto=True)
         if family is not None:
             with self.found("", "config.json"):
                 config = read_config(str(self.path))

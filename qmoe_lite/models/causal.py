@@ -42,6 +42,9 @@ class Causal:
     def views(self, config: Any, checkpoint: Checkpoint) -> dict[str, View]:
         return _known(self, config)[1].views(checkpoint)
 
+    def own_slice(self, config: Any, layer: MoELayer, tensor: str, expert: int, checkpoint: Checkpoint) -> Tensor:
+        return _known(self, config)[1].own_slice(layer, tensor, expert, checkpoint)
+
     def stored(self, config: Any, name: str, checkpoint: Checkpoint) -> str:
         return _known(self, config)[1].stored(name, checkpoint)
 

@@ -8,6 +8,7 @@ experts module's routing arguments mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from qmoe_lite.checkpoint.sources import View
 from qmoe_lite.errors import UnsupportedFamilyError
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.blocks import MoELayer, Stack
-from qmoe_lite.models.causal import CAUSAL
+from qmoe_lite.models.causal import CAUSAL, Causal
 from qmoe_lite.models.switch import SwitchTransformers
 
 
@@ -96,15 +97,26 @@ class Family(Protocol):
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchTransformers(), *CAUSAL)}
 
 
-def family_of(model_type: str | None) -> Family:
+def family_of(model_type: str | None, auto: bool = False) -> Family:
     """Find the family of a model type.
+
+    Parameters
+    ----------
+    model_type : str or None
+        As in config.json.
+    auto : bool
+        Whether one that is not among the tested types is read off transformers' model like those.
 
     Raises
     ------
     UnsupportedFamilyError
-        Names the type and the supported ones.
+        Names the type, and those that are closest.
     """
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedFamilyError(f"model type {model_type} is not supported; supported: {known}.")
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if auto and model_type:
+        return Causal(model_type)
+    close = get_close_matches(str(model_type), FAMILIES, n=3, cutoff=0.4) or sorted(FAMILIES)
+    text = f"model type {model_type} is not supported; closest: {', '.join(close)}. With --family auto (family='auto') "
+    more = "it is read off transformers' model, and tried on its first blocks before anything is compressed."
+    raise UnsupportedFamilyError(text + more)

@@ -94,7 +94,7 @@ class QMoEQuantizer(HfQuantizer):
                     raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
         checkpoint = self._checkpoint
         del self._checkpoint  # the model keeps the quantizer, and a copy of it cannot have open files
-        family = family_of(model.config.model_type)
+        family = family_of(model.config.model_type, auto=True)
         family.tie(model, checkpoint)
         guard = SizeGuard([checkpoint.directory / name for name in checkpoint.files])
         stacks = family.stacks(model.config)

@@ -8,7 +8,10 @@ model's names, and each expert's matrix is a view of its own: `<experts>.<number
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
+
+from torch import Tensor
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.sources import View
@@ -112,6 +115,32 @@ class Names:
             for expert in range(shape[0])
             for each in held
         ]
+
+    def own_slice(self, layer: MoELayer, tensor: str, expert: int, checkpoint: Checkpoint) -> Tensor:
+        """Return one expert's slice of a tensor of transformers' experts module, made by transformers' operations."""
+        assert layer.layout is not None
+        name = f"{layer.experts}.{tensor}"
+        collected: dict[str, Any] = {}
+        for each in layer.projections:
+            if layer.layout.place(each, 1)[0] != tensor:
+                continue
+            stored = checkpoint.stored_name(weight_name(layer.experts, expert, each))
+            _, converter, number = self.of(stored)
+            if converter is None:
+                return checkpoint.sources[stored].read(expert)
+            split = len(checkpoint.sources[stored].shape) == 2
+            part = checkpoint.sources[stored].read() if split else checkpoint.sources[stored].read(expert)[None]
+            collected[converter.source_patterns[number]] = [part]
+        one = SimpleNamespace(get_parameter=lambda _: self._known[name][:1])
+        for operation in converter.operations:
+            collected = operation.convert(
+                collected,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=name,
+                model=one,
+            )
+        return next(iter(collected.values()))[0]  # type: ignore[no-any-return]
 
     def stored(self, name: str, checkpoint: Checkpoint) -> str:
         """Return what the files of a compressed model call a tensor of experts, as their source calls the module."""

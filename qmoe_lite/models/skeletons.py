@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
+from qmoe_lite.checkpoint.sources import method_of
 from qmoe_lite.errors import CheckpointError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import read_config
@@ -19,8 +20,10 @@ from qmoe_lite.models.family import Family, family_of
 UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
 
 
-def open_checkpoint(directory: Path) -> tuple[Family, Checkpoint]:
+def open_checkpoint(directory: Path, auto: bool = False) -> tuple[Family, Checkpoint]:
     """Open a model directory; its tensors are known by the model's own names.
+
+    `auto` is that of `family_of`; what is compressed was tried before.
 
     Raises
     ------
@@ -28,7 +31,8 @@ def open_checkpoint(directory: Path) -> tuple[Family, Checkpoint]:
         No model, damaged, or of a family that is not supported.
     """
     checkpoint = Checkpoint(directory)
-    family = family_of(checkpoint.config.get("model_type"))
+    auto = auto or method_of(checkpoint.config) == "qmoe"
+    family = family_of(checkpoint.config.get("model_type"), auto)
     checkpoint.know_as(family.views(read_config(str(directory)), checkpoint))
     return family, checkpoint
 
