@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -89,6 +90,18 @@ def make_switch(directory: Path, tokenizer: PreTrainedTokenizerFast, **changes: 
     return _save_with_loud_experts(model, 3.0, directory, tokenizer)
 
 
+_TEXT = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 _SHARED = {"intermediate_size": 48, "moe_intermediate_size": 20}
 _DEEPSEEK = {**_SHARED, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -180,20 +193,50 @@ MORE = {  # families of which what is read off them is tested, but not every cor
 }
 
 
+_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 24,
+    "patch_size": 4,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+    "num_position_embeddings": 16,
+}
+_IMAGES = {"image_token_id": 36, "video_token_id": 37, "vision_start_token_id": 38, "vision_end_token_id": 39}
+
+
+def _rope(sections: list[int], **more: float) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **more}}
+
+
+WITH_PICTURES = {  # the text model's configuration, and what differs around it
+    "gemma4": (MORE["gemma4_text"], {"vision_config": None, "audio_config": None}),
+    "qwen3_5_moe": (
+        {**MORE["qwen3_5_moe_text"], **_rope([1, 0, 0], partial_rotary_factor=0.25)},
+        {"vision_config": _VISION, **_IMAGES},
+    ),
+    "qwen3_vl_moe": (
+        {**_SHARED, "num_experts": 6, **_rope([2, 1, 1])},
+        {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}, **_IMAGES},
+    ),
+}
+
+
+def make_with_pictures(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type: str) -> Path:
+    """Save a random model that takes pictures too, whose experts matter."""
+    text, around = WITH_PICTURES[model_type]
+    config = AutoConfig.for_model(model_type, text_config={**_TEXT, "vocab_size": 40, **text}, **around)
+    torch.manual_seed(1)
+    return _save_with_loud_experts(AutoModelForImageTextToText.from_config(config), 20.0, directory, tokenizer)
+
+
 def make_causal(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, **changes: object) -> Path:
     """Save a random causal model of a family, whose experts matter."""
     settings = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "num_experts_per_tok": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
+        **_TEXT,
         **(CAUSAL | MORE)[model_type],
         **changes,
     }

@@ -67,8 +67,8 @@ class QMoEQuantizer(HfQuantizer):
         family, checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         if {Path(file).name for file in checkpoint_files} != set(checkpoint.files):
             raise CheckpointError(f"{checkpoint.directory} holds other weight files besides; load the main ones.")
-        wanted = auto_class(family, model.config)
-        if not isinstance(model, wanted._model_mapping[type(model.config)]):
+        wanted = auto_class(family, checkpoint.config)
+        if not isinstance(model, wanted._model_mapping.get(type(model.config), ())):
             raise CheckpointError(
                 f"a compressed model is loaded by {wanted.__name__} or qmoe_lite.load, not as {type(model).__name__}."
             )

@@ -27,6 +27,15 @@ YARN = {
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
+def biases_of(checkpoint, layer, expert):
+    """Return what gpt_oss adds to gate's, up's and down's outputs; zeros for any other family."""
+    name = f"{layer.experts}.gate_up_proj_bias"
+    if name not in checkpoint:
+        return [torch.zeros(rows) for rows, _ in layer.shapes.values()]
+    both = checkpoint.tensor(name)[expert]
+    return [both[0::2], both[1::2], checkpoint.tensor(f"{layer.experts}.down_proj_bias")[expert]]
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -79,8 +88,10 @@ def test_experts_see_what_they_see_in_the_whole_model(tmp_path, tokenizer, model
                 assert torch.equal(rows, chosen.any(-1).nonzero()[:, 0])
                 assert torch.allclose(gates, weights[chosen].float(), atol=1e-6)
                 matrices = [checkpoint.tensor(family.weight_name(layer, expert, p)) for p in layer.projections]
-                first = inner(activation, [inputs.rows[rows] @ matrix.T for matrix in matrices[:-1]])
-                caught.outputs.add(rows, first @ matrices[-1].T * gates[:, None])
+                biases = biases_of(checkpoint, layer, expert)
+                before = zip(matrices[:-1], biases[:-1], strict=True)
+                first = inner(activation, [inputs.rows[rows] @ matrix.T + bias for matrix, bias in before])
+                caught.outputs.add(rows, (first @ matrices[-1].T + biases[-1]) * gates[:, None])
             caught.finish()
         runner.leave(stack, hidden)
     assert (hidden.read(slice(0, 12)) - expected).abs().max() <= 1e-5 * expected.abs().max()
