@@ -90,7 +90,7 @@ def make_switch(directory: Path, tokenizer: PreTrainedTokenizerFast, **changes: 
     return _save_with_loud_experts(model, 3.0, directory, tokenizer)
 
 
-_TEXT = {
+TEXT = {
     "hidden_size": 24,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -227,7 +227,7 @@ WITH_PICTURES = {  # the text model's configuration, and what differs around it
 def make_with_pictures(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type: str) -> Path:
     """Save a random model that takes pictures too, whose experts matter."""
     text, around = WITH_PICTURES[model_type]
-    config = AutoConfig.for_model(model_type, text_config={**_TEXT, "vocab_size": 40, **text}, **around)
+    config = AutoConfig.for_model(model_type, text_config={**TEXT, "vocab_size": 40, **text}, **around)
     torch.manual_seed(1)
     return _save_with_loud_experts(AutoModelForImageTextToText.from_config(config), 20.0, directory, tokenizer)
 
@@ -236,7 +236,7 @@ def make_causal(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type:
     """Save a random causal model of a family, whose experts matter."""
     settings = {
         "vocab_size": len(tokenizer),
-        **_TEXT,
+        **TEXT,
         **(CAUSAL | MORE)[model_type],
         **changes,
     }
