@@ -13,13 +13,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qmoe_lite.bench._parts.common import limited_threads, machine_line
+from qmoe_lite.bench._parts.rated import digits_of, draw_weights, fit_step
 from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
+from qmoe_lite.coding.codes import Code
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import QMoEError, SettingError
 from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.family import family_of, inner
@@ -77,7 +82,11 @@ class LayerReport:
 
 
 def measure(
-    layer: str = "qwen3-30b-a3b", tokens: tuple[int, ...] = TOKENS, threads: int | None = None, seed: int = 0
+    layer: str = "qwen3-30b-a3b",
+    tokens: tuple[int, ...] = TOKENS,
+    threads: int | None = None,
+    seed: int = 0,
+    rate: float | None = None,
 ) -> LayerReport:
     """Time one layer both ways.
 
@@ -91,11 +100,13 @@ def measure(
         For torch and for Numba; by default all.
     seed : int
         Seed for digits, tokens and routing.
+    rate : float, optional
+        About so many stored bits a weight, by uniform digits and a dictionary; by default ternary digits.
 
     Raises
     ------
     SettingError
-        An unknown layer, or a number below 1.
+        An unknown layer, a number below 1, or a rate out of range.
     QMoEError
         Ours differs from its dequantised experts: nothing is timed.
     """
@@ -103,15 +114,16 @@ def measure(
         raise SettingError(f"layer {layer} is unknown; expected {', '.join(LAYERS)}.")
     if min(tokens) < 1:
         raise SettingError(f"tokens is {min(tokens)}; expected at least 1.")
+    rate = None if rate is None else check_rate(rate)
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if threads is None else threads
     generator = torch.Generator().manual_seed(seed)
     with limited_threads(threads), torch.inference_mode():
-        ours, dense, bits = _build(layer, generator)
+        ours, dense, bits = _build(layer, generator, rate)
         speeds = tuple(_measure_tokens(ours, dense, count, generator) for count in tokens)
     return LayerReport(layer, speeds, bits, threads, seed, machine_line("torch", "transformers", "numba"))
 
 
-def _build(layer: str, generator: torch.Generator) -> tuple[PackedExperts, nn.Module, float]:
+def _build(layer: str, generator: torch.Generator, rate: float | None = None) -> tuple[PackedExperts, nn.Module, float]:
     """Make our experts and transformers' in bfloat16 on the generator's device; return our bits per weight."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,9 +133,14 @@ def _build(layer: str, generator: torch.Generator) -> tuple[PackedExperts, nn.Mo
     )
     family, device = family_of(model_type), generator.device
     place = family.layers(config)[0]
-    books: dict[str, Codebook] = {}
+    books: dict[str, Code] = {}
     parts = {}
     for name, (rows, columns) in place.shapes.items():
+        if rate is not None:
+            rated = _rated(rate, place.count, rows, columns, generator)
+            books[name] = rated[0].codebook
+            parts[name] = pack_experts(rated, shares_scales=place.first_of_stage(name) != name)
+            continue
         matrices = []
         levels = torch.tensor([[-0.02, 0.03]] * rows, dtype=torch.bfloat16, device=device)
         for _ in range(place.count):
@@ -145,6 +162,16 @@ def _build(layer: str, generator: torch.Generator) -> tuple[PackedExperts, nn.Mo
         for expert in parameter:
             expert.copy_(torch.randn(expert.shape, generator=generator, device=device).mul_(0.02))
     return ours.to(device), dense, 8 * stored / place.weights
+
+
+def _rated(rate: float, count: int, rows: int, columns: int, generator: torch.Generator) -> list[PackedMatrix]:
+    """Make matrices of uniform digits that take about `rate` stored bits, all by one dictionary."""
+    rng = np.random.default_rng(generator.initial_seed())
+    step, dictionary = fit_step(draw_weights(rows, columns, rng), rate)
+    steps = torch.full((rows, 1), 0.01, dtype=torch.bfloat16)
+    scales = torch.full((columns,), 1.5)
+    drawn = (digits_of(draw_weights(rows, columns, rng), step) for _ in range(count))
+    return [encode(digits, steps, dictionary, scales) for digits in drawn]
 
 
 def _draw_tokens(ours: PackedExperts, count: int, routings: int, generator: torch.Generator) -> tuple[Tensor, Routings]:

@@ -14,19 +14,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qmoe_lite.bench._parts.common import limited_threads, machine_line
+from qmoe_lite.bench._parts.rated import digits_of, draw_weights, fit_step
 from qmoe_lite.bench.matmul import SHAPES, TOLERANCES, Contender, check_products, clone, rates_of, rotated
 from qmoe_lite.coding.codec import decode_dense, encode
-from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.matmul import decode_matmul
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.compression.rate import check_rate, first_step
+from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
 
 TOKENS = (1, 4, 16, 64, 512)
 # rates.md of 2026-11-25: one thread of an AMD Zen 3, 14336 x 4096, 8-bit activations; bits, G weights/s
 LLAMA_CPP = (("IQ1_S", 1.5625, 10.6), ("IQ2_XXS", 2.0625, 10.3), ("IQ2_S", 2.5625, 10.9), ("Q2_K", 2.625, 28.5))
-_FREEDOM = 8  # of Student's t, whose digits are like those of real layers
-_SPREAD = 0.25  # of the columns' scales, as a logarithm
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,10 @@ def measure(
 
 def packed_at(rate: float, rows: int, columns: int, rng: np.random.Generator) -> PackedMatrix:
     """Return a matrix of bell-shaped weights that takes about so many stored bits."""
-    weights = rng.standard_t(_FREEDOM, size=(rows, columns)).astype(np.float32)
-    weights *= np.exp(rng.normal(0, _SPREAD, columns)).astype(np.float32)
-    weights /= weights.std()
-    step = first_step(0.95 * rate)
-    for _ in range(3):
-        digits = np.rint(weights / np.float32(step)).astype(np.int16)
-        dictionary = Dictionary.fit(digits[:256])
-        bits = dictionary.rate(digits[:256]) + 24 / columns + 16 / rows
-        step *= 2 ** (bits - rate)
+    weights = draw_weights(rows, columns, rng)
+    step, dictionary = fit_step(weights, rate)
     steps = torch.full((rows, 1), 0.01, dtype=torch.bfloat16)
-    return encode(digits, steps, dictionary, torch.full((columns,), 1.5))
+    return encode(digits_of(weights, step), steps, dictionary, torch.full((columns,), 1.5))
 
 
 def _measure(shape: str, rate: float, tokens: tuple[int, ...], rng: np.random.Generator) -> list[RateSpeed]:

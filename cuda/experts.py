@@ -206,7 +206,8 @@ def _variant(
     packets, limit = matrices[0], launch.shared_limit(matrices[0].device)
     if isinstance(packets, WindowPackets):
         book, *others = (each.dictionary for each in matrices if isinstance(each, WindowPackets))
-        return choose_window_variant(book, packets.columns, tokens, limit, next(iter(others), None), activation, half)
+        other = next(iter(others), None)
+        return choose_window_variant(book, packets.columns, tokens, limit, other, activation, half)
     codebooks = tuple(each.codebook for each in matrices if isinstance(each, Packets))
     return choose_variant(codebooks, packets.levels_each, packets.columns, tokens, activation, limit)
 
@@ -232,5 +233,6 @@ def _multiply(
 
 
 def _decoded(matrix: Matrices, place: int, x: Tensor) -> Tensor:
-    product = windows_product.tile_product if isinstance(matrix, WindowPackets) else decoded_product
-    return product(matrix, place, x)
+    if isinstance(matrix, WindowPackets):
+        return windows_product.tile_product(matrix, place, x)
+    return decoded_product(matrix, place, x)

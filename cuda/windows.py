@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import BLOCKS, warp_scan
-from qmoe_lite.cuda.intrinsics import load_constant, pair_at, store_float
+from qmoe_lite.cuda.intrinsics import load_quad, pair_at, store_float
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
 from qmoe_lite.cuda.packets import KINDS, bits16
 from qmoe_lite.cuda.variants import product_table
@@ -24,6 +24,7 @@ from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each
 from qmoe_lite.errors import DtypeError
 
 DENSE_DTYPES = tuple(KINDS)
+_NO_COLUMN = (1 << 31) - 1
 WARPS = 8  # per block: each loads the table
 _ALL = 0xFFFFFFFF
 
@@ -89,6 +90,12 @@ def _window_of(words: Any, first: Any, codeword: Any, bits: Any, each: Any, mask
 
 
 @njit(inline="always")
+def _exception_column(exceptions: Any, place: Any, stop: Any) -> Any:
+    """Return the column of a row's exception, or one behind all columns where there is none."""
+    return np.int32(exceptions[place] & 0xFFFF) if place < stop else np.int32(_NO_COLUMN)
+
+
+@njit(inline="always")
 def length_of(word: Any, width: int) -> Any:
     """Return the digits of a table's row, given its first word; see `variants.product_table`."""
     more = np.uint32((word & np.uint32(3)) | (word >> np.uint32(6)) & np.uint32(12))
@@ -102,10 +109,36 @@ def _stage(entries: Any, window: Any, width: int, stage: Any, place: Any, length
     """Write a window's digits to shared memory, from `place` on."""
     for part in range(0, length, 8):
         low, high = pair_at(entries, np.uint32(window * width + part))
-        for i in range(min(np.int32(8), np.int32(length - part))):
+        for i in range(8):  # unrolled, so that all shifts are known
             word = low if i < 4 else high
-            byte = np.int32((word >> np.uint32(8 * (i & 3))) & np.uint32(0xFC))
-            stage[np.int32(place + part + i)] = np.int16((byte >> 2) - 32)
+            if part + i < length:
+                byte = np.int32((word >> np.uint32(8 * (i & 3))) & np.uint32(0xFC))
+                stage[np.int32(place + part + i)] = np.int16((byte >> 2) - 32)
+
+
+@njit(forceinline=True)
+def load_table(table: Any, words: Any, first: Any, count: int, thread: Any, threads: Any) -> None:
+    """Copy a table to shared memory, to the word `first` and on, 64 bytes of each thread at a time."""
+    quads = np.int32(count >> 2)
+    i = thread
+    while i < quads:
+        second, third, fourth = np.int32(i + threads), np.int32(i + 2 * threads), np.int32(i + 3 * threads)
+        # all on their way before the first one is stored; what lies behind the end is loaded again and left
+        loaded = (
+            load_quad(table, i),
+            load_quad(table, second if second < quads else i),
+            load_quad(table, third if third < quads else i),
+            load_quad(table, fourth if fourth < quads else i),
+        )
+        for k in range(4):
+            words[first + 4 * i + k] = loaded[0][k]
+            if second < quads:
+                words[first + 4 * second + k] = loaded[1][k]
+            if third < quads:
+                words[first + 4 * third + k] = loaded[2][k]
+            if fourth < quads:
+                words[first + 4 * fourth + k] = loaded[3][k]
+        i = np.int32(i + 4 * threads)
 
 
 @functools.cache
@@ -139,10 +172,7 @@ def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
         stage = cuda.shared.array(staged, np.int16)
         entries = dynamic_words if held else table
         if held:
-            i = thread
-            while i < table_words:
-                dynamic_words[i] = load_constant(table, i)
-                i = np.int32(i + cuda.blockDim.x)
+            load_table(table, dynamic_words, np.int32(0), table_words, thread, np.int32(cuda.blockDim.x))
             cuda.syncthreads()
         own = np.int32((thread >> 5) * WARP * width)
         mask = np.int32((4 << bits) - 1)
@@ -151,6 +181,7 @@ def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
             first, step, at = starts[row], steps[row], np.int64(row) * columns
             count = np.int32((starts[row + 1] - first) * each)
             beyond, stop = exception_starts[row], exception_starts[row + 1]
+            column_beyond = _exception_column(exceptions, beyond, stop)
             base = np.int32(0)
             for chunk in range(0, count, WARP):
                 window, length = np.int32(0), np.int32(0)
@@ -161,11 +192,12 @@ def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
                 _stage(entries, window, width, stage, np.int32(own + end - length), length)
                 end = np.int32(base + cuda.shfl_sync(_ALL, end, 31))
                 cuda.syncwarp()
-                while beyond < stop and np.int32(exceptions[beyond] & 0xFFFF) < end:
+                while column_beyond < end:
                     if lane == 0:  # one lane, since several of a column add up
-                        place = np.int32(own + np.int32(exceptions[beyond] & 0xFFFF) - base)
+                        place = np.int32(own + column_beyond - base)
                         stage[place] = np.int16(np.int32(stage[place]) + np.int32(exceptions[beyond] >> 16))
                     beyond = np.int32(beyond + 1)
+                    column_beyond = _exception_column(exceptions, beyond, stop)
                 cuda.syncwarp()
                 column = np.int32(base + lane)
                 while column < min(end, np.int32(columns)):

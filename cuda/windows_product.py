@@ -42,7 +42,7 @@ from qmoe_lite.cuda.variants import (
     product_table,
 )
 from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each, columns_behind
-from qmoe_lite.cuda.windows import decode_window_rows, length_of
+from qmoe_lite.cuda.windows import decode_window_rows, length_of, load_table
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
 # Chosen by a model, not measured: writing and reading a decoded matrix takes as long as 16 tokens do, four at a time.
@@ -229,15 +229,6 @@ def _row_sums(matrix: Any, at: Any, inside: Any, lanes: Any, first: Any, total: 
     return total
 
 
-@njit(forceinline=True)
-def _load_table(table: Any, words: Any, first: Any, count: int, thread: Any, threads: Any) -> None:
-    """Copy a table to shared memory, from the element `first` on."""
-    i = thread
-    while i < count:
-        words[first + i] = load_constant(table, i)
-        i = np.int32(i + threads)
-
-
 def _signatures(weighted: bool) -> list[str]:
     """Parameter types of a kernel, by the dtypes of x and of y."""
     matrix = "uint32*, int32*, float32*, int32*, int32*, uint32*"
@@ -319,20 +310,26 @@ def window_kernel(variant: WindowVariant, weighted: bool = False) -> launch.Kern
         entries = dynamic_words if held else table
         other_entries = dynamic_words if held else other_table
         if held:
-            _load_table(table, dynamic_words, np.int32(0), table_words, thread, threads)
+            load_table(table, dynamic_words, np.int32(0), table_words, thread, threads)
             if gated:
-                _load_table(other_table, dynamic_words, np.int32(table_words), other_words_held, thread, threads)
+                load_table(other_table, dynamic_words, np.int32(table_words), other_words_held, thread, threads)
         for token in range(tokens):
             pair = members[group * tokens + token]
             start = np.int64(pair // slots) * columns
-            i = thread
-            while i < padded * spanned:
-                column = np.int32(i // spanned + i % spanned)
+            column = thread
+            while column < padded:
                 value = np.float32(0)
                 if column < columns and pair >= 0:
                     value = load_float(x, start + column) * load_constant(scales, column) * _QUARTER
-                store_float(values, np.int64(before_x + i * tokens + token), value)
-                i = np.int32(i + threads)
+                for behind in range(spanned):  # the columns that reach as far as this one
+                    if column >= behind:
+                        place = before_x + ((column - behind) * spanned + behind) * tokens + token
+                        store_float(values, np.int64(place), value)
+                column = np.int32(column + threads)
+            for behind in range(1, spanned):  # what the last columns reach behind the end
+                if thread < behind:
+                    place = before_x + ((padded - behind + thread) * spanned + spanned - 1 - thread) * tokens + token
+                    store_float(values, np.int64(place), np.float32(0))
         cuda.syncthreads()
 
         step = np.int32(lanes)

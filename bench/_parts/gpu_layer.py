@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qmoe_lite.bench.layer import Routings
     from qmoe_lite.models.experts import PackedExperts
 
-LAYERS = ("qwen3-30b-a3b", "mixtral-8x7b")
+CASES = (("qwen3-30b-a3b", 2.0), ("qwen3-30b-a3b", None), ("mixtral-8x7b", None))  # and stored bits, or ternary
 GRAPH_TOKENS = 16  # most of a call that is timed in a graph: more is a prompt
 ROUTINGS = 32
 _PEER_ROUTINGS = 8  # a token's experts in bfloat16 are larger than the cache
@@ -31,18 +31,18 @@ _BUILD_SECONDS = 20.0  # that a layer is begun with
 
 def measure_layer(quick: bool, end: float) -> Iterator[parts.Row]:
     """Microseconds of a layer's call, as called and in a graph, after a comparison with its dequantised experts."""
-    for name in LAYERS[:1] if quick else LAYERS:
+    for name, rate in CASES[:1] if quick else CASES:
         if time.monotonic() > end - _BUILD_SECONDS:
-            yield {"skipped": name}
+            yield {"skipped": name if rate is None else f"{name} at {rate} bits"}
         else:
-            yield from _measure_one(name, quick, end)
+            yield from _measure_one(name, rate, quick, end)
 
 
-def _measure_one(name: str, quick: bool, end: float) -> Iterator[parts.Row]:
+def _measure_one(name: str, rate: float | None, quick: bool, end: float) -> Iterator[parts.Row]:
     from qmoe_lite.bench import layer  # with packages that no other part needs
 
     generator = torch.Generator(parts._DEVICE).manual_seed(0)
-    ours, dense, bits = layer._build(name, generator)
+    ours, dense, bits = layer._build(name, generator, rate)
     nbytes = sum(ours._packets(projection).nbytes for projection in ours.layer.projections)
     copies = parts._copies(nbytes * ours.layer.top_k // ours.num_experts, ours, _clone)  # what one token reads
     refused: dict[str, str] = {}
@@ -91,19 +91,21 @@ def _clone(ours: PackedExperts) -> PackedExperts:
 
 def show_layer(rows: list[parts.Row]) -> None:
     """Print microseconds of our layer and transformers'."""
-    cells, shown = [], ""
-    for r in rows:
+    cells: list[list[str]] = []
+    names: list[str] = []
+    for number, r in enumerate(rows):
+        if number == 0 or (r["layer"], r["bits"]) != (rows[number - 1]["layer"], rows[number - 1]["bits"]):
+            names = [r["layer"], f"{r['bits']:.2f} bits"]
         called = [r["ours_us"], *(r[f"{way}_us"] for way in ("eager", "grouped_mm"))]
         graph = r.get("ours_graph_us"), r.get("grouped_mm_graph_us")
         figures = [*(f"{each:.1f}" for each in called), parts._times(called[0], min(called[1:]))]
         figures += [*("-" if each is None else f"{each:.1f}" for each in graph), parts._times(*graph)]
-        cells.append([r["layer"] if r["layer"] != shown else "", str(r["tokens"]), *figures])
-        shown = r["layer"]
+        cells.append([names.pop(0) if names else "", str(r["tokens"]), *figures])
     titles = ("as called\nours", "\neager", "\ngrouped", "\nratio", "in a graph\nours", "\ngrouped", "\nratio")
     print_rows("us of a layer's call, x bfloat16", ("layer", "tokens", *titles), cells, text=1, tight=True)
-    bits = "; ".join(f"{name} {each:.2f}" for name, each in {r["layer"]: r["bits"] for r in rows}.items())
-    print_text(f"Bits a weight, everything counted: {bits}.")
-    print_text("Eager, grouped (_mm): transformers' experts. Ratio: the faster one to ours.")
+    print_text(
+        "Bits a weight, everything counted. Eager, grouped (_mm): transformers' experts. Ratio: the faster one to ours."
+    )
     for row in rows:
         if "note" in row:
             print_text(row["note"])

@@ -84,12 +84,12 @@ def check_first_blocks(
         reason = f"{type(error).__name__} in its first {last + 1} blocks: {' '.join(str(error).split())[:200]}"
         raise UnsupportedFamilyError(f"model type {family.model_type} is not supported: {reason}.") from error
     found = hidden.read(slice(None))
-    error = (found - expected).abs().max() / expected.abs().max()
-    if not error <= _TOLERANCE:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE:
         text = (
             f"model type {family.model_type} is not supported: run block by block, its first {last + 1} blocks differ"
         )
-        raise UnsupportedFamilyError(f"{text} by {float(error):.1e} from what transformers computes.")
+        raise UnsupportedFamilyError(f"{text} by {difference:.1e} from what transformers computes.")
 
 
 def _by_transformers(
@@ -128,7 +128,7 @@ def _fill_when_asked(family: Causal, config: Any, layer: MoELayer, module: nn.Mo
 
     def fill(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert layer.layout is not None
-        for expert in arguments[1].unique().tolist():
+        for expert in set(arguments[1].flatten().tolist()):
             for name in layer.layout.tensors[:2] if 0 <= expert < layer.count else ():
                 module.get_parameter(name).data[expert] = family.own_slice(config, layer, name, expert, checkpoint)
 

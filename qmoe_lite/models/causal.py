@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,9 +157,9 @@ def _finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Ten
 
 def _known(family: Causal, config: Any) -> tuple[Architecture, Names]:
     """Return what is read off a configuration's model; the latest few are remembered."""
-    settings = config.to_dict()
+    settings, kind = config.to_dict(), cast(Any, type(config))
     settings.pop("quantization_config", None)
-    return _read(family, type(config), json.dumps(settings, sort_keys=True, default=str))
+    return _read(family, kind, json.dumps(settings, sort_keys=True, default=str))
 
 
 @functools.lru_cache(maxsize=8)

@@ -94,7 +94,10 @@ class Family(Protocol):
         """Run what follows a stack's last block."""
 
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchTransformers(), *CAUSAL)}
+FAMILIES: dict[str, Family] = {
+    "switch_transformers": SwitchTransformers(),
+    **{each.model_type: each for each in CAUSAL},
+}
 
 
 def family_of(model_type: str | None, auto: bool = False) -> Family:

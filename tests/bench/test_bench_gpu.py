@@ -77,7 +77,8 @@ def emulated(monkeypatch):
     monkeypatch.setattr(gptq, "SHAPES", ((7, 150),))
     monkeypatch.setattr(gptq, "EXPERTS", 2)
     sizes = {"hidden_size": 24, "moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
-    monkeypatch.setattr(layer, "LAYERS", {name: ("qwen3_moe", sizes) for name in gpu_layer.LAYERS})
+    monkeypatch.setattr(layer, "LAYERS", {name: ("qwen3_moe", sizes) for name, _ in gpu_layer.CASES})
+    monkeypatch.setattr(gpu_layer, "CASES", tuple((name, rate and 8.0) for name, rate in gpu_layer.CASES))
     monkeypatch.setattr(PackedExperts, "forward", on_a_gpu)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 6}
     shape = offload_parts.SHAPE | sizes | heads | {"num_experts_per_tok": 2}

@@ -189,7 +189,7 @@ def test_what_is_held_follows_from_what_fits():
     assert held(8, 5000, 98 << 10) == (2, 1, True)
     assert held(8, 14336, 98 << 10) == (1, 1, True)
     assert held(16, 4096, 98 << 10, tokens=1) == (1, 2, True)
-    assert held(32, 4096, 98 << 10, tokens=1) == (1, 4, False)
+    assert held(32, 4096, 98 << 10, tokens=1) == (1, 2, False), "so that two blocks fit"
     assert held(32, 4096, 227 << 10, tokens=1) == (1, 4, True)
     assert held(8, 4096, 98 << 10, bits=12) == (4, 1, False)
     assert held(8, 65535, 227 << 10) is None
