@@ -124,6 +124,7 @@ _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _MAMBA_2 = {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_expand": 2}
 MORE = {  # families of which what is read off them is tested, but not every corner that CAUSAL's are put through
     "afmoe": {**_SHARED, "num_experts": 6, "num_dense_layers": 1, "num_shared_experts": 1},
+    "aria_text": {"intermediate_size": 20, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "cohere2_moe": {"intermediate_size": 20, "num_experts": 6},
     "deepseek_v32": _SPARSE_ATTENTION,
     "dots1": {**_DEEPSEEK, "n_shared_experts": 1},

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from qmoe_lite.errors import CheckpointError, first_line
+from qmoe_lite.errors import CheckpointError, UnsupportedFamilyError, first_line
 
 
 class Built(Protocol):
@@ -72,6 +72,11 @@ def auto_class(family: Built, config: Any) -> Any:
         Of the model.
     config : mapping or transformers configuration
         Where a family has models of text alone and of pictures too, `architectures` says which it is.
+
+    Raises
+    ------
+    UnsupportedFamilyError
+        No model of this type writes text.
     """
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -85,6 +90,9 @@ def auto_class(family: Built, config: Any) -> Any:
         return transformers.AutoModelForImageTextToText
     if set(named or ()).intersection(with_pictures):
         return transformers.AutoModelForImageTextToText
+    if family.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reason = "transformers has no model of it that writes text"
+        raise UnsupportedFamilyError(f"model type {family.model_type} is not supported: {reason}.")
     return transformers.AutoModelForCausalLM
 
 
@@ -101,6 +109,8 @@ def skeleton(family: Built, config: Any, dtype: torch.dtype) -> nn.Module:
     try:
         with experts_replaced(family), torch.device("meta"), no_init_weights():
             return auto_class(family, config).from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+    except UnsupportedFamilyError:
+        raise
     except Exception as error:  # a configuration that is out of order fails anywhere in the model's own code
         text = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"config.json makes no {family.model_type} model ({text}). Fetch it again.") from error

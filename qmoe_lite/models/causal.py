@@ -172,6 +172,7 @@ def _read(family: Causal, kind: Any, settings: str) -> tuple[Architecture, Names
 # tested, each by tests/tiny.py's model; of other types what is read is tried on the model's first blocks
 TYPES = (
     "afmoe",
+    "aria_text",
     "cohere2_moe",
     "deepseek_v2",
     "deepseek_v3",

@@ -99,6 +99,8 @@ FAMILIES: dict[str, Family] = {
     **{each.model_type: each for each in CAUSAL},
 }
 
+_REFUSED = dict.fromkeys(("deepseek_v4", "hy_v4", "hy_v4_vl"), "its hidden states are several streams a token")
+
 
 def family_of(model_type: str | None, auto: bool = False) -> Family:
     """Find the family of a model type.
@@ -117,9 +119,13 @@ def family_of(model_type: str | None, auto: bool = False) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
+    if model_type in _REFUSED:
+        raise UnsupportedFamilyError(f"model type {model_type} is not supported: {_REFUSED[model_type]}.")
     if auto and model_type:
         return Causal(model_type)
-    close = get_close_matches(str(model_type), FAMILIES, n=3, cutoff=0.4) or sorted(FAMILIES)
-    text = f"model type {model_type} is not supported; closest: {', '.join(close)}. With --family auto (family='auto') "
-    more = "it is read off transformers' model, and tried on its first blocks before anything is compressed."
-    raise UnsupportedFamilyError(text + more)
+    known, close = ", ".join(sorted(FAMILIES)), get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.5)
+    closest = f" (closest: {close[0]})" if close else ""
+    raise UnsupportedFamilyError(
+        f"model type {model_type} is not supported; supported: {known}{closest}. With --family auto (family='auto') it "
+        "is read off transformers' model, and tried on its first blocks before anything is compressed."
+    )

@@ -51,7 +51,9 @@ def test_the_readme_names_each_family_by_how_it_is_tested():
 def test_another_type_is_refused_by_name_and_taken_by_auto(tmp_path, causal, monkeypatch):
     source = causal("qwen3_moe")
     monkeypatch.delitem(FAMILIES, "qwen3_moe")
-    with pytest.raises(UnsupportedFamilyError, match=r"qwen3_moe is not supported; closest: .*qwen.*--family auto"):
+    with pytest.raises(
+        UnsupportedFamilyError, match=r"qwen3_moe is not supported; supported: .*closest: qwen.*--family auto"
+    ):
         qm.compress(source, tmp_path / "out", recipe="nearest")
     with pytest.raises(SettingError, match="family qwen2_moe is unknown"):
         qm.compress(source, tmp_path / "out", recipe="nearest", family="qwen2_moe")
@@ -75,6 +77,23 @@ def test_auto_refuses_a_type_whose_first_blocks_differ(tmp_path, causal, monkeyp
         monkeypatch.setattr(Causal, "through", lambda *args: (lambda out: (out[0] * 1.01, out[1]))(through(*args)))
     with pytest.raises(UnsupportedFamilyError, match="gpt_oss is not supported: run block by block"):
         qm.compress(source, tmp_path / "out", recipe="nearest", family="auto")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("deepseek_v4", "deepseek_v4 is not supported: its hidden states are several streams"),
+        (
+            "openai_privacy_filter",
+            "openai_privacy_filter is not supported: transformers has no model of it that writes",
+        ),
+    ],
+)
+def test_a_type_that_cannot_be_read_off_is_refused_in_one_true_line(tmp_path, causal, model_type, reason):
+    path = changed_copy(causal("mixtral"), tmp_path / "m")
+    AutoConfig.for_model(model_type).save_pretrained(path)
+    with pytest.raises(UnsupportedFamilyError, match=reason):
+        qm.compress(path, tmp_path / "out", recipe="nearest", family="auto")
 
 
 def test_experts_that_transformers_does_not_declare_are_refused_by_name(tmp_path, tokenizer):
