@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, names_in
+from qmoe_lite.checkpoint.reader import Checkpoint, names_in, of_experts
 
 _DENSE_SHARD = 2 << 30  # bytes of dense tensors in one file
 
@@ -79,7 +79,7 @@ class Writer:
 
     @property
     def _dense_names(self) -> list[str]:
-        return [name for name in self._checkpoint.names if EXPERTS not in name]
+        return [name for name in self._checkpoint.names if not of_experts(name)]
 
     @cached_property
     def _dense_shards(self) -> list[list[str]]:

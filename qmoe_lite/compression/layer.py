@@ -89,6 +89,18 @@ class LayerResult:
     held_out_error: float | None
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """One matrix (R, C) of an expert and its bias (R,), where it has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
 @dataclass
 class _Taken:
     """What the groups of a layer have taken: bits, weights, and whether their bits follow the step."""
@@ -119,7 +131,7 @@ class LayerCompressor:
     def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
         self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
         self._activation = family.activation(config)
-        self._device = torch.device(settings.device)
+        self.device = torch.device(settings.device)
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
@@ -171,9 +183,9 @@ class LayerCompressor:
             else:
                 solved = self._solve_at_rate(solve, tallies, layer, group, taken)
             if seen is not None:
-                weights = [solved[name].quantized.weight for name in layer.projections]
                 for place, expert in enumerate(group):
-                    matrices = [weight[place] for weight in weights]
+                    weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                    matrices = self._linears(layer, expert, weights)
                     more_wrong, more_right = self._run(layer, expert, matrices, seen)
                     wrong, right = wrong + more_wrong, right + more_right
             group_done(i + 1, len(groups))
@@ -246,10 +258,25 @@ class LayerCompressor:
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
         name = self._family.weight_name(layer, expert, projection)
-        weight = self._checkpoint.tensor(name).to(self._device).float()
+        weight = self._checkpoint.tensor(name).to(self.device).float()
         if not torch.isfinite(weight).all():
             raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
         return weight
+
+    def _linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[_Linear]:
+        """Return an expert's matrices, those given, with their biases."""
+        return [_Linear(weight, self._bias(layer, expert, name)) for name, weight in weights.items()]
+
+    def _bias(self, layer: MoELayer, expert: int, projection: str) -> Tensor | None:
+        if layer.layout is None or not layer.layout.biased:
+            return None
+        tensor, rows = layer.layout.place(projection, layer.shapes[projection][0])
+        bias = self._checkpoint.tensor(f"{layer.experts}.{tensor}_bias")[expert].to(self.device).float()
+        return bias if rows is None else bias[rows]
+
+    def truth(self, layer: MoELayer, expert: int) -> list[_Linear]:
+        """Return an expert's dense matrices, with their biases."""
+        return self._linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
 
     def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
         return torch.stack([self._weights(layer, expert, projection) for expert in group])
@@ -283,7 +310,10 @@ class LayerCompressor:
         solved: dict[str, Solved] = {}
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
-            before = [[solved[name].quantized.weight[place] for name in solved] for place in range(len(group))]
+            before = [
+                self._linears(layer, expert, {name: solved[name].quantized.weight[place] for name in solved})
+                for place, expert in enumerate(group)
+            ]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
             factors = None if solved else first.get(stage[0])
             if factors is None:
@@ -305,7 +335,7 @@ class LayerCompressor:
         self,
         seen: LayerInputs,
         rows_of: list[Tensor],
-        before: list[list[Tensor]],
+        before: list[list[_Linear]],
         starved: list[bool],
         columns: int,
     ) -> Tensor:
@@ -319,48 +349,49 @@ class LayerCompressor:
             hessian = self._mean_hessian(parts, matrices, len(rows), columns)
             if few:
                 if of_layer is None or matrices:  # in front of the first projection it is the same for all
-                    sample = seen.sample.to(self._device)
+                    sample = seen.sample.to(self.device)
                     of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
                 hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
             hessians.append(hessian)
         return torch.stack(hessians)
 
-    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Tensor], tokens: int, columns: int) -> Tensor:
+    def _mean_hessian(self, parts: Iterable[Tensor], before: list[_Linear], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
-        hessian = new(columns, device=self._device)
+        hessian = new(columns, device=self.device)
         for x in parts:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
 
-    def _run(self, layer: MoELayer, expert: int, matrices: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
+    def _run(self, layer: MoELayer, expert: int, matrices: list[_Linear], seen: LayerInputs) -> tuple[float, float]:
         """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
         all_rows, all_gates = seen.assigned.of_expert(expert)
         apart = seen.reference[all_rows]
         rows, gates = all_rows[~apart], all_gates[~apart]
-        truth: list[Tensor] = []
+        truth: list[_Linear] = []
         wrong = right = 0.0
         for start in range(0, len(rows), _TOKENS):
             part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
-            x, weights = self._gather(seen, part), weights.to(self._device)
-            y = self._expert(x, matrices) * weights
+            x, weights = self._gather(seen, part), weights.to(self.device)
+            y = self.expert(x, matrices) * weights
             seen.hidden.add(part, y.cpu())
-            rides = seen.validation[part].to(self._device)
+            rides = seen.validation[part].to(self.device)
             if rides.any():
-                truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
-                dense = self._expert(x[rides], truth) * weights[rides]
+                truth = truth or self.truth(layer, expert)
+                dense = self.expert(x[rides], truth) * weights[rides]
                 wrong += (y[rides] - dense).double().square().sum().item()
                 right += dense.double().square().sum().item()
         if apart.any():
-            truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
-            rows, gates = all_rows[apart], all_gates[apart, None].to(self._device)
-            seen.hidden.add(rows, (self._expert(self._gather(seen, rows), truth) * gates).cpu())
+            truth = truth or self.truth(layer, expert)
+            rows, gates = all_rows[apart], all_gates[apart, None].to(self.device)
+            seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
         return wrong, right
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
-        return seen.inputs.gather(rows).to(self._device)
+        return seen.inputs.gather(rows).to(self.device)
 
-    def _expert(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
-        return self._inner(x, matrices[:-1]) @ matrices[-1].T
+    def expert(self, x: Tensor, matrices: list[_Linear]) -> Tensor:
+        """Send tokens through the matrices of one expert."""
+        return matrices[-1].of(self._inner(x, matrices[:-1]))
 
-    def _inner(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
-        return inner(self._activation, [x @ matrix.T for matrix in matrices])
+    def _inner(self, x: Tensor, matrices: list[_Linear]) -> Tensor:
+        return inner(self._activation, [matrix.of(x) for matrix in matrices])
