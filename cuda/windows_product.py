@@ -45,7 +45,7 @@ from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each, columns
 from qmoe_lite.cuda.windows import decode_window_rows, length_of, load_table
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
-# Chosen by a model, not measured: writing and reading a decoded matrix takes as long as 16 tokens do, four at a time.
+# on an H200 decoded tiles took longer for 16 tokens and less long for 64 (bench/results/nvidia-h200.txt)
 PRODUCT_TOKENS = 16
 _QUARTER = np.float32(0.25)
 _ALL = 0xFFFFFFFF
