@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
@@ -37,7 +38,16 @@ class Writer:
     def write_layer(self, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
         """Write one sparse layer's tensors; return the CRC-32 of each."""
         stored = {self._stored_name(name): tensor for name, tensor in tensors.items()}
-        return files.write_tensors(self._directory / self._file_name(number), stored)
+        return files.write_tensors(self.layer_file(number), stored)
+
+    def read_layer(self, number: int, names: list[str]) -> dict[str, Tensor]:
+        """Read tensors of a sparse layer that was written before."""
+        with safe_open(self.layer_file(number), framework="pt") as file:
+            return {name: file.get_tensor(self._stored_name(name)) for name in names}
+
+    def layer_file(self, number: int) -> Path:
+        """Return where a sparse layer's tensors are written."""
+        return self._directory / self._file_name(number)
 
     def write_rest(self, checksums: dict[str, int], settings: dict[str, Any]) -> None:
         """Write what is not in the sparse layers' files.

@@ -185,8 +185,7 @@ class LayerCompressor:
             if seen is not None:
                 for place, expert in enumerate(group):
                     weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
-                    matrices = self._linears(layer, expert, weights)
-                    more_wrong, more_right = self._run(layer, expert, matrices, seen)
+                    more_wrong, more_right = self.run(layer, expert, weights, seen)
                     wrong, right = wrong + more_wrong, right + more_right
             group_done(i + 1, len(groups))
         tensors: dict[str, Tensor] = {}
@@ -362,8 +361,11 @@ class LayerCompressor:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
 
-    def _run(self, layer: MoELayer, expert: int, matrices: list[_Linear], seen: LayerInputs) -> tuple[float, float]:
+    def run(
+        self, layer: MoELayer, expert: int, weights_of: dict[str, Tensor], seen: LayerInputs
+    ) -> tuple[float, float]:
         """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
+        matrices = self._linears(layer, expert, weights_of)
         all_rows, all_gates = seen.assigned.of_expert(expert)
         apart = seen.reference[all_rows]
         rows, gates = all_rows[~apart], all_gates[~apart]
