@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.reader import Checkpoint, names_in, of_experts
+from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 
 _DENSE_SHARD = 2 << 30  # bytes of dense tensors in one file
 
@@ -62,7 +62,7 @@ class Writer:
         weight_map: dict[str, str] = {}
         for number in range(self._layers):
             file_name = self._file_name(number)
-            weight_map |= dict.fromkeys(names_in(self._directory / file_name), file_name)
+            weight_map |= dict.fromkeys(_names_in(self._directory / file_name), file_name)
         for number, shard in enumerate(self._dense_shards, self._layers):
             file_name = self._file_name(number)
             # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
@@ -106,3 +106,9 @@ class Writer:
 
     def _file_name(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self._layers + len(self._dense_shards):05d}.safetensors"
+
+
+def _names_in(file: Path) -> list[str]:
+    """Names of the tensors in one safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

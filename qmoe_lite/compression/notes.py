@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.checkpoint.report import Report, stored_bytes, versions
+from qmoe_lite.checkpoint.report import ProjectionReport, Report, stored_bytes, versions
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.state import Done
 from qmoe_lite.compression.verdict import Verdict
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Grid
 
+_NAMED = 8  # layers whose experts one note names
 RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
 
 
@@ -51,6 +52,8 @@ def make_report(
     nearest = sum(p.hessian_classes.get("nearest", 0) for p in done.projections)
     if nearest and settings.recipe != "nearest":
         notes.append(f"{nearest} matrices had no usable Hessian and were rounded to nearest")
+    if starved := _without_tokens(done.projections, layers):
+        notes.append(starved)
     experts, others = stored_bytes(compressed)
     rate, bits = settings.rate, 8 * experts / sum(layer.weights for layer in layers)
     if rate is not None and abs(bits - rate) > RATE_TOLERANCE * rate:
@@ -72,3 +75,26 @@ def make_report(
         versions=versions(),
         verdict=None if verdict is None else verdict.to_json(),
     )
+
+
+def _without_tokens(projections: list[ProjectionReport], layers: list[MoELayer]) -> str | None:
+    """Name the experts that no calibration token reached, where some were reached."""
+    blocks = {layer.experts: layer.block for layer in layers}
+    tokens = {row.layer: row.tokens for row in projections}
+    if not any(map(any, tokens.values())):
+        return None
+    starved = {name: [expert for expert, count in enumerate(of) if count == 0] for name, of in tokens.items()}
+    each = [f"{blocks[name]}: {ranges(experts)}" for name, experts in starved.items() if experts]
+    more = f"; and in {len(each) - _NAMED} more layers" if len(each) > _NAMED else ""
+    return f"experts that no calibration token reached, in {'; in '.join(each[:_NAMED])}{more}" if each else None
+
+
+def ranges(numbers: list[int]) -> str:
+    """Format ascending numbers shortly: 3, 7-9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

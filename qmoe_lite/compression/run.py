@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.config_file import check_named
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, versions
@@ -25,10 +26,12 @@ from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import grid_and_rate, with_mean_step
+from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import locked
 from qmoe_lite.compression.notes import make_report
+from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
@@ -73,6 +76,7 @@ def compress(
     seed: int = 0,
     rate: float | None = None,
     stop_when_bad: bool = False,
+    check_first: bool = False,
     family: str | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
@@ -128,6 +132,8 @@ def compress(
         for it.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
+    check_first : bool
+        Search all tensors for NaN and infinity before the first layer.
     family : str, optional
         "auto" takes a model type that is not among the tested ones too, if its first blocks compute what transformers
         does.
@@ -175,6 +181,7 @@ def compress(
         seed=seed,
         rate=None if rate is None else check_rate(rate),
         stop_when_bad=stop_when_bad,
+        check_first=check_first,
         device=str(find_device(device)),
     )
     options.check()
@@ -217,6 +224,7 @@ class _Run:
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, partial
+        check_named(model)
         self.family, self.checkpoint = open_checkpoint(model, auto)
         check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
@@ -226,6 +234,7 @@ class _Run:
         if extra := unused(self.family, self.model, self.checkpoint):
             self.checkpoint.forget(extra)
             self.degraded.append(f"left out {len(extra)} tensors that transformers does not load, such as {extra[0]}")
+        self.checkpoint.check_index()
         self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
@@ -239,12 +248,15 @@ class _Run:
         self.verdict: Verdict | None = None
 
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
+        if self.settings.check_first:
+            check_finite(self.checkpoint, self._progress)
         if calibration is None:
             self._open_partial(None, resume)
             for number in range(len(self.layers)):
                 self._finish_layer(number, None)
                 self.unfinished.save()
         else:
+            check_window(self.config, self.settings.sequence_length)
             tokenizer = open_tokenizer(self.checkpoint.directory)
             samples = self._samples(calibration, tokenizer)
             check_ids(samples.all, self.config.get_text_config().vocab_size)
@@ -273,7 +285,7 @@ class _Run:
         runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings, samples.reference)
         ids = [samples.all.input_ids]
         if samples.all.labels is not None:
-            ids.append(self._decoder_input(samples.all.labels))
+            ids.append(samples.decoder_input(self.config))
         memory: ListBuffer | None = None
         resumed, finished = self.unfinished.stack, self.unfinished.block
         with capacity_lifted(self.model):
@@ -306,12 +318,6 @@ class _Run:
                 memory = hidden
             assert memory is not None
             self.verdict = samples.judge(memory, *self.family.head(self.model, self.checkpoint), self.settings.rate)
-
-    def _decoder_input(self, labels: np.ndarray) -> np.ndarray:
-        """Shift labels to the right, as transformers does."""
-        start = self.config.decoder_start_token_id
-        start = self.config.pad_token_id if start is None else start
-        return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
 
     def _seen(
         self,

@@ -33,7 +33,7 @@ from qmoe_lite.models.blocks import Mark
 from qmoe_lite.quantization.grid import Grid
 
 STATE_FILE = "state.json"
-_NOT_DECISIVE = ("stop_when_bad", "batch_size")
+_NOT_DECISIVE = ("stop_when_bad", "check_first", "batch_size")
 _SIZES_OF_GROUPS = ("group_size", "group_bytes")
 _LARGE = 1 << 30  # bytes of a model that take a while to read
 

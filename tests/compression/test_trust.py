@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -10,14 +11,19 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from checks import Killed, bytes_of, changed_copy
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import qmoe_lite as qm
 from qmoe_lite import MinMaxTernary
 from qmoe_lite.checkpoint.report import read_report
 from qmoe_lite.compression.lock import locked
-from qmoe_lite.errors import OutputError, ResumeError
+from qmoe_lite.compression.notes import ranges
+from qmoe_lite.compression.positions import positions_of
+from qmoe_lite.errors import CheckpointError, NotFiniteError, OutputError, ResumeError, SettingError, TextError
 
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
 
@@ -107,8 +113,6 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def four_layers(made_once, tokenizer):
     """A Switch with four sparse layers."""
-    import tiny
-
     sparse = {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
     return made_once("switch-four", lambda place: tiny.make_switch(place, tokenizer, **sparse))
 
@@ -206,3 +210,131 @@ def test_a_run_resumes_with_smaller_batches_and_groups(tmp_path, switch, text_fi
     qm.compress(switch, tmp_path / "out", progress=places.append, batch_size=3, group_size=2, **settings)
     assert len(places) == 2  # groups of the second layer
     assert bytes_of(tmp_path / "out") == bytes_of(compressed[0])
+
+
+# what is wrong with the input, found before the work
+
+
+def test_windows_longer_than_the_positions_are_refused(tmp_path, run, causal, switch, text_file):
+    model = changed_copy(causal("mixtral"), tmp_path / "mixtral", max_position_embeddings=40)
+    with pytest.raises(SettingError, match="sequence_length is 41; the model has 40 positions"):
+        qm.compress(model, tmp_path / "out", calibration=text_file, **{**SMALL, "sequence_length": 41})
+    code, _, err = run("eval", model, "--text", text_file, "--sequence-length", 41)
+    assert (code, "the model has 40 positions" in err) == (1, True)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "expected"),
+    [
+        ("switch_transformers", {"max_position_embeddings": 128}, None),  # relative positions
+        ("mixtral", {"max_position_embeddings": 64}, 64),
+        ("mixtral", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, None),
+        (
+            "qwen3_moe",
+            {
+                "max_position_embeddings": 100,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 80,
+                    "rope_theta": 1e4,
+                },
+            },
+            320,
+        ),
+        ("gpt_oss", {}, 131072),
+        ("gemma4", {}, 131072),  # of its text; each kind of layer has its own rotation
+        ("jamba", {}, None),
+        ("nemotron_h", {}, None),
+        ("granitemoehybrid", {}, None),
+        ("granitemoehybrid", {"position_embedding_type": "rope", "max_position_embeddings": 77}, 77),
+    ],
+)
+def test_how_far_positions_reach(model_type, settings, expected):
+    assert positions_of(AutoConfig.for_model(model_type, **settings)) == expected
+
+
+def test_a_check_before_the_first_layer_finds_every_nan(tmp_path, run, switch):
+    model = changed_copy(switch, tmp_path / "nan")
+    tensors = load_file(model / "model.safetensors")
+    for name in ("decoder.block.1.layer.2.mlp.experts.expert_2.wo.weight", "shared.weight"):
+        tensors[name].view(-1)[-1] = float("inf")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    events = []
+    with pytest.raises(NotFiniteError, match=r"expert_2.wo.weight in .* NaN or infinity, and 1 other tensors do"):
+        qm.compress(model, tmp_path / "out", recipe="nearest", check_first=True, progress=events.append)
+    assert {event.done for event in events} == {0}
+    code, _, err = run("compress", model, tmp_path / "out", "--recipe", "nearest", "--check-first")
+    assert (code, "expert_2.wo.weight" in err) == (1, True)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"), [(["model_type"], "model_type"), (["model_type", "architectures"], None)]
+)
+def test_a_config_of_no_known_model_says_what_it_lacks(tmp_path, run, switch, compressed, lacking):
+    for source, command in ((switch, "compress"), (compressed[0], "inspect"), (compressed[0], "verify")):
+        model = changed_copy(source, tmp_path / command)
+        config = json.loads((model / "config.json").read_text())
+        rest = {key: value for key, value in config.items() if key not in lacking}
+        (model / "config.json").write_text(json.dumps(rest))
+        more = [tmp_path / "out", "--recipe", "nearest"] if command == "compress" else []
+        code, out, err = run(command, model, *more)
+        assert code == 1
+        assert f"config.json lacks {' and '.join(lacking)}: it does not say what" in out + err
+
+
+def test_an_index_that_names_a_lacking_tensor_is_found_at_the_start(tmp_path, switch):
+    model = changed_copy(switch, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    save_file(tensors, model / "model-00001-of-00001.safetensors", {"format": "pt"})
+    names = [*tensors, "encoder.block.1.layer.1.mlp.experts.expert_2.wo.scale", "x"]
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks encoder.*wo.scale and 1 more, which the index names. Fetch"):
+        qm.compress(model, tmp_path / "out", recipe="nearest")
+    assert not list(tmp_path.glob("out*"))
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_pickle_that_would_run_a_program_is_answered_by_our_own_remedy(tmp_path, switch, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = changed_copy(switch, tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    torch.save({"shared.weight": Malicious()}, model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError) as error:
+        qm.compress(model, tmp_path / "out", recipe="nearest")
+    assert "pytorch_model.bin asks for posix.system: a pickle may run any program" in str(error.value)
+    assert "weights_only" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [" " * 8192, "\n\t \u00a0\u2003" * 1000])
+def test_white_space_is_no_text(tmp_path, causal, run, content):
+    text = tmp_path / "white.txt"
+    text.write_text(content)
+    byte_model = tiny.make_causal(tmp_path / "model", tiny.train_tokenizer(tiny.make_text(0, 500)), "mixtral")
+    with pytest.raises(TextError, match="the text is empty but for white space"):
+        qm.compress(byte_model, tmp_path / "out", calibration=text, **SMALL)
+    code, _, err = run("eval", byte_model, "--text", text, "--sequence-length", 32)
+    assert (code, "white space" in err) == (1, True)
+
+
+def test_experts_without_a_token_are_named(tmp_path, switch, text_file):
+    few = {"samples": 1, "sequence_length": 32, "validation_samples": 0}
+    report = qm.compress(switch, tmp_path / "a", calibration=text_file, **few)
+    rows = {row.layer: row.tokens for row in report.projections}
+    starved = {name: [i for i, count in enumerate(tokens) if not count] for name, tokens in rows.items()}
+    (note,) = (line for line in report.degraded if line.startswith("experts that no calibration token reached, in "))
+    for name, experts in starved.items():
+        block = name.split(".layer.")[0]
+        assert (f"in {block}: " in note) == bool(experts)
+        assert not experts or f"{block}: {ranges(experts)}" in note
+    assert any(starved.values())
