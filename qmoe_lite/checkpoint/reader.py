@@ -18,30 +18,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qmoe_lite.checkpoint.sources import Source, View, dequantised, whole
+from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert's tensors, by the model's names; of no other but of biases
-_DTYPES = {  # what safetensors calls them
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def find_model(name: str | Path) -> Path:
@@ -109,7 +91,7 @@ class _Plain:
     @property
     def dtype(self) -> torch.dtype:
         part = self._part()
-        known = part.dtype if isinstance(part, Tensor) else _DTYPES.get(part.get_dtype())
+        known = part.dtype if isinstance(part, Tensor) else DTYPES.get(part.get_dtype())
         return known or self.read().dtype
 
     def read(self, expert: int | None = None) -> Tensor:
