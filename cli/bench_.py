@@ -9,6 +9,7 @@ import typer
 
 from qmoe_lite.bench._show.text import print_text
 from qmoe_lite.cli._options import JsonOption
+from qmoe_lite.errors import SettingError
 
 PlotOption = Annotated[Path | None, typer.Option(help="Draw the figures into this .png file.")]
 ThreadsOption = Annotated[int, typer.Option(help="Threads for torch and Numba.", min=1)]
@@ -29,6 +30,10 @@ def rates(
     weights: Annotated[
         int, typer.Option(help="Digits drawn per share of zeros, or read per projection.", min=1)
     ] = 4_300_800,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Uniform digits of so many bits instead of ternary ones; may be repeated. Takes no --plot."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for the random digits.", min=0)] = 0,
     plot: PlotOption = None,
     json: JsonOption = False,
@@ -41,7 +46,13 @@ def rates(
     from qmoe_lite.bench.rates import ZEROS, measure, measure_model
 
     _check(plot)
-    if model is None:
+    if rate:
+        from qmoe_lite.bench import rate_codes
+
+        if model is not None or plot is not None:
+            raise SettingError("--rate draws digits of its own. Leave --model and --plot out.")
+        _show(rate_codes.measure(tuple(rate), weights, seed), json, tables.print_rate_codes, None, None)
+    elif model is None:
         report = measure(weights, seed=seed, zeros=ZEROS)
         _show(report, json, tables.print_rates, plot, plots.draw_rates)
     else:
@@ -92,6 +103,7 @@ def layer(
     tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens per call; may be repeated. [default: 1, 4, 16, 64, 256]", min=1)
     ] = None,
+    rate: Annotated[float | None, typer.Option(help="Codes of so many bits a weight instead of ternary ones.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for torch and Numba. [default: all]", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed for digits, tokens and routing.", min=0)] = 0,
     plot: PlotOption = None,
@@ -105,7 +117,7 @@ def layer(
     from qmoe_lite.bench.layer import TOKENS, measure
 
     _check(plot)
-    report = measure(name, tuple(tokens or TOKENS), threads, seed)
+    report = measure(name, tuple(tokens or TOKENS), threads, seed, rate)
     _show(report, json, tables.print_layer, plot, plots.draw_layer)
 
 
@@ -227,7 +239,6 @@ def kernels(
     """
     from qmoe_lite.bench._show import tables
     from qmoe_lite.bench.kernels import measure
-    from qmoe_lite.errors import SettingError
 
     if not static:
         raise SettingError("bench kernels compiles only; expected --static. On a GPU, run: python bench/gpu.py")

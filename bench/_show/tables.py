@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qmoe_lite.bench.layer import LayerReport
     from qmoe_lite.bench.matmul import MatmulReport, Speed
     from qmoe_lite.bench.offload import OffloadReport
+    from qmoe_lite.bench.rate_codes import CodeReport
     from qmoe_lite.bench.rate_matmul import RateReport
     from qmoe_lite.bench.rates import ModelRatesReport, ProjectionRates, RatesReport
 
@@ -181,6 +182,37 @@ def print_rate_matmul(report: RateReport) -> None:
     others = ", ".join(f"{name} ({bits:g} bits) {speed:g}" for name, bits, speed in LLAMA_CPP)
     print_text("anew: the matrix dequantised for each of torch's float32 products.")
     print_text(f"llama.cpp, one token, not measured here (a thread of a Zen 3): {others}.")
+
+
+def print_rate_codes(report: CodeReport) -> None:
+    """Print the bits of the code of windows at each rate."""
+    from qmoe_lite.bench.rate_codes import BITS, WIDTH, WIDTHS
+    from qmoe_lite.coding.windows_product import USUAL_BITS
+
+    usual = str(USUAL_BITS)
+    print_rows(
+        f"Bits per weight, {report.weights:,} uniform digits in rows of {WIDTH}",
+        ["rate", "entropy", *(f"b={bits}" for bits in BITS), f"over\nb={usual}", "clip", "exceptions"],
+        (
+            [
+                f"{r.rate:g}",
+                *_figures(r.entropy, *r.by_bits.values()),
+                _over(r.by_bits[usual], r.entropy),
+                str(r.clip),
+                f"{r.exceptions:.3%}",
+            ]
+            for r in report.rates
+        ),
+    )
+    print_text("b: bits of a codeword; codewords and exceptions are counted. Speeds: one thread.\n")
+    print_rows(
+        f"With all that is stored of a matrix, by columns (b={usual}); million weights/s",
+        ["rate", *(f"{width:,}" for width in WIDTHS), "encode", "decode"],
+        (
+            [f"{r.rate:g}", *_figures(*r.stored.values()), f"{r.encode_speed:,.0f}", f"{r.decode_speed:,.0f}"]
+            for r in report.rates
+        ),
+    )
 
 
 def print_layer(report: LayerReport) -> None:

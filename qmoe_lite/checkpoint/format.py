@@ -70,6 +70,9 @@ def pack_experts(matrices: list[PackedMatrix], *, shares_scales: bool = False) -
     """
     if any(packed.row_codewords.dtype == torch.uint16 for packed in matrices):
         matrices = [replace(packed, row_codewords=packed.row_codewords.to(torch.uint16)) for packed in matrices]
+    if isinstance(matrices[0].codebook, Dictionary):  # every matrix that is read has scales: its checksum counts them
+        ones = torch.ones(matrices[0].columns, dtype=torch.bfloat16)
+        matrices = [p if p.column_scales is not None else replace(p, column_scales=ones) for p in matrices]
     row_codewords = torch.stack([packed.row_codewords.view(torch.uint8) for packed in matrices])  # uint16 has no stack
     offsets = [0]
     for packed in matrices:
@@ -91,8 +94,7 @@ def pack_experts(matrices: list[PackedMatrix], *, shares_scales: bool = False) -
 def _window_tensors(matrices: list[PackedMatrix], shares_scales: bool) -> dict[str, Tensor]:
     """Return what a dictionary's matrices have besides; exceptions of all experts in one list."""
     columns = 0 if shares_scales else matrices[0].columns
-    ones = torch.ones(columns, dtype=torch.bfloat16)
-    scales = [ones if p.column_scales is None else p.column_scales[:columns] for p in matrices]
+    scales = [p.column_scales[:columns] for p in matrices if p.column_scales is not None]
     starts, positions, values = ([p.tensors[name] for p in matrices] for name in EXCEPTION_PARTS)
     before = torch.tensor([0, *(len(part) for part in positions)]).cumsum(0)
     if int(before[-1]) > torch.iinfo(torch.int32).max:

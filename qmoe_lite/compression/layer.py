@@ -138,10 +138,11 @@ class LayerCompressor:
 
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
-        need = 0
+        need = kept = 0
         for stage in layer.stages:
             rows, columns = sum(layer.shapes[name][0] for name in stage), layer.shapes[stage[0]][1]
-            need = max(need, 12 * columns * columns + 16 * rows * columns)
+            need = max(need, kept + 12 * columns * columns + 16 * rows * columns)
+            kept = kept or 8 * columns * columns  # the first stage's factors, for another solve
         size = max(1, min(self._settings.group_size, self._settings.group_bytes // need))
         return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
 

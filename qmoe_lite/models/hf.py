@@ -3,7 +3,7 @@
 transformers builds the model on the meta device and asks the quantizer to change it before weights are loaded: each
 experts module is replaced by a `PackedExperts` with empty buffers, and from_pretrained fills them with maps of the
 files. transformers fills what a checkpoint lacks with random numbers and only warns, so names and shapes are compared
-first; checksums when a tensor is first used (see `_dense_checks`).
+first; checksums when a tensor is first used (see `dense_checks`).
 
 Imported by transformers' own import (see `_hook`), so numba and the kernels wait until a compressed model is loaded.
 """

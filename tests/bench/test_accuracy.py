@@ -7,9 +7,9 @@ import json
 import pytest
 import tiny
 
-from qmoe_lite.bench import rate_matmul
+from qmoe_lite.bench import rate_codes, rate_matmul
 from qmoe_lite.bench._show.accuracy import draw_accuracy, print_accuracy
-from qmoe_lite.bench._show.tables import print_rate_matmul
+from qmoe_lite.bench._show.tables import print_rate_codes, print_rate_matmul
 from qmoe_lite.bench.accuracy import DENSE, LLAMA_CPP, NEAREST, AccuracyReport, Point, measure
 from qmoe_lite.bench.real_model import plain, write_text
 from qmoe_lite.errors import SettingError
@@ -59,6 +59,25 @@ def test_products_at_a_rate_are_timed(monkeypatch, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines()[:8])) <= 80
     with pytest.raises(SettingError, match="unknown"):
         rate_matmul.measure((2.0,), ("none",))
+
+
+def test_uniform_digits_are_coded_at_a_rate(capsys):
+    report = rate_codes.measure((2.0,), 600_000)
+    for found in report.rates:
+        assert found.entropy < found.by_bits["10"] < 1.15 * found.entropy
+        assert found.by_bits["10"] < min(found.stored.values())
+        assert found.stored["2048"] == pytest.approx(found.rate, rel=0.03)
+        assert min(found.encode_speed, found.decode_speed) > 0
+    print_rate_codes(report)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    for arguments in (((9.0,), 30_000), ((2.0,), 100)):
+        with pytest.raises(SettingError):
+            rate_codes.measure(*arguments)
+
+
+def test_a_rate_and_a_model_do_not_go_together(run):
+    code, printed, noted = run("bench", "rates", "--rate", 2, "--model", "some")
+    assert (code, printed, "Leave --model" in noted) == (1, "", True)
 
 
 def test_tagged_text_becomes_plain_and_every_fifth_file_is_held_out(tmp_path):

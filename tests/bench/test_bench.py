@@ -201,6 +201,14 @@ def test_a_layer_is_timed_beside_transformers(bench, small_layer):
         assert min(row["ours"], *row["peers"].values()) > 0
 
 
+def test_a_layer_at_a_rate_is_timed_beside_transformers(small_layer):
+    report = layer.measure("small", (1, 6), rate=3.0)
+    assert report.bits_per_weight == pytest.approx(3.0, rel=0.25)  # its rows are narrow
+    assert [speed.tokens for speed in report.speeds] == [1, 6]
+    with pytest.raises(SettingError, match=r"expected 0\.6 to 4"):
+        layer.measure("small", (1,), rate=5.0)
+
+
 def test_no_layer_is_timed_that_differs_from_its_experts(small_layer, monkeypatch):
     whole = layer.PackedExperts.forward
     monkeypatch.setattr(layer.PackedExperts, "forward", lambda self, *arguments: 1.01 * whole(self, *arguments))

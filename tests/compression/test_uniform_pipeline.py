@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.format import FORMAT, WINDOW_PARTS
+from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.verdict import Verdict
 from qmoe_lite.errors import BadResultError, FormatError, SettingError
 from qmoe_lite.offload import attach
@@ -159,6 +160,48 @@ def test_verify_and_inspect_know_the_code(made, run):
     assert report.settings["grid"] == grid
     code, printed, _ = run("inspect", out)
     assert (code, "times the root mean square of a row" in printed, f"{steps[0]:.3f}" in printed) == (0, True, True)
+
+
+def test_a_grid_without_column_steps_is_stored_with_scales_of_one(made, text_file, tmp_path):
+    grid = qm.UniformGrid(level_dtype=torch.bfloat16, column_steps=False)
+    qm.compress(made()[0], tmp_path / "out", calibration=text_file, rate=2.5, grid=grid, **TEXT)
+    assert qm.verify(tmp_path / "out") == []
+    assert torch.isfinite(logits(qm.load(tmp_path / "out"))).all()
+
+
+def test_a_group_that_is_solved_again_keeps_the_hessians_of_its_inputs(made, text_file, tmp_path, monkeypatch):
+    dense, whole, _ = made()
+    stages, solves = [], []
+    hessians, solve = LayerCompressor._hessians, LayerCompressor._solve
+
+    def counted(self, seen, rows_of, before, *rest):
+        stages.append(len(before[0]))
+        return hessians(self, seen, rows_of, before, *rest)
+
+    monkeypatch.setattr(LayerCompressor, "_hessians", counted)
+    monkeypatch.setattr(LayerCompressor, "_solve", lambda *given: solves.append(1) or solve(*given))
+    qm.compress(dense, tmp_path / "out", calibration=text_file, rate=2.5, **TEXT)
+    assert len(solves) > 2, "no group was solved twice"
+    assert (stages.count(0), stages.count(2)) == (2, len(solves))
+    assert bytes_of(tmp_path / "out").keys() == bytes_of(whole).keys()
+
+
+def test_experts_that_see_the_same_tokens_share_a_hessian(tokenizer, text_file, tmp_path, monkeypatch):
+    every = {**MODELS["mixtral"], "num_experts_per_tok": 4}
+    dense = tiny.make_causal(tmp_path / "dense", tokenizer, "mixtral", **every)
+    qm.compress(dense, tmp_path / "shared", calibration=text_file, rate=2.5, **TEXT)
+    whole = LayerCompressor._hessians
+
+    def apart(self, seen, rows_of, before, starved, columns):
+        alone = [whole(self, seen, [r], [b], [s], columns) for r, b, s in zip(rows_of, before, starved, strict=True)]
+        return torch.cat(alone)
+
+    monkeypatch.setattr(LayerCompressor, "_hessians", apart)
+    qm.compress(dense, tmp_path / "apart", calibration=text_file, rate=2.5, **TEXT)
+    shared, alone = (
+        {k: v for k, v in bytes_of(tmp_path / n).items() if "report" not in k} for n in ("shared", "apart")
+    )
+    assert shared == alone
 
 
 def test_a_killed_run_ends_with_the_same_bytes(made, text_file, tmp_path):
