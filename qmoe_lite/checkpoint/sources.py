@@ -15,9 +15,6 @@ from torch import Tensor
 
 from qmoe_lite.errors import CheckpointError, SettingError
 
-_MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # of each 4 bits, E2M1
-_SCALES = ("_scale_inv", "_scale")  # what is added to the name of an FP8 tensor
-_CONVERT = "Convert it to bfloat16 first: load it in transformers with dtype=bfloat16, dequantise, save_pretrained."
 DTYPES = {  # what safetensors calls them
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -36,6 +33,9 @@ DTYPES = {  # what safetensors calls them
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # of each 4 bits, E2M1
+_SCALES = ("_scale_inv", "_scale")  # what is added to the name of an FP8 tensor
+_CONVERT = "Convert it to bfloat16 first: load it in transformers with dtype=bfloat16, dequantise, save_pretrained."
 
 
 class Source(Protocol):

@@ -81,7 +81,7 @@ class Writer:
         if not (
             config.get("dtype") or config.get("torch_dtype")
         ):  # else transformers would take the first tensor's: the levels'
-            dense = [self._checkpoint.tensor(name) for name in self._dense_names]
+            dense = [self._checkpoint.meta(name) for name in self._dense_names]
             largest = max(dense, key=lambda tensor: tensor.nbytes)
             config["dtype"] = str(largest.dtype).removeprefix("torch.")
         config["quantization_config"] = settings
@@ -96,7 +96,7 @@ class Writer:
         shards: list[list[str]] = [[]]
         size = 0
         for name in self._dense_names:
-            tensor = self._checkpoint.tensor(name)
+            tensor = self._checkpoint.meta(name)
             if size and size + tensor.nbytes > _DENSE_SHARD:
                 shards.append([])
                 size = 0

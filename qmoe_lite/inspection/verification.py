@@ -146,13 +146,11 @@ class _Search:
             with self.found("model_type", "config.json"):
                 check_named(self.path)
                 family = family_of(checkpoint.config.get("model_type"), auto=True)
+        layers: list[MoELayer] | None = None
         if family is not None:
             with self.found("", "config.json"):
                 config = read_config(str(self.path))
                 checkpoint.know_as(family.views(config, checkpoint))
-        layers: list[MoELayer] | None = None
-        if family is not None and config is not None:
-            with self.found("", "config.json"):
                 layers = family.layers(config)
                 self.look_at_dense_shapes(family, config, layers, checkpoint)
         here = [name for name in checkpoint.names if checkpoint.stored_name(name) not in self.lost]
