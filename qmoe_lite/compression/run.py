@@ -355,7 +355,7 @@ class _Run:
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
         if self.compressor.rate is not None:
-            self.done.rates[layer.experts] = self.compressor.rate.to_json()
+            self.done.known[layer.experts] = {"rate": self.compressor.rate.to_json()}
         error = result.held_out_error
         if error is not None and error > BAD_LAYER and self._warning is None:
             self._warning = (

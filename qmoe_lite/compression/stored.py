@@ -46,7 +46,7 @@ def know_layers_before(
         compressor.dictionaries.resume(Dictionary.from_config(book) for book in each.values())
         if rate is not None:
             first = {"rate": rate, "weights": sum(layer.weights for layer in layers)}
-            compressor.rate = RateControl(**(done.rates[before[-1]] if before else first))
+            compressor.rate = RateControl(**(done.known[before[-1]]["rate"] if before else first))
     except (TypeError, KeyError) as error:
         raise ResumeError("the unfinished work has a damaged state. Start over with --restart.") from error
 
