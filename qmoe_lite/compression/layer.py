@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import tensor_name
@@ -17,6 +18,7 @@ from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
+from qmoe_lite.compression.dead_zone import USUAL, DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
@@ -44,8 +46,9 @@ def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
     return rows[torch.from_numpy(np.sort(chosen))]
 
 
-def _step(grid: Grid) -> float | None:
-    return grid.step if isinstance(grid, UniformGrid) else None
+def _compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
+    """Return the sums of squares of the outputs' error, of the outputs and of what the dense experts put out."""
+    return np.array([part.double().square().sum().item() for part in (outputs - dense, outputs, dense)])
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class LayerCompressor:
         self._activation = family.activation(config)
         self._device = torch.device(settings.device)
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
+        self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
 
@@ -156,7 +160,7 @@ class LayerCompressor:
         """
         groups = self.groups(layer)
         tallies = {name: self._tally(layer, name) for name in layer.projections}
-        wrong = right = 0.0
+        found = np.zeros(3)
         taken = _Taken()
         for i, group in enumerate(groups):
             solve: Solver
@@ -169,13 +173,14 @@ class LayerCompressor:
                 for name, result in solved.items():
                     tallies[name].add(result)
             else:
+                if seen is not None:
+                    self._begin_dead_zone(solve, layer, group, seen)
                 solved = self._solve_at_rate(solve, tallies, layer, group, taken)
             if seen is not None:
                 weights = [solved[name].quantized.weight for name in layer.projections]
                 for place, expert in enumerate(group):
                     matrices = [weight[place] for weight in weights]
-                    more_wrong, more_right = self._run(layer, expert, matrices, seen)
-                    wrong, right = wrong + more_wrong, right + more_right
+                    found += self._run(layer, expert, matrices, seen)
             group_done(i + 1, len(groups))
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
@@ -188,6 +193,9 @@ class LayerCompressor:
             self.rate.finish_layer(
                 layer.weights, max(stored_bits, taken.bits) if taken.dead else stored_bits, taken.tells
             )
+        wrong, energy, right = found.tolist()
+        if self.dead_zone is not None and self.dead_zone.known and right:
+            self.dead_zone.finish_layer(energy / right)
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
 
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
@@ -214,6 +222,8 @@ class LayerCompressor:
         rate, grid = self.rate, self._grid
         assert rate is not None
         assert isinstance(grid, UniformGrid)
+        if self.dead_zone is not None:
+            grid = replace(grid, dead_zone=self.dead_zone.width)
         windows = {name: tally for name, tally in tallies.items() if isinstance(tally, WindowTally)}
         decides = rate.first or rate.done_weights + layer.weights == rate.weights
         weights = len(group) * layer.weights // layer.count
@@ -243,6 +253,28 @@ class LayerCompressor:
             tally.keep(solved[name], packed[name])
         return solved
 
+    def _begin_dead_zone(self, solve: Solver, layer: MoELayer, group: range, seen: LayerInputs) -> None:
+        """Solve the first group without and with the usual dead zone, for what each does to its experts' outputs."""
+        zone, rate = self.dead_zone, self.rate
+        if zone is None or zone.known or rate is None or not rate.first or not seen.validation.any():
+            return
+        assert isinstance(self._grid, UniformGrid)
+        energies = []
+        for width in (0.0, USUAL):
+            solved = solve(replace(self._grid, step=rate.step, dead_zone=width))
+            weights = [solved[name].quantized.weight for name in layer.projections]
+            found = np.zeros(3)
+            for place, expert in enumerate(group):
+                rows, gates = seen.assigned.of_expert(expert)
+                rides = seen.validation[rows].nonzero()[:_TOKENS, 0]
+                truth = [self._weights(layer, expert, name) for name in layer.projections]
+                x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self._device)
+                matrices = [weight[place] for weight in weights]
+                found += _compared(self._expert(x, matrices) * shares, self._expert(x, truth) * shares)
+            energies.append(found[1] / found[2] if found[2] else 0.0)
+        if all(energies):
+            zone.begin(*energies)
+
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
         name = self._family.weight_name(layer, expert, projection)
@@ -257,7 +289,7 @@ class LayerCompressor:
     def _nearest(self, layer: MoELayer, group: range, grid: Grid) -> dict[str, Solved]:
         def one(name: str) -> Solved:
             quantized = gptq(self._group_weights(layer, group, name), None, grid)
-            return Solved(quantized, [0] * len(group), ["nearest"] * len(group), _step(grid))
+            return Solved(quantized, [0] * len(group), ["nearest"] * len(group), grid)
 
         return {name: one(name) for name in layer.projections}
 
@@ -298,7 +330,7 @@ class LayerCompressor:
                 pairs = zip(quantized.hessian_class, starved, strict=True)
                 classes = ["blended" if known == "own" and few else known for known, few in pairs]
                 tokens = [len(rows) for rows in rows_of]
-                solved[name] = Solved(quantized, tokens, classes, _step(grid))
+                solved[name] = Solved(quantized, tokens, classes, grid)
         return solved
 
     def _hessians(
@@ -332,13 +364,13 @@ class LayerCompressor:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
 
-    def _run(self, layer: MoELayer, expert: int, matrices: list[Tensor], seen: LayerInputs) -> tuple[float, float]:
-        """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
+    def _run(self, layer: MoELayer, expert: int, matrices: list[Tensor], seen: LayerInputs) -> NDArray[np.float64]:
+        """Add a quantised expert's outputs to the hidden states; return what `_compared` does of validation tokens."""
         all_rows, all_gates = seen.assigned.of_expert(expert)
         apart = seen.reference[all_rows]
         rows, gates = all_rows[~apart], all_gates[~apart]
         truth: list[Tensor] = []
-        wrong = right = 0.0
+        found = np.zeros(3)
         for start in range(0, len(rows), _TOKENS):
             part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
             x, weights = self._gather(seen, part), weights.to(self._device)
@@ -348,13 +380,12 @@ class LayerCompressor:
             if rides.any():
                 truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
                 dense = self._expert(x[rides], truth) * weights[rides]
-                wrong += (y[rides] - dense).double().square().sum().item()
-                right += dense.double().square().sum().item()
+                found += _compared(y[rides], dense)
         if apart.any():
             truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
             rows, gates = all_rows[apart], all_gates[apart, None].to(self._device)
             seen.hidden.add(rows, (self._expert(self._gather(seen, rows), truth) * gates).cpu())
-        return wrong, right
+        return found
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
         return seen.inputs.gather(rows).to(self._device)

@@ -24,7 +24,8 @@ from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
-from qmoe_lite.compression.choice import grid_and_rate, with_mean_step
+from qmoe_lite.compression.choice import as_used, grid_and_rate
+from qmoe_lite.compression.dead_zone import DeadZone
 from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.rate import RateControl, check_rate
@@ -44,7 +45,7 @@ from qmoe_lite.models.skeletons import (
     skeleton,
     unused,
 )
-from qmoe_lite.quantization.grid import Grid
+from qmoe_lite.quantization.grid import Grid, UniformGrid
 
 RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
@@ -199,6 +200,7 @@ class _Run:
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self.family, self.checkpoint = open_checkpoint(model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
+        self.adapts = grid is None and isinstance(self.grid, UniformGrid)  # its dead zone follows the model
         if self.checkpoint.config.get("quantization_config"):
             raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
@@ -240,6 +242,8 @@ class _Run:
             for book in books.values()
             if book["kind"] == KIND
         )
+        if self.adapts:
+            self.compressor.dead_zone = DeadZone(**(self.done.dead_zone or {}))
         if self.settings.rate is not None:
             weights = sum(layer.weights for layer in self.layers)
             known = self.done.rate or {"rate": self.settings.rate, "weights": weights}
@@ -323,6 +327,8 @@ class _Run:
         self.done.held_out_error[layer.experts] = result.held_out_error
         if self.compressor.rate is not None:
             self.done.rate = self.compressor.rate.to_json()
+        if self.compressor.dead_zone is not None:
+            self.done.dead_zone = self.compressor.dead_zone.to_json()
         error = result.held_out_error
         if error is not None and error > BAD_LAYER and self._warning is None:
             self._warning = (
@@ -341,7 +347,7 @@ class _Run:
         settings = quantization_config(
             self.done.codebooks,
             recipe=self.settings.recipe,
-            grid=with_mean_step(self.grid, self.done.projections).to_config(),
+            grid=as_used(self.grid, self.done.projections).to_config(),
             level_dtype=self.grid.level_dtype or torch.float32,
             versions=_versions(),
         )
@@ -368,7 +374,7 @@ class _Run:
         dense_experts, dense_others = stored_bytes(self.checkpoint)
         return Report(
             model=str(self.checkpoint.directory),
-            settings={**asdict(self.settings), "grid": with_mean_step(self.grid, self.done.projections).to_config()},
+            settings={**asdict(self.settings), "grid": as_used(self.grid, self.done.projections).to_config()},
             projections=self.done.projections,
             held_out_error={k: v for k, v in self.done.held_out_error.items() if v is not None},
             degraded=self.degraded,

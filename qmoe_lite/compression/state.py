@@ -56,6 +56,7 @@ class Done:
     codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
     rate: dict[str, Any] | None = None
+    dead_zone: dict[str, Any] | None = None
 
 
 class Unfinished:
