@@ -163,12 +163,13 @@ def _evaluated(model: str | Path, text: str | Path, sequence_length: int, held_o
 
     from qmoe_lite.checkpoint.reader import find_model
     from qmoe_lite.compression.calibration import open_tokenizer
-    from qmoe_lite.models.skeletons import auto_class, open_checkpoint
+    from qmoe_lite.models.building import auto_class
+    from qmoe_lite.models.skeletons import open_checkpoint
     from qmoe_lite.text.evaluation import evaluate
 
     directory = find_model(model)
-    family, _ = open_checkpoint(directory)
-    loaded = auto_class(family).from_pretrained(directory, dtype=torch.float32)
+    family, checkpoint = open_checkpoint(directory)
+    loaded = auto_class(family, checkpoint.config).from_pretrained(directory, dtype=torch.float32)
     found = evaluate(
         loaded, open_tokenizer(directory), text, samples=held_out, sequence_length=sequence_length, batch_size=1
     )

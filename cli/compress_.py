@@ -60,6 +60,10 @@ def compress(
     ] = "float32",
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
+    family: Annotated[
+        str | None,
+        typer.Option(help="auto: take a model type that is not in the list of tested ones, if its first blocks agree."),
+    ] = None,
     stop_when_bad: Annotated[
         bool, typer.Option("--stop-when-bad", help="End after the first layer that is bad; the work can be resumed.")
     ] = False,
@@ -90,6 +94,7 @@ def compress(
         "grid": chosen,
         "rate": rate,
         "stop_when_bad": stop_when_bad,
+        "family": family,
         "recipe": recipe,
         "samples": samples,
         "sequence_length": sequence_length,

@@ -17,7 +17,7 @@ from qmoe_lite.cuda.variants import WIDTHS, Variant, WindowVariant, choose_varia
 from qmoe_lite.cuda.window_packets import WindowPackets
 
 # pairs of token and expert that are all gathered, since then the host need not know how many tokens an expert has:
-# beyond, by a model of the time and not measured, decoding an expert once for many tokens is worth waiting to know
+# beyond, by a model of the time, decoding an expert once for many tokens is worth waiting to know
 GATHERED_PAIRS = 4096
 
 Matrices = Packets | WindowPackets  # of one layer all are of one kind

@@ -29,7 +29,7 @@ from qmoe_lite.cuda.intrinsics import (
     word_at,
 )
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
-from qmoe_lite.cuda.packets import KINDS, Packets, bits16, codewords_each
+from qmoe_lite.cuda.packets import KINDS, Packets, Prepared, bits16, codewords_each
 from qmoe_lite.cuda.variants import ACTIVATIONS, Variant, choose_lanes, device_words, padded_columns
 
 WARPS = (8, 16)  # per block, least and most: each block loads the table and x
@@ -57,10 +57,11 @@ def gather(
     packets = matrices[0]
     # not by how many groups there are: a token's bytes must not depend on the others
     lanes = choose_lanes(packets.packets_each, packets.rows, launch.multiprocessors(x.device))
-    key = variant, lanes, weights is not None, places.numel(), slots, *matrices[1:]
+    settings = variant, lanes, weights is not None, places.numel(), slots
+    key = settings, matrices[1:]
     ready = packets.launches.get(key)
     if ready is None:
-        ready = packets.launches[key] = _prepare(matrices, *key[:5])
+        ready = packets.launches[key] = _prepare(matrices, *settings)
     grid = share_rows(packets.rows, lanes, experts.numel(), ready.shared_bytes, WARPS, *launch.sizes(x.device))
     given = bits16(x), places, experts, members, experts if weights is None else weights, bits16(y)
     ready.launch(grid, *given)
@@ -68,7 +69,7 @@ def gather(
 
 def _prepare(
     matrices: tuple[Packets, ...], variant: Variant, lanes: int, weighted: bool, places: int, slots: int
-) -> launch.Prepared:
+) -> Prepared:
     packets = matrices[0]
     padded = padded_columns(tuple(each.codebook for each in matrices), packets.columns)
     arrays: list[Tensor] = []
@@ -77,7 +78,7 @@ def _prepare(
         arrays += each.words, each.starts, bits16(each.levels), words
     assert all(each.strides == packets.strides for each in matrices), "gate and up projection lie alike"
     sizes = places, *packets.strides, packets.rows, packets.columns, padded, slots, lanes
-    return launch.Prepared(gather_kernel(variant, weighted), tuple(arrays[:8]), sizes, variant.shared_bytes(padded))
+    return Prepared(gather_kernel(variant, weighted), tuple(arrays[:8]), sizes, variant.shared_bytes(padded))
 
 
 @functools.lru_cache(maxsize=1024)  # as `variants.choose_variant`
@@ -88,14 +89,10 @@ def share_rows(
 
     Parameters
     ----------
-    rows, lanes : int
-        Of a matrix, and those that share a row.
-    groups : int
-        Of tokens, each with blocks of its own.
-    shared_bytes : int
-        Of a block.
-    warps : (int, int)
-        Least and most of a block.
+    rows, lanes, groups : int
+        Of a matrix; those that share a row; groups of tokens, each with blocks of its own.
+    shared_bytes, warps : int, (int, int)
+        Of a block; the least and the most of one.
     multiprocessors, limit : int
         Of the GPU, which shall be full, and the shared memory that a block may ask for.
     """

@@ -18,7 +18,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -283,20 +282,6 @@ class Kernel:
         with torch.cuda.device(index):
             _core().Device(index).set_current()
             return _core().ObjectCode.from_cubin(code).get_kernel(entry)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A launch but for what changes from call to call: found anew, all that would take longer than the GPU does."""
-
-    made: Kernel
-    arrays: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
-    shared_bytes: int
-
-    def launch(self, grid: tuple[tuple[int, int], int], *arrays: Tensor) -> None:
-        """Run with more arrays, behind those known; `grid`: blocks, and threads of each."""
-        self.made.launch(*grid, *self.arrays, *arrays, *self.sizes, shared_bytes=self.shared_bytes)
 
 
 class _Ready:

@@ -22,8 +22,7 @@ from qmoe_lite.cuda.packets import Packets, decode_packets, make_packets
 from qmoe_lite.cuda.variants import WIDTHS, choose_variant
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
-# Chosen by the model of bench/kernels.py, not measured: with x in bfloat16, decoding a matrix to write and read it
-# again takes about as long as walking its packets for 40 tokens, four at a time.
+# on an H200 decoded tiles took longer than gathering for 32 tokens and less long for 64 (bench/results/nvidia-h200.txt)
 GATHERED_TOKENS = 32
 TILE_VALUES = 1 << 24  # values decoded at a time for many tokens: 64 MiB of float32
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -33,6 +33,20 @@ KINDS = {torch.float32: "float32*", torch.bfloat16: "uint16*", torch.float16: "f
 _MOST_PACKETS = (1 << 31) - 1  # numbered in 32 bits
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A launch but for what changes from call to call: found anew, all that would take longer than the GPU does."""
+
+    made: launch.Kernel
+    arrays: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    shared_bytes: int
+
+    def launch(self, grid: tuple[tuple[int, int], int], *arrays: Tensor) -> None:
+        """Run with more arrays, behind those known; `grid`: blocks, and threads of each."""
+        self.made.launch(*grid, *self.arrays, *arrays, *self.sizes, shared_bytes=self.shared_bytes)
+
+
 @dataclass(frozen=True, eq=False)
 class Packets:
     """Matrices of one shape and codebook on a GPU: all experts of a layer's projection, or one matrix.
@@ -71,7 +85,7 @@ class Packets:
     levels_each: int
     packets_each: float
     strides: tuple[int, int, int]
-    launches: dict[Any, launch.Prepared] = field(default_factory=dict, init=False, repr=False)
+    launches: dict[Any, Prepared] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:

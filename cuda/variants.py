@@ -111,7 +111,9 @@ def padded_columns(codebooks: tuple[Codebook, ...], columns: int) -> int:
 
 @functools.lru_cache(maxsize=1024)  # as `choose_variant`
 def choose_lanes(packets_each: float, rows: int, multiprocessors: int) -> int:
-    """Return how many lanes share a row: a model of what keeps most lanes busy, not measured.
+    """Return how many lanes share a row: a model of what keeps most lanes busy.
+
+    On an H200 its choice took at most 1.07 times as long as the best one (bench/results/nvidia-h200.txt).
 
     Parameters
     ----------

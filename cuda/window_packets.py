@@ -24,7 +24,7 @@ from qmoe_lite.coding.parts import EXCEPTION_PARTS
 from qmoe_lite.cuda import launch
 from qmoe_lite.cuda.codec import BLOCKS, WARPS, check_validated, load_code, warp_scan
 from qmoe_lite.cuda.launch import WARP, cuda, kernel
-from qmoe_lite.cuda.packets import COLUMN_BITS, PACKET_BITS, codewords_of, start_packets
+from qmoe_lite.cuda.packets import COLUMN_BITS, PACKET_BITS, Prepared, codewords_of, start_packets
 
 CLASS_BITS = 2  # of a window, the top of the codeword before
 _ALL = 0xFFFFFFFF
@@ -75,7 +75,7 @@ class WindowPackets:
     columns: int
     packets_each: float
     strides: tuple[int, int, int, int]
-    launches: dict[Any, launch.Prepared] = field(default_factory=dict, init=False, repr=False)
+    launches: dict[Any, Prepared] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:

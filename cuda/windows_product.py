@@ -33,7 +33,7 @@ from qmoe_lite.cuda.intrinsics import (
 )
 from qmoe_lite.cuda.launch import cuda, kernel
 from qmoe_lite.cuda.matmul import TILE_VALUES, groups_in_order, in_order, wanted_width
-from qmoe_lite.cuda.packets import KINDS, bits16
+from qmoe_lite.cuda.packets import KINDS, Prepared, bits16
 from qmoe_lite.cuda.variants import (
     ACTIVATIONS,
     WindowVariant,
@@ -45,7 +45,7 @@ from qmoe_lite.cuda.window_packets import WindowPackets, codewords_each, columns
 from qmoe_lite.cuda.windows import decode_window_rows, length_of, load_table
 from qmoe_lite.errors import DtypeError, SettingError, ShapeError
 
-# Chosen by a model, not measured: writing and reading a decoded matrix takes as long as 16 tokens do, four at a time.
+# on an H200 decoded tiles took longer for 16 tokens and less long for 64 (bench/results/nvidia-h200.txt)
 PRODUCT_TOKENS = 16
 _QUARTER = np.float32(0.25)
 _ALL = 0xFFFFFFFF
@@ -133,7 +133,7 @@ def _prepare(
     places: int,
     slots: int,
     other: WindowPackets | None,
-) -> launch.Prepared:
+) -> Prepared:
     second = packets if other is None else other
     padded = packets.columns + columns_behind(packets.dictionary, second.dictionary)
     arrays: list[Tensor] = []
@@ -143,7 +143,7 @@ def _prepare(
     assert second.strides == packets.strides, "gate and up projection lie alike"
     sizes = places, *packets.strides, packets.rows, packets.columns, padded, slots, lanes
     made = window_kernel(variant, weighted)
-    return launch.Prepared(made, (*arrays, packets.scales), sizes, variant.shared_bytes(padded))
+    return Prepared(made, (*arrays, packets.scales), sizes, variant.shared_bytes(padded))
 
 
 @njit(forceinline=True)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -62,7 +63,7 @@ def _save_with_loud_experts(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".experts." in name:
-                parameter.mul_(factor)
+                parameter.normal_() if name.endswith("_bias") else parameter.mul_(factor)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -89,6 +90,18 @@ def make_switch(directory: Path, tokenizer: PreTrainedTokenizerFast, **changes: 
     return _save_with_loud_experts(model, 3.0, directory, tokenizer)
 
 
+TEXT = {
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 _SHARED = {"intermediate_size": 48, "moe_intermediate_size": 20}
 _DEEPSEEK = {**_SHARED, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 2}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -102,23 +115,130 @@ CAUSAL = {  # what differs between the families' configurations
     "deepseek_v3": {**_DEEPSEEK, **_LATENT, "num_key_value_heads": 4},
     "glm4_moe": _DEEPSEEK,
 }
+_LATENT_4 = {**_DEEPSEEK, **_LATENT, "num_key_value_heads": 4}
+_SPARSE_ATTENTION = {**_LATENT_4, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
+_LINEAR = {f"linear_{name}": 8 if "dim" in name else 2 for name in ("num_key_heads", "key_head_dim", "value_head_dim")}
+_NEXT = {**_SHARED, **_LINEAR, "linear_num_value_heads": 4, "num_experts": 6, "num_hidden_layers": 4}
+_GRANITE = {"intermediate_size": 20, "num_local_experts": 4, "residual_multiplier": 0.3, "logits_scaling": 3.0}
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_MAMBA_2 = {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_expand": 2}
+MORE = {  # families of which what is read off them is tested, but not every corner that CAUSAL's are put through
+    "afmoe": {**_SHARED, "num_experts": 6, "num_dense_layers": 1, "num_shared_experts": 1},
+    "aria_text": {"intermediate_size": 20, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "cohere2_moe": {"intermediate_size": 20, "num_experts": 6},
+    "deepseek_v32": _SPARSE_ATTENTION,
+    "dots1": {**_DEEPSEEK, "n_shared_experts": 1},
+    "ernie4_5_moe": {**_SHARED, "moe_num_experts": 6, "moe_k": 2, "moe_layer_start_index": 1},
+    "exaone_moe": {**_SHARED, "num_experts": 6, "first_k_dense_replace": 1},
+    "flex_olmo": {"intermediate_size": 20, "num_experts": 6},
+    "gemma4_text": {
+        **_SHARED,
+        "num_experts": 6,
+        "top_k_experts": 2,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 40,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "final_logit_softcapping": 1.5,
+    },
+    "glm4_moe_lite": _LATENT_4,
+    "glm_moe_dsa": {**_SPARSE_ATTENTION, "indexer_types": ["full", "shared", "shared"]},
+    "gpt_oss": {"intermediate_size": 20, "num_local_experts": 4, "sliding_window": 8, "layer_types": _SLIDING},
+    "granitemoe": {**_GRANITE, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+    "granitemoe_swa": {**_GRANITE, "logits_scaling": 1.0},
+    "granitemoehybrid": {
+        **_GRANITE,
+        **_MAMBA_2,
+        "shared_intermediate_size": 32,
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
+    "granitemoeshared": {**_GRANITE, "shared_intermediate_size": 32},
+    "hunyuan_v1_moe": {"intermediate_size": 20, "num_experts": 6, "moe_topk": 2},
+    "hy_v3": {**_SHARED, "num_experts": 6, "first_k_dense_replace": 1},
+    "jamba": {
+        "intermediate_size": 20,
+        "num_experts": 4,
+        "mamba_d_state": 4,
+        "mamba_d_conv": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_hidden_layers": 4,
+    },
+    "laguna": {**_SHARED, "num_experts": 6, "shared_expert_intermediate_size": 32},
+    "lfm2_moe": {**_SHARED, "num_experts": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "mellum": {**_SHARED, "num_experts": 6},
+    "minimax": {"intermediate_size": 20, "num_local_experts": 4},
+    "nemotron_h": {
+        **_SHARED,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 32,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "num_hidden_layers": 4,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "phimoe": {"intermediate_size": 20, "num_local_experts": 4},
+    "qwen3_5_moe_text": {**_NEXT, "shared_expert_intermediate_size": 32},
+    "qwen3_next": {**_NEXT, "shared_expert_intermediate_size": 32},
+    "solar_open": _DEEPSEEK,
+}
+
+
+_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 24,
+    "patch_size": 4,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+    "num_position_embeddings": 16,
+}
+_IMAGES = {"image_token_id": 36, "video_token_id": 37, "vision_start_token_id": 38, "vision_end_token_id": 39}
+
+
+def _rope(sections: list[int], **more: float) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **more}}
+
+
+WITH_PICTURES = {  # the text model's configuration, and what differs around it
+    "gemma4": (MORE["gemma4_text"], {"vision_config": None, "audio_config": None}),
+    "qwen3_5_moe": (
+        {**MORE["qwen3_5_moe_text"], **_rope([1, 0, 0], partial_rotary_factor=0.25)},
+        {"vision_config": _VISION, **_IMAGES},
+    ),
+    "qwen3_vl_moe": (
+        {**_SHARED, "num_experts": 6, **_rope([2, 1, 1])},
+        {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}, **_IMAGES},
+    ),
+}
+
+
+def make_with_pictures(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type: str) -> Path:
+    """Save a random model that takes pictures too, whose experts matter."""
+    text, around = WITH_PICTURES[model_type]
+    config = AutoConfig.for_model(model_type, text_config={**TEXT, "vocab_size": 40, **text}, **around)
+    torch.manual_seed(1)
+    return _save_with_loud_experts(AutoModelForImageTextToText.from_config(config), 20.0, directory, tokenizer)
 
 
 def make_causal(directory: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, **changes: object) -> Path:
     """Save a random causal model of a family, whose experts matter."""
     settings = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "num_experts_per_tok": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-        **CAUSAL[model_type],
+        **TEXT,
+        **(CAUSAL | MORE)[model_type],
         **changes,
     }
     torch.manual_seed(1)
@@ -131,10 +251,15 @@ def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str
     for name in layers:
         source, target = packed.get_submodule(name), model.get_submodule(name)
         for e in range(source.num_experts):
-            if hasattr(target, "gate_up_proj"):
-                gate_up = torch.cat([source.dense(e, "gate_proj"), source.dense(e, "up_proj")])
-                target.gate_up_proj.data[e] = gate_up
-                target.down_proj.data[e] = source.dense(e, "down_proj")
+            if hasattr(target, "down_proj"):
+                first = [source.dense(e, name) for name in source.layer.projections[:-1]]
+                both = torch.cat(first) if target.is_concatenated else torch.stack(first, 1).flatten(0, 1)
+                stages = {
+                    "gate_up_proj" if target.has_gate else "up_proj": both,
+                    "down_proj": source.dense(e, "down_proj"),
+                }
+                for name, matrix in stages.items():
+                    getattr(target, name).data[e] = matrix.T if target.is_transposed else matrix
             else:
                 for projection in ("wi", "wo"):
                     getattr(target[f"expert_{e}"], projection).weight.data = source.dense(e, projection)

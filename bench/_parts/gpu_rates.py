@@ -66,7 +66,7 @@ def show_rates(rows: list[parts.Row]) -> None:
     titles = ("as called\nours", "\ncuBLAS", "\nratio", "in a graph\nours", "\ncuBLAS", "\nratio")
     title = "us of a product at a rate, x bfloat16; cuBLAS's weights bfloat16"
     print_rows(title, ("rows x\ncolumns", "bits", "tokens", *titles), cells, text=1)
-    cells = [
+    both = [
         [
             f"{r['rows']} x {r['columns']}",
             f"{r['bits']:.2f}",
@@ -78,8 +78,8 @@ def show_rates(rows: list[parts.Row]) -> None:
         for r in rows
         if "decoded" in r
     ]
-    titles = ("10^9 weights\na second", "tokens", "product\nus", "by tiles\nus")
-    print_rows("Decoding to bfloat16, and a product both ways", ("rows x\ncolumns", "bits", *titles), cells, text=1)
+    columns = ("rows x\ncolumns", "bits", "10^9 weights\na second", "tokens", "product\nus", "by tiles\nus")
+    print_rows("Decoding to bfloat16, and a product both ways", columns, both, text=1)
 
 
 PART = parts.Part(measure_rates, show_rates, 40)

@@ -21,8 +21,8 @@ from qmoe_lite.checkpoint.atomic import write_json
 from qmoe_lite.checkpoint.format import pack_experts, quantization_config, tensor_name
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
+from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.family import family_of
-from qmoe_lite.models.skeletons import skeleton
 
 SHAPE = {  # of Qwen3-30B-A3B, with fewer layers and a smaller vocabulary
     "hidden_size": 2048,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.weight_file import WeightFile, room
+from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.family import family_of
-from qmoe_lite.models.skeletons import skeleton
 from qmoe_lite.offload.cache import HALF_LIFE
 from qmoe_lite.offload.ram_tier import RamTier
 

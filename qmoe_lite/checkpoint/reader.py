@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,28 +18,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
-EXPERTS = ".experts."  # part of the name of each expert tensor, and of no other, in every family
-_DTYPES = {  # what safetensors calls them
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+EXPERTS = ".experts."  # part of the name of each expert's tensors, by the model's names; of no other but of biases
 
 
 def find_model(name: str | Path) -> Path:
@@ -86,6 +70,36 @@ class Place(NamedTuple):
     length: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+class _Plain:
+    """A tensor as it lies in a file; see `Source`."""
+
+    def __init__(self, checkpoint: Checkpoint, stored: str) -> None:
+        self._checkpoint, self._stored = checkpoint, stored
+
+    def _part(self) -> Any:
+        return self._checkpoint.look_up(
+            self._stored, lambda file: file[self._stored] if isinstance(file, dict) else file.get_slice(self._stored)
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        part = self._part()
+        return tuple(part.shape if isinstance(part, Tensor) else part.get_shape())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        part = self._part()
+        known = part.dtype if isinstance(part, Tensor) else DTYPES.get(part.get_dtype())
+        return known or self.read().dtype
+
+    def read(self, expert: int | None = None) -> Tensor:
+        if expert is not None:
+            return self._part()[expert]  # type: ignore[no-any-return]
+        return self._checkpoint.look_up(  # type: ignore[no-any-return]
+            self._stored, lambda file: file[self._stored] if isinstance(file, dict) else file.get_tensor(self._stored)
+        )
 
 
 class Checkpoint:
@@ -141,46 +155,36 @@ class Checkpoint:
         if missing and faults is None:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
-        self._stored = {name: name for name in self._file_of}
+        plain: dict[str, Source] = {stored: _Plain(self, stored) for stored in self._file_of}
+        self._sources = dequantised(self.config, plain)
+        self._views = whole(self._sources)
 
-    def know_as(self, canonical: Callable[[str], str]) -> None:
-        """Know the tensors by other names from now on.
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """What the files hold, by the names there; dequantised."""
+        return self._sources
 
-        Parameters
-        ----------
-        canonical : callable
-            Returns the model's name of a tensor for the name in the files.
-
-        Raises
-        ------
-        CheckpointError
-            Two tensors would have one name.
-        """
-        known: dict[str, str] = {}
-        for stored in self._file_of:
-            name = canonical(stored)
-            if name in known:
-                raise CheckpointError(f"{self.directory} holds {name} twice, also as {stored}. Fetch it again.")
-            known[name] = stored
-        self._stored = known
+    def know_as(self, views: dict[str, View]) -> None:
+        """Know the tensors by the model's names from now on, and where each lies."""
+        self._views = views
 
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""
         for name in names:
-            del self._stored[name]
+            del self._views[name]
 
     @property
     def names(self) -> Iterable[str]:
         """Names of all tensors, as the model knows them."""
-        return self._stored.keys()
+        return self._views.keys()
 
     def stored_name(self, name: str) -> str:
-        """Name of a tensor in the files."""
-        return self._stored[name]
+        """Name of a tensor, or of the one that it is part of, in the files."""
+        return self._views[name].stored
 
     def file_of(self, name: str) -> Path:
         """Return which file holds a tensor."""
-        return self.directory / self._file_of[self._stored[name]]
+        return self.directory / self._file_of[self.stored_name(name)]
 
     @property
     def files(self) -> list[str]:
@@ -198,7 +202,7 @@ class Checkpoint:
         return set(self._open(file_name).keys())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored
+        return name in self._views
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:
@@ -218,36 +222,33 @@ class Checkpoint:
             self._open_files[file_name] = opened
         return self._open_files[file_name]
 
-    def _look_up(self, name: str, read: Callable[[Any, str], Any]) -> Any:
-        """Return what `read(opened file, stored name)` gives."""
-        if name not in self._stored:
-            raise CheckpointError(f"{self.directory} lacks the tensor {name}. Is it the whole model?")
-        stored = self._stored[name]
+    def look_up(self, stored: str, read: Callable[[Any], Any]) -> Any:
+        """Return what `read(opened file)` gives of a tensor in the files."""
         file_name = self._file_of[stored]
         try:
-            return read(self._open(file_name), stored)
+            return read(self._open(file_name))
         except (SafetensorError, KeyError) as error:
             raise CheckpointError(f"{self.directory / file_name} lacks {stored}, which the index names.") from error
 
+    def _view(self, name: str) -> tuple[View, Source]:
+        if name not in self._views:
+            raise CheckpointError(f"{self.directory} lacks the tensor {name}. Is it the whole model?")
+        view = self._views[name]
+        return view, self._sources[view.stored]
+
     def tensor(self, name: str) -> Tensor:
-        """Map one tensor into memory; no byte is read before it is touched."""
-        if self._kind == "safetensors":
-            return self._look_up(name, lambda file, stored: file.get_tensor(stored))
-        return self._look_up(name, lambda file, stored: file[stored])
+        """Map one tensor into memory; no byte is read before it is touched, unless it is dequantised."""
+        view, source = self._view(name)
+        return view.of(source)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one tensor without reading it."""
-        if self._kind == "safetensors":
-            return tuple(self._look_up(name, lambda file, stored: file.get_slice(stored).get_shape()))
-        return tuple(self.tensor(name).shape)
+        view, source = self._view(name)
+        return view.shape(source.shape)
 
     def meta(self, name: str) -> Tensor:
         """Return an empty tensor of one tensor's shape and dtype, on the meta device; reads only the file's header."""
-        if self._kind == "safetensors":
-            part = self._look_up(name, lambda file, stored: file.get_slice(stored))
-            if dtype := _DTYPES.get(part.get_dtype()):
-                return torch.empty(part.get_shape(), dtype=dtype, device="meta")
-        return self.tensor(name).to("meta")
+        return torch.empty(self.shape(name), dtype=self._view(name)[1].dtype, device="meta")
 
     def place(self, name: str) -> Place:
         """Return where the bytes of one tensor lie.
@@ -258,7 +259,7 @@ class Checkpoint:
             The tensor is missing, or the file is no safetensors file, or can no longer be read.
         """
         empty = self.meta(name)
-        stored, path = self._stored[name], self.file_of(name)
+        stored, path = self.stored_name(name), self.file_of(name)
         if self._kind != "safetensors":
             raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
         try:
@@ -283,7 +284,7 @@ class Checkpoint:
 
     def checksum(self, name: str) -> int | None:
         """CRC-32 of a tensor's bytes by the index; None where it has none."""
-        return self._checksums.get(self._stored[name])
+        return self._checksums.get(self.stored_name(name))
 
     def pieces(self, name: str, memory: NDArray[np.uint8] | None = None) -> Iterator[memoryview]:
         """Read a tensor's bytes a piece at a time, as `WeightFile.pieces` does, where `tensor` would map them.
@@ -334,7 +335,14 @@ def names_in(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def of_experts(name: str) -> bool:
+    """Return whether a tensor is weights or codes of experts; their biases stay as they are, as dense tensors do."""
+    return EXPERTS in name and not name.endswith("_bias")
+
+
+def materialise(
+    module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype, without: str | None = None
+) -> None:
     """Fill a module's meta parameters and persistent buffers from a checkpoint; experts are left alone.
 
     Parameters
@@ -347,6 +355,8 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
         Where the values come from.
     dtype : torch dtype
         Of all floating-point tensors.
+    without : str, optional
+        Tensors whose names in the module begin so are left alone too.
 
     Raises
     ------
@@ -358,7 +368,7 @@ def materialise(module: torch.nn.Module, prefix: str, checkpoint: Checkpoint, dt
     filled: dict[str, Tensor] = {}
     for name, target in module.state_dict().items():
         full = f"{prefix}.{name}" if prefix else name
-        if EXPERTS in full:
+        if of_experts(full) or (without is not None and name.startswith(without)):
             continue
         value = checkpoint.tensor(full)
         if value.shape != target.shape:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint
+from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.errors import FormatError, unreadable
 
 FILE_NAME = "qmoe_report.json"
@@ -195,8 +195,18 @@ def stored_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
     experts = others = 0
     for name in checkpoint.names:
         tensor = checkpoint.meta(name)
-        if EXPERTS in name:
+        if of_experts(name):
             experts += tensor.nbytes
         else:
             others += tensor.nbytes
     return experts, others
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides a compression's bytes, by package."""
+    from importlib.metadata import version
+
+    from qmoe_lite import __version__
+
+    others = {name: version(name) for name in ("torch", "transformers", "numba", "numpy")}
+    return {"qmoe-lite": __version__, **others}

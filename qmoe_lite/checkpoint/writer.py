@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, names_in
+from qmoe_lite.checkpoint.reader import Checkpoint, names_in, of_experts
 
 _DENSE_SHARD = 2 << 30  # bytes of dense tensors in one file
 
@@ -71,7 +71,7 @@ class Writer:
         if not (
             config.get("dtype") or config.get("torch_dtype")
         ):  # else transformers would take the first tensor's: the levels'
-            dense = [self._checkpoint.tensor(name) for name in self._dense_names]
+            dense = [self._checkpoint.meta(name) for name in self._dense_names]
             largest = max(dense, key=lambda tensor: tensor.nbytes)
             config["dtype"] = str(largest.dtype).removeprefix("torch.")
         config["quantization_config"] = settings
@@ -79,14 +79,14 @@ class Writer:
 
     @property
     def _dense_names(self) -> list[str]:
-        return [name for name in self._checkpoint.names if EXPERTS not in name]
+        return [name for name in self._checkpoint.names if not of_experts(name)]
 
     @cached_property
     def _dense_shards(self) -> list[list[str]]:
         shards: list[list[str]] = [[]]
         size = 0
         for name in self._dense_names:
-            tensor = self._checkpoint.tensor(name)
+            tensor = self._checkpoint.meta(name)
             if size and size + tensor.nbytes > _DENSE_SHARD:
                 shards.append([])
                 size = 0

@@ -6,7 +6,9 @@ way. What is outside the blocks stays on the CPU, as activations do; a block run
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from qmoe_lite.checkpoint.reader import Checkpoint, materialise
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
-from qmoe_lite.models.blocks import MoELayer, Stack
+from qmoe_lite.models.blocks import Call, Calls, Mark, MoELayer, Stack
 from qmoe_lite.models.family import Family
 from qmoe_lite.models.routing import Assignment
 
@@ -33,25 +35,70 @@ def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None)
         return {name: _moved(each, device, known) for name, each in call.items()}
     if isinstance(call, tuple | list):
         return type(call)(_moved(each, device, known) for each in call)
+    if isinstance(call, Call | Calls):
+        return type(call)(**{name: _moved(each, device, known) for name, each in vars(call).items()})
     return call
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two calls are the same, value by value."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Call | Calls) and type(one) is type(other):
+        return _same(vars(one), vars(other))
+    return type(one) is type(other)
+
+
 class _Catcher(nn.Module):
-    """Stands for an experts module while the dense part runs: keeps what it is given, contributes nothing."""
+    """Stands for an experts module while the dense part runs: keeps what it is given, returns what it is told to.
+
+    Attributes
+    ----------
+    answer : tensor or None
+        What it returns; None for zeros.
+    """
 
     def __init__(self, family: Family) -> None:
         super().__init__()
         self._family = family
         self._caught: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.answer: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         index, weights = self._family.routing(routing)
         self._caught.append((hidden_states.cpu(), index.to(torch.int32).cpu(), weights.float().cpu()))
-        return torch.zeros_like(hidden_states)
+        return torch.zeros_like(hidden_states) if self.answer is None else self.answer.view_as(hidden_states)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states, index and weights of the latest call, once."""
-        return self._caught.pop()
+        """Hidden states, index and weights of the one call since the last time."""
+        (caught,), self._caught = self._caught, []
+        return caught
+
+
+@dataclass(frozen=True)
+class Caught:
+    """What the experts of a block are given, and where their outputs go.
+
+    Attributes
+    ----------
+    inputs : ListBuffer
+        One row a token.
+    assigned : Assignment
+        Which expert gets which rows.
+    outputs : ListBuffer
+        To which the experts' outputs are to be added.
+    finish : callable
+        To be called when they are.
+    """
+
+    inputs: ListBuffer
+    assigned: Assignment
+    outputs: ListBuffer
+    finish: Callable[[], None]
 
 
 class BlockRunner:
@@ -84,6 +131,9 @@ class BlockRunner:
         self._model, self._family, self._checkpoint, self._settings = model, family, checkpoint, settings
         self._layer_of = {layer.block: layer for layer in layers}
         self._device = torch.device(settings.device)
+        self._tokens = np.empty((0, 0), np.int64)
+        self._calls_differ = False
+        self.handed: dict[int, dict[Mark, Any]] = {}  # by a batch's first sample: what the latest block hands on
 
     def _load(self, block: str) -> tuple[nn.Module, _Catcher | None]:
         """Load a block's dense part to where it runs, with a catcher in place of its experts."""
@@ -97,11 +147,12 @@ class BlockRunner:
         return module.to(self._device), catcher
 
     def _read(self, buffer: ListBuffer | None, samples: slice) -> Any:
-        return None if buffer is None else buffer.read(samples).to(self._device)
+        return None if buffer is None else buffer.read(samples).to(self._device, copy=True)  # a block may write on it
 
-    def buffer(self, shape: tuple[int, ...]) -> ListBuffer:
+    def buffer(self, shape: tuple[int, ...], width: int | None = None) -> ListBuffer:
         dtype = torch.float32 if self._settings.activations == "float32" else torch.bfloat16
-        return ListBuffer(shape[0], shape[1], self._model.config.hidden_size, dtype)
+        width = self._model.config.get_text_config().hidden_size if width is None else width
+        return ListBuffer(shape[0], shape[1], width, dtype)
 
     def batches(self, samples: int) -> Iterator[slice]:
         first = samples if self._apart is None else self._apart
@@ -114,16 +165,24 @@ class BlockRunner:
     ) -> dict[int, Any]:
         """Fill `hidden` with the embeddings; return the call of the blocks from `first` on for each size of batch."""
         calls: dict[int, Any] = {}
+        seen: dict[int, int] = {}
+        self.handed = {}
+        self._tokens, self._calls_differ = tokens, False
         for part in self.batches(len(hidden)):
             size = part.stop - part.start
-            if first and size in calls:
+            seen[size] = seen.get(size, 0) + 1
+            if first and seen[size] > 2:
                 continue
             recalled = None if encoder_output is None else encoder_output.read(part)
             embedded, call = self._family.enter(self._model, stack, torch.from_numpy(tokens[part]), recalled)
             if size not in calls:
                 calls[size] = _moved(call, self._device)
+            elif seen[size] == 2:  # some are given something of the tokens themselves
+                self._calls_differ |= not _same(calls[size], _moved(call, self._device))
             hidden.write(part, embedded)
-        if first:  # a resumed run needs what the first block hands on to the others, such as its position bias
+        if (
+            first and self._family.seq2seq
+        ):  # a resumed run needs what the first block hands on to the others, such as its position bias
             block, _ = self._load(stack.blocks[0])
             for size, call in calls.items():
                 some = slice(0, size)
@@ -132,6 +191,33 @@ class BlockRunner:
             block.to("meta")
         return calls
 
+    def _through(
+        self,
+        stack: Stack,
+        block_index: int,
+        module: nn.Module,
+        part: slice,
+        read: tuple[Any, Any],
+        calls: dict[int, Any],
+    ) -> tuple[Tensor, Any]:
+        """Run a block on a batch; return its hidden states, and the call for the blocks after it."""
+        call = calls[part.stop - part.start]
+        if self._calls_differ:
+            _, call = self._family.enter(self._model, stack, torch.from_numpy(self._tokens[part]), None)
+            call = _moved(call, self._device)
+        if handed := self.handed.get(part.start):
+            call = replace(call, handed=_moved(handed, self._device))
+        return self._family.through(module, block_index, *read, call)
+
+    def _next(self, following: dict[int, Any], calls: dict[int, Any]) -> None:
+        """Take over what the batches handed on, by each one's first sample."""
+        sizes = {part.start: part.stop - part.start for part in self.batches(len(self._tokens))}
+        for start, call in following.items():
+            if isinstance(call, Calls):
+                self.handed[start] = _moved(call.handed, torch.device("cpu"))
+            else:
+                calls[sizes[start]] = call
+
     def run(
         self,
         stack: Stack,
@@ -139,30 +225,76 @@ class BlockRunner:
         hidden: ListBuffer,
         encoder_output: ListBuffer | None,
         calls: dict[int, Any],
-    ) -> tuple[ListBuffer, Assignment] | None:
-        """Send all samples through a block's dense part; return its experts' inputs and their tokens."""
+    ) -> Caught | None:
+        """Send all samples through a block's dense part; return what its experts are given.
+
+        Where the experts' outputs are added to what the block returns without them, as in most families, `hidden` is
+        that afterwards, and they are to be added to it. Where the block does more with them (scales or normalises
+        them), they are to be put into a buffer of their own, and `finish` must be called.
+        """
         block = stack.blocks[block_index]
         module, catcher = self._load(block)
-        inputs = None if catcher is None else self.buffer(hidden.shape)
+        layer = self._layer_of.get(block)
+        inputs = None if layer is None else self.buffer(hidden.shape, layer.shapes[layer.projections[0]][1])
         routing: list[tuple[Tensor, Tensor]] = []
         following: dict[int, Any] = {}
+        outputs: ListBuffer | None = None
         for part in self.batches(len(hidden)):
             size = part.stop - part.start
             read = self._read(hidden, part), self._read(encoder_output, part)
-            out, following[size] = self._family.through(module, block_index, *read, calls[size])
-            if not torch.isfinite(out).all():
-                raise NotFiniteError(f"{block} outputs NaN or infinity in float32. Fetch the checkpoint again.")
-            hidden.write(part, out)
-            if catcher is not None and inputs is not None:
+            out, following[part.start] = self._through(stack, block_index, module, part, read, calls)
+            self._check(block, out)
+            if layer is not None and catcher is not None and inputs is not None:
                 given, index, weights = catcher.take()
                 inputs.write(part, given.view(size, -1, given.shape[-1]))
                 routing.append((index, weights))
-        calls.update(following)
-        module.to("meta")
-        if inputs is None:
+                again = functools.partial(self._through, stack, block_index, module, part, read, calls)
+                if part.start == 0 and not self._adds(again, catcher, given, out):
+                    outputs = self.buffer(hidden.shape, layer.shapes[layer.projections[-1]][0])
+                    outputs.rows.zero_()
+            if outputs is None:
+                hidden.write(part, out)
+        if inputs is None or layer is None:
+            self._next(following, calls)
+            module.to("meta")
             return None
         index, weights = (torch.cat(parts) for parts in zip(*routing, strict=True))
-        return inputs, Assignment.group(index, weights, self._layer_of[block].count)
+        assigned = Assignment.group(index, weights, layer.count)
+        if outputs is None:
+            self._next(following, calls)
+            module.to("meta")
+            return Caught(inputs, assigned, hidden, lambda: None)
+
+        def finish() -> None:
+            assert catcher is not None
+            assert outputs is not None
+            for part in self.batches(len(hidden)):
+                read = self._read(hidden, part), self._read(encoder_output, part)
+                catcher.answer = outputs.read(part).to(self._device)
+                out, _ = self._through(stack, block_index, module, part, read, calls)
+                catcher.take()
+                self._check(block, out)
+                hidden.write(part, out)
+            self._next(following, calls)
+            module.to("meta")
+
+        return Caught(inputs, assigned, outputs, finish)
+
+    def _check(self, block: str, out: Tensor) -> None:
+        if not torch.isfinite(out).all():
+            raise NotFiniteError(f"{block} outputs NaN or infinity in float32. Fetch the checkpoint again.")
+
+    def _adds(self, again: Callable[[], tuple[Tensor, Any]], catcher: _Catcher, given: Tensor, out: Tensor) -> bool:
+        """Return whether a block adds its experts' outputs to `out`, by what it makes of random ones."""
+        if given.numel() != out.numel():
+            return False
+        random = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        catcher.answer = random * out.abs().mean()
+        expected = out + catcher.answer
+        found, _ = again()
+        catcher.take()
+        catcher.answer = None
+        return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
     def leave(self, stack: Stack, hidden: ListBuffer) -> None:
         """Send all samples through what follows a stack's last block."""

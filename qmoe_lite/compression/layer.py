@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint.format import tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dead_zone import USUAL, DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
-from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.state import Done
 from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
-from qmoe_lite.models.routing import Assignment
 from qmoe_lite.quantization.factors import Factors, factorise_all
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
@@ -36,70 +36,6 @@ from qmoe_lite.quantization.solver import gptq, gptq_shared
 _TOKENS = 1 << 14  # tokens that go through an expert at a time
 
 Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
-
-
-def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
-    """Draw at most `most` rows at random, in ascending order."""
-    if len(rows) <= most:
-        return rows
-    chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
-    return rows[torch.from_numpy(np.sort(chosen))]
-
-
-def _compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
-    """Return the sums of squares of the outputs' error, of the outputs and of what the dense experts put out."""
-    return np.array([part.double().square().sum().item() for part in (outputs - dense, outputs, dense)])
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What the experts of one sparse layer get to see, and where their outputs go.
-
-    Attributes
-    ----------
-    inputs : ListBuffer
-        The experts' inputs, one row a token.
-    assigned : Assignment
-        Which expert gets which rows.
-    eligible : bool tensor, a value a row
-        May enter a Hessian.
-    validation : bool tensor, a value a row
-        Rides along to measure the error.
-    reference : bool tensor, a value a row
-        Of the validation samples once more: goes through the dense experts, to measure what the model loses.
-    sample : float32 tensor, shape (tokens, C)
-        Random eligible tokens, for experts that saw few of their own.
-    hidden : ListBuffer
-        The block's output so far; the quantised experts' outputs are added to it.
-    """
-
-    inputs: ListBuffer
-    assigned: Assignment
-    eligible: Tensor
-    validation: Tensor
-    reference: Tensor
-    sample: Tensor
-    hidden: ListBuffer
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """A compressed layer: tensors to write, codebooks by projection, what to report."""
-
-    tensors: dict[str, Tensor]
-    codebooks: dict[str, dict[str, Any]]
-    reports: list[ProjectionReport]
-    held_out_error: float | None
-
-
-@dataclass
-class _Taken:
-    """What the groups of a layer have taken: bits, weights, and whether their bits follow the step."""
-
-    bits: float = 0.0
-    weights: int = 0
-    tells: bool = False
-    dead: bool = False  # a group is all zeros
 
 
 class LayerCompressor:
@@ -122,11 +58,40 @@ class LayerCompressor:
     def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
         self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
         self._activation = family.activation(config)
-        self._device = torch.device(settings.device)
+        self.device = torch.device(settings.device)
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
         self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
+
+    def resume(self, done: Done, weights: int, adapts: bool) -> None:
+        """Go on from what is known of the finished layers.
+
+        Parameters
+        ----------
+        done : Done
+            Of an earlier run, or of none.
+        weights : int
+            In experts of the whole model.
+        adapts : bool
+            The dead zone follows the model.
+
+        Raises
+        ------
+        TypeError
+            `done` is damaged.
+        """
+        books = (book for books in done.codebooks.values() for book in books.values())
+        self.dictionaries.resume(Dictionary.from_config(book) for book in books if book["kind"] == KIND)
+        if adapts:
+            self.dead_zone = DeadZone(**(done.dead_zone or {}))
+        if self._settings.rate is not None:
+            self.rate = RateControl(**(done.rate or {"rate": self._settings.rate, "weights": weights}))
+
+    def keep(self, done: Done) -> None:
+        """Note what `resume` needs."""
+        done.rate = None if self.rate is None else self.rate.to_json()
+        done.dead_zone = None if self.dead_zone is None else self.dead_zone.to_json()
 
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
@@ -161,7 +126,7 @@ class LayerCompressor:
         groups = self.groups(layer)
         tallies = {name: self._tally(layer, name) for name in layer.projections}
         found = np.zeros(3)
-        taken = _Taken()
+        taken = Taken()
         for i, group in enumerate(groups):
             solve: Solver
             if seen is None:
@@ -177,9 +142,9 @@ class LayerCompressor:
                     self._begin_dead_zone(solve, layer, group, seen)
                 solved = self._solve_at_rate(solve, tallies, layer, group, taken)
             if seen is not None:
-                weights = [solved[name].quantized.weight for name in layer.projections]
                 for place, expert in enumerate(group):
-                    matrices = [weight[place] for weight in weights]
+                    weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                    matrices = self._linears(layer, expert, weights)
                     found += self._run(layer, expert, matrices, seen)
             group_done(i + 1, len(groups))
         tensors: dict[str, Tensor] = {}
@@ -216,7 +181,7 @@ class LayerCompressor:
         tallies: dict[str, Tally],
         layer: MoELayer,
         group: range,
-        taken: _Taken,
+        taken: Taken,
     ) -> dict[str, Solved]:
         """Solve a group with the step that makes the model take its bits; the first and the last layer decide it."""
         rate, grid = self.rate, self._grid
@@ -262,15 +227,14 @@ class LayerCompressor:
         energies = []
         for width in (0.0, USUAL):
             solved = solve(replace(self._grid, step=rate.step, dead_zone=width))
-            weights = [solved[name].quantized.weight for name in layer.projections]
             found = np.zeros(3)
             for place, expert in enumerate(group):
                 rows, gates = seen.assigned.of_expert(expert)
                 rides = seen.validation[rows].nonzero()[:_TOKENS, 0]
-                truth = [self._weights(layer, expert, name) for name in layer.projections]
-                x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self._device)
-                matrices = [weight[place] for weight in weights]
-                found += _compared(self._expert(x, matrices) * shares, self._expert(x, truth) * shares)
+                x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self.device)
+                weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                both = self._linears(layer, expert, weights), self.truth(layer, expert)
+                found += compared(*(self.expert(x, matrices) * shares for matrices in both))
             energies.append(found[1] / found[2] if found[2] else 0.0)
         if all(energies):
             zone.begin(*energies)
@@ -278,10 +242,25 @@ class LayerCompressor:
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
         name = self._family.weight_name(layer, expert, projection)
-        weight = self._checkpoint.tensor(name).to(self._device).float()
+        weight = self._checkpoint.tensor(name).to(self.device).float()
         if not torch.isfinite(weight).all():
             raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
         return weight
+
+    def _linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[Linear]:
+        """Return an expert's matrices, those given, with their biases."""
+        return [Linear(weight, self._bias(layer, expert, name)) for name, weight in weights.items()]
+
+    def _bias(self, layer: MoELayer, expert: int, projection: str) -> Tensor | None:
+        if layer.layout is None or not layer.layout.biased:
+            return None
+        tensor, rows = layer.layout.place(projection, layer.shapes[projection][0])
+        bias = self._checkpoint.tensor(f"{layer.experts}.{tensor}_bias")[expert].to(self.device).float()
+        return bias if rows is None else bias[rows]
+
+    def truth(self, layer: MoELayer, expert: int) -> list[Linear]:
+        """Return an expert's dense matrices, with their biases."""
+        return self._linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
 
     def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
         return torch.stack([self._weights(layer, expert, projection) for expert in group])
@@ -315,7 +294,10 @@ class LayerCompressor:
         solved: dict[str, Solved] = {}
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
-            before = [[solved[name].quantized.weight[place] for name in solved] for place in range(len(group))]
+            before = [
+                self._linears(layer, expert, {name: solved[name].quantized.weight[place] for name in solved})
+                for place, expert in enumerate(group)
+            ]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
             factors = None if solved else first.get(stage[0])
             if factors is None:
@@ -337,7 +319,7 @@ class LayerCompressor:
         self,
         seen: LayerInputs,
         rows_of: list[Tensor],
-        before: list[list[Tensor]],
+        before: list[list[Linear]],
         starved: list[bool],
         columns: int,
     ) -> Tensor:
@@ -351,47 +333,47 @@ class LayerCompressor:
             hessian = self._mean_hessian(parts, matrices, len(rows), columns)
             if few:
                 if of_layer is None or matrices:  # in front of the first projection it is the same for all
-                    sample = seen.sample.to(self._device)
+                    sample = seen.sample.to(self.device)
                     of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
                 hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
             hessians.append(hessian)
         return torch.stack(hessians)
 
-    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Tensor], tokens: int, columns: int) -> Tensor:
+    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Linear], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
-        hessian = new(columns, device=self._device)
+        hessian = new(columns, device=self.device)
         for x in parts:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
 
-    def _run(self, layer: MoELayer, expert: int, matrices: list[Tensor], seen: LayerInputs) -> NDArray[np.float64]:
-        """Add a quantised expert's outputs to the hidden states; return what `_compared` does of validation tokens."""
+    def _run(self, layer: MoELayer, expert: int, matrices: list[Linear], seen: LayerInputs) -> NDArray[np.float64]:
+        """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens."""
         all_rows, all_gates = seen.assigned.of_expert(expert)
         apart = seen.reference[all_rows]
         rows, gates = all_rows[~apart], all_gates[~apart]
-        truth: list[Tensor] = []
+        truth: list[Linear] = []
         found = np.zeros(3)
         for start in range(0, len(rows), _TOKENS):
             part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
-            x, weights = self._gather(seen, part), weights.to(self._device)
-            y = self._expert(x, matrices) * weights
+            x, weights = self._gather(seen, part), weights.to(self.device)
+            y = self.expert(x, matrices) * weights
             seen.hidden.add(part, y.cpu())
-            rides = seen.validation[part].to(self._device)
+            rides = seen.validation[part].to(self.device)
             if rides.any():
-                truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
-                dense = self._expert(x[rides], truth) * weights[rides]
-                found += _compared(y[rides], dense)
+                truth = truth or self.truth(layer, expert)
+                found += compared(y[rides], self.expert(x[rides], truth) * weights[rides])
         if apart.any():
-            truth = truth or [self._weights(layer, expert, name) for name in layer.projections]
-            rows, gates = all_rows[apart], all_gates[apart, None].to(self._device)
-            seen.hidden.add(rows, (self._expert(self._gather(seen, rows), truth) * gates).cpu())
+            truth = truth or self.truth(layer, expert)
+            rows, gates = all_rows[apart], all_gates[apart, None].to(self.device)
+            seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
         return found
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
-        return seen.inputs.gather(rows).to(self._device)
+        return seen.inputs.gather(rows).to(self.device)
 
-    def _expert(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
-        return self._inner(x, matrices[:-1]) @ matrices[-1].T
+    def expert(self, x: Tensor, matrices: list[Linear]) -> Tensor:
+        """Send tokens through the matrices of one expert."""
+        return matrices[-1].of(self._inner(x, matrices[:-1]))
 
-    def _inner(self, x: Tensor, matrices: list[Tensor]) -> Tensor:
-        return inner(self._activation, [x @ matrix.T for matrix in matrices])
+    def _inner(self, x: Tensor, matrices: list[Linear]) -> Tensor:
+        return inner(self._activation, [matrix.of(x) for matrix in matrices])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,9 @@ def summed_loss(logits: Tensor, labels: Tensor) -> float:
     return total
 
 
-def loss_of_states(states: Tensor, weight: Tensor, labels: Tensor) -> float:
+def loss_of_states(
+    states: Tensor, weight: Tensor, labels: Tensor, finish: Callable[[Tensor], Tensor] = lambda products: products
+) -> float:
     """Return the summed cross-entropy of a head on states (N, C), float32, for labels (N,), int64.
 
     Parameters
@@ -70,11 +72,13 @@ def loss_of_states(states: Tensor, weight: Tensor, labels: Tensor) -> float:
         Of the head, any float dtype; a slice of states is multiplied at a time.
     labels : int64 tensor, shape (N,)
         The tokens to predict.
+    finish : callable, optional
+        Makes logits of the products.
     """
     step, total = max(1, SLICE_VALUES // len(weight)), 0.0
     pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
     for start in range(0, len(labels), step):
         some = states[start : start + step]
         logits = torch.cat([some @ piece.float().T for piece in pieces], dim=1)
-        total += summed_loss(logits, labels[start : start + step])
+        total += summed_loss(finish(logits), labels[start : start + step])
     return total

@@ -6,6 +6,7 @@ run and freed; its experts are read, quantised, and written a group at a time. A
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,32 +20,27 @@ from torch import Tensor
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
-from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes
+from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes, versions
+from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
-from qmoe_lite.coding.dictionary import KIND, Dictionary
-from qmoe_lite.compression.block_runner import BlockRunner
+from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import as_used, grid_and_rate
-from qmoe_lite.compression.dead_zone import DeadZone
-from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
+from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.rate import RateControl, check_rate
+from qmoe_lite.compression.rate import check_rate
+from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
 from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import BadResultError, OutputError, ResumeError, SettingError
-from qmoe_lite.models.routing import Assignment
-from qmoe_lite.models.skeletons import (
-    capacity_lifted,
-    check_dense,
-    check_promise,
-    open_checkpoint,
-    read_config,
-    skeleton,
-    unused,
-)
+from qmoe_lite.models.building import read_config, skeleton
+from qmoe_lite.models.causal import Causal
+from qmoe_lite.models.family import FAMILIES
+from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promise, open_checkpoint, unused
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 
 RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
@@ -77,6 +73,7 @@ def compress(
     seed: int = 0,
     rate: float | None = None,
     stop_when_bad: bool = False,
+    family: str | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -131,6 +128,9 @@ def compress(
         for it.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
+    family : str, optional
+        "auto" takes a model type that is not among the tested ones too, if its first blocks compute what transformers
+        does.
 
     Returns
     -------
@@ -185,7 +185,9 @@ def compress(
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
-    run = _Run(find_model(model), target, grid, options, progress)
+    if family not in (None, "auto"):
+        raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
+    run = _Run(find_model(model), target, grid, options, progress, auto=family == "auto")
     with torch.inference_mode():
         return run.run(calibration, resume)
 
@@ -194,15 +196,20 @@ class _Run:
     """One compression, from an opened checkpoint to a written directory."""
 
     def __init__(
-        self, model: Path, out: Path, grid: Grid | None, settings: Settings, progress: Callable[[Progress], None] | None
+        self,
+        model: Path,
+        out: Path,
+        grid: Grid | None,
+        settings: Settings,
+        progress: Callable[[Progress], None] | None,
+        auto: bool,
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, out.with_name(out.name + ".partial")
-        self.family, self.checkpoint = open_checkpoint(model)
+        self.family, self.checkpoint = open_checkpoint(model, auto)
+        check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
         self.adapts = grid is None and isinstance(self.grid, UniformGrid)  # its dead zone follows the model
-        if self.checkpoint.config.get("quantization_config"):
-            raise SettingError(f"{model} is quantised already. Compress the original model.")
         self.config = read_config(str(model))
         self.degraded = list[str]()
         self.model = skeleton(self.family, self.config, torch.float32)
@@ -212,8 +219,11 @@ class _Run:
         self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
-        self.writer = Writer(self.partial, self.checkpoint, self.family.stored, len(self.layers))
+        stored = functools.partial(self.family.stored, self.config, checkpoint=self.checkpoint)
+        self.writer = Writer(self.partial, self.checkpoint, stored, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
+        if isinstance(self.family, Causal) and self.family.model_type not in FAMILIES:
+            check_first_blocks(self.family, self.checkpoint, self.config, self.layers, self.compressor, self.settings)
         self._progress = progress or (lambda event: None)
         self._warning: str | None = None
         self.verdict: Verdict | None = None
@@ -227,7 +237,7 @@ class _Run:
         else:
             tokenizer = open_tokenizer(self.checkpoint.directory)
             samples = self._samples(calibration, tokenizer)
-            check_ids(samples.all, self.config.vocab_size)
+            check_ids(samples.all, self.config.get_text_config().vocab_size)
             self._open_partial(samples.all, resume)
             self._calibrated(samples, hessian_masks(samples.all, tokenizer))
         return self._write_rest()
@@ -236,21 +246,10 @@ class _Run:
         fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
         self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started)
         self.done = self.unfinished.done
-        self.compressor.dictionaries.resume(
-            Dictionary.from_config(book)
-            for books in self.done.codebooks.values()
-            for book in books.values()
-            if book["kind"] == KIND
-        )
-        if self.adapts:
-            self.compressor.dead_zone = DeadZone(**(self.done.dead_zone or {}))
-        if self.settings.rate is not None:
-            weights = sum(layer.weights for layer in self.layers)
-            known = self.done.rate or {"rate": self.settings.rate, "weights": weights}
-            try:
-                self.compressor.rate = RateControl(**known)
-            except TypeError as error:
-                raise ResumeError(f"{self.partial} has a damaged state. Start over with --restart.") from error
+        try:
+            self.compressor.resume(self.done, sum(layer.weights for layer in self.layers), self.adapts)
+        except TypeError as error:
+            raise ResumeError(f"{self.partial} has a damaged state. Start over with --restart.") from error
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> RunSamples:
         wanted = self.settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
@@ -279,13 +278,15 @@ class _Run:
                 calls = runner.enter(stack, tokens, memory, hidden, first)
                 if first:
                     self.unfinished.load_hidden(hidden)
+                    runner.handed = self.unfinished.load_handed()
                 assert mask is not None
                 flags = samples.flags(mask)
                 for i in range(first, len(stack.blocks)):
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
-                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(*caught, flags, hidden))
-                        self.unfinished.keep(number, i, hidden, memory)
+                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(caught, flags))
+                        caught.finish()
+                        self.unfinished.keep(number, i, hidden, memory, runner.handed)
                         if self._warning is not None and self.settings.stop_when_bad:
                             raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
                     del caught  # its buffer is as large as `hidden`, and the next block makes another
@@ -302,14 +303,13 @@ class _Run:
 
     def _seen(
         self,
-        inputs: ListBuffer,
-        assigned: Assignment,
+        caught: Caught,
         flags: tuple[Tensor, ...],
-        hidden: ListBuffer,
     ) -> LayerInputs:
         eligible, validation, reference = flags
         rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, len(self.done.held_out_error))
-        return LayerInputs(inputs, assigned, eligible, validation, reference, inputs.gather(rows), hidden)
+        sample = caught.inputs.gather(rows)
+        return LayerInputs(caught.inputs, caught.assigned, eligible, validation, reference, sample, caught.outputs)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
         """Compress and write one sparse layer."""
@@ -325,10 +325,7 @@ class _Run:
         self.done.projections += result.reports
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
-        if self.compressor.rate is not None:
-            self.done.rate = self.compressor.rate.to_json()
-        if self.compressor.dead_zone is not None:
-            self.done.dead_zone = self.compressor.dead_zone.to_json()
+        self.compressor.keep(self.done)
         error = result.held_out_error
         if error is not None and error > BAD_LAYER and self._warning is None:
             self._warning = (
@@ -349,7 +346,7 @@ class _Run:
             recipe=self.settings.recipe,
             grid=as_used(self.grid, self.done.projections).to_config(),
             level_dtype=self.grid.level_dtype or torch.float32,
-            versions=_versions(),
+            versions=versions(),
         )
         self.writer.write_rest(self.done.checksums, settings)
         report = self._report()
@@ -385,15 +382,6 @@ class _Run:
                 "dense_other_bytes": dense_others,
             },
             seconds=self.unfinished.seconds,
-            versions=_versions(),
+            versions=versions(),
             verdict=None if self.verdict is None else self.verdict.to_json(),
         )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from qmoe_lite import __version__
-
-    others = {name: version(name) for name in ("torch", "transformers", "numba", "numpy")}
-    return {"qmoe-lite": __version__, **others}

@@ -6,6 +6,7 @@ ones; so both models' losses are known when the last block is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,16 @@ class RunSamples:
         found[2][self.reference :] = True
         return tuple(torch.from_numpy(flag.reshape(-1)) for flag in found)
 
-    def judge(self, states: ListBuffer, weight: Tensor, factor: float, rate: float | None) -> Verdict | None:
+    def judge(
+        self, states: ListBuffer, weight: Tensor, finish: Callable[[Tensor], Tensor], rate: float | None
+    ) -> Verdict | None:
         """Compare the losses of the validation and of the reference samples; None where there are none.
 
         Parameters
         ----------
         states : ListBuffer
             What the last norm put out, of all samples.
-        weight, factor
+        weight, finish
             What makes logits of them; see `Family.head`.
         rate : float or None
             Bits a weight that were asked for.
@@ -102,10 +105,10 @@ class RunSamples:
         tokens: list[int] = []
         for sample in range(self.calibration, self.reference + count):
             known = self.all.input_ids if self.all.labels is None else self.all.labels
-            of_sample, labels = states.read(slice(sample, sample + 1))[0] * factor, torch.from_numpy(known[sample])
+            of_sample, labels = states.read(slice(sample, sample + 1))[0], torch.from_numpy(known[sample])
             if self.all.labels is None:
                 of_sample, labels = of_sample[:-1], labels[1:]
-            losses.append(loss_of_states(of_sample, weight, labels))
+            losses.append(loss_of_states(of_sample, weight, labels, finish))
             tokens.append(int((labels != IGNORED).sum()))
         gap, predicted = paired_gap(losses[:count], losses[count:], tokens[:count]), sum(tokens[:count])
         return judge(sum(losses[count:]) / predicted, gap, predicted, len(weight), rate, MOST)

@@ -7,13 +7,18 @@ encoder's output.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.format import FORMAT
@@ -22,7 +27,8 @@ from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.compression.calibration import Samples
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Settings
-from qmoe_lite.errors import OutputError, ResumeError
+from qmoe_lite.errors import FormatError, OutputError, ResumeError
+from qmoe_lite.models.blocks import Mark
 from qmoe_lite.quantization.grid import Grid
 
 STATE_FILE = "state.json"
@@ -41,7 +47,11 @@ def fingerprint_of(checkpoint: Checkpoint, settings: Settings, grid: Grid, sampl
 
 def remove_state(directory: Path) -> None:
     """Remove what only a run that resumes needs, once the work is finished."""
-    for left in [*directory.glob("*.zst"), directory / STATE_FILE]:  # the state last: until here a run could resume
+    for left in [
+        *directory.glob("*.zst"),
+        *directory.glob("handed-*.pt"),
+        directory / STATE_FILE,
+    ]:  # the state last: until here a run could resume
         left.unlink(missing_ok=True)
 
 
@@ -152,7 +162,24 @@ class Unfinished:
         """Fill a buffer with the finished encoder's output."""
         encoder_output.load(self.directory / self._position["memory"])
 
-    def keep(self, stack: int, block: int, hidden: ListBuffer, encoder_output: ListBuffer | None) -> None:
+    def load_handed(self) -> dict[int, dict[Mark, Tensor]]:
+        """Return what the last finished block handed on to the next one; see `BlockRunner.handed`."""
+        if (name := self._position.get("handed")) is None:
+            return {}
+        try:
+            found = torch.load(self.directory / name, weights_only=True)
+            return {start: {Mark(*mark): value for mark, value in each.items()} for start, each in found.items()}
+        except (OSError, RuntimeError, UnpicklingError, AttributeError, TypeError) as error:
+            raise FormatError(f"{self.directory / name} is damaged. Start over with --restart.") from error
+
+    def keep(
+        self,
+        stack: int,
+        block: int,
+        hidden: ListBuffer,
+        encoder_output: ListBuffer | None,
+        handed: dict[int, dict[Mark, Tensor]],
+    ) -> None:
         """Make what is finished durable: an interrupted run resumes after this block."""
         old, self._position = self._position, {"stack": stack, "block": block, "hidden": f"hidden-{stack}-{block}.zst"}
         files.write_atomically(self.directory / self._position["hidden"], hidden.save)
@@ -160,9 +187,16 @@ class Unfinished:
             self._position["memory"] = f"memory-{stack}.zst"
             if old.get("memory") != self._position["memory"]:
                 files.write_atomically(self.directory / self._position["memory"], encoder_output.save)
+        if any(handed.values()):
+            self._position["handed"] = f"handed-{stack}-{block}.pt"
+            plain = {
+                n: {(mark.block, mark.number): value for mark, value in each.items()} for n, each in handed.items()
+            }
+            files.write_atomically(self.directory / self._position["handed"], functools.partial(torch.save, plain))
         self.save()
-        if (stale := old.get("hidden")) and stale != self._position["hidden"]:
-            (self.directory / stale).unlink(missing_ok=True)
+        for stale in (old.get(name) for name in ("hidden", "handed") if old.get(name) != self._position.get(name)):
+            if stale is not None:
+                (self.directory / stale).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write the state."""

@@ -17,8 +17,9 @@ from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, rea
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.building import read_config
 from qmoe_lite.models.experts import PackedExperts, empty_experts
-from qmoe_lite.models.skeletons import open_checkpoint, read_config
+from qmoe_lite.models.skeletons import open_checkpoint
 
 UNKNOWN = "unknown"  # what config.json does not say
 _REMEDY = "Remove the report, or fetch the whole directory again."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import PARTS_OF, check_alphabets, parts_of, quantization_of, tensor_name
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, find_model
+from qmoe_lite.checkpoint.reader import Checkpoint, find_model, of_experts
 from qmoe_lite.checkpoint.report import FILE_NAME, read_report
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import THREADS, page_memory
@@ -30,8 +30,9 @@ from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEE
 from qmoe_lite.inspection.contents import inspect_model, short_name
 from qmoe_lite.inspection.findings import Finding, Verification
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
-from qmoe_lite.models.skeletons import dense_faults, read_config, skeleton
+from qmoe_lite.models.skeletons import dense_faults
 
 
 def verify(directory: str | Path) -> list[Finding]:
@@ -150,18 +151,16 @@ class _Search:
         family = config = None
         if settings is not None:
             with self.found("model_type", "config.json"):
-                family = family_of(checkpoint.config.get("model_type"))
-                checkpoint.know_as(family.canonical)
+                family = family_of(checkpoint.config.get("model_type"), auto=True)
+        layers: list[MoELayer] | None = None
         if family is not None:
             with self.found("", "config.json"):
                 config = read_config(str(self.path))
-        layers: list[MoELayer] | None = None
-        if family is not None and config is not None:
-            with self.found("", "config.json"):
+                checkpoint.know_as(family.views(config, checkpoint))
                 layers = family.layers(config)
                 self.look_at_dense_shapes(family, config, layers, checkpoint)
         here = [name for name in checkpoint.names if checkpoint.stored_name(name) not in self.lost]
-        dense = [name for name in here if EXPERTS not in name]
+        dense = [name for name in here if not of_experts(name)]
         self.total = len(dense) + sum(layer.matrices for layer in layers or ())
         self.tensors = len(here)
         pool = ThreadPoolExecutor(THREADS)  # zlib lets go of the interpreter's lock
@@ -243,7 +242,7 @@ class _Search:
                 self.error(name, "", error)
             elif checkpoint.stored_name(name) not in self.lost:
                 self.error(name, checkpoint.file_of(name).name, error)
-        promised = {name: tensor.dtype for name, tensor in model.state_dict().items() if EXPERTS not in name}
+        promised = {name: tensor.dtype for name, tensor in model.state_dict().items() if not of_experts(name)}
         projections = [f"{layer.experts}.{projection}" for layer in layers for projection in layer.projections]
         parts = {tensor_name(each, part) for each in projections for some in PARTS_OF.values() for part in some}
         for name in checkpoint.names:
@@ -261,7 +260,7 @@ class _Search:
     def look_at_tensor(self, checkpoint: Checkpoint, name: str) -> None:
         """Raise FormatError for another checksum, NotFiniteError for NaN or infinity in a dense tensor."""
         dtype, finite = checkpoint.meta(name).dtype, True
-        searched = EXPERTS not in name and dtype.is_floating_point
+        searched = not of_experts(name) and dtype.is_floating_point
         with _reading(checkpoint.file_of(name)):
             for piece in checkpoint.pieces(name):
                 if searched and finite:
@@ -382,7 +381,7 @@ class _Search:
                 self.bytes += checkpoint.meta(name).nbytes
             if isinstance(error, Exception) and not name.startswith(tuple(f"{each}_" for each in self.spoilt)):
                 self.error(name, checkpoint.file_of(name).name, error)
-            if EXPERTS not in name:
+            if not of_experts(name):
                 self.step("dense tensors")
 
     def look_at_the_rest(self, configured: bool) -> None:

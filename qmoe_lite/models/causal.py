@@ -1,142 +1,214 @@
-"""The families of causal language models: they differ in names, and in which layers are sparse."""
+"""The families of causal language models: everything about them is read off transformers' own model and mapping."""
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, materialise
-from qmoe_lite.models.blocks import MoELayer, Stack, recorded_calls, tied_head
-
-
-def _all_layers(config: Any, layer: int) -> bool:
-    """Return that a layer is sparse, whichever it is."""
-    return True
-
-
-def _every_step(config: Any, layer: int) -> bool:
-    """Return whether a layer of a Qwen is sparse, as transformers decides it."""
-    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
-
-
-def _after_first(config: Any, layer: int) -> bool:
-    """Return whether a layer of a DeepSeek is sparse."""
-    return bool(layer >= config.first_k_dense_replace)
+from qmoe_lite.checkpoint.sources import View
+from qmoe_lite.models.architecture import Architecture, Joint
+from qmoe_lite.models.blocks import Calls, Mark, MoELayer, Stack, calls_of
+from qmoe_lite.models.building import skeleton
+from qmoe_lite.models.names import Names, weight_name
 
 
 @dataclass(frozen=True)
 class Causal:
-    """A causal language model whose experts are SwiGLU, fused by transformers, and one by one in the checkpoint.
+    """A causal language model whose experts are as `Architecture` describes them.
 
     Attributes
     ----------
     model_type : str
         In transformers.
-    count, width : str
-        What config.json calls the number of experts and an expert's inner width.
-    on_disk : tuple of str
-        What the checkpoint calls gate_proj, up_proj and down_proj.
-    moe : str
-        What the checkpoint calls the MoE block, which is `mlp` in the model.
-    is_sparse : callable
-        Returns whether the block with this index has experts.
     """
 
     model_type: str
-    count: str = "num_experts"
-    width: str = "moe_intermediate_size"
-    on_disk: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    moe: str = "mlp"
-    is_sparse: Callable[[Any, int], bool] = _all_layers
     seq2seq = False
     experts_class = None  # its experts are two tensors a layer
-    router = "gate"
+
+    def architecture(self, config: Any) -> Architecture:
+        return _known(self, config)[0]
 
     def tied(self, config: Any) -> frozenset[str]:
-        return tied_head(config)
+        return self.architecture(config).tied
 
-    def canonical(self, name: str) -> str:
-        return name.replace(f".{self.moe}.", ".mlp.")
+    def views(self, config: Any, checkpoint: Checkpoint) -> dict[str, View]:
+        return _known(self, config)[1].views(checkpoint)
 
-    def stored(self, name: str) -> str:
-        return name.replace(".mlp.", f".{self.moe}.")
+    def own_slice(self, config: Any, layer: MoELayer, tensor: str, expert: int, checkpoint: Checkpoint) -> Tensor:
+        return _known(self, config)[1].own_slice(layer, tensor, expert, checkpoint)
+
+    def stored(self, config: Any, name: str, checkpoint: Checkpoint) -> str:
+        return _known(self, config)[1].stored(name, checkpoint)
 
     def layers(self, config: Any) -> list[MoELayer]:
-        count, inside, outside = getattr(config, self.count), getattr(config, self.width), config.hidden_size
-        shapes = {"gate_proj": (inside, outside), "up_proj": (inside, outside), "down_proj": (outside, inside)}
-        return [
-            MoELayer(f"{block}.mlp.experts", block, count, shapes, config.num_experts_per_tok)
-            for block_index, block in enumerate(self.stacks(config)[0].blocks)
-            if self.is_sparse(config, block_index)
-        ]
+        return list(self.architecture(config).layers)
 
     def weight_name(self, layer: MoELayer, expert: int, projection: str) -> str:
-        name = self.on_disk[layer.projections.index(projection)]
-        return f"{layer.experts}.{expert}.{name}.weight"
+        return weight_name(layer.experts, expert, projection)
 
     def stacks(self, config: Any) -> list[Stack]:
-        return [Stack("model", tuple(f"model.layers.{i}" for i in range(config.num_hidden_layers)))]
+        return [self.architecture(config).stack]
 
-    def activation(self, config: Any) -> Callable[[Tensor], Tensor]:
-        from transformers.activations import ACT2FN
-
-        return ACT2FN[config.hidden_act]  # type: ignore[no-any-return]
+    def activation(self, config: Any) -> Callable[[Tensor], Tensor] | Joint:
+        return self.architecture(config).activation
 
     def routing(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         index, weights = arguments
         return index, weights
 
     def load_outside_blocks(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        for name in ("model.embed_tokens", "model.norm"):  # calibration does not get as far as lm_head
-            materialise(model.get_submodule(name), name, checkpoint, dtype)
-        for module in model.modules():
-            # rotary frequencies and the like are in no file
+        (stack,) = self.stacks(model.config)  # calibration does not get as far as the output head
+        owner = model.get_submodule(stack.name)
+        for module in owner.modules():
+            # rotary frequencies and the like are in no file; set before weights are there, which would be drawn anew
             if lost := [n for n in module._non_persistent_buffers_set if module.get_buffer(n).is_meta]:
                 for name in lost:
                     module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
                 model._init_weights(module)
+        materialise(owner, stack.name, checkpoint, dtype, without=f"{stack.attribute}.")
 
     def tie(self, model: nn.Module, held: Container[str]) -> None:
         pass  # transformers does it
 
-    def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
+    def enter(self, model: Any, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
         owner = model.get_submodule(stack.name)
-        calls = recorded_calls(owner, "layers", lambda: owner(input_ids=tokens, use_cache=False))
-        return calls[0][0][0], [(args[1:], kwargs) for args, kwargs in calls]
+        calls, _ = calls_of(owner, stack.attribute, lambda: model.base_model(input_ids=tokens, use_cache=False))
+        return calls[0][0], Calls([call for _, call in calls], {})
 
     def through(
-        self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: Any
+        self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: Calls
     ) -> tuple[Tensor, Any]:
-        args, kwargs = call[block_index]
-        return block(hidden, *args, **kwargs), call
+        own = call.of_block[block_index]
+        args = [call.fill(value) for value in own.args]
+        kwargs = {name: call.fill(value) for name, value in own.kwargs.items()}
+        out = block(hidden, *args, **kwargs)
+        if isinstance(out, Tensor):
+            return out, call
+        hidden, *others = out
+        return hidden, replace(call, handed={Mark(block_index, i): other for i, other in enumerate(others)})
 
-    def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, float]:
-        if "lm_head.weight" in checkpoint:
-            return checkpoint.tensor("lm_head.weight"), 1.0
-        return model.get_submodule("model.embed_tokens").weight, 1.0  # type: ignore[return-value]
+    def head(self, model: Any, checkpoint: Checkpoint) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        head = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is head)
+        bias = checkpoint.tensor(f"{name}.bias").float() if f"{name}.bias" in checkpoint else None
+        if f"{name}.weight" in checkpoint:
+            weight = checkpoint.tensor(f"{name}.weight")
+        else:
+            weight = model.get_input_embeddings().weight
+        return weight, functools.partial(_finish, model, name, bias)
 
-    def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
-        return model.get_submodule(f"{stack.name}.norm")(hidden)  # type: ignore[no-any-return]
+    def leave(self, model: Any, stack: Stack, hidden: Tensor) -> Tensor:
+        owner = model.get_submodule(stack.name)
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        _, result = calls_of(owner, stack.attribute, lambda: owner(input_ids=tokens, use_cache=False), hidden)
+        return result.last_hidden_state.as_subclass(Tensor)  # type: ignore[no-any-return]
 
 
-_MIXTRAL: dict[str, Any] = {
-    "count": "num_local_experts",
-    "width": "intermediate_size",
-    "moe": "block_sparse_moe",
-    "on_disk": ("w1", "w3", "w2"),
-}
-_DEEPSEEK: dict[str, Any] = {"count": "n_routed_experts", "is_sparse": _after_first}
-CAUSAL = (
-    Causal("mixtral", **_MIXTRAL),
-    Causal("minimax_m2", **_MIXTRAL),
-    Causal("qwen2_moe", is_sparse=_every_step),
-    Causal("qwen3_moe", is_sparse=_every_step),
-    Causal("olmoe", width="intermediate_size"),
-    Causal("deepseek_v2", **_DEEPSEEK),
-    Causal("deepseek_v3", **_DEEPSEEK),
-    Causal("glm4_moe", **_DEEPSEEK),
+class _Output(tuple[Tensor]):
+    """What a model without its head returns; all that may be in it besides the hidden states is None."""
+
+    def __new__(cls, hidden_states: Tensor) -> _Output:
+        return super().__new__(cls, (hidden_states,))
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Given(nn.Module):
+    """Stands for a model or its head: returns what it was given."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.given
+
+
+def _finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Tensor:
+    """Run what the model's own code makes of its head's products, (N, V): scaled, or capped; return logits."""
+    logits = products if bias is None else products + bias
+    stand_ins = {
+        model.base_model_prefix: _Given(_Output(logits[None])),
+        head: _Given(logits[None]),
+    }
+    before = {name: model.get_submodule(name) for name in stand_ins}
+    for name, module in stand_ins.items():
+        setattr(model, name, module)
+    try:
+        found: Tensor = model(input_ids=torch.zeros((1, len(logits)), dtype=torch.long), use_cache=False).logits[0]
+    finally:
+        for name, module in before.items():
+            setattr(model, name, module)
+    return found
+
+
+def _known(family: Causal, config: Any) -> tuple[Architecture, Names]:
+    """Return what is read off a configuration's model; the latest few are remembered."""
+    settings, kind = config.to_dict(), cast(Any, type(config))
+    settings.pop("quantization_config", None)
+    return _read(family, kind, json.dumps(settings, sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(family: Causal, kind: Any, settings: str) -> tuple[Architecture, Names]:
+    model = skeleton(family, kind.from_dict(json.loads(settings)), torch.float32)
+    architecture = Architecture.read(model)
+    return architecture, Names(model, architecture.layers)
+
+
+# tested, each by tests/tiny.py's model; of other types what is read is tried on the model's first blocks
+TYPES = (
+    "afmoe",
+    "aria_text",
+    "cohere2_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "gemma4",
+    "gemma4_text",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "jamba",
+    "laguna",
+    "lfm2_moe",
+    "mellum",
+    "minimax",
+    "minimax_m2",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_vl_moe",
+    "solar_open",
 )
+CAUSAL = tuple(Causal(model_type) for model_type in TYPES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qmoe_lite.coding.matmul import Stack, decode_matmul, grouped_matmul
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
 from qmoe_lite.models.routing import Assignment
@@ -73,7 +74,8 @@ def run_stretches(
 
 def multiply(
     layer: MoELayer,
-    activation: Callable[[Tensor], Tensor],
+    activation: Callable[[Tensor], Tensor] | Joint,
+    bias: Callable[[int, str], Tensor | None],
     stack: Callable[[str], Stack],
     experts: list[int],
     tokens: Tensor,
@@ -91,6 +93,17 @@ def multiply(
     sizes = [end - start for start, end in pairwise(bounds)]
     outputs = grouped_matmul([stack(name) for name in first], tokens, experts, bounds)
     # an expert at a time: torch's activations round an element at a tensor's end otherwise than one in its middle
-    groups = zip(*(torch.split(output, sizes) for output in outputs), strict=True)
-    inside = torch.cat([inner(activation, group) for group in groups])
-    return grouped_matmul([stack(last)], inside, experts, bounds)[0]
+    parts = [_biased(torch.split(y, sizes), name, experts, bias) for y, name in zip(outputs, first, strict=True)]
+    inside = torch.cat([inner(activation, group) for group in zip(*parts, strict=True)])
+    y = grouped_matmul([stack(last)], inside, experts, bounds)[0]
+    if layer.layout is None or not layer.layout.biased:
+        return y
+    return torch.cat(_biased(torch.split(y, sizes), last, experts, bias))
+
+
+def _biased(
+    parts: Sequence[Tensor], projection: str, experts: list[int], bias: Callable[[int, str], Tensor | None]
+) -> list[Tensor]:
+    """Return what a projection puts out of each expert, with the expert's bias."""
+    added = [bias(expert, projection) for expert in experts]
+    return [y if each is None else y + each for y, each in zip(parts, added, strict=True)]

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint, Place, compare_checksums
+from qmoe_lite.checkpoint.reader import Checkpoint, Place, compare_checksums, of_experts
 from qmoe_lite.checkpoint.weight_file import THREADS, SizeGuard
 
 
@@ -46,7 +46,7 @@ def check_before_use(model: nn.Module, checkpoint: Checkpoint, blocks: Iterable[
     for name, tensor in chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     ):
-        if name in checkpoint and EXPERTS not in name:
+        if name in checkpoint and not of_experts(name):
             names[id(tensor)].append(name)
             sums.left[name] = checkpoint.place(name), checkpoint.checksum(name)
 

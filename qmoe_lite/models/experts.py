@@ -94,6 +94,14 @@ class PackedExperts(nn.Module):
             self.register_buffer(tensor_name(projection, part), tensors[part])
         self._forget()
 
+    def bias(self, expert: int, projection: str) -> Tensor | None:
+        """Return one expert's bias, float32 (R,), where the family has them."""
+        if (layout := self.layer.layout) is None or not layout.biased:
+            return None
+        tensor, rows = layout.place(projection, self.layer.shapes[projection][0])
+        bias = self.get_buffer(f"{tensor}_bias")[expert].float()
+        return bias if rows is None else bias[rows]
+
     def packed(self, expert: int, projection: str) -> PackedMatrix:
         """Return one expert's matrix as it is stored; check it when it is first asked for.
 
@@ -152,7 +160,8 @@ class PackedExperts(nn.Module):
         packed = self.packed(expert, projection)
         if packed.device != x.device:  # a source gives it on the CPU
             packed = packed.to(x.device)
-        return product(packed, x)
+        y, bias = product(packed, x), self.bias(expert, projection)
+        return y if bias is None else (y + bias).to(y.dtype)
 
     @torch.compiler.disable  # torch.compile goes around it: Numba's kernels are not for it to trace
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
@@ -183,10 +192,11 @@ class PackedExperts(nn.Module):
             if source is not None:
                 found = source.run_layer(self, hidden_states, index, weights, sizes)
             else:
-                found = None if home.type == "cpu" else self._forward_on_gpu(hidden_states, index, weights)
+                by_torch = home.type == "cpu" or self.in_turn
+                found = None if by_torch else self._forward_on_gpu(hidden_states, index, weights)
             if found is not None:
                 return found.to(hidden_states.dtype)
-        alone = hidden_states.device.type != "cpu" and learns
+        alone = hidden_states.device.type != "cpu" and (learns or self.in_turn)
         run = self._run_in_turn if alone else self._run_experts
         count = self.layer.count
         assigned = Assignment.group(index, weights, count)
@@ -237,7 +247,7 @@ class PackedExperts(nn.Module):
 
     def multiply(self, stack: Callable[[str], Stack], experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         """Send tokens[bounds[i] : bounds[i + 1]] through the stacks' experts[i]; see `cpu_dispatch.multiply`."""
-        return multiply(self.layer, self.activation, stack, experts, tokens, bounds)
+        return multiply(self.layer, self.activation, self.bias, stack, experts, tokens, bounds)
 
     def _run_in_turn(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
         parts = zip(experts, pairwise(bounds), strict=True)
@@ -256,6 +266,11 @@ class PackedExperts(nn.Module):
         shared = None if first == projection else self.stack(first)
         book = self.codebooks[projection]
         return ExpertStack(name, layer.count, layer.shapes[projection], book, parts, first=shared)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a GPU multiplies its experts one after another: no kernel there adds biases."""
+        return self.layer.layout is not None and self.layer.layout.biased
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedExperts:
         if self.source is not None:
@@ -313,4 +328,7 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
         for projection in experts.layer.projections:
             name, parts = f"{experts.layer.experts}.{projection}", parts_of(experts.codebooks[projection])
             experts.fill(projection, {part: checkpoint.meta(tensor_name(name, part)) for part in parts})
+        if (layout := experts.layer.layout) is not None and layout.biased:
+            for tensor in (f"{layout.first}_bias", "down_proj_bias"):
+                experts.register_buffer(tensor, checkpoint.meta(f"{experts.layer.experts}.{tensor}"))
     return made

@@ -8,20 +8,25 @@ experts module's routing arguments mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.checkpoint.sources import View
 from qmoe_lite.errors import UnsupportedFamilyError
+from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.blocks import MoELayer, Stack
-from qmoe_lite.models.causal import CAUSAL
+from qmoe_lite.models.causal import CAUSAL, Causal
 from qmoe_lite.models.switch import SwitchTransformers
 
 
-def inner(activation: Callable[[Tensor], Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Return the last projection's input: activation(wi x), or activation(gate_proj x) * up_proj x."""
+def inner(activation: Callable[[Tensor], Tensor] | Joint, outputs: Sequence[Tensor]) -> Tensor:
+    """Return the last projection's input: activation(wi x), or activation(gate_proj x) * up_proj x, or its own."""
+    if isinstance(activation, Joint):
+        return activation.join(outputs)
     first, *others = outputs
     result = activation(first)
     for other in others:
@@ -41,21 +46,17 @@ class Family(Protocol):
         """Transformers' class of an experts module that is slow to build, even without weights."""
 
     @property
-    def router(self) -> str:
-        """Name, beside the experts module, of what holds the router's weight, shape (experts, width)."""
-
-    @property
     def seq2seq(self) -> bool:
         """Whether the model has an encoder and a decoder."""
 
     def tied(self, config: Any) -> frozenset[str]:
         """Tensors that a checkpoint may lack, because they are another one's."""
 
-    def canonical(self, name: str) -> str:
-        """Return the model's name of a tensor for its name in the checkpoint's files."""
+    def views(self, config: Any, checkpoint: Checkpoint) -> dict[str, View]:
+        """Return where each of the model's tensors lies in the checkpoint's files."""
 
-    def stored(self, name: str) -> str:
-        """Return the name in the files for the model's own."""
+    def stored(self, config: Any, name: str, checkpoint: Checkpoint) -> str:
+        """Return what a compressed model's files are to call a tensor, given the checkpoint that it is made of."""
 
     def layers(self, config: Any) -> list[MoELayer]:
         """All sparse layers that the configuration promises, in the order in which they run."""
@@ -66,7 +67,7 @@ class Family(Protocol):
     def stacks(self, config: Any) -> list[Stack]:
         """The chains of blocks, in the order in which they run."""
 
-    def activation(self, config: Any) -> Callable[[Tensor], Tensor]:
+    def activation(self, config: Any) -> Callable[[Tensor], Tensor] | Joint:
         """The experts' activation function."""
 
     def routing(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -86,25 +87,50 @@ class Family(Protocol):
     ) -> tuple[Tensor, Any]:
         """Run one of a stack's blocks, by its index; return the hidden states and the call for the blocks after it."""
 
-    def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, float]:
-        """Return what makes logits of the last stack's output: the vocabulary's weight (V, C), and a factor."""
+    def head(self, model: nn.Module, checkpoint: Checkpoint) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the vocabulary's weight (V, C), and what makes logits of its products with the last stack's output."""
 
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         """Run what follows a stack's last block."""
 
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (SwitchTransformers(), *CAUSAL)}
+_REFUSED = dict.fromkeys(("deepseek_v4", "hy_v4", "hy_v4_vl"), "its hidden states are several streams a token")
+FAMILIES: dict[str, Family] = {
+    "switch_transformers": SwitchTransformers(),
+    **{each.model_type: each for each in CAUSAL},
+}
 
 
-def family_of(model_type: str | None) -> Family:
+def _in_transformers(model_type: str | None) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def family_of(model_type: str | None, auto: bool = False) -> Family:
     """Find the family of a model type.
+
+    Parameters
+    ----------
+    model_type : str or None
+        As in config.json.
+    auto : bool
+        Whether one that is not among the tested types is read off transformers' model like those.
 
     Raises
     ------
     UnsupportedFamilyError
-        Names the type and the supported ones.
+        Names the type, and those that are closest.
     """
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedFamilyError(f"model type {model_type} is not supported; supported: {known}.")
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in _REFUSED:
+        raise UnsupportedFamilyError(f"model type {model_type} is not supported: {_REFUSED[model_type]}.")
+    if auto and _in_transformers(model_type):
+        return Causal(str(model_type))
+    known, close = ", ".join(sorted(FAMILIES)), get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.5)
+    closest = f" (closest: {close[0]})" if close else ""
+    raise UnsupportedFamilyError(
+        f"model type {model_type} is not supported; supported: {known}{closest}. With --family auto (family='auto') it "
+        "is read off transformers' model, and tried on its first blocks before anything is compressed."
+    )

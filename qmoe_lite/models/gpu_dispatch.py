@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.coding.tokens import count_tokens
+from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
 
@@ -24,7 +25,7 @@ _KERNEL_ACTIVATIONS = {  # classes of transformers and torch: what the GPU's ker
     "PytorchGELUTanh": "gelu_tanh",
 }
 
-Activation = Callable[[Tensor], Tensor]
+Activation = Callable[[Tensor], Tensor] | Joint
 
 
 def run_packets(

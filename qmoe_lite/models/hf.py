@@ -3,7 +3,7 @@
 transformers builds the model on the meta device and asks the quantizer to change it before weights are loaded: each
 experts module is replaced by a `PackedExperts` with empty buffers, and from_pretrained fills them with maps of the
 files. transformers fills what a checkpoint lacks with random numbers and only warns, so names and shapes are compared
-first; checksums when a tensor is first used (see `_dense_checks`).
+first; checksums when a tensor is first used (see `dense_checks`).
 
 Imported by transformers' own import (see `_hook`), so numba and the kernels wait until a compressed model is loaded.
 """
@@ -58,16 +58,17 @@ class QMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from qmoe_lite.models.building import auto_class
         from qmoe_lite.models.experts import empty_experts
-        from qmoe_lite.models.skeletons import auto_class, check_dense, open_checkpoint
+        from qmoe_lite.models.skeletons import check_dense, open_checkpoint
 
         if not checkpoint_files:
             raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
         family, checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
         if {Path(file).name for file in checkpoint_files} != set(checkpoint.files):
             raise CheckpointError(f"{checkpoint.directory} holds other weight files besides; load the main ones.")
-        wanted = auto_class(family)
-        if not isinstance(model, wanted._model_mapping[type(model.config)]):
+        wanted = auto_class(family, checkpoint.config)
+        if not isinstance(model, wanted._model_mapping.get(type(model.config), ())):
             raise CheckpointError(
                 f"a compressed model is loaded by {wanted.__name__} or qmoe_lite.load, not as {type(model).__name__}."
             )
@@ -93,7 +94,7 @@ class QMoEQuantizer(HfQuantizer):
                     raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
         checkpoint = self._checkpoint
         del self._checkpoint  # the model keeps the quantizer, and a copy of it cannot have open files
-        family = family_of(model.config.model_type)
+        family = family_of(model.config.model_type, auto=True)
         family.tie(model, checkpoint)
         guard = SizeGuard([checkpoint.directory / name for name in checkpoint.files])
         stacks = family.stacks(model.config)

@@ -1,28 +1,29 @@
-"""Dense models as transformers builds them, without weights; and what their checkpoints must hold."""
+"""What checkpoints must hold for the models that transformers builds."""
 
 from __future__ import annotations
 
-import importlib
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from qmoe_lite.checkpoint.reader import EXPERTS, Checkpoint
-from qmoe_lite.errors import CheckpointError, first_line
+from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
+from qmoe_lite.checkpoint.sources import method_of
+from qmoe_lite.errors import CheckpointError
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.building import read_config
 from qmoe_lite.models.family import Family, family_of
 
 UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
 
 
-def open_checkpoint(directory: Path) -> tuple[Family, Checkpoint]:
+def open_checkpoint(directory: Path, auto: bool = False) -> tuple[Family, Checkpoint]:
     """Open a model directory; its tensors are known by the model's own names.
+
+    `auto` is that of `family_of`; what is compressed was tried before.
 
     Raises
     ------
@@ -30,8 +31,9 @@ def open_checkpoint(directory: Path) -> tuple[Family, Checkpoint]:
         No model, damaged, or of a family that is not supported.
     """
     checkpoint = Checkpoint(directory)
-    family = family_of(checkpoint.config.get("model_type"))
-    checkpoint.know_as(family.canonical)
+    auto = auto or method_of(checkpoint.config) == "qmoe"
+    family = family_of(checkpoint.config.get("model_type"), auto)
+    checkpoint.know_as(family.views(read_config(str(directory)), checkpoint))
     return family, checkpoint
 
 
@@ -56,12 +58,19 @@ def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[M
         for expert in range(layer.count)
         for projection, shape in layer.shapes.items()
     }
+    held = [name for name in checkpoint.names if of_experts(name)]
+    extra = sorted(set(held) - set(promised))
+    if extra and (lost := next((name for name in promised if name not in checkpoint), None)):
+        text = (
+            f"{checkpoint.directory} holds {checkpoint.stored_name(extra[0])} and not {lost}: its layout is unknown. "
+        )
+        more = "Load it in transformers and save it by save_pretrained(.., save_original_format=False)."
+        raise CheckpointError(text + more)
     for name, shape in promised.items():
         if (found := checkpoint.shape(name)) != shape:
             raise CheckpointError(f"{name} has shape {found}; config.json says {shape}.")
-    held = [name for name in checkpoint.names if EXPERTS in name]
-    if extra := set(held) - set(promised):
-        raise CheckpointError(f"the checkpoint has {sorted(extra)[0]}, which config.json does not account for.")
+    if extra:
+        raise CheckpointError(f"the checkpoint has {extra[0]}, which config.json does not account for.")
     return layers
 
 
@@ -90,7 +99,7 @@ def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator
     """Return name and error of each tensor outside the experts that is missing or has another shape."""
     tied = family.tied(model.config)
     for name, target in model.state_dict().items():
-        if EXPERTS in name or (name in tied and name not in checkpoint):
+        if of_experts(name) or (name in tied and name not in checkpoint):
             continue
         try:
             if (found := checkpoint.shape(name)) != (expected := tuple(target.shape)):
@@ -99,67 +108,6 @@ def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator
                 )
         except CheckpointError as error:
             yield name, error
-
-
-class Placeholder(nn.Module):
-    """Stands for an experts module while a model is built; holds nothing."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-
-
-_building = threading.RLock()
-
-
-@contextmanager
-def experts_replaced(family: Family) -> Iterator[None]:
-    """Let transformers build placeholders, in this thread, where experts modules would be slow to build.
-
-    Not by transformers' register_patch_mapping, which stays in force when an exception passes through from_pretrained.
-    One thread at a time is let in: while it builds a model, transformers replaces functions of torch and methods of its
-    own for the whole process (tie_weights, torch.linspace, ..), and two threads that do so at once put back each
-    other's replacements.
-    """
-    with _building:
-        if family.experts_class is None:
-            yield
-            return
-        module = importlib.import_module(f"transformers.models.{family.model_type}.modeling_{family.model_type}")
-        original, owner = getattr(module, family.experts_class), threading.get_ident()
-
-        def build(config: Any) -> nn.Module:
-            return Placeholder(config) if threading.get_ident() == owner else original(config)
-
-        setattr(module, family.experts_class, build)
-        try:
-            yield
-        finally:
-            setattr(module, family.experts_class, original)
-
-
-def auto_class(family: Family) -> Any:
-    """Return the transformers class that loads and builds models of a family."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    return AutoModelForSeq2SeqLM if family.seq2seq else AutoModelForCausalLM
-
-
-def skeleton(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
-    """Build the model without any weights, on the meta device.
-
-    Raises
-    ------
-    CheckpointError
-        transformers cannot build it from this configuration.
-    """
-    from transformers.initialization import no_init_weights
-
-    try:
-        with experts_replaced(family), torch.device("meta"), no_init_weights():
-            return auto_class(family).from_config(config, dtype=dtype).eval()  # type: ignore[no-any-return]
-    except Exception as error:  # a configuration that is out of order fails anywhere in the model's own code
-        text = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"config.json makes no {family.model_type} model ({text}). Fetch it again.") from error
 
 
 @contextmanager
@@ -174,19 +122,3 @@ def capacity_lifted(model: nn.Module) -> Iterator[None]:
     finally:
         for module, capacity in zip(limited, before, strict=True):
             module.expert_capacity = capacity
-
-
-def read_config(directory: str) -> Any:
-    """Read config.json through transformers.
-
-    Raises
-    ------
-    CheckpointError
-        transformers refuses it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(directory)
-    except Exception as error:  # transformers raises ValueError, OSError and its validators' own
-        raise CheckpointError(f"{directory}/config.json is refused by transformers: {first_line(error)}.") from error

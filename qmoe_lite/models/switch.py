@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, materialise
+from qmoe_lite.checkpoint.sources import View, whole
 from qmoe_lite.models.blocks import MoELayer, Stack, recorded_calls, tied_head
 
 
@@ -18,16 +19,15 @@ class SwitchTransformers:
     model_type = "switch_transformers"
     seq2seq = True
     experts_class = "SwitchTransformersExperts"
-    router = "router.classifier"
 
     def tied(self, config: Any) -> frozenset[str]:
         embeddings = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
         return embeddings | tied_head(config)
 
-    def canonical(self, name: str) -> str:
-        return name
+    def views(self, config: Any, checkpoint: Checkpoint) -> dict[str, View]:
+        return whole(sorted(checkpoint.sources))
 
-    def stored(self, name: str) -> str:
+    def stored(self, config: Any, name: str, checkpoint: Checkpoint) -> str:
         return name
 
     def layers(self, config: Any) -> list[MoELayer]:
@@ -83,9 +83,10 @@ class SwitchTransformers:
     def enter(self, model: nn.Module, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
         owner = model.get_submodule(stack.name)
         arguments = {} if encoder_output is None else {"encoder_hidden_states": encoder_output, "use_cache": False}
-        calls = recorded_calls(owner, "block", lambda: owner(input_ids=tokens, **arguments), handed_on=2)
-        (hidden, mask, bias, _, encoder_mask, cross_bias), kwargs = calls[0]
-        return hidden, ((mask, bias, encoder_mask, cross_bias), kwargs)
+        calls, _ = recorded_calls(owner, "block", lambda: owner(input_ids=tokens, **arguments), marks=2)
+        hidden, call = calls[0]
+        mask, bias, _, encoder_mask, cross_bias = call.args
+        return hidden, ((mask, bias, encoder_mask, cross_bias), call.kwargs)
 
     def through(
         self, block: nn.Module, block_index: int, hidden: Tensor, encoder_output: Tensor | None, call: Any
@@ -95,8 +96,9 @@ class SwitchTransformers:
         hidden, bias, cross_bias = block(hidden, mask, bias, encoder_output, encoder_mask, cross_bias, **kwargs)
         return hidden, ((mask, bias, encoder_mask, cross_bias), kwargs)
 
-    def head(self, model: Any, checkpoint: Checkpoint) -> tuple[Tensor, float]:
-        return model.lm_head.weight, model.config.d_model**-0.5 if model.config.tie_word_embeddings else 1.0
+    def head(self, model: Any, checkpoint: Checkpoint) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        factor = model.config.d_model**-0.5 if model.config.tie_word_embeddings else 1.0
+        return model.lm_head.weight, lambda products: products * factor
 
     def leave(self, model: nn.Module, stack: Stack, hidden: Tensor) -> Tensor:
         return model.get_submodule(f"{stack.name}.final_layer_norm")(hidden)  # type: ignore[no-any-return]

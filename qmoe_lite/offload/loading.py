@@ -73,7 +73,8 @@ def load(
     from qmoe_lite.checkpoint.format import quantization_of
     from qmoe_lite.checkpoint.reader import find_model
     from qmoe_lite.devices import find_device, moved
-    from qmoe_lite.models.skeletons import auto_class, experts_replaced, open_checkpoint
+    from qmoe_lite.models.building import auto_class, experts_replaced
+    from qmoe_lite.models.skeletons import open_checkpoint
     from qmoe_lite.offload.runner import attach
 
     budgets = {"expert_cache": expert_cache, "ram_cache": ram_cache, "offload": offload, "devices": devices}
@@ -86,7 +87,7 @@ def load(
     quantization_of(checkpoint)
     try:
         with experts_replaced(family):  # thousands of dense experts take seconds to build, even on meta
-            model = auto_class(family).from_pretrained(path, dtype=dtype or "auto")
+            model = auto_class(family, checkpoint.config).from_pretrained(path, dtype=dtype or "auto")
     except QMoEError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

@@ -135,6 +135,7 @@ class Prediction:
 
 def router_weight(model: nn.Module, experts: PackedExperts) -> Tensor | None:
     """Return the weight of the router that stands beside an experts module, (experts, width); None for another one."""
-    parent = experts.layer.experts.rpartition(".")[0]
-    weight = model.get_submodule(f"{parent}.{experts.family.router}").weight
-    return weight if isinstance(weight, Tensor) and len(weight) == experts.num_experts else None
+    beside = model.get_submodule(experts.layer.experts.rpartition(".")[0])
+    shape = experts.num_experts, experts.layer.shapes[experts.layer.projections[0]][1]
+    found = [weight for _, weight in beside.named_parameters() if weight.shape == shape]
+    return found[0] if len(found) == 1 else None

@@ -199,7 +199,7 @@ class Runner:
         with self._lock:
             layer_index = self._index_of[module.layer.experts]
             layer, tier = self._layers[layer_index], self._tier_of[layer_index]
-            if tier is None:
+            if tier is None or module.in_turn:
                 return None
             self._ram.open(layer)
             x, index, weights = (part.to(tier.device.device) for part in (hidden_states, index, weights))

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import inner
-from qmoe_lite.models.skeletons import check_dense, check_promise, open_checkpoint, read_config, skeleton
+from qmoe_lite.models.skeletons import check_dense, check_promise, open_checkpoint
 
 YARN = {
     "rope_type": "yarn",
@@ -26,10 +27,19 @@ YARN = {
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
+def biases_of(checkpoint, layer, expert):
+    """Return what gpt_oss adds to gate's, up's and down's outputs; zeros for any other family."""
+    name = f"{layer.experts}.gate_up_proj_bias"
+    if name not in checkpoint:
+        return [torch.zeros(rows) for rows, _ in layer.shapes.values()]
+    both = checkpoint.tensor(name)[expert]
+    return [both[0::2], both[1::2], checkpoint.tensor(f"{layer.experts}.down_proj_bias")[expert]]
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
-        *((model_type, {}) for model_type in sorted(tiny.CAUSAL)),
+        *((model_type, {}) for model_type in sorted(tiny.CAUSAL | tiny.MORE)),
         ("qwen3_moe", {"mlp_only_layers": [], "decoder_sparse_step": 2}),
         ("qwen3_moe", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
@@ -69,7 +79,7 @@ def test_experts_see_what_they_see_in_the_whole_model(tmp_path, tokenizer, model
             if caught is None:
                 continue
             layer = next(layer for layer in layers if layer.block == stack.blocks[number])
-            inputs, assigned = caught
+            inputs, assigned = caught.inputs, caught.assigned
             x, index, weights = seen[layer.experts]
             assert (inputs.rows - x).abs().max() <= 1e-5 * x.abs().max()
             for expert in range(layer.count):
@@ -78,7 +88,10 @@ def test_experts_see_what_they_see_in_the_whole_model(tmp_path, tokenizer, model
                 assert torch.equal(rows, chosen.any(-1).nonzero()[:, 0])
                 assert torch.allclose(gates, weights[chosen].float(), atol=1e-6)
                 matrices = [checkpoint.tensor(family.weight_name(layer, expert, p)) for p in layer.projections]
-                first = inner(activation, [inputs.rows[rows] @ matrix.T for matrix in matrices[:-1]])
-                hidden.add(rows, first @ matrices[-1].T * gates[:, None])
+                biases = biases_of(checkpoint, layer, expert)
+                before = zip(matrices[:-1], biases[:-1], strict=True)
+                first = inner(activation, [inputs.rows[rows] @ matrix.T + bias for matrix, bias in before])
+                caught.outputs.add(rows, (first @ matrices[-1].T + biases[-1]) * gates[:, None])
+            caught.finish()
         runner.leave(stack, hidden)
     assert (hidden.read(slice(0, 12)) - expected).abs().max() <= 1e-5 * expected.abs().max()

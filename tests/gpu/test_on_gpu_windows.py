@@ -68,7 +68,11 @@ def assert_product(y, dense, x):
     """
     y64, x64 = y.double().cpu(), x.double().cpu()
     expected = x64 @ dense.T
-    rounded = ROUNDING[x.dtype] if x.dtype == torch.bfloat16 or len(x) > windows_product.PRODUCT_TOKENS else 0
+    rounded = (
+        ROUNDING[x.dtype]
+        if x.dtype == torch.bfloat16 or (x.ndim == 2 and len(x) > windows_product.PRODUCT_TOKENS)
+        else 0
+    )
     bound = (FLOAT32 + rounded) * (x64.abs() @ dense.abs().T) + ROUNDING[y.dtype] * expected.abs() + 1e-30
     assert y.dtype == x.dtype
     assert y.shape == expected.shape

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qmoe_lite as qm
+from qmoe_lite import models
 from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
-from qmoe_lite.errors import CheckpointError
-from qmoe_lite.models.blocks import recorded_calls
+from qmoe_lite.errors import CheckpointError, SettingError, UnsupportedFamilyError
+from qmoe_lite.models.architecture import Joint
+from qmoe_lite.models.blocks import Layout, recorded_calls
+from qmoe_lite.models.building import skeleton
+from qmoe_lite.models.causal import Causal
 from qmoe_lite.models.family import FAMILIES, family_of, inner
-from qmoe_lite.models.skeletons import open_checkpoint, skeleton, unused
+from qmoe_lite.models.skeletons import open_checkpoint, unused
 
 TERNARY = qm.MinMaxTernary(torch.bfloat16)
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "grid": TERNARY}
@@ -28,7 +34,74 @@ def names_in(directory) -> dict[str, torch.Tensor]:
 
 
 def test_every_causal_family_is_tested():
-    assert {name for name, family in FAMILIES.items() if not family.seq2seq} == set(tiny.CAUSAL)
+    assert {name for name, family in FAMILIES.items() if not family.seq2seq} == set(
+        tiny.CAUSAL | tiny.MORE | tiny.WITH_PICTURES
+    )
+
+
+def test_the_readme_names_each_family_by_how_it_is_tested():
+    table = (Path(models.__file__).parent / "README.md").read_text().split("| tested on |")[1].split("\n\n")[0]
+    rows = {cells[1]: cells[2].split(", ") for line in table.splitlines()[2:] if (cells := re.split(r" ?\| ?", line))}
+    named = dict(zip(("CAUSAL", "MORE", "WITH_PICTURES"), rows.values(), strict=True))
+    assert all(f"`{name}`" in row for name, row in zip(named, rows, strict=True))
+    assert named.pop("CAUSAL") == sorted([*tiny.CAUSAL, "switch_transformers"])
+    assert named == {name: sorted(getattr(tiny, name)) for name in named}
+
+
+def test_another_type_is_refused_by_name_and_taken_by_auto(tmp_path, causal, monkeypatch):
+    source = causal("qwen3_moe")
+    monkeypatch.delitem(FAMILIES, "qwen3_moe")
+    with pytest.raises(
+        UnsupportedFamilyError, match=r"qwen3_moe is not supported; supported: .*closest: qwen.*--family auto"
+    ):
+        qm.compress(source, tmp_path / "out", recipe="nearest")
+    with pytest.raises(SettingError, match="family qwen2_moe is unknown"):
+        qm.compress(source, tmp_path / "out", recipe="nearest", family="qwen2_moe")
+    qm.compress(source, tmp_path / "out", recipe="nearest", family="auto")
+    assert qm.load(tmp_path / "out").config.model_type == "qwen3_moe"
+    assert qm.verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("wrong", ["layout", "activation", "hidden"])
+def test_auto_refuses_a_type_whose_first_blocks_differ(tmp_path, causal, monkeypatch, wrong):
+    source = causal("gpt_oss")
+    monkeypatch.delitem(FAMILIES, "gpt_oss")
+    if wrong == "layout":  # up's rows taken for gate's
+        place = Layout.place
+        swapped = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+        monkeypatch.setattr(Layout, "place", lambda self, name, rows: place(self, swapped.get(name, name), rows))
+    elif wrong == "activation":
+        monkeypatch.setattr(Joint, "join", lambda self, outputs: torch.relu(outputs[0]) * outputs[1])
+    else:
+        through = Causal.through
+        monkeypatch.setattr(Causal, "through", lambda *args: (lambda out: (out[0] * 1.01, out[1]))(through(*args)))
+    with pytest.raises(UnsupportedFamilyError, match="gpt_oss is not supported: run block by block"):
+        qm.compress(source, tmp_path / "out", recipe="nearest", family="auto")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("deepseek_v4", "deepseek_v4 is not supported: its hidden states are several streams"),
+        (
+            "openai_privacy_filter",
+            "openai_privacy_filter is not supported: transformers has no model of it that writes",
+        ),
+    ],
+)
+def test_a_type_that_cannot_be_read_off_is_refused_in_one_true_line(tmp_path, causal, model_type, reason):
+    path = changed_copy(causal("mixtral"), tmp_path / "m")
+    AutoConfig.for_model(model_type).save_pretrained(path)
+    with pytest.raises(UnsupportedFamilyError, match=reason):
+        qm.compress(path, tmp_path / "out", recipe="nearest", family="auto")
+
+
+def test_experts_that_transformers_does_not_declare_are_refused_by_name(tmp_path, tokenizer):
+    sizes = {"num_local_experts": 4, "intermediate_size": 20, "intermediate_size_mlp": 32, "moe_layers": [0, 1, 2]}
+    config = AutoConfig.for_model("llama4_text", vocab_size=len(tokenizer), **tiny.TEXT, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(UnsupportedFamilyError, match="Llama4TextExperts is not of transformers' common interface"):
+        qm.compress(tmp_path / "m", tmp_path / "out", recipe="nearest", family="auto")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +174,7 @@ def test_nothing_but_experts_is_touched(causal, compressed_causal, model_type):
 def test_tensors_are_known_by_the_models_names(tmp_path, tokenizer, model_type, changes):
     directory = tiny.make_causal(tmp_path / "m", tokenizer, model_type, **changes)
     family, checkpoint = open_checkpoint(directory)
-    assert {family.stored(name) for name in checkpoint.names} == set(names_in(directory))
+    assert {checkpoint.stored_name(name) for name in checkpoint.names} == set(names_in(directory))
     model = AutoModelForCausalLM.from_pretrained(directory)
     dense = {name for name in model.state_dict() if ".experts." not in name}
     assert {name for name in checkpoint.names if ".experts." not in name} == dense

@@ -31,9 +31,9 @@ from transformers import (
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.format import PARTS
 from qmoe_lite.errors import CheckpointError, DeviceError, FormatError, SettingError
+from qmoe_lite.models.building import Placeholder, experts_replaced, read_config
 from qmoe_lite.models.family import family_of
 from qmoe_lite.models.hf import QMoEConfig
-from qmoe_lite.models.skeletons import Placeholder, experts_replaced, read_config
 
 FAMILIES = ["switch_transformers", *sorted(tiny.CAUSAL)]
 
