@@ -38,10 +38,12 @@ def evaluate(
     """
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._models import open_model, watched
+    from qmoe_lite.compression.positions import check_window
     from qmoe_lite.text.evaluation import evaluate as run
 
     _output.quiet_transformers()
     loaded, tokenizer = open_model(model, placement=placement)
+    check_window(loaded.config, sequence_length)
     options: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "passes": passes}
     with watched(loaded, stats):
         result = run(loaded, tokenizer, text, batch_size=batch_size, seed=seed, **options)
