@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qmoe_lite.compression.calibration import check_ids, make_samples, read_text, read_tokens
+from qmoe_lite.compression.calibration import check_ids, make_samples, read_tokens
+from qmoe_lite.compression.documents import read_text
 from qmoe_lite.compression.losses import IGNORED, Gap, paired_gap, summed_loss
 from qmoe_lite.errors import NotFiniteError, SettingError
 from qmoe_lite.models.skeletons import capacity_lifted

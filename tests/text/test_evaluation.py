@@ -9,7 +9,8 @@ import torch
 from tiny import dense_model
 
 import qmoe_lite as qm
-from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
+from qmoe_lite.compression.calibration import make_samples, read_tokens
+from qmoe_lite.compression.documents import read_text
 
 
 def test_the_loss_is_the_mean_over_all_predicted_tokens(switch, tokenizer, text_file):
