@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -234,6 +235,8 @@ class Checkpoint:
                 else:
                     opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             except OSError as error:
+                if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
+                    raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
                 raise unreadable(path, error) from error
             except Exception as error:  # safetensors, pickle and zip each have their own
                 raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
