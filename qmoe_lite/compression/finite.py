@@ -44,7 +44,9 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[Progress], None]) -
 def _finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
-    for piece in tensor.reshape(-1).split(_PIECE):
+    flat = tensor.reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE]
         wide = piece.to(torch.bfloat16) if piece.itemsize == 1 else piece
         if not wide.isfinite().all():
             return False
