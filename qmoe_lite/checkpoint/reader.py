@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qmoe_lite.checkpoint.config_file import read_config_file
 from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
@@ -122,10 +125,11 @@ class Checkpoint:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
+        self._forgotten: set[str] = set()  # by their names in the files
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self.config: dict[str, Any] = {}
         try:
-            self.config = _read_config(directory)
+            self.config = read_config_file(directory)
         except CheckpointError as error:
             if faults is None:
                 raise
@@ -171,7 +175,22 @@ class Checkpoint:
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""
         for name in names:
-            del self._views[name]
+            self._forgotten.add(self._views.pop(name).stored)
+
+    def check_index(self) -> None:
+        """Compare the index with what the files hold; only headers are read.
+
+        Raises
+        ------
+        CheckpointError
+            The index names a tensor, which was not forgotten, that its file lacks; or a file is missing or damaged.
+        """
+        for file_name in self.files:
+            named = {name for name, holder in self._file_of.items() if holder == file_name} - self._forgotten
+            if lacking := sorted(named - self.stored_in(file_name)):
+                more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+                text = f"{self.directory / file_name} lacks {lacking[0]}{more}, which the index names."
+                raise CheckpointError(f"{text} Fetch the file again.")
 
     @property
     def names(self) -> Iterable[str]:
@@ -216,8 +235,17 @@ class Checkpoint:
                 else:
                     opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             except OSError as error:
+                if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
+                    raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
                 raise unreadable(path, error) from error
-            except Exception as error:  # safetensors, pickle and zip each have their own
+            except UnpicklingError as error:  # torch's words name a way to run what is in it
+                asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+                found = f"asks for {asked[1]}" if asked else "is damaged or holds other things than tensors"
+                raise CheckpointError(
+                    f"{path} {found}: a pickle may run any program, and this one is not loaded. Fetch it again from a "
+                    "source that you trust, or the model's safetensors files."
+                ) from error
+            except Exception as error:  # safetensors and zip have their own
                 raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
             self._open_files[file_name] = opened
         return self._open_files[file_name]
@@ -312,27 +340,6 @@ class Checkpoint:
             status = (self.directory / file_name).stat()
             digest.update(f"{file_name} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} is no model: it has no config.json.") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}). Fetch the file again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no JSON object. Fetch the file again.")
-    return config
-
-
-def names_in(file: Path) -> list[str]:
-    """Names of the tensors in one safetensors file."""
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def of_experts(name: str) -> bool:

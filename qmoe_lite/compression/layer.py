@@ -15,7 +15,6 @@ from torch import Tensor
 from qmoe_lite.checkpoint.format import tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dead_zone import USUAL, DeadZone
@@ -23,7 +22,6 @@ from qmoe_lite.compression.dictionaries import Dictionaries
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
 from qmoe_lite.compression.settings import Settings
-from qmoe_lite.compression.state import Done
 from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
@@ -63,35 +61,6 @@ class LayerCompressor:
         self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
-
-    def resume(self, done: Done, weights: int, adapts: bool) -> None:
-        """Go on from what is known of the finished layers.
-
-        Parameters
-        ----------
-        done : Done
-            Of an earlier run, or of none.
-        weights : int
-            In experts of the whole model.
-        adapts : bool
-            The dead zone follows the model.
-
-        Raises
-        ------
-        TypeError
-            `done` is damaged.
-        """
-        books = (book for books in done.codebooks.values() for book in books.values())
-        self.dictionaries.resume(Dictionary.from_config(book) for book in books if book["kind"] == KIND)
-        if adapts:
-            self.dead_zone = DeadZone(**(done.dead_zone or {}))
-        if self._settings.rate is not None:
-            self.rate = RateControl(**(done.rate or {"rate": self._settings.rate, "weights": weights}))
-
-    def keep(self, done: Done) -> None:
-        """Note what `resume` needs."""
-        done.rate = None if self.rate is None else self.rate.to_json()
-        done.dead_zone = None if self.dead_zone is None else self.dead_zone.to_json()
 
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
@@ -144,8 +113,7 @@ class LayerCompressor:
             if seen is not None:
                 for place, expert in enumerate(group):
                     weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
-                    matrices = self._linears(layer, expert, weights)
-                    found += self._run(layer, expert, matrices, seen)
+                    found += self.run(layer, expert, weights, seen)
             group_done(i + 1, len(groups))
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
@@ -346,8 +314,11 @@ class LayerCompressor:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
 
-    def _run(self, layer: MoELayer, expert: int, matrices: list[Linear], seen: LayerInputs) -> NDArray[np.float64]:
+    def run(
+        self, layer: MoELayer, expert: int, weights_of: dict[str, Tensor], seen: LayerInputs
+    ) -> NDArray[np.float64]:
         """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens."""
+        matrices = self._linears(layer, expert, weights_of)
         all_rows, all_gates = seen.assigned.of_expert(expert)
         apart = seen.reference[all_rows]
         rows, gates = all_rows[~apart], all_gates[~apart]

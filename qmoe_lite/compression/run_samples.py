@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.compression.calibration import Samples, make_samples, read_text, read_tokens, window_length
+from qmoe_lite.compression.calibration import Samples, make_samples, read_tokens, window_length
+from qmoe_lite.compression.documents import read_text
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
 from qmoe_lite.compression.rate import MOST
@@ -69,6 +70,13 @@ class RunSamples:
             labels = np.concatenate([main.labels, extra.labels, extra.labels])
         ids = np.concatenate([main.input_ids, extra.input_ids, extra.input_ids])
         return cls(Samples(ids, labels, main.windows), len(main), len(main) + len(extra)), notes
+
+    def decoder_input(self, config: Any) -> np.ndarray:
+        """Shift labels to the right, as transformers does."""
+        labels, start = self.all.labels, config.decoder_start_token_id
+        assert labels is not None
+        start = config.pad_token_id if start is None else start
+        return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
 
     def flags(self, mask: np.ndarray) -> tuple[Tensor, ...]:
         """Return whether each token may enter a Hessian, is for validation, is for reference; bool, flat.
