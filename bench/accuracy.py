@@ -163,13 +163,17 @@ def _evaluated(model: str | Path, text: str | Path, sequence_length: int, held_o
 
     from qmoe_lite.checkpoint.reader import find_model
     from qmoe_lite.compression.calibration import open_tokenizer
-    from qmoe_lite.models.building import auto_class
+    from qmoe_lite.models.dense import load_dense
     from qmoe_lite.models.skeletons import open_checkpoint
+    from qmoe_lite.offload.loading import load
     from qmoe_lite.text.evaluation import evaluate
 
     directory = find_model(model)
     family, checkpoint = open_checkpoint(directory)
-    loaded = auto_class(family, checkpoint.config).from_pretrained(directory, dtype=torch.float32)
+    if checkpoint.config.get("quantization_config"):
+        loaded = load(directory, device="cpu", dtype=torch.float32)
+    else:
+        loaded = load_dense(directory, family, checkpoint, torch.float32)
     found = evaluate(
         loaded, open_tokenizer(directory), text, samples=held_out, sequence_length=sequence_length, batch_size=1
     )

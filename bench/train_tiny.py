@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, Swit
 from qmoe_lite.compression.calibration import (
     corrupt_spans,
     make_samples,
-    read_text,
     read_tokens,
     sentinel_ids,
     window_length,
 )
+from qmoe_lite.compression.documents import read_text
 
 TEXT = Path(__file__).parents[1] / "qmoe_lite" / "data" / "text"
 VOCABULARY, SENTINELS = 1024, 64

@@ -16,8 +16,9 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
     from qmoe_lite.checkpoint.reader import find_model
     from qmoe_lite.compression.calibration import open_tokenizer
     from qmoe_lite.devices import find_device, moved
-    from qmoe_lite.errors import CheckpointError, FormatError, SettingError
-    from qmoe_lite.models.building import auto_class, read_config
+    from qmoe_lite.errors import SettingError
+    from qmoe_lite.models.building import read_config
+    from qmoe_lite.models.dense import load_dense
     from qmoe_lite.models.skeletons import open_checkpoint
     from qmoe_lite.offload.loading import load
 
@@ -25,8 +26,6 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
     path = find_model(name)
     family, checkpoint = open_checkpoint(path, auto=True)
     quantized = checkpoint.config.get("quantization_config") or {}
-    if not isinstance(quantized, dict):
-        raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.")
     if quantized and (method := quantized.get("quant_method")) != "qmoe":
         raise SettingError(f"{path} is quantised by {method}. Name a dense model or one that qmoe compressed.")
     read_config(str(path))  # before the tokenizer, which transformers would blame
@@ -37,15 +36,8 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
         option = next(iter(placement.given())).replace("_", "-")
         raise SettingError(f"{path} is a dense model, and --{option} is for compressed ones. Compress it first.")
     where = find_device(placement.device)
-    model, info = auto_class(family, checkpoint.config).from_pretrained(
-        path, dtype=getattr(torch, dtype), output_loading_info=True
-    )
-    # transformers silently fills what a checkpoint lacks with random numbers
-    if lost := sorted(set(info["missing_keys"]) - family.tied(model.config)):
-        more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
-        raise CheckpointError(f"{path} lacks {lost[0]}{more}. Is it the whole model?")
-    family.tie(model, checkpoint)
-    return moved(model.eval(), where, path), tokenizer
+    model = load_dense(path, family, checkpoint, getattr(torch, dtype))
+    return moved(model, where, path), tokenizer
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
     """Fill one window's gaps by a model, greedily; return the text around one gap, the original and the model's."""
     import torch
 
-    from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
+    from qmoe_lite.compression.calibration import make_samples, read_tokens
+    from qmoe_lite.compression.documents import read_text
     from qmoe_lite.models.skeletons import capacity_lifted
 
     tokens = read_tokens(read_text(text), tokenizer)

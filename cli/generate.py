@@ -191,7 +191,7 @@ def _read_file(name: str) -> str:
     place = "standard input" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeError as error:
         raise TextError(f"{place} is not UTF-8 text. Convert it, e.g. with iconv.") from error
     except OSError as error:

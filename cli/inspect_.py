@@ -98,7 +98,9 @@ def _head(found: Inspection) -> Table:
         largest = max(report.largest_digit or 0 for _, report in digits)
         table.add_row("digits", f"entropy {entropy:.3f} bits, largest {largest}, exceptions {exceptions:.3%}")
     if steps := [row.report.step for row in rows if row.report and row.report.step is not None]:
-        table.add_row("steps", f"{min(steps):.3f} to {max(steps):.3f} times the root mean square of a row")
+        zones = [row.report.dead_zone for row in rows if row.report and row.report.dead_zone is not None]
+        zone = f"; dead zones {min(zones):.3f} to {max(zones):.3f} steps" if zones else ""
+        table.add_row("steps", f"{min(steps):.3f} to {max(steps):.3f} times the root mean square of a row{zone}")
     if found.report and found.report.verdict:
         table.add_row("verdict", str(Verdict.from_json(found.report.verdict)))
     before = found.report.sizes if found.report else {}

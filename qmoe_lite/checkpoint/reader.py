@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -234,6 +235,8 @@ class Checkpoint:
                 else:
                     opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             except OSError as error:
+                if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
+                    raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
                 raise unreadable(path, error) from error
             except UnpicklingError as error:  # torch's words name a way to run what is in it
                 asked = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -6,9 +6,7 @@ A sample is one row of equal-length windows, so nothing is ever padded. The span
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from qmoe_lite.errors import CheckpointError, SettingError, TextError, first_lin
 NOISE_DENSITY = 0.15  # T5: share of the tokens that are masked
 MEAN_SPAN = 3.0  # T5: mean tokens of a masked span
 SHORTEST_WINDOW = 8  # tokens; below this there is no span to corrupt and nothing to predict
-_CHUNK = 1 << 20  # characters tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -50,81 +47,6 @@ class Samples:
         if self.labels is not None:
             return int(self.labels.size)
         return int(self.input_ids.size - len(self.input_ids))
-
-
-def read_text(source: str | Path) -> Iterator[str]:
-    """Yield the documents of a text source.
-
-    Parameters
-    ----------
-    source : path or str
-        A UTF-8 text file; a .jsonl file with a "text" field in each line; a directory of either; or the name of
-        a data set on the Hugging Face hub (needs the `datasets` package).
-
-    Raises
-    ------
-    TextError
-        The source is missing, not UTF-8, or a .jsonl line has no "text".
-    """
-    if not str(source).strip():
-        raise TextError("the name of the text is empty. Give a UTF-8 .txt or .jsonl file, or a directory of them.")
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (".txt", ".md", ".jsonl"))
-        if not files:
-            raise TextError(f"{path} holds no .txt, .md or .jsonl file. Name a text file or a directory of them.")
-        for file in files:
-            yield from _read_file(file)
-    elif path.exists():
-        yield from _read_file(path)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and path.suffix not in (".txt", ".md", ".jsonl"):
-        yield from _read_hub(str(source))
-    else:
-        raise TextError(f"text {path} does not exist. Give a UTF-8 .txt or .jsonl file, or a directory of them.")
-
-
-def _read_file(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix != ".jsonl":
-                while chunk := file.read(_CHUNK):
-                    yield chunk + file.readline()
-                return
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)["text"]
-                    if not isinstance(text, str):
-                        raise TypeError
-                    yield text + "\n"
-                except (ValueError, KeyError, TypeError) as error:
-                    problem = f'{path} line {number} is no JSON object with a "text" field.'
-                    raise TextError(f"{problem} Fix the line, or use a plain .txt file.") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 text. Convert it, e.g. with iconv.") from error
-    except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _read_hub(name: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise TextError(
-            f"{name} is no file, and reading it from the Hugging Face hub needs the datasets package. "
-            f"Check the path, or run: pip install 'qmoe-lite[calibration]'"
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
-        for row in rows:
-            if "text" not in row:
-                raise TextError(f'data set {name} has no "text" column; it has: {", ".join(row)}. Export it to .jsonl.')
-            yield row["text"] + "\n"
-    except TextError:
-        raise
-    except Exception as error:  # datasets raises its own, requests' and the file system's exceptions
-        raise TextError(f"{name} is no file and no readable data set: {first_line(error)}. Check the name.") from error
 
 
 def open_tokenizer(directory: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,12 +46,16 @@ def paired_gap(losses: Sequence[float], reference: Sequence[float], tokens: Sequ
     return Gap(float(nats), error)
 
 
+def slices(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Cut rows of logits so that those of a slice, as float32, take 64 MiB; one row may take more."""
+    step = max(1, SLICE_VALUES // vocabulary)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
 def summed_loss(logits: Tensor, labels: Tensor) -> float:
     """Return the summed cross-entropy of logits (N, V), any float dtype, for labels (N,), int64, a slice at a time."""
-    step = max(1, SLICE_VALUES // logits.shape[-1])
     total = 0.0
-    for start in range(0, len(labels), step):
-        part = slice(start, start + step)
+    for part in slices(len(labels), logits.shape[-1]):
         of_part = torch.nn.functional.cross_entropy(
             logits[part].float(), labels[part].to(logits.device), reduction="sum", ignore_index=IGNORED
         )
@@ -75,10 +79,30 @@ def loss_of_states(
     finish : callable, optional
         Makes logits of the products.
     """
-    step, total = max(1, SLICE_VALUES // len(weight)), 0.0
+    total = 0.0
     pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
-    for start in range(0, len(labels), step):
-        some = states[start : start + step]
+    for part in slices(len(labels), len(weight)):
+        some = states[part]
         logits = torch.cat([some @ piece.float().T for piece in pieces], dim=1)
-        total += summed_loss(finish(logits), labels[start : start + step])
+        total += summed_loss(finish(logits), labels[part])
     return total
+
+
+def summed_divergence(logits: Tensor, reference: Tensor) -> tuple[float, int]:
+    """Compare the predictions of two models, token by token.
+
+    Parameters
+    ----------
+    logits, reference : float tensors, shape (N, V)
+        A slice; several times their memory is taken.
+
+    Returns
+    -------
+    divergence : float
+        Sum over the tokens of KL(reference || model), in nats.
+    agreeing : int
+        Tokens for which both hold the same one for the likeliest.
+    """
+    expected, found = (each.float().log_softmax(-1) for each in (reference, logits))
+    divergence = float(torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
+    return divergence, int((expected.argmax(-1) == found.argmax(-1)).sum())

@@ -25,9 +25,10 @@ from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
-from qmoe_lite.compression.choice import grid_and_rate, with_mean_step
+from qmoe_lite.compression.choice import as_used, grid_and_rate
 from qmoe_lite.compression.finite import check_finite
-from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
+from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import locked
 from qmoe_lite.compression.notes import make_report
@@ -45,7 +46,7 @@ from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.causal import Causal
 from qmoe_lite.models.family import FAMILIES
 from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promise, open_checkpoint, unused
-from qmoe_lite.quantization.grid import Grid
+from qmoe_lite.quantization.grid import Grid, UniformGrid
 
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
@@ -228,6 +229,7 @@ class _Run:
         self.family, self.checkpoint = open_checkpoint(model, auto)
         check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
+        self.adapts = grid is None and isinstance(self.grid, UniformGrid)  # its dead zone follows the model
         self.config = read_config(str(model))
         self.degraded = list[str]()
         self.model = skeleton(self.family, self.config, torch.float32)
@@ -340,7 +342,7 @@ class _Run:
                 self._progress(Progress(sum(sizes[:number]), sum(sizes), f"{layer.block}, from its file"))
                 run_stored(self.compressor, layer, self.writer, number, self.done.codebooks[layer.experts], seen)
             return
-        know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate)
+        know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate, self.adapts)
 
         def group_done(done: int, groups: int) -> None:
             place = f"{layer.block}, expert group {done} of {groups}"
@@ -355,7 +357,9 @@ class _Run:
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
         if self.compressor.rate is not None:
-            self.done.known[layer.experts] = {"rate": self.compressor.rate.to_json()}
+            self.done.rates[layer.experts] = self.compressor.rate.to_json()
+        if self.compressor.dead_zone is not None:
+            self.done.dead_zones[layer.experts] = self.compressor.dead_zone.to_json()
         error = result.held_out_error
         if error is not None and error > BAD_LAYER and self._warning is None:
             self._warning = (
@@ -374,7 +378,7 @@ class _Run:
         settings = quantization_config(
             self.done.codebooks,
             recipe=self.settings.recipe,
-            grid=with_mean_step(self.grid, self.done.projections).to_config(),
+            grid=as_used(self.grid, self.done.projections).to_config(),
             level_dtype=self.grid.level_dtype or torch.float32,
             versions=versions(),
         )
@@ -384,7 +388,7 @@ class _Run:
             Checkpoint(self.partial),
             self.layers,
             self.settings,
-            with_mean_step(self.grid, self.done.projections),
+            as_used(self.grid, self.done.projections),
             self.done,
             self.degraded,
             self.verdict,

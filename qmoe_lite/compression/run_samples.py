@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.compression.calibration import Samples, make_samples, read_text, read_tokens, window_length
+from qmoe_lite.compression.calibration import Samples, make_samples, read_tokens, window_length
+from qmoe_lite.compression.documents import read_text
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
 from qmoe_lite.compression.rate import MOST

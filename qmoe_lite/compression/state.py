@@ -106,7 +106,8 @@ class Done:
     held_out_error: dict[str, float | None] = field(default_factory=dict)
     codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
-    known: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the compressor knows after each layer
+    rates: dict[str, dict[str, Any]] = field(default_factory=dict)  # what `RateControl` knows after each layer
+    dead_zones: dict[str, dict[str, Any]] = field(default_factory=dict)  # and `DeadZone`
     files: dict[str, list[int]] = field(default_factory=dict)  # size and CRC-32 of each layer's file, by the layer
 
 

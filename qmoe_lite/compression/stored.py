@@ -9,7 +9,9 @@ from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.coding.codes import code_from_config
 from qmoe_lite.coding.dictionary import KIND, Dictionary
-from qmoe_lite.compression.layer import LayerCompressor, LayerInputs
+from qmoe_lite.compression.dead_zone import DeadZone
+from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.rate import RateControl
 from qmoe_lite.compression.state import Done
 from qmoe_lite.errors import ResumeError
@@ -17,7 +19,7 @@ from qmoe_lite.models.blocks import MoELayer
 
 
 def know_layers_before(
-    number: int, layers: list[MoELayer], compressor: LayerCompressor, done: Done, rate: float | None
+    number: int, layers: list[MoELayer], compressor: LayerCompressor, done: Done, rate: float | None, adapts: bool
 ) -> None:
     """Let a compressor know what it is to know when it comes to a layer, whatever was finished since.
 
@@ -28,11 +30,13 @@ def know_layers_before(
     layers : list of MoELayer
         All of them.
     compressor : LayerCompressor
-        Its dictionaries and its rate are set.
+        Its dictionaries, its rate and its dead zone are set.
     done : Done
         Knows the layers before.
     rate : float or None
         Bits a weight that were asked for.
+    adapts : bool
+        The dead zone follows the model.
 
     Raises
     ------
@@ -46,7 +50,9 @@ def know_layers_before(
         compressor.dictionaries.resume(Dictionary.from_config(book) for book in each.values())
         if rate is not None:
             first = {"rate": rate, "weights": sum(layer.weights for layer in layers)}
-            compressor.rate = RateControl(**(done.known[before[-1]]["rate"] if before else first))
+            compressor.rate = RateControl(**(done.rates[before[-1]] if before else first))
+        if adapts:
+            compressor.dead_zone = DeadZone(**(done.dead_zones[before[-1]] if before else {}))
     except (TypeError, KeyError) as error:
         raise ResumeError("the unfinished work has a damaged state. Start over with --restart.") from error
 

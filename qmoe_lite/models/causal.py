@@ -103,7 +103,7 @@ class Causal:
             weight = checkpoint.tensor(f"{name}.weight")
         else:
             weight = model.get_input_embeddings().weight
-        return weight, functools.partial(_finish, model, name, bias)
+        return weight, functools.partial(finish, model, name, bias)
 
     def leave(self, model: Any, stack: Stack, hidden: Tensor) -> Tensor:
         owner = model.get_submodule(stack.name)
@@ -137,7 +137,7 @@ class _Given(nn.Module):
         return self.given
 
 
-def _finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Tensor:
+def finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Tensor:
     """Run what the model's own code makes of its head's products, (N, V): scaled, or capped; return logits."""
     logits = products if bias is None else products + bias
     stand_ins = {
@@ -148,7 +148,8 @@ def _finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Ten
     for name, module in stand_ins.items():
         setattr(model, name, module)
     try:
-        found: Tensor = model(input_ids=torch.zeros((1, len(logits)), dtype=torch.long), use_cache=False).logits[0]
+        ids = torch.zeros((1, len(logits)), dtype=torch.long)
+        found: Tensor = model.forward(input_ids=ids, use_cache=False).logits[0]  # hooks await passes of the model
     finally:
         for name, module in before.items():
             setattr(model, name, module)

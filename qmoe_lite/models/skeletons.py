@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.checkpoint.sources import method_of
-from qmoe_lite.errors import CheckpointError
+from qmoe_lite.errors import CheckpointError, FormatError
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.building import read_config
+from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
 
 UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
@@ -29,8 +30,12 @@ def open_checkpoint(directory: Path, auto: bool = False) -> tuple[Family, Checkp
     ------
     CheckpointError, UnsupportedFamilyError
         No model, damaged, or of a family that is not supported.
+    FormatError
+        Its quantization_config is no object.
     """
     checkpoint = Checkpoint(directory)
+    if not isinstance(checkpoint.config.get("quantization_config") or {}, dict):
+        raise FormatError(f"{directory}/config.json has a damaged quantization_config. Fetch it again.")
     auto = auto or method_of(checkpoint.config) == "qmoe"
     family = family_of(checkpoint.config.get("model_type"), auto)
     checkpoint.know_as(family.views(read_config(str(directory)), checkpoint))
@@ -72,6 +77,30 @@ def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[M
     if extra:
         raise CheckpointError(f"the checkpoint has {extra[0]}, which config.json does not account for.")
     return layers
+
+
+def check_whole(family: Family, config: Any, checkpoint: Checkpoint) -> None:
+    """Compare all that a model needs with what the checkpoint holds, as `compress` does; only headers are read.
+
+    Parameters
+    ----------
+    family, checkpoint
+        What `open_checkpoint` returned. Tensors that transformers leaves out are forgotten.
+    config : transformers configuration
+        Of the model.
+
+    Raises
+    ------
+    CheckpointError
+        A damaged shard; a tensor is missing, has another shape, or is not accounted for.
+    """
+    for file_name in checkpoint.files:
+        checkpoint.stored_in(file_name)
+    model = skeleton(family, config, torch.float32)
+    checkpoint.forget(unused(family, model, checkpoint))
+    if family.layers(config):
+        check_promise(family, config, checkpoint)
+    check_dense(family, model, checkpoint)
 
 
 def unused(family: Family, model: Any, checkpoint: Checkpoint) -> list[str]:

@@ -1,18 +1,27 @@
-"""Loss and perplexity of a model on a text."""
+"""Loss and perplexity of a model on a text, and how far its predictions are from another model's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qmoe_lite.compression.calibration import check_ids, make_samples, read_text, read_tokens
-from qmoe_lite.compression.losses import IGNORED, Gap, paired_gap, summed_loss
+from qmoe_lite.compression.calibration import Samples, check_ids, make_samples, read_tokens
+from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.losses import IGNORED, Gap, paired_gap, slices, summed_divergence, summed_loss
+from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import NotFiniteError, SettingError
+from qmoe_lite.models.heads import Head
 from qmoe_lite.models.skeletons import capacity_lifted
+
+_MOST_SAMPLES = 16  # in a batch; more are no faster
+_BATCH_BYTES = 1 << 28  # about what the activations of a batch may take, by `_token_bytes`
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,30 @@ class Evaluation:
         return paired_gap(self.sample_losses, other.sample_losses, self.sample_tokens)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured: a model, and the reference on the same samples.
+
+    Attributes
+    ----------
+    model, reference : Evaluation
+    divergence : Gap
+        Mean KL divergence of a token's prediction, KL(reference || model), in nats, and its standard error.
+    agreement : float
+        Share of the tokens for which both models hold the same one for the likeliest.
+    """
+
+    model: Evaluation
+    reference: Evaluation
+    divergence: Gap
+    agreement: float
+
+    @property
+    def gap(self) -> Gap:
+        """How much more the model loses than the reference."""
+        return self.model.gap(self.reference)
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -62,8 +95,9 @@ def evaluate(
     samples: int | None = None,
     sequence_length: int = 512,
     passes: int = 1,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seed: int = 1,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
     """Measure a model's loss on a text.
 
@@ -81,10 +115,12 @@ def evaluate(
         Tokens of a sample.
     passes : int
         An encoder-decoder model predicts 15% of the tokens in a pass; each pass masks other spans.
-    batch_size : int
-        Samples at a time.
+    batch_size : int, optional
+        Samples at a time; by default at most 16, and as many as take a few hundred megabytes beside the model.
     seed : int
         Decides which spans are masked and which samples are drawn: the same for every model.
+    progress : callable, optional
+        Called after each batch.
 
     Returns
     -------
@@ -92,40 +128,153 @@ def evaluate(
 
     Raises
     ------
+    SettingError
+        `batch_size` is below 1, or as `make_samples`.
     TextError
         The text is missing or empty.
     NotFiniteError
         The loss is NaN or infinite.
+
+    Notes
+    -----
+    The logits are made and used a slice of tokens at a time: what they take does not grow with batch, sequence or
+    vocabulary.
     """
-    seq2seq = bool(model.config.is_encoder_decoder)
-    tokens = read_tokens(read_text(text), tokenizer)
+    drawn = _draw(model, tokenizer, text, samples, sequence_length, passes, seed)
+    return _measure([model], drawn, batch_size, progress)[0][0]
+
+
+def compare(
+    model: Any,
+    reference: Any,
+    tokenizer: Any,
+    text: str | Path,
+    *,
+    samples: int | None = None,
+    sequence_length: int = 512,
+    passes: int = 1,
+    batch_size: int | None = None,
+    seed: int = 1,
+    progress: Callable[[Progress], None] | None = None,
+) -> Comparison:
+    """Measure a model's loss on a text, and how far its predictions are from those of another one.
+
+    Parameters
+    ----------
+    model, reference : transformers models
+        As `evaluate` takes them: a compressed one, and the dense one that it was made of.
+    tokenizer, text, samples, sequence_length, passes, batch_size, seed, progress
+        As in `evaluate`.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    SettingError
+        The two have other vocabularies or are of other kinds; or as `evaluate`.
+    TextError, NotFiniteError
+        As `evaluate`.
+    """
+    widths = [Head(each).vocabulary for each in (model, reference)]
+    kinds = [bool(each.config.is_encoder_decoder) for each in (model, reference)]
+    if widths[0] != widths[1] or kinds[0] != kinds[1]:
+        text = f"the two models predict among {widths[0]} and {widths[1]} tokens" if kinds[0] == kinds[1] else ""
+        raise SettingError(f"{text or 'one of the two models is an encoder-decoder'}. Compare with the original model.")
+    drawn = _draw(model, tokenizer, text, samples, sequence_length, passes, seed)
+    (ours, theirs), divergences, agreeing = _measure([model, reference], drawn, batch_size, progress)
+    divergence = paired_gap(divergences, [0.0] * len(divergences), ours.sample_tokens)
+    return Comparison(ours, theirs, divergence, agreeing / ours.tokens)
+
+
+def _draw(
+    model: Any, tokenizer: Any, text: str | Path, samples: int | None, sequence_length: int, passes: int, seed: int
+) -> Samples:
     drawn = make_samples(
-        tokens,
+        read_tokens(read_text(text), tokenizer),
         tokenizer,
-        seq2seq=seq2seq,
+        seq2seq=bool(model.config.is_encoder_decoder),
         count=samples,
         sequence_length=sequence_length,
         seed=seed,
         passes=passes,
     )
-    check_ids(drawn, model.config.vocab_size)
-    model.eval()
-    losses: list[float] = []
+    check_ids(drawn, model.config.get_text_config().vocab_size)
+    return drawn
+
+
+def _measure(
+    models: list[Any], drawn: Samples, batch_size: int | None, progress: Callable[[Progress], None] | None
+) -> tuple[list[Evaluation], list[float], int]:
+    """Measure one model or two; return also the summed divergence of each sample, and how often the two agree."""
+    if batch_size is not None and batch_size < 1:
+        raise SettingError(f"{batch_size} samples a batch were asked for; ask for at least 1.")
+    heads = [Head(model) for model in models]
+    length = drawn.input_ids.shape[1]
+    batch = batch_size or max(1, min(_MOST_SAMPLES, _BATCH_BYTES // (length * _token_bytes(models[0].config, length))))
+    losses: list[list[float]] = [[] for _ in models]
     counts: list[int] = []
-    with torch.inference_mode(), capacity_lifted(model):
-        for start in range(0, len(drawn), batch_size):
-            part = slice(start, start + batch_size)
-            ids = torch.from_numpy(drawn.input_ids[part])
-            labels = ids if drawn.labels is None else torch.from_numpy(drawn.labels[part])
-            arguments = {"input_ids": ids.to(model.device), "use_cache": False}
-            if seq2seq:
-                arguments["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels).to(model.device)
-                del arguments["use_cache"]  # transformers hands it to the encoder, which refuses it
-            logits = model(**arguments).logits
-            if not seq2seq:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            losses += [summed_loss(*pair) for pair in zip(logits, labels, strict=True)]
-            counts += (labels != IGNORED).sum(1).tolist()
+    divergences: list[float] = []
+    agreeing = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for model in models:
+            model.eval()
+            stack.enter_context(capacity_lifted(model))
+        for start in range(0, len(drawn), batch):
+            for labels, states in _samples(models, heads, drawn, slice(start, start + batch)):
+                predicted = labels != IGNORED
+                totals, divergence = [0.0] * len(models), 0.0
+                for part in slices(len(labels), heads[0].vocabulary):
+                    logits = [head.logits(each[part]) for head, each in zip(heads, states, strict=True)]
+                    for i, each in enumerate(logits):
+                        totals[i] += summed_loss(each, labels[part])
+                    if len(models) == 2:
+                        ours, theirs = (x[predicted[part].to(x.device)].to(logits[0].device) for x in logits)
+                        of_part, same = summed_divergence(ours, theirs)
+                        divergence, agreeing = divergence + of_part, agreeing + same
+                for found, total in zip(losses, totals, strict=True):
+                    found.append(total)
+                divergences.append(divergence)
+                counts.append(int(predicted.sum()))
+            if progress is not None:
+                done = min(start + batch, len(drawn))
+                progress(Progress(done, len(drawn), f"sample {done}"))
+    return [_evaluation(found, counts) for found in losses], divergences, agreeing
+
+
+def _samples(
+    models: list[Any], heads: list[Head], drawn: Samples, batch: slice
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Run a batch; yield the labels (T,) of each sample, and of each model the states (T, C) that predict them."""
+    ids = torch.from_numpy(drawn.input_ids[batch])
+    labels = ids[:, 1:] if drawn.labels is None else torch.from_numpy(drawn.labels[batch])
+    states = []
+    for model, head in zip(models, heads, strict=True):
+        if drawn.labels is None:
+            states.append(head.states(input_ids=ids.to(model.device), use_cache=False)[:, :-1])
+        else:  # transformers would hand use_cache to the encoder, which refuses it
+            given = model.prepare_decoder_input_ids_from_labels(labels)
+            states.append(head.states(input_ids=ids.to(model.device), decoder_input_ids=given.to(model.device)))
+    for row, of_sample in enumerate(labels):
+        yield of_sample, [each[row] for each in states]
+
+
+def _token_bytes(config: Any, length: int) -> int:
+    """Return about how many bytes a token's activations take in a block, of a sample with this many tokens."""
+    text = config.get_text_config()
+
+    def number(name: str) -> int:
+        value = getattr(text, name, None)
+        return value if isinstance(value, int) else 1
+
+    chosen = number("num_experts_per_tok")
+    inner = max(number("intermediate_size"), number("d_ff"), chosen * number("moe_intermediate_size"))
+    return 4 * ((8 + 2 * chosen) * number("hidden_size") + 4 * inner + number("num_attention_heads") * length)
+
+
+def _evaluation(losses: list[float], counts: list[int]) -> Evaluation:
     total = math.fsum(losses)
     if not math.isfinite(total):
         raise NotFiniteError("the loss is NaN or infinite, as are weights or activations of the model. Fetch it again.")

@@ -110,7 +110,7 @@ def test_a_dense_model_that_lacks_a_tensor_is_not_filled_with_random_numbers(run
     save_file(tensors, tmp_path / "lacking" / "model.safetensors", {"format": "pt"})
     code, _, noted = run("eval", tmp_path / "lacking", "--text", text_file)
     assert code == 1
-    assert "lacks encoder.final_layer_norm.weight. Is it the whole model?" in noted
+    assert "lacks the tensor encoder.final_layer_norm.weight. Is it the whole model?" in noted
 
 
 @pytest.mark.parametrize("arguments", [["compres"], ["compress"], ["compress", "a", "b", "--codeword-bits", "20"]])

@@ -1,10 +1,6 @@
-"""Text reading and T5 span corruption."""
+"""T5 span corruption, and windows of text."""
 
 from __future__ import annotations
-
-import json
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -146,71 +142,9 @@ def test_masks_leave_out_sentinels_and_the_positions_before_them(tokenizer):
     assert not decoder[:, 0].any()
 
 
-def test_texts_are_read_from_files_folders_and_jsonl(tmp_path):
-    (tmp_path / "b.txt").write_text("two\n", encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "and a half"}\n', encoding="utf-8")
-    assert list(cal.read_text(tmp_path / "b.txt")) == ["two\n"]
-    assert list(cal.read_text(tmp_path)) == ["one\n", "and a half\n", "two\n"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.txt", None, "does not exist"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8"),
-        ("bad.jsonl", b'{"text": "fine"}\n{"words": 1}\n', "line 2"),
-        ("worse.jsonl", b"no json\n", "line 1"),
-        ("null.jsonl", b'{"text": null}\n', "line 1"),
-    ],
-)
-def test_unreadable_text_is_named(tmp_path, name, content, message):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(TextError, match=message) as caught:
-        list(cal.read_text(path))
-    assert name in str(caught.value)
-
-
-def test_an_empty_name_is_not_the_current_folder():
-    with pytest.raises(TextError, match="empty"):
-        list(cal.read_text(""))
-
-
-def test_a_folder_without_text_is_refused(tmp_path):
-    with pytest.raises(TextError, match=r"no \.txt"):
-        list(cal.read_text(tmp_path))
-
-
-def test_hub_names_need_the_datasets_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TextError, match=r"qmoe-lite\[calibration\]"):
-        list(cal.read_text("allenai/c4"))
-
-
-def test_hub_data_sets_are_streamed(monkeypatch):
-    fake = types.ModuleType("datasets")
-    calls = []
-
-    def load_dataset(name, **options):
-        calls.append((name, options))
-        return iter([{"text": "one"}, {"text": "two"}])
-
-    fake.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert list(cal.read_text("allenai/c4")) == ["one\n", "two\n"]
-    assert calls == [("allenai/c4", {"split": "train", "streaming": True})]
-
-
 def test_reading_stops_when_there_are_enough_tokens(tokenizer):
     def endless():
         while True:
             yield "expert router token " * 10
 
     assert len(cal.read_tokens(endless(), tokenizer, wanted=100)) == 120
-
-
-def test_the_window_of_json_lines_survives_unicode(tmp_path, tokenizer):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "caf\xe9 \u2028 router"}) + "\n", encoding="utf-8")
-    assert cal.read_tokens(cal.read_text(path), tokenizer).tolist()[-1] == tokenizer.convert_tokens_to_ids("router")

@@ -16,8 +16,9 @@ from tiny import dense_model
 
 import qmoe_lite as qm
 from qmoe_lite.compression import tally as tally_module
-from qmoe_lite.compression.calibration import hessian_masks, make_samples, read_text, read_tokens, window_length
-from qmoe_lite.compression.layer import draw
+from qmoe_lite.compression.calibration import hessian_masks, make_samples, read_tokens, window_length
+from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.layer_parts import draw
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import (
     CheckpointError,

@@ -270,7 +270,7 @@ def test_a_check_before_the_first_layer_finds_every_nan(tmp_path, run, switch):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("lacking", [["model_type"], ["model_type", "architectures"]])
+@pytest.mark.parametrize("lacking", [["model_type"], ["model_type", "architectures"]], ids=len)
 def test_a_config_of_no_known_model_says_what_it_lacks(tmp_path, run, switch, compressed, lacking):
     for source, command in ((switch, "compress"), (compressed[0], "inspect"), (compressed[0], "verify")):
         model = changed_copy(source, tmp_path / command)

@@ -223,7 +223,8 @@ def test_a_killed_run_ends_with_the_same_bytes(made, text_file, tmp_path):
 
 def test_the_verdict_is_of_the_two_models_losses(made, text_file):
     """The riders' losses are those of whole models on the same text."""
-    from qmoe_lite.compression.calibration import make_samples, open_tokenizer, read_text, read_tokens
+    from qmoe_lite.compression.calibration import make_samples, open_tokenizer, read_tokens
+    from qmoe_lite.compression.documents import read_text
     from qmoe_lite.text.evaluation import summed_loss
 
     dense, out, report = made()

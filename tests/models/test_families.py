@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qmoe_lite as qm
 from qmoe_lite import models
-from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
+from qmoe_lite.compression.calibration import make_samples, read_tokens
+from qmoe_lite.compression.documents import read_text
 from qmoe_lite.errors import CheckpointError, SettingError, UnsupportedFamilyError
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.blocks import Layout, recorded_calls

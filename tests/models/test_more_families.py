@@ -9,7 +9,8 @@ from checks import Killed, bytes_of, layers_of, logits_of
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
-from qmoe_lite.compression.calibration import make_samples, read_text, read_tokens
+from qmoe_lite.compression.calibration import make_samples, read_tokens
+from qmoe_lite.compression.documents import read_text
 from qmoe_lite.offload import attach, runner_of
 from qmoe_lite.offload.ram_tier import slot_layout
 

@@ -518,8 +518,9 @@ def test_a_dash_or_no_prompt_at_all_reads_standard_input(run, endless, monkeypat
     assert json.loads(printed)["prompt"] == "é x"
 
 
-def test_a_file_gives_the_prompt_less_its_last_newline(run, endless, tmp_path):
-    (tmp_path / "prompt.txt").write_bytes(b"one\n x\r\n")
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_file_gives_the_prompt_less_its_last_newline(run, endless, tmp_path, mark):
+    (tmp_path / "prompt.txt").write_bytes(mark + b"one\n x\r\n")
     code, printed, _ = run("generate", endless, "--prompt-file", tmp_path / "prompt.txt", "--json", "--seed", 1)
     assert code == 0
     assert json.loads(printed)["prompt"] == "one\n x"
