@@ -161,6 +161,18 @@ def test_damaged_unfinished_work_is_found_and_computed_again(tmp_path, four_laye
     )
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])  # gates with scales that are shared; biases
+def test_gated_experts_run_from_their_files_as_they_were_compressed(tmp_path, tokenizer, text_file, model_type):
+    model = tiny.make_causal(tmp_path / "model", tokenizer, model_type)
+    settings = {"calibration": text_file, "rate": 2.0, **SMALL}
+    qm.compress(model, tmp_path / "whole", **settings)
+    stopped_at(2, model, tmp_path / "out", **settings)
+    flip(next((tmp_path / "out.partial").glob("hidden-*")))
+    report = qm.compress(model, tmp_path / "out", **settings)
+    assert "activations computed again" in report.degraded[0]
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
 def test_a_run_killed_while_it_repairs_goes_on_from_there(tmp_path, four_layers, at_a_rate):
     made, settings = at_a_rate
     shutil.copytree(made / "out.partial", tmp_path / "out.partial")
