@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from qmoe_lite.bench._show.text import duration
@@ -23,9 +23,10 @@ def print_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Print one line on standard error."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """Print one line on standard error; where that cannot be written, the work goes on without it."""
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def quiet_transformers() -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
+from qmoe_lite.cli import _output, bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
+from qmoe_lite.cli._streams import give_up_output, mend_streams
 from qmoe_lite.errors import QMoEError
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -56,27 +57,32 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     if debug:  # wherever it stands
         sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]
+    mend_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong is told
     except QMoEError as error:
         if debug:
             raise
-        sys.stderr.write(f"qmoe: {' '.join(str(error).split())}\n")
+        _output.note(f"qmoe: {' '.join(str(error).split())}")
         sys.exit(1)
     except BrokenPipeError:
-        sys.stderr.close()
+        give_up_output()
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            sys.stderr.write(f"qmoe: the output cannot be written: {error.strerror}.\n")
+            give_up_output()
+            _output.note(f"qmoe: the output cannot be written: {error.strerror}.")
             sys.exit(1)
         if (memory := _used_up(error)) is not None:
-            sys.stderr.write(f"qmoe: {memory}, or process fewer tokens or samples at a time.\n")
+            _output.note(f"qmoe: {memory}, or process fewer tokens or samples at a time.")
             sys.exit(1)
         text = (str(error).strip().splitlines() or [""])[0]
-        sys.stderr.write(f"qmoe: unexpected {type(error).__name__}: {text} (run with --debug and report it)\n")
+        _output.note(f"qmoe: unexpected {type(error).__name__}: {text} (run with --debug and report it)")
         sys.exit(1)
 
 
