@@ -67,6 +67,9 @@ def compress(
     stop_when_bad: Annotated[
         bool, typer.Option("--stop-when-bad", help="End after the first layer that is bad; the work can be resumed.")
     ] = False,
+    check_first: Annotated[
+        bool, typer.Option("--check-first", help="Search all tensors for NaN and infinity before the first layer.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard unfinished work in OUT.partial.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -94,6 +97,7 @@ def compress(
         "grid": chosen,
         "rate": rate,
         "stop_when_bad": stop_when_bad,
+        "check_first": check_first,
         "family": family,
         "recipe": recipe,
         "samples": samples,

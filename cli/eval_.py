@@ -52,11 +52,13 @@ def evaluate(
     """
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._models import open_model, watched
+    from qmoe_lite.compression.positions import check_window
     from qmoe_lite.text.evaluation import compare
     from qmoe_lite.text.evaluation import evaluate as run
 
     _output.quiet_transformers()
     loaded, tokenizer = open_model(model, placement=placement)
+    check_window(loaded.config, sequence_length)
     other = None if against is None else open_model(against, placement=Placement(placement.device))[0]
     options: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "passes": passes}
     options |= {"batch_size": batch_size, "seed": seed}

@@ -98,7 +98,9 @@ def _head(found: Inspection) -> Table:
         largest = max(report.largest_digit or 0 for _, report in digits)
         table.add_row("digits", f"entropy {entropy:.3f} bits, largest {largest}, exceptions {exceptions:.3%}")
     if steps := [row.report.step for row in rows if row.report and row.report.step is not None]:
-        table.add_row("steps", f"{min(steps):.3f} to {max(steps):.3f} times the root mean square of a row")
+        zones = [row.report.dead_zone for row in rows if row.report and row.report.dead_zone is not None]
+        zone = f"; dead zones {min(zones):.3f} to {max(zones):.3f} steps" if zones else ""
+        table.add_row("steps", f"{min(steps):.3f} to {max(steps):.3f} times the root mean square of a row{zone}")
     if found.report and found.report.verdict:
         table.add_row("verdict", str(Verdict.from_json(found.report.verdict)))
     before = found.report.sizes if found.report else {}
@@ -151,7 +153,7 @@ def _projections(found: Inspection) -> Table:
     table.add_column("projection", overflow="fold")
     headings = ["bits", "codes", "zeros", *(["error"] if reports else []), *(CLASSES[name][0] for name in classes)]
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         table.add_row(row.short, row.projection, *_figures([row], classes))
     table.add_section()
@@ -182,11 +184,13 @@ def _layers(found: Inspection) -> Table:
     """Make a row for each layer: its calibration tokens, its held-out error and its step."""
     from statistics import median
 
+    from qmoe_lite.compression.notes import ranges
+
     table = _table(title="Calibration tokens per expert", title_justify="left")
     table.add_column("layer", overflow="fold")
     steps = {row.layer: row.report.step for row in found.projections if row.report and row.report.step is not None}
     for heading in ("min", "median", "max", "held-out error", *(["step"] if steps else [])):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     table.add_column("experts without a token", overflow="fold")
     # the projections of a layer see the same tokens: a layer has one row
     seen = dict.fromkeys((row.short, row.layer, tuple(row.report.tokens)) for row in found.projections if row.report)
@@ -195,19 +199,8 @@ def _layers(found: Inspection) -> Table:
         held_out = found.held_out_error.get(layer)
         error = "-" if held_out is None else f"{held_out:.4f}"
         step = [f"{steps[layer]:.3f}" if layer in steps else "-"] if steps else []
-        table.add_row(short, *figures, error, *step, _ranges([e for e, count in enumerate(tokens) if count == 0]))
+        table.add_row(short, *figures, error, *step, ranges([e for e, count in enumerate(tokens) if count == 0]))
     return table
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Format ascending numbers shortly: 3, 7-9."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _largest(found: Inspection) -> str:

@@ -29,6 +29,15 @@ def crc32(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
+def file_sum(path: Path) -> list[int]:
+    """Return a file's size in bytes and the CRC-32 of all of it; OSError where it cannot be read."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, sync it, and rename it to `path`.
 

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
@@ -19,30 +20,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qmoe_lite.checkpoint.sources import Source, View, dequantised, whole
+from qmoe_lite.checkpoint.config_file import read_config_file
+from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert's tensors, by the model's names; of no other but of biases
-_DTYPES = {  # what safetensors calls them
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def find_model(name: str | Path) -> Path:
@@ -110,7 +94,7 @@ class _Plain:
     @property
     def dtype(self) -> torch.dtype:
         part = self._part()
-        known = part.dtype if isinstance(part, Tensor) else _DTYPES.get(part.get_dtype())
+        known = part.dtype if isinstance(part, Tensor) else DTYPES.get(part.get_dtype())
         return known or self.read().dtype
 
     def read(self, expert: int | None = None) -> Tensor:
@@ -141,10 +125,11 @@ class Checkpoint:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
+        self._forgotten: set[str] = set()  # by their names in the files
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self.config: dict[str, Any] = {}
         try:
-            self.config = _read_config(directory)
+            self.config = read_config_file(directory)
         except CheckpointError as error:
             if faults is None:
                 raise
@@ -190,7 +175,22 @@ class Checkpoint:
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""
         for name in names:
-            del self._views[name]
+            self._forgotten.add(self._views.pop(name).stored)
+
+    def check_index(self) -> None:
+        """Compare the index with what the files hold; only headers are read.
+
+        Raises
+        ------
+        CheckpointError
+            The index names a tensor, which was not forgotten, that its file lacks; or a file is missing or damaged.
+        """
+        for file_name in self.files:
+            named = {name for name, holder in self._file_of.items() if holder == file_name} - self._forgotten
+            if lacking := sorted(named - self.stored_in(file_name)):
+                more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+                text = f"{self.directory / file_name} lacks {lacking[0]}{more}, which the index names."
+                raise CheckpointError(f"{text} Fetch the file again.")
 
     @property
     def names(self) -> Iterable[str]:
@@ -238,7 +238,14 @@ class Checkpoint:
                 if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
                     raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
                 raise unreadable(path, error) from error
-            except Exception as error:  # safetensors, pickle and zip each have their own
+            except UnpicklingError as error:  # torch's words name a way to run what is in it
+                asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+                found = f"asks for {asked[1]}" if asked else "is damaged or holds other things than tensors"
+                raise CheckpointError(
+                    f"{path} {found}: a pickle may run any program, and this one is not loaded. Fetch it again from a "
+                    "source that you trust, or the model's safetensors files."
+                ) from error
+            except Exception as error:  # safetensors and zip have their own
                 raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
             self._open_files[file_name] = opened
         return self._open_files[file_name]
@@ -333,27 +340,6 @@ class Checkpoint:
             status = (self.directory / file_name).stat()
             digest.update(f"{file_name} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} is no model: it has no config.json.") from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}). Fetch the file again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is no JSON object. Fetch the file again.")
-    return config
-
-
-def names_in(file: Path) -> list[str]:
-    """Names of the tensors in one safetensors file."""
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def of_experts(name: str) -> bool:

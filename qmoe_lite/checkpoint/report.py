@@ -45,6 +45,8 @@ class ProjectionReport:
         Entries of a dictionary's list of exceptions, a weight.
     step : float or None
         Of a uniform grid, in units of a row's RMS: the mean over experts.
+    dead_zone : float or None
+        Of a uniform grid, in steps: the mean over experts.
     """
 
     layer: str
@@ -63,6 +65,7 @@ class ProjectionReport:
     largest_digit: int | None = None
     exceptions: float | None = None
     step: float | None = None
+    dead_zone: float | None = None
 
     @property
     def weights(self) -> int:
@@ -169,7 +172,7 @@ def _check_types(report: Report) -> None:
         numbers += [row.codeword_bits, row.error, *row.hessian_classes.values(), *row.tokens]
         texts += [row.layer, row.projection]
     for row in report.projections:
-        optional = (row.entropy, row.largest_digit, row.exceptions, row.step)
+        optional = (row.entropy, row.largest_digit, row.exceptions, row.step, row.dead_zone)
         numbers += [number for number in optional if number is not None]
     if report.verdict is not None:
         numbers += [report.verdict[name] for name in ("dense_loss", "loss", "gap", "tokens")]

@@ -15,6 +15,24 @@ from torch import Tensor
 
 from qmoe_lite.errors import CheckpointError, SettingError
 
+DTYPES = {  # what safetensors calls them
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # of each 4 bits, E2M1
 _SCALES = ("_scale_inv", "_scale")  # what is added to the name of an FP8 tensor
 _CONVERT = "Convert it to bfloat16 first: load it in transformers with dtype=bfloat16, dequantise, save_pretrained."

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.reader import Checkpoint, names_in, of_experts
+from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 
 _DENSE_SHARD = 2 << 30  # bytes of dense tensors in one file
 
@@ -37,7 +38,16 @@ class Writer:
     def write_layer(self, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
         """Write one sparse layer's tensors; return the CRC-32 of each."""
         stored = {self._stored_name(name): tensor for name, tensor in tensors.items()}
-        return files.write_tensors(self._directory / self._file_name(number), stored)
+        return files.write_tensors(self.layer_file(number), stored)
+
+    def read_layer(self, number: int, names: list[str]) -> dict[str, Tensor]:
+        """Read tensors of a sparse layer that was written before."""
+        with safe_open(self.layer_file(number), framework="pt") as file:
+            return {name: file.get_tensor(self._stored_name(name)) for name in names}
+
+    def layer_file(self, number: int) -> Path:
+        """Return where a sparse layer's tensors are written."""
+        return self._directory / self._file_name(number)
 
     def write_rest(self, checksums: dict[str, int], settings: dict[str, Any]) -> None:
         """Write what is not in the sparse layers' files.
@@ -52,7 +62,7 @@ class Writer:
         weight_map: dict[str, str] = {}
         for number in range(self._layers):
             file_name = self._file_name(number)
-            weight_map |= dict.fromkeys(names_in(self._directory / file_name), file_name)
+            weight_map |= dict.fromkeys(_names_in(self._directory / file_name), file_name)
         for number, shard in enumerate(self._dense_shards, self._layers):
             file_name = self._file_name(number)
             # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
@@ -71,7 +81,7 @@ class Writer:
         if not (
             config.get("dtype") or config.get("torch_dtype")
         ):  # else transformers would take the first tensor's: the levels'
-            dense = [self._checkpoint.tensor(name) for name in self._dense_names]
+            dense = [self._checkpoint.meta(name) for name in self._dense_names]
             largest = max(dense, key=lambda tensor: tensor.nbytes)
             config["dtype"] = str(largest.dtype).removeprefix("torch.")
         config["quantization_config"] = settings
@@ -86,7 +96,7 @@ class Writer:
         shards: list[list[str]] = [[]]
         size = 0
         for name in self._dense_names:
-            tensor = self._checkpoint.tensor(name)
+            tensor = self._checkpoint.meta(name)
             if size and size + tensor.nbytes > _DENSE_SHARD:
                 shards.append([])
                 size = 0
@@ -96,3 +106,9 @@ class Writer:
 
     def _file_name(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self._layers + len(self._dense_shards):05d}.safetensors"
+
+
+def _names_in(file: Path) -> list[str]:
+    """Names of the tensors in one safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

@@ -94,15 +94,23 @@ def read_tokens(documents: Iterable[str], tokenizer: Any, wanted: int | None = N
     Returns
     -------
     int64 array, shape (tokens,)
+
+    Raises
+    ------
+    TextError
+        All that was read is white space.
     """
     pieces: list[np.ndarray] = []
-    count = 0
+    count, blank = 0, True
     for text in documents:
+        blank = blank and not text.strip()
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         pieces.append(np.asarray(ids, dtype=np.int64))
         count += len(ids)
         if wanted is not None and count >= wanted:
             break
+    if pieces and blank:
+        raise TextError("the text is empty but for white space. Give text of the kind that the model is to read.")
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
 

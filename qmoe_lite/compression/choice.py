@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -40,9 +40,12 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
     return grid, settings
 
 
-def with_mean_step(grid: Grid, projections: Iterable[ProjectionReport]) -> Grid:
-    """Return the grid as it was used: a uniform one with the mean of its layers' steps, which follow the rate."""
-    steps = [(row.step, row.weights) for row in projections if row.step is not None]
-    if not isinstance(grid, UniformGrid) or not steps:
+def as_used(grid: Grid, projections: Sequence[ProjectionReport]) -> Grid:
+    """Return a uniform grid with the means of its layers' steps and dead zones, which follow rate and model."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(row, name) * row.weights for row in projections) / sum(row.weights for row in projections)
+
+    if not isinstance(grid, UniformGrid) or not projections:
         return grid
-    return replace(grid, step=sum(step * weights for step, weights in steps) / sum(weights for _, weights in steps))
+    return replace(grid, step=mean("step"), dead_zone=mean("dead_zone"))

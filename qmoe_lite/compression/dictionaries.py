@@ -50,7 +50,8 @@ class Dictionaries:
             self.known.append(dictionary)
 
     def resume(self, used: Iterable[Dictionary]) -> None:
-        """Know those of the layers that an earlier run finished."""
+        """Know those that the finished layers are stored with, and no others."""
+        self.known = []
         for dictionary in used:
             self.use(dictionary)
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
+from qmoe_lite.compression.dead_zone import USUAL, DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
-from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
-from qmoe_lite.models.routing import Assignment
 from qmoe_lite.quantization.factors import Factors, factorise_all
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
@@ -34,81 +34,6 @@ from qmoe_lite.quantization.solver import gptq, gptq_shared
 _TOKENS = 1 << 14  # tokens that go through an expert at a time
 
 Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
-
-
-def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
-    """Draw at most `most` rows at random, in ascending order."""
-    if len(rows) <= most:
-        return rows
-    chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
-    return rows[torch.from_numpy(np.sort(chosen))]
-
-
-def _step(grid: Grid) -> float | None:
-    return grid.step if isinstance(grid, UniformGrid) else None
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What the experts of one sparse layer get to see, and where their outputs go.
-
-    Attributes
-    ----------
-    inputs : ListBuffer
-        The experts' inputs, one row a token.
-    assigned : Assignment
-        Which expert gets which rows.
-    eligible : bool tensor, a value a row
-        May enter a Hessian.
-    validation : bool tensor, a value a row
-        Rides along to measure the error.
-    reference : bool tensor, a value a row
-        Of the validation samples once more: goes through the dense experts, to measure what the model loses.
-    sample : float32 tensor, shape (tokens, C)
-        Random eligible tokens, for experts that saw few of their own.
-    hidden : ListBuffer
-        The block's output so far; the quantised experts' outputs are added to it.
-    """
-
-    inputs: ListBuffer
-    assigned: Assignment
-    eligible: Tensor
-    validation: Tensor
-    reference: Tensor
-    sample: Tensor
-    hidden: ListBuffer
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """A compressed layer: tensors to write, codebooks by projection, what to report."""
-
-    tensors: dict[str, Tensor]
-    codebooks: dict[str, dict[str, Any]]
-    reports: list[ProjectionReport]
-    held_out_error: float | None
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """One matrix (R, C) of an expert and its bias (R,), where it has one."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def of(self, x: Tensor) -> Tensor:
-        y = x @ self.weight.T
-        return y if self.bias is None else y + self.bias
-
-
-@dataclass
-class _Taken:
-    """What the groups of a layer have taken: bits, weights, and whether their bits follow the step."""
-
-    bits: float = 0.0
-    weights: int = 0
-    tells: bool = False
-    dead: bool = False  # a group is all zeros
 
 
 class LayerCompressor:
@@ -133,6 +58,7 @@ class LayerCompressor:
         self._activation = family.activation(config)
         self.device = torch.device(settings.device)
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
+        self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
 
@@ -168,8 +94,8 @@ class LayerCompressor:
         """
         groups = self.groups(layer)
         tallies = {name: self._tally(layer, name) for name in layer.projections}
-        wrong = right = 0.0
-        taken = _Taken()
+        found = np.zeros(3)
+        taken = Taken()
         for i, group in enumerate(groups):
             solve: Solver
             if seen is None:
@@ -181,13 +107,13 @@ class LayerCompressor:
                 for name, result in solved.items():
                     tallies[name].add(result)
             else:
+                if seen is not None:
+                    self._begin_dead_zone(solve, layer, group, seen)
                 solved = self._solve_at_rate(solve, tallies, layer, group, taken)
             if seen is not None:
                 for place, expert in enumerate(group):
                     weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
-                    matrices = self._linears(layer, expert, weights)
-                    more_wrong, more_right = self._run(layer, expert, matrices, seen)
-                    wrong, right = wrong + more_wrong, right + more_right
+                    found += self.run(layer, expert, weights, seen)
             group_done(i + 1, len(groups))
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
@@ -200,6 +126,9 @@ class LayerCompressor:
             self.rate.finish_layer(
                 layer.weights, max(stored_bits, taken.bits) if taken.dead else stored_bits, taken.tells
             )
+        wrong, energy, right = found.tolist()
+        if self.dead_zone is not None and self.dead_zone.known and right:
+            self.dead_zone.finish_layer(energy / right)
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
 
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
@@ -220,12 +149,14 @@ class LayerCompressor:
         tallies: dict[str, Tally],
         layer: MoELayer,
         group: range,
-        taken: _Taken,
+        taken: Taken,
     ) -> dict[str, Solved]:
         """Solve a group with the step that makes the model take its bits; the first and the last layer decide it."""
         rate, grid = self.rate, self._grid
         assert rate is not None
         assert isinstance(grid, UniformGrid)
+        if self.dead_zone is not None:
+            grid = replace(grid, dead_zone=self.dead_zone.width)
         windows = {name: tally for name, tally in tallies.items() if isinstance(tally, WindowTally)}
         decides = rate.first or rate.done_weights + layer.weights == rate.weights
         weights = len(group) * layer.weights // layer.count
@@ -255,6 +186,27 @@ class LayerCompressor:
             tally.keep(solved[name], packed[name])
         return solved
 
+    def _begin_dead_zone(self, solve: Solver, layer: MoELayer, group: range, seen: LayerInputs) -> None:
+        """Solve the first group without and with the usual dead zone, for what each does to its experts' outputs."""
+        zone, rate = self.dead_zone, self.rate
+        if zone is None or zone.known or rate is None or not rate.first or not seen.validation.any():
+            return
+        assert isinstance(self._grid, UniformGrid)
+        energies = []
+        for width in (0.0, USUAL):
+            solved = solve(replace(self._grid, step=rate.step, dead_zone=width))
+            found = np.zeros(3)
+            for place, expert in enumerate(group):
+                rows, gates = seen.assigned.of_expert(expert)
+                rides = seen.validation[rows].nonzero()[:_TOKENS, 0]
+                x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self.device)
+                weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                both = self._linears(layer, expert, weights), self.truth(layer, expert)
+                found += compared(*(self.expert(x, matrices) * shares for matrices in both))
+            energies.append(found[1] / found[2] if found[2] else 0.0)
+        if all(energies):
+            zone.begin(*energies)
+
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
         name = self._family.weight_name(layer, expert, projection)
@@ -263,9 +215,9 @@ class LayerCompressor:
             raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
         return weight
 
-    def _linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[_Linear]:
+    def _linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[Linear]:
         """Return an expert's matrices, those given, with their biases."""
-        return [_Linear(weight, self._bias(layer, expert, name)) for name, weight in weights.items()]
+        return [Linear(weight, self._bias(layer, expert, name)) for name, weight in weights.items()]
 
     def _bias(self, layer: MoELayer, expert: int, projection: str) -> Tensor | None:
         if layer.layout is None or not layer.layout.biased:
@@ -274,7 +226,7 @@ class LayerCompressor:
         bias = self._checkpoint.tensor(f"{layer.experts}.{tensor}_bias")[expert].to(self.device).float()
         return bias if rows is None else bias[rows]
 
-    def truth(self, layer: MoELayer, expert: int) -> list[_Linear]:
+    def truth(self, layer: MoELayer, expert: int) -> list[Linear]:
         """Return an expert's dense matrices, with their biases."""
         return self._linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
 
@@ -284,7 +236,7 @@ class LayerCompressor:
     def _nearest(self, layer: MoELayer, group: range, grid: Grid) -> dict[str, Solved]:
         def one(name: str) -> Solved:
             quantized = gptq(self._group_weights(layer, group, name), None, grid)
-            return Solved(quantized, [0] * len(group), ["nearest"] * len(group), _step(grid))
+            return Solved(quantized, [0] * len(group), ["nearest"] * len(group), grid)
 
         return {name: one(name) for name in layer.projections}
 
@@ -328,14 +280,14 @@ class LayerCompressor:
                 pairs = zip(quantized.hessian_class, starved, strict=True)
                 classes = ["blended" if known == "own" and few else known for known, few in pairs]
                 tokens = [len(rows) for rows in rows_of]
-                solved[name] = Solved(quantized, tokens, classes, _step(grid))
+                solved[name] = Solved(quantized, tokens, classes, grid)
         return solved
 
     def _hessians(
         self,
         seen: LayerInputs,
         rows_of: list[Tensor],
-        before: list[list[_Linear]],
+        before: list[list[Linear]],
         starved: list[bool],
         columns: int,
     ) -> Tensor:
@@ -355,20 +307,23 @@ class LayerCompressor:
             hessians.append(hessian)
         return torch.stack(hessians)
 
-    def _mean_hessian(self, parts: Iterable[Tensor], before: list[_Linear], tokens: int, columns: int) -> Tensor:
+    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Linear], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
         hessian = new(columns, device=self.device)
         for x in parts:
             accumulate(hessian, self._inner(x, before) if before else x)
         return mean(hessian, tokens)
 
-    def _run(self, layer: MoELayer, expert: int, matrices: list[_Linear], seen: LayerInputs) -> tuple[float, float]:
-        """Add a quantised expert's outputs to the hidden states; give squared error and square on validation tokens."""
+    def run(
+        self, layer: MoELayer, expert: int, weights_of: dict[str, Tensor], seen: LayerInputs
+    ) -> NDArray[np.float64]:
+        """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens."""
+        matrices = self._linears(layer, expert, weights_of)
         all_rows, all_gates = seen.assigned.of_expert(expert)
         apart = seen.reference[all_rows]
         rows, gates = all_rows[~apart], all_gates[~apart]
-        truth: list[_Linear] = []
-        wrong = right = 0.0
+        truth: list[Linear] = []
+        found = np.zeros(3)
         for start in range(0, len(rows), _TOKENS):
             part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
             x, weights = self._gather(seen, part), weights.to(self.device)
@@ -377,21 +332,19 @@ class LayerCompressor:
             rides = seen.validation[part].to(self.device)
             if rides.any():
                 truth = truth or self.truth(layer, expert)
-                dense = self.expert(x[rides], truth) * weights[rides]
-                wrong += (y[rides] - dense).double().square().sum().item()
-                right += dense.double().square().sum().item()
+                found += compared(y[rides], self.expert(x[rides], truth) * weights[rides])
         if apart.any():
             truth = truth or self.truth(layer, expert)
             rows, gates = all_rows[apart], all_gates[apart, None].to(self.device)
             seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
-        return wrong, right
+        return found
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
         return seen.inputs.gather(rows).to(self.device)
 
-    def expert(self, x: Tensor, matrices: list[_Linear]) -> Tensor:
+    def expert(self, x: Tensor, matrices: list[Linear]) -> Tensor:
         """Send tokens through the matrices of one expert."""
         return matrices[-1].of(self._inner(x, matrices[:-1]))
 
-    def _inner(self, x: Tensor, matrices: list[_Linear]) -> Tensor:
+    def _inner(self, x: Tensor, matrices: list[Linear]) -> Tensor:
         return inner(self._activation, [matrix.of(x) for matrix in matrices])

@@ -81,6 +81,19 @@ class ListBuffer:
             for start in range(0, len(flat), _CHUNK):
                 out.write(flat[start : start + _CHUNK].numpy().data)
 
+    @staticmethod
+    def whole(file: Path) -> bool:
+        """Return whether a file holds what `save` wrote; all of it is read."""
+        import zstandard
+
+        try:
+            with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as source:
+                while source.read(_CHUNK):
+                    pass
+        except (OSError, zstandard.ZstdError):
+            return False
+        return True
+
     def load(self, file: Path) -> None:
         """Read what `save` wrote.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,37 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.config_file import check_named
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
-from qmoe_lite.checkpoint.report import FILE_NAME, Report, stored_bytes, versions
+from qmoe_lite.checkpoint.report import FILE_NAME, Report, versions
 from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
-from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
-from qmoe_lite.compression.choice import grid_and_rate, with_mean_step
-from qmoe_lite.compression.layer import LayerCompressor, LayerInputs, draw
+from qmoe_lite.compression.choice import as_used, grid_and_rate
+from qmoe_lite.compression.finite import check_finite
+from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.rate import RateControl, check_rate
+from qmoe_lite.compression.lock import locked
+from qmoe_lite.compression.notes import make_report
+from qmoe_lite.compression.positions import check_window
+from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
-from qmoe_lite.compression.state import Unfinished, fingerprint_of, remove_state
+from qmoe_lite.compression.state import Unfinished, contents_of, fingerprint_of
+from qmoe_lite.compression.stored import know_layers_before, run_stored
 from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
 from qmoe_lite.devices import find_device
-from qmoe_lite.errors import BadResultError, OutputError, ResumeError, SettingError
+from qmoe_lite.errors import BadResultError, OutputError, SettingError
 from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.causal import Causal
 from qmoe_lite.models.family import FAMILIES
 from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promise, open_checkpoint, unused
-from qmoe_lite.quantization.grid import Grid
+from qmoe_lite.quantization.grid import Grid, UniformGrid
 
-RATE_TOLERANCE = 0.01  # share of the rate that a model may miss it by without a note
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 
@@ -73,6 +77,7 @@ def compress(
     seed: int = 0,
     rate: float | None = None,
     stop_when_bad: bool = False,
+    check_first: bool = False,
     family: str | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
@@ -128,6 +133,8 @@ def compress(
         for it.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
+    check_first : bool
+        Search all tensors for NaN and infinity before the first layer.
     family : str, optional
         "auto" takes a model type that is not among the tested ones too, if its first blocks compute what transformers
         does.
@@ -140,7 +147,7 @@ def compress(
     Raises
     ------
     OutputError
-        `out` exists, or cannot be written; finished layers are kept for the next run.
+        `out` exists, another run is writing it, or it cannot be written; finished layers are kept for the next run.
     ResumeError
         `OUT.partial` belongs to another model, text or setting.
     BadResultError
@@ -175,21 +182,32 @@ def compress(
         seed=seed,
         rate=None if rate is None else check_rate(rate),
         stop_when_bad=stop_when_bad,
+        check_first=check_first,
         device=str(find_device(device)),
     )
     options.check()
     options = options.resolved()
     target = Path(out)
-    if target.exists() or target.is_symlink():
-        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
+    _check_free(target)
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
     if family not in (None, "auto"):
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
-    run = _Run(find_model(model), target, grid, options, progress, auto=family == "auto")
-    with torch.inference_mode():
+    partial = target.with_name(f"{target.name}.partial")
+    with locked(partial) as note, torch.inference_mode():
+        _check_free(target)  # once more: another run may have finished it
+        run = _Run(find_model(model), target, partial, grid, options, progress, auto=family == "auto")
+        run.degraded += [] if note is None else [note]
         return run.run(calibration, resume)
+
+
+def _check_free(target: Path) -> None:
+    """Raise OutputError where no directory of this name can be made."""
+    if target.name in ("", ".."):
+        raise OutputError(f"{target} names no new directory. Give OUT a name of its own.")
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
 
 
 class _Run:
@@ -199,22 +217,26 @@ class _Run:
         self,
         model: Path,
         out: Path,
+        partial: Path,
         grid: Grid | None,
         settings: Settings,
         progress: Callable[[Progress], None] | None,
         auto: bool,
     ) -> None:
         self.started = time.perf_counter()
-        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        self.out, self.partial = out, partial
+        check_named(model)
         self.family, self.checkpoint = open_checkpoint(model, auto)
         check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
+        self.adapts = grid is None and isinstance(self.grid, UniformGrid)  # its dead zone follows the model
         self.config = read_config(str(model))
         self.degraded = list[str]()
         self.model = skeleton(self.family, self.config, torch.float32)
         if extra := unused(self.family, self.model, self.checkpoint):
             self.checkpoint.forget(extra)
             self.degraded.append(f"left out {len(extra)} tensors that transformers does not load, such as {extra[0]}")
+        self.checkpoint.check_index()
         self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
@@ -228,12 +250,15 @@ class _Run:
         self.verdict: Verdict | None = None
 
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
+        if self.settings.check_first:
+            check_finite(self.checkpoint, self._progress)
         if calibration is None:
             self._open_partial(None, resume)
-            for number in range(len(self.done.held_out_error), len(self.layers)):
+            for number in range(len(self.layers)):
                 self._finish_layer(number, None)
                 self.unfinished.save()
         else:
+            check_window(self.config, self.settings.sequence_length)
             tokenizer = open_tokenizer(self.checkpoint.directory)
             samples = self._samples(calibration, tokenizer)
             check_ids(samples.all, self.config.get_text_config().vocab_size)
@@ -243,21 +268,13 @@ class _Run:
 
     def _open_partial(self, samples: Samples | None, resume: bool) -> None:
         fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
-        self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started)
+        contents = functools.partial(contents_of, self.checkpoint, self._progress)
+        self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started, contents)
         self.done = self.unfinished.done
-        self.compressor.dictionaries.resume(
-            Dictionary.from_config(book)
-            for books in self.done.codebooks.values()
-            for book in books.values()
-            if book["kind"] == KIND
-        )
-        if self.settings.rate is not None:
-            weights = sum(layer.weights for layer in self.layers)
-            known = self.done.rate or {"rate": self.settings.rate, "weights": weights}
-            try:
-                self.compressor.rate = RateControl(**known)
-            except TypeError as error:
-                raise ResumeError(f"{self.partial} has a damaged state. Start over with --restart.") from error
+        places = {layer.experts: self.writer.layer_file(number) for number, layer in enumerate(self.layers)}
+        if (bad := self.unfinished.check(places)) is not None:
+            self.degraded.append(bad)
+            self._progress(Progress(0, 1, "unfinished work", f"{bad}."))
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> RunSamples:
         wanted = self.settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
@@ -270,7 +287,7 @@ class _Run:
         runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings, samples.reference)
         ids = [samples.all.input_ids]
         if samples.all.labels is not None:
-            ids.append(self._decoder_input(samples.all.labels))
+            ids.append(samples.decoder_input(self.config))
         memory: ListBuffer | None = None
         resumed, finished = self.unfinished.stack, self.unfinished.block
         with capacity_lifted(self.model):
@@ -292,7 +309,8 @@ class _Run:
                 for i in range(first, len(stack.blocks)):
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
-                        self._finish_layer(self.number_of[stack.blocks[i]], self._seen(caught, flags))
+                        sparse = self.number_of[stack.blocks[i]]
+                        self._finish_layer(sparse, self._seen(sparse, caught, flags))
                         caught.finish()
                         self.unfinished.keep(number, i, hidden, memory, runner.handed)
                         if self._warning is not None and self.settings.stop_when_bad:
@@ -303,26 +321,28 @@ class _Run:
             assert memory is not None
             self.verdict = samples.judge(memory, *self.family.head(self.model, self.checkpoint), self.settings.rate)
 
-    def _decoder_input(self, labels: np.ndarray) -> np.ndarray:
-        """Shift labels to the right, as transformers does."""
-        start = self.config.decoder_start_token_id
-        start = self.config.pad_token_id if start is None else start
-        return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-
     def _seen(
         self,
+        number: int,
         caught: Caught,
         flags: tuple[Tensor, ...],
     ) -> LayerInputs:
         eligible, validation, reference = flags
-        rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, len(self.done.held_out_error))
+        rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, number)
         sample = caught.inputs.gather(rows)
         return LayerInputs(caught.inputs, caught.assigned, eligible, validation, reference, sample, caught.outputs)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
-        """Compress and write one sparse layer."""
+        """Compress and write one sparse layer; or run it from its file, where it was finished before."""
         layer = self.layers[number]
         sizes = [len(self.compressor.groups(each)) for each in self.layers]
+        finished = layer.experts in self.done.held_out_error
+        if finished and layer.experts not in self.unfinished.lost:
+            if seen is not None:
+                self._progress(Progress(sum(sizes[:number]), sum(sizes), f"{layer.block}, from its file"))
+                run_stored(self.compressor, layer, self.writer, number, self.done.codebooks[layer.experts], seen)
+            return
+        know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate, self.adapts)
 
         def group_done(done: int, groups: int) -> None:
             place = f"{layer.block}, expert group {done} of {groups}"
@@ -330,11 +350,16 @@ class _Run:
 
         result = self.compressor.compress(layer, number, seen, group_done)
         self.done.checksums |= self.writer.write_layer(number, result.tensors)
+        self.done.files[layer.experts] = files.file_sum(self.writer.layer_file(number))
+        if finished:  # all else that is known of it is known already
+            return
         self.done.projections += result.reports
         self.done.codebooks[layer.experts] = result.codebooks
         self.done.held_out_error[layer.experts] = result.held_out_error
         if self.compressor.rate is not None:
-            self.done.rate = self.compressor.rate.to_json()
+            self.done.rates[layer.experts] = self.compressor.rate.to_json()
+        if self.compressor.dead_zone is not None:
+            self.done.dead_zones[layer.experts] = self.compressor.dead_zone.to_json()
         error = result.held_out_error
         if error is not None and error > BAD_LAYER and self._warning is None:
             self._warning = (
@@ -353,44 +378,22 @@ class _Run:
         settings = quantization_config(
             self.done.codebooks,
             recipe=self.settings.recipe,
-            grid=with_mean_step(self.grid, self.done.projections).to_config(),
+            grid=as_used(self.grid, self.done.projections).to_config(),
             level_dtype=self.grid.level_dtype or torch.float32,
             versions=versions(),
         )
         self.writer.write_rest(self.done.checksums, settings)
-        report = self._report()
-        files.write_json(self.partial / FILE_NAME, report.to_json())
-        try:
-            self.partial.rename(self.out)
-            files.sync_directory(self.out.parent.resolve())
-        except OSError as error:
-            text = f"{self.partial} is finished but cannot become {self.out}: {error.strerror}. "
-            raise OutputError(text + "Move the existing directory, then rerun.") from error
-        remove_state(self.out)
-        return report
-
-    def _report(self) -> Report:
-        nearest = sum(p.hessian_classes.get("nearest", 0) for p in self.done.projections)
-        if nearest and self.settings.recipe != "nearest":
-            self.degraded.append(f"{nearest} matrices had no usable Hessian and were rounded to nearest")
-        experts, others = stored_bytes(Checkpoint(self.partial))
-        rate, bits = self.settings.rate, 8 * experts / sum(layer.weights for layer in self.layers)
-        if rate is not None and abs(bits - rate) > RATE_TOLERANCE * rate:
-            self.degraded.append(f"the experts take {bits:.3f} bits a weight instead of {rate:g}")
-        dense_experts, dense_others = stored_bytes(self.checkpoint)
-        return Report(
-            model=str(self.checkpoint.directory),
-            settings={**asdict(self.settings), "grid": with_mean_step(self.grid, self.done.projections).to_config()},
-            projections=self.done.projections,
-            held_out_error={k: v for k, v in self.done.held_out_error.items() if v is not None},
-            degraded=self.degraded,
-            sizes={
-                "expert_bytes": experts,
-                "other_bytes": others,
-                "dense_expert_bytes": dense_experts,
-                "dense_other_bytes": dense_others,
-            },
-            seconds=self.unfinished.seconds,
-            versions=versions(),
-            verdict=None if self.verdict is None else self.verdict.to_json(),
+        report = make_report(
+            self.checkpoint,
+            Checkpoint(self.partial),
+            self.layers,
+            self.settings,
+            as_used(self.grid, self.done.projections),
+            self.done,
+            self.degraded,
+            self.verdict,
+            self.unfinished.seconds,
         )
+        files.write_json(self.partial / FILE_NAME, report.to_json())
+        self.unfinished.become(self.out)
+        return report

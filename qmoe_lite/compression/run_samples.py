@@ -71,6 +71,13 @@ class RunSamples:
         ids = np.concatenate([main.input_ids, extra.input_ids, extra.input_ids])
         return cls(Samples(ids, labels, main.windows), len(main), len(main) + len(extra)), notes
 
+    def decoder_input(self, config: Any) -> np.ndarray:
+        """Shift labels to the right, as transformers does."""
+        labels, start = self.all.labels, config.decoder_start_token_id
+        assert labels is not None
+        start = config.pad_token_id if start is None else start
+        return np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+
     def flags(self, mask: np.ndarray) -> tuple[Tensor, ...]:
         """Return whether each token may enter a Hessian, is for validation, is for reference; bool, flat.
 

@@ -52,6 +52,8 @@ class Settings:
         bits to the grid.
     stop_when_bad : bool
         End after the first layer whose held-out error says that the model will be bad; the work can be resumed.
+    check_first : bool
+        Search all tensors for NaN and infinity before the first layer; costs one reading of the model.
     device : str
         Where blocks run and experts are solved; activations stay in the CPU's memory.
     """
@@ -72,6 +74,7 @@ class Settings:
     seed: int = 0
     rate: float | None = None
     stop_when_bad: bool = False
+    check_first: bool = False
     device: str = "cpu"
 
     def resolved(self) -> Settings:

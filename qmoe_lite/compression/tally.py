@@ -21,7 +21,7 @@ from qmoe_lite.compression.dictionaries import Dictionaries, signed
 from qmoe_lite.compression.rate import entropy
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.digits import count, squeeze, unsqueeze
-from qmoe_lite.quantization.grid import Grid, Quantized
+from qmoe_lite.quantization.grid import Grid, Quantized, UniformGrid
 
 _SAMPLE = 1 << 22  # digits, over all experts of a projection, that choose its codebook; at least a row of each
 _REWRITE = 0.005  # share of the bits from which on all experts are written again
@@ -29,12 +29,12 @@ _EXPERT_BYTES = 16  # of an expert's offset and checksum
 
 
 class Solved(NamedTuple):
-    """One projection of a group of experts; `step` is that of a uniform grid, in units of a row's RMS."""
+    """One projection of a group of experts, and the grid that it was solved with."""
 
     quantized: Quantized
     tokens: list[int]
     classes: list[str]
-    step: float | None = None
+    grid: Grid | None = None
 
 
 class Tally(Protocol):
@@ -60,13 +60,13 @@ class _Figures:
         self._errors: list[float] = []
         self._tokens: list[int] = []
         self._classes: dict[str, int] = {}
-        self._steps: list[float] = []
+        self._grids: list[tuple[float, float]] = []  # step and dead zone of each expert
 
     def add(self, solved: Solved) -> None:
         self._errors += solved.quantized.error.tolist()
         self._tokens += solved.tokens
-        if solved.step is not None:
-            self._steps += [solved.step] * len(solved.tokens)
+        if isinstance(solved.grid, UniformGrid):
+            self._grids += [(solved.grid.step, solved.grid.dead_zone)] * len(solved.tokens)
         for name in solved.classes:
             self._classes[name] = self._classes.get(name, 0) + 1
 
@@ -79,6 +79,7 @@ class _Figures:
         largest_digit: int | None = None,
         exceptions: float | None = None,
     ) -> ProjectionReport:
+        step, dead_zone = np.mean(self._grids, axis=0).tolist() if self._grids else (None, None)
         return ProjectionReport(
             layer=self.layer.experts,
             projection=self.projection,
@@ -95,7 +96,8 @@ class _Figures:
             entropy=entropy,
             largest_digit=largest_digit,
             exceptions=exceptions,
-            step=float(np.mean(self._steps)) if self._steps else None,
+            step=step,
+            dead_zone=dead_zone,
         )
 
 

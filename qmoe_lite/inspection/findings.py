@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from qmoe_lite.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,20 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return {**asdict(self), "sound": self.sound}
+
+
+def of_no_tensor(file: str) -> str:
+    """Say of a file beside the model what it is; only what is called like a model's own is called superfluous."""
+    if re.fullmatch(r"adapter(_model)?([-.].*)?\.safetensors", file):
+        return f"{file} is an adapter (LoRA or the like), saved beside the model by peft. It was not checked."
+    if re.match(r"model[-.]", file):
+        return f"{file} belongs to no tensor of the model. It may be removed."
+    return f"{file} belongs to no tensor of the model: it is not loaded, and was not checked."
+
+
+class FileFault(CheckpointError):
+    """A whole file cannot be read, which is said once and not of each of its tensors."""
+
+    def __init__(self, file: str, text: str) -> None:
+        super().__init__(text)
+        self.file = file

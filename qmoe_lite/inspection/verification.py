@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmoe_lite.checkpoint.config_file import check_named
 from qmoe_lite.checkpoint.format import PARTS_OF, check_alphabets, parts_of, quantization_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model, of_experts
 from qmoe_lite.checkpoint.report import FILE_NAME, read_report
@@ -28,7 +29,7 @@ from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
 from qmoe_lite.inspection.contents import inspect_model, short_name
-from qmoe_lite.inspection.findings import Finding, Verification
+from qmoe_lite.inspection.findings import FileFault, Finding, Verification, of_no_tensor
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
@@ -78,20 +79,12 @@ def verify_model(directory: str | Path, progress: Callable[[Progress], None] | N
     return _Search(find_model(directory), progress or (lambda event: None)).run()
 
 
-class _FileFault(CheckpointError):
-    """A whole file cannot be read, which is said once and not of each of its tensors."""
-
-    def __init__(self, file: str, text: str) -> None:
-        super().__init__(text)
-        self.file = file
-
-
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise _FileFault(file.name, str(error)) from error
+        raise FileFault(file.name, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -151,14 +144,13 @@ class _Search:
         family = config = None
         if settings is not None:
             with self.found("model_type", "config.json"):
+                check_named(self.path)
                 family = family_of(checkpoint.config.get("model_type"), auto=True)
+        layers: list[MoELayer] | None = None
         if family is not None:
             with self.found("", "config.json"):
                 config = read_config(str(self.path))
                 checkpoint.know_as(family.views(config, checkpoint))
-        layers: list[MoELayer] | None = None
-        if family is not None and config is not None:
-            with self.found("", "config.json"):
                 layers = family.layers(config)
                 self.look_at_dense_shapes(family, config, layers, checkpoint)
         here = [name for name in checkpoint.names if checkpoint.stored_name(name) not in self.lost]
@@ -183,7 +175,7 @@ class _Search:
 
     def error(self, name: str, file: str, error: Exception) -> None:
         """Take note of an error; one that nobody foresaw is one too."""
-        if isinstance(error, _FileFault):
+        if isinstance(error, FileFault):
             if error.file in self.unreadable:
                 return
             self.unreadable.add(error.file)
@@ -231,7 +223,7 @@ class _Search:
         if "model.safetensors" in named:
             unused |= {file.name for file in self.path.glob("model.safetensors.index.json")}
         for file in sorted(unused):
-            self.note("", file, f"{file} belongs to no tensor of the model. It may be removed.")
+            self.note("", file, of_no_tensor(file))
         if not checkpoint.has_checksums:
             text = "dense tensors carry no checksums, as transformers saved the model: they were not compared."
             self.note("", "", text)

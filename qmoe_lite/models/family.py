@@ -94,12 +94,17 @@ class Family(Protocol):
         """Run what follows a stack's last block."""
 
 
+_REFUSED = dict.fromkeys(("deepseek_v4", "hy_v4", "hy_v4_vl"), "its hidden states are several streams a token")
 FAMILIES: dict[str, Family] = {
     "switch_transformers": SwitchTransformers(),
     **{each.model_type: each for each in CAUSAL},
 }
 
-_REFUSED = dict.fromkeys(("deepseek_v4", "hy_v4", "hy_v4_vl"), "its hidden states are several streams a token")
+
+def _in_transformers(model_type: str | None) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def family_of(model_type: str | None, auto: bool = False) -> Family:
@@ -121,8 +126,8 @@ def family_of(model_type: str | None, auto: bool = False) -> Family:
         return FAMILIES[model_type]
     if model_type in _REFUSED:
         raise UnsupportedFamilyError(f"model type {model_type} is not supported: {_REFUSED[model_type]}.")
-    if auto and model_type:
-        return Causal(model_type)
+    if auto and _in_transformers(model_type):
+        return Causal(str(model_type))
     known, close = ", ".join(sorted(FAMILIES)), get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.5)
     closest = f" (closest: {close[0]})" if close else ""
     raise UnsupportedFamilyError(

@@ -18,7 +18,7 @@ import qmoe_lite as qm
 from qmoe_lite.compression import tally as tally_module
 from qmoe_lite.compression.calibration import hessian_masks, make_samples, read_tokens, window_length
 from qmoe_lite.compression.documents import read_text
-from qmoe_lite.compression.layer import draw
+from qmoe_lite.compression.layer_parts import draw
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import (
     CheckpointError,
@@ -350,7 +350,7 @@ def test_every_setting_is_a_keyword_with_its_default():
     keywords = inspect.signature(qm.compress).parameters
     fields = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "device"}
     assert {name: keywords[name].default for name in fields} == fields
-    other = {"model", "out", "calibration", "grid", "device", "resume", "progress"}
+    other = {"model", "out", "calibration", "grid", "device", "resume", "progress", "family"}
     assert set(keywords) == {*fields, *other}
     assert all(f"    {name} : " in qm.compress.__doc__ for name in keywords if name != "model")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -13,7 +14,7 @@ import tiny
 from safetensors.torch import load_file
 
 import qmoe_lite as qm
-from qmoe_lite.cli.inspect_ import _ranges
+from qmoe_lite.compression.notes import ranges as _ranges
 from qmoe_lite.errors import FormatError
 from qmoe_lite.inspection.contents import inspect_model, short_name
 
@@ -309,3 +310,13 @@ def test_without_matplotlib_a_picture_is_refused_with_what_to_install(run, tmp_p
     assert (code, printed) == (1, "")
     assert "pip install 'qmoe-lite[plot]'" in noted
     assert run("inspect", compressed[0])[0] == 0, "tables need no matplotlib"
+
+
+def test_a_narrow_terminal_cuts_no_digit(run, compressed, monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm", "COLUMNS": "40"}.items():
+        monkeypatch.setenv(name, value)
+    code, out, _ = run("inspect", compressed[0])
+    plain = re.sub("\x1b\\[[0-9;]*m", "", out)
+    assert code == 0
+    assert "…" not in plain
+    assert max(map(len, plain[plain.index("layer ") : plain.index("Largest")].splitlines())) <= 40

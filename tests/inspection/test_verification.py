@@ -466,3 +466,30 @@ def test_progress_counts_to_the_end(directory):
     assert [event.done for event in seen] == list(range(1, len(seen) + 1))
     assert seen[-1].done == seen[-1].total
     assert len(seen) > found.experts
+
+
+COMPANIONS = [  # what transformers, peft and its Trainer save beside a model
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "generation_config.json"),
+    *("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"),
+    *("chat_template.jinja", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("README.md", ".gitattributes", "LICENSE", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+    *("trainer_state.json", "trainer_log.jsonl", "adapter_model-00001-of-00002.safetensors", "value_head.safetensors"),
+]
+
+
+def test_what_transformers_and_peft_put_beside_a_model_is_not_called_superfluous(directory):
+    path = directory()
+    for name in COMPANIONS:
+        if not (path / name).exists():
+            (path / name).write_text("{}")
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        save_file({"x": torch.ones(1)}, path / name)
+    (path / "checkpoint-10").mkdir()
+    (path / "checkpoint-10" / "model.safetensors").write_text("x")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    found = {finding.file: finding for finding in qm.verify(path)}
+    assert all("removed" not in finding.message for finding in found.values())
+    assert {name for name, finding in found.items() if finding.severity != "note"} == set()
+    assert "is an adapter (LoRA or the like), saved beside the model" in found["adapter_model.safetensors"].message
+    assert "it is not loaded, and was not checked" in found["value_head.safetensors"].message
+    assert set(found) == {name for name in COMPANIONS if name.endswith(".safetensors")}

@@ -1,0 +1,92 @@
+"""What the compressor of a layer is given, holds and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_lite.checkpoint.report import ProjectionReport
+from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.models.routing import Assignment
+
+
+def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
+    """Draw at most `most` rows at random, in ascending order."""
+    if len(rows) <= most:
+        return rows
+    chosen = np.random.default_rng(seed).choice(len(rows), most, replace=False)
+    return rows[torch.from_numpy(np.sort(chosen))]
+
+
+def compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
+    """Return the sums of squares of the outputs' error, of the outputs and of what the dense experts put out."""
+    return np.array([part.double().square().sum().item() for part in (outputs - dense, outputs, dense)])
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the experts of one sparse layer get to see, and where their outputs go.
+
+    Attributes
+    ----------
+    inputs : ListBuffer
+        The experts' inputs, one row a token.
+    assigned : Assignment
+        Which expert gets which rows.
+    eligible : bool tensor, a value a row
+        May enter a Hessian.
+    validation : bool tensor, a value a row
+        Rides along to measure the error.
+    reference : bool tensor, a value a row
+        Of the validation samples once more: goes through the dense experts, to measure what the model loses.
+    sample : float32 tensor, shape (tokens, C)
+        Random eligible tokens, for experts that saw few of their own.
+    hidden : ListBuffer
+        The block's output so far; the quantised experts' outputs are added to it.
+    """
+
+    inputs: ListBuffer
+    assigned: Assignment
+    eligible: Tensor
+    validation: Tensor
+    reference: Tensor
+    sample: Tensor
+    hidden: ListBuffer
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A compressed layer: tensors to write, codebooks by projection, what to report."""
+
+    tensors: dict[str, Tensor]
+    codebooks: dict[str, dict[str, Any]]
+    reports: list[ProjectionReport]
+    held_out_error: float | None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix (R, C) of an expert and its bias (R,), where it has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return what tokens (N, C) become, (N, R)."""
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass
+class Taken:
+    """What the groups of a layer have taken: bits, weights, and whether their bits follow the step."""
+
+    bits: float = 0.0
+    weights: int = 0
+    tells: bool = False
+    dead: bool = False  # a group is all zeros
