@@ -35,7 +35,7 @@ def check_process() -> None:
 
 def check_recording(x: Any) -> None:
     """Raise SettingError where torch records what is done with x, and would silently record something else."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise SettingError("torch.jit.trace cannot record the experts' kernels. Run the model eagerly or compile it.")
-    if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+    if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise SettingError("forward-mode derivatives do not pass through the experts' kernels. Use backward().")
