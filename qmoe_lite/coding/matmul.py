@@ -21,6 +21,7 @@ from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.decode_kernels import decode_rows, slot_values
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.gather import gather_kernel
+from qmoe_lite.coding.guards import check_process, check_recording
 from qmoe_lite.coding.jobs import expand_kernel
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import codebook_of
@@ -63,7 +64,9 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     DtypeError
         `x` is no float array.
     SettingError
-        `packed` and `x` are on two devices.
+        `packed` and `x` are on two devices; or torch.jit.trace records, or `x` has a forward-mode tangent.
+    QMoEError
+        This process was forked from one that had run kernels.
     DeviceError
         They are on a GPU that the kernels cannot use; says what to install.
     FormatError
@@ -77,6 +80,7 @@ def decode_matmul(packed: PackedMatrix, x: Any) -> Any:
     that are not finite, or over 1e33: decoded tiles of rows and torch.matmul, so NaN spreads as in a dense product.
     QMoE (arXiv:2310.16795), section 4.3; departs from it in adding nonzeros only.
     """
+    check_recording(x)
     if packed.codes.is_cuda:
         from qmoe_lite.cuda import matmul as twin
 
@@ -168,6 +172,7 @@ def grouped_matmul(
     -----
     Nothing else is checked. A group's result does not depend on the other groups.
     """
+    check_process()
     windows = [stack for stack in stacks if isinstance(stack, WindowStack)]
     if windows:
         return multiply_windows(windows, x, experts, bounds)

@@ -18,6 +18,7 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.guards import check_recording
 from qmoe_lite.coding.matmul import Stack
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
@@ -177,6 +178,11 @@ class PackedExperts(nn.Module):
         Returns
         -------
         tensor like `hidden_states`; zero for a token without an expert.
+
+        Raises
+        ------
+        ShapeError, SettingError
+            `hidden_states` has another width or device; or torch records what cannot be recorded.
         """
         width = self.layer.shapes[self.layer.projections[0]][1]
         if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
@@ -185,6 +191,7 @@ class PackedExperts(nn.Module):
         if (source := self.source) is None and hidden_states.device != home:
             message = f"hidden_states is on {hidden_states.device}, the experts on {home}; expected one device. "
             raise SettingError(message + "Move the model, or what it is given.")
+        check_recording(hidden_states)
         index, weights = self.family.routing(routing)
         sizes = [] if source is None else source.begin_layer(self, hidden_states, index)
         learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad)

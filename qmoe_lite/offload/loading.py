@@ -67,8 +67,9 @@ def load(
 
     Several threads may load at once; their models are built one after another. transformers' from_pretrained is not
     made for threads: while it builds a model, it replaces functions of torch and of its own, and torch's default dtype,
-    for the whole process. So no thread should call it while another one loads. A process that forks after a model ran
-    cannot run it in the child: OpenMP forbids it. Load the model there.
+    for the whole process. So no thread should call it while another one loads. A process that forks after kernels ran
+    cannot run any in the child, whose calls raise QMoEError: OpenMP forbids it. Start processes by spawn, such as a
+    DataLoader's workers (multiprocessing_context="spawn").
     """
     from qmoe_lite.checkpoint.format import quantization_of
     from qmoe_lite.checkpoint.reader import find_model

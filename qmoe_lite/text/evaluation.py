@@ -180,8 +180,10 @@ def compare(
     widths = [Head(each).vocabulary for each in (model, reference)]
     kinds = [bool(each.config.is_encoder_decoder) for each in (model, reference)]
     if widths[0] != widths[1] or kinds[0] != kinds[1]:
-        text = f"the two models predict among {widths[0]} and {widths[1]} tokens" if kinds[0] == kinds[1] else ""
-        raise SettingError(f"{text or 'one of the two models is an encoder-decoder'}. Compare with the original model.")
+        differ = f"the two models predict among {widths[0]} and {widths[1]} tokens"
+        if kinds[0] != kinds[1]:
+            differ = "one of the two models is an encoder-decoder"
+        raise SettingError(f"{differ}. Compare with the original model.")
     drawn = _draw(model, tokenizer, text, samples, sequence_length, passes, seed)
     (ours, theirs), divergences, agreeing = _measure([model, reference], drawn, batch_size, progress)
     divergence = paired_gap(divergences, [0.0] * len(divergences), ours.sample_tokens)
