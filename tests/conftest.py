@@ -136,6 +136,7 @@ def run(monkeypatch, capsys):
 
     def call(*args: object):
         monkeypatch.setattr(sys, "argv", ["qmoe", *map(str, args)])
+        capsys.readouterr()  # what fixtures printed
         try:
             main()
             code = 0
