@@ -211,6 +211,6 @@ def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
                 base = end
             row = np.int32(row + (cuda.gridsize(1) >> 5))
 
-    name = f"_decode_window_{'weights' if weights else 'digits'}_{width}{'' if held else '_global'}_kernel"
+    name = f"_window_{'weights' if weights else 'digits'}_{width}{'' if held else '_global'}_kernel"
     _decode_windows_kernel.__name__ = name
     return _decode_windows_kernel

@@ -103,9 +103,8 @@ def show_layer(rows: list[parts.Row]) -> None:
         cells.append([names.pop(0) if names else "", str(r["tokens"]), *figures])
     titles = ("as called\nours", "\neager", "\ngrouped", "\nratio", "in a graph\nours", "\ngrouped", "\nratio")
     print_rows("us of a layer's call, x bfloat16", ("layer", "tokens", *titles), cells, text=1, tight=True)
-    print_text(
-        "Bits a weight, everything counted. Eager, grouped (_mm): transformers' experts. Ratio: the faster one to ours."
-    )
+    print_text("Bits a weight, everything counted.")
+    print_text("Eager, grouped (_mm): transformers' experts. Ratio: the faster one to ours.")
     for row in rows:
         if "note" in row:
             print_text(row["note"])

@@ -349,7 +349,7 @@ def test_a_codeword_takes_the_loads_that_it_must(name):
     from qmoe_lite.cuda import static
 
     code = compiled(name, (9, 0))
-    bits, width, held, _, span = VARIANTS[name]
+    bits, width, held, _, span = VARIANTS[name][:5]
     of = static.row_loops(code.cubin, code.name, (9, 0))
     entry = held * max(1, width // 16)  # one load gives up to 16 digits
     assert of.shared == window_packets.codewords_each(bits) * (entry + width // span)
