@@ -154,21 +154,26 @@ def _measure_shape(
     return found, two.bits_per_weight, why
 
 
+def dense(weight: Tensor, x: Tensor) -> Tensor:
+    """Multiply by a dense matrix, as torch does."""
+    return linear(x, weight)
+
+
+def dequantised(packed: PackedMatrix, x: Tensor) -> Tensor:
+    """Dequantise a matrix, and multiply by it as torch does."""
+    return linear(x, decode_dense(packed, x.dtype))
+
+
+def ours(packed: PackedMatrix, x: Tensor) -> Tensor:
+    """Multiply straight from the codewords."""
+    y: Tensor = decode_matmul(packed, x)
+    return y
+
+
 def _contenders(one: PackedMatrix, two: PackedMatrix) -> dict[str, Contender]:
     """Return every product by the name of its field in `Speed`."""
     full, half = torch.float32, torch.bfloat16
     exact, rounded = TOLERANCES["float32"], TOLERANCES["bfloat16"]
-
-    def dense(w: Tensor, x: Tensor) -> Tensor:
-        return linear(x, w)
-
-    def dequantised(packed: PackedMatrix, x: Tensor) -> Tensor:
-        return linear(x, decode_dense(packed, x.dtype))
-
-    def ours(packed: PackedMatrix, x: Tensor) -> Tensor:
-        y: Tensor = decode_matmul(packed, x)
-        return y
-
     copies = rotated(two.nbytes, two, lambda: clone(two))
     found = {
         "one_level": Contender(ours, rotated(one.nbytes, one, lambda: clone(one)), full, exact),

@@ -10,14 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import linear
 
 from qmoe_lite.bench._parts.common import limited_threads, machine_line
 from qmoe_lite.bench._parts.rated import digits_of, draw_weights, fit_step
-from qmoe_lite.bench.matmul import SHAPES, TOLERANCES, Contender, check_products, clone, rates_of, rotated
-from qmoe_lite.coding.codec import decode_dense, encode
-from qmoe_lite.coding.matmul import decode_matmul
+from qmoe_lite.bench.matmul import (
+    SHAPES,
+    TOLERANCES,
+    Contender,
+    check_products,
+    clone,
+    dense,
+    dequantised,
+    ours,
+    rates_of,
+    rotated,
+)
+from qmoe_lite.coding.codec import encode
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
@@ -108,22 +117,11 @@ def _measure(shape: str, rate: float, tokens: tuple[int, ...], rng: np.random.Ge
     rows, columns = SHAPES[shape]
     packed = packed_at(rate, rows, columns, rng)
     exact, rounded = TOLERANCES["float32"], TOLERANCES["bfloat16"]
-
-    def dense(weight: Tensor, x: Tensor) -> Tensor:
-        return linear(x, weight)
-
-    def anew(matrix: PackedMatrix, x: Tensor) -> Tensor:
-        return linear(x, decode_dense(matrix, x.dtype))
-
-    def ours(matrix: PackedMatrix, x: Tensor) -> Tensor:
-        y: Tensor = decode_matmul(matrix, x)
-        return y
-
     full, half = packed.dense(), packed.dense(torch.bfloat16)
     copies = rotated(packed.nbytes, packed, lambda: clone(packed))
     contenders = {
         "ours": Contender(ours, copies, torch.float32, exact),
-        "anew_float32": Contender(anew, copies, torch.float32, exact),
+        "anew_float32": Contender(dequantised, copies, torch.float32, exact),
         "dense_float32": Contender(dense, rotated(full.nbytes, full, full.clone), torch.float32, exact),
         "dense_bfloat16": Contender(dense, rotated(half.nbytes, half, half.clone), torch.bfloat16, rounded),
     }
