@@ -136,9 +136,13 @@ def run_tests(number: int, shares: int) -> int:
         def pytest_collection_modifyitems(self, items: list[Any]) -> None:
             items[:] = share_of(items, number, shares)
 
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:  # at once: a share that is ended at its limit prints no summary
+                print_text(f"FAILED {report.nodeid}\n{report.longreprtext}\n")
+
     # pyproject.toml's own options are for the whole suite and ask for pytest-xdist, which need not be here
     own = ["-o", "addopts=", "-p", "no:xdist", "--import-mode=importlib"]
-    options = [*own, "-q", "-p", "no:cacheprovider", "-W", "default", "--noconftest", "--tb=short", "-rfE"]
+    options = [*own, "-q", "-p", "no:cacheprovider", "-W", "default", "--noconftest", "--tb=short", "-rN"]
     return int(pytest.main([*options, "tests/gpu"], plugins=[Share()]))
 
 
