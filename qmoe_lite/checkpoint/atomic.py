@@ -48,6 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # what somebody put there may be a link to another file
         write(temporary)
         with temporary.open("rb+") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # safetensors leaves its files to their owner alone

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.errors import CheckpointError, unreadable
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:
-    """Read it; raise CheckpointError where it is missing, unreadable or no JSON object."""
-    path = directory / "config.json"
+    """Read it; raise CheckpointError where it is missing, unreadable, of more than 64 MiB or no JSON object.
+
+    What is compressed may have no key twice; a dense model's is taken as transformers takes it: the last one counts.
+    """
+    path, twice = directory / "config.json", list[str]()
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, twice.append)
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} is no model: it has no config.json.") from error
     except OSError as error:
@@ -22,6 +25,8 @@ def read_config_file(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON ({error}). Fetch the file again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is no JSON object. Fetch the file again.")
+    if twice and config.get("quantization_config"):
+        raise CheckpointError(f"{path} has the key {twice[0][:80]!r} twice. Fetch the file again.")
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import EXCEPTION_PARTS
 from qmoe_lite.errors import CheckpointError, FormatError
 
+_Any = TypeVar("_Any")
 FORMAT = 3  # of what holds a dictionary's codes; directories without any are still written as format 2
 FORMATS = (2, 3)  # that are read
 METHOD = "qmoe"  # quant_method in config.json
@@ -183,14 +184,32 @@ def codebooks_of(checkpoint: Checkpoint) -> dict[str, dict[str, Code]]:
     """
     settings = quantization_of(checkpoint)
     try:
-        books = [code_from_config(entry) for entry in settings["codebooks"]]
+        entries, layers = settings["codebooks"], settings["layers"]
+        check_number_of_codes(entries, layers)
+        books = [code_from_config(entry) for entry in entries]
         return {
-            name: {projection: books[number] for projection, number in used.items()}
-            for name, used in settings["layers"].items()
+            name: {projection: code_at(books, number) for projection, number in used.items()}
+            for name, used in layers.items()
         }
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         path = checkpoint.directory
         raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.") from error
+
+
+def check_number_of_codes(entries: Any, layers: Any) -> None:
+    """Raise FormatError where config.json has more codes than it uses: to build one takes up to half a second."""
+    used = layers.values() if isinstance(layers, dict) else ()
+    if isinstance(entries, list) and len(entries) > sum(len(each) for each in used if isinstance(each, dict)):
+        raise FormatError(f"config.json has {len(entries):,} codes, more than it uses. Fetch it again.")
+
+
+def code_at(codes: list[_Any], number: Any) -> _Any:
+    """Return the code of such a number; IndexError where there is none, TypeError where it is no number."""
+    if type(number) is not int:
+        raise TypeError
+    if number < 0:
+        raise IndexError
+    return codes[number]
 
 
 def check_alphabets(experts: str, codebooks: Mapping[str, Code]) -> None:

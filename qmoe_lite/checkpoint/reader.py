@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qmoe_lite.checkpoint.config_file import read_config_file
-from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
+from qmoe_lite.checkpoint.index_file import check_inside, read_index
+from qmoe_lite.checkpoint.json_file import parse_json
+from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, method_of, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
 
@@ -140,18 +142,7 @@ class Checkpoint:
                 break
             index = directory / f"{file_name}.index.json"
             if index.is_file():
-                try:
-                    content = json.loads(index.read_text(encoding="utf-8"))
-                    self._file_of = content["weight_map"]
-                    self._checksums = content.get("metadata", {}).get("crc32", {})
-                    if any("/" in name or not name for name in self._file_of.values()):
-                        raise ValueError
-                    if not isinstance(self._checksums, dict):
-                        raise TypeError
-                except OSError as error:
-                    raise unreadable(index, error) from error
-                except (ValueError, KeyError, AttributeError, TypeError) as error:
-                    raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
+                self._file_of, self._checksums = read_index(index)
                 break
         else:
             raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
@@ -226,6 +217,8 @@ class Checkpoint:
     def _open(self, file_name: str) -> Any:
         if file_name not in self._open_files:
             path = self.directory / file_name
+            if method_of(self.config) == "qmoe":  # others' models people lay out as they like
+                check_inside(self.directory, file_name)
             if not path.is_file():
                 raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
             try:
@@ -234,6 +227,7 @@ class Checkpoint:
                     opened: Any = safe_open(path, framework="pt", device="cpu")
                 else:
                     opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+                    opened = {name: each for name, each in dict(opened).items() if isinstance(each, Tensor)}
             except OSError as error:
                 if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
                     raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
@@ -294,14 +288,16 @@ class Checkpoint:
             if path not in self._headers:
                 with path.open("rb") as file:  # safetensors does not tell the places; it checked them when it opened
                     size = int.from_bytes(file.read(8), "little")
-                    self._headers[path] = 8 + size, json.loads(file.read(size))
+                    self._headers[path] = 8 + size, parse_json(file.read(size))
             start, header = self._headers[path]
             first, end = header[stored]["data_offsets"]
+            if end - first != empty.nbytes:
+                raise ValueError
         except OSError as error:
             raise unreadable(path, error) from error
         except (ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{path} was truncated or rewritten while it was read. Fetch the file again."
+                f"{path} was truncated or rewritten while it was read, or its header is forged. Fetch the file again."
             ) from error
         return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
 

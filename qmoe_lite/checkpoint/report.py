@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.errors import FormatError, unreadable
 
@@ -147,7 +147,7 @@ def read_report(directory: Path) -> Report | None:
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         rows = [ProjectionReport(**_known(ProjectionReport, row)) for row in content["projections"]]
         report = Report(**{**_known(Report, content), "projections": rows})
         _check_types(report)

@@ -28,6 +28,7 @@ from qmoe_lite.coding.windows import count_codewords
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError
 
 KIND = "windows"
+_MOST_NODES = 65535  # of all trees: each codeword of 12 bits in four trees has one, and their parents
 _WIDTHS = (8, 16, 32)  # digits of a table's row
 
 
@@ -368,9 +369,9 @@ def _kind_bits(clip: int) -> int:
 
 def _unpack(packed: bytes, nodes: int, each: int) -> bytes:
     """Read so many kinds of `each` bits."""
-    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
-    if type(nodes) is not int or nodes < 1 or -(-nodes * each // 8) != len(packed):
+    if type(nodes) is not int or not 1 <= nodes <= _MOST_NODES or -(-nodes * each // 8) != len(packed):
         raise FormatError(f"the dictionary's trees have {len(packed)} bytes for {nodes!r} nodes of {each} bits.")
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
     kinds = bits[: nodes * each].reshape(nodes, each) << np.arange(each, dtype=np.uint8)
     return kinds.sum(1, dtype=np.uint8).tobytes()
 

@@ -64,7 +64,7 @@ def open_tokenizer(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in names):
         raise CheckpointError(f"{directory} has no tokenizer ({', '.join(names[:3])}, ..). Copy the model's own there.")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers, sentencepiece and json each raise their own
         if isinstance(error, OSError) and error.errno:  # the system's, and not one of transformers' own making
             raise unreadable(Path(error.filename or directory), error) from error

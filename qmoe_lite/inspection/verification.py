@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmoe_lite.checkpoint import format as on_disk
 from qmoe_lite.checkpoint.config_file import check_named
 from qmoe_lite.checkpoint.format import PARTS_OF, check_alphabets, parts_of, quantization_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model, of_experts
@@ -33,7 +34,7 @@ from qmoe_lite.inspection.findings import FileFault, Finding, Verification, of_n
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
-from qmoe_lite.models.skeletons import dense_faults
+from qmoe_lite.models.skeletons import check_numbers, dense_faults
 
 
 def verify(directory: str | Path) -> list[Finding]:
@@ -149,6 +150,7 @@ class _Search:
         layers: list[MoELayer] | None = None
         if family is not None:
             with self.found("", "config.json"):
+                check_numbers(checkpoint)
                 config = read_config(str(self.path))
                 checkpoint.know_as(family.views(config, checkpoint))
                 layers = family.layers(config)
@@ -281,10 +283,12 @@ class _Search:
         """Make the codebooks of config.json; None for one that does not match its hash."""
         books: list[Code | None] = []
         listed = settings.get("codebooks")
-        for number, entry in enumerate(listed if isinstance(listed, list) else []):
-            books.append(None)
-            with self.found(f"codebooks[{number}]", "config.json"):
-                books[number] = code_from_config(entry)
+        with self.found("codebooks", "config.json"):
+            on_disk.check_number_of_codes(listed, settings.get("layers"))
+            for number, entry in enumerate(listed if isinstance(listed, list) else []):
+                books.append(None)
+                with self.found(f"codebooks[{number}]", "config.json"):
+                    books[number] = code_from_config(entry)
         return books
 
     def look_at_experts(
@@ -308,7 +312,7 @@ class _Search:
             for projection in layer.projections:
                 name = f"{layer.experts}.{projection}"
                 try:
-                    book = books[used[layer.experts][projection]]
+                    book = on_disk.code_at(books, used[layer.experts][projection])
                 except (KeyError, IndexError, TypeError):
                     text = f"config.json names no codebook for {name}. Fetch it again."
                     self.error(name, "config.json", FormatError(text))

@@ -127,6 +127,6 @@ def read_config(directory: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises ValueError, OSError and its validators' own
         raise CheckpointError(f"{directory}/config.json is refused by transformers: {first_line(error)}.") from error

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qmoe_lite.checkpoint.format import check_alphabets, codebooks_of, parts_of, tensor_name
+from qmoe_lite.checkpoint.format import check_alphabets, codebooks_of, parts_of, quantization_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.coding.codes import Code
@@ -323,6 +323,7 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
         The configuration, the model and the files do not go together.
     """
     codebooks = codebooks_of(checkpoint)
+    level_dtype = quantization_of(checkpoint).get("level_dtype")
     layers = family.layers(config)
     promised = {layer.experts: set(layer.projections) for layer in layers}
     if promised != {name: set(books) for name, books in codebooks.items()}:
@@ -334,7 +335,11 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
     for experts in made:
         for projection in experts.layer.projections:
             name, parts = f"{experts.layer.experts}.{projection}", parts_of(experts.codebooks[projection])
-            experts.fill(projection, {part: checkpoint.meta(tensor_name(name, part)) for part in parts})
+            found = {part: checkpoint.meta(tensor_name(name, part)) for part in parts}
+            if level_dtype is not None and str(found["levels"].dtype) != f"torch.{level_dtype}":
+                text = f"{name}_levels is {found['levels'].dtype}; config.json says {level_dtype}"
+                raise FormatError(f"{text}. Fetch both again.")
+            experts.fill(projection, found)
         if (layout := experts.layer.layout) is not None and layout.biased:
             for tensor in (f"{layout.first}_bias", "down_proj_bias"):
                 experts.register_buffer(tensor, checkpoint.meta(f"{experts.layer.experts}.{tensor}"))

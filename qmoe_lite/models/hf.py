@@ -24,6 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe_lite.errors import CheckpointError, DeviceError, FormatError
 
+_MOST_MADE = 1 << 29  # bytes of tensors that a model makes itself, such as the angles of its positions
+
 # imported anew in a process (reload, a fresh sys.modules), the classes take the place of the earlier ones
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop("qmoe", None)
 AUTO_QUANTIZER_MAPPING.pop("qmoe", None)
@@ -78,6 +80,11 @@ class QMoEQuantizer(HfQuantizer):
             setattr(owner, child, experts)
             owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
         check_dense(family, model, checkpoint)
+        held = {id(tensor) for tensor in model.state_dict().values()}
+        made = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in held)
+        if made > _MOST_MADE:  # of numbers in config.json alone: no file has these
+            text = f"{checkpoint.directory}/config.json asks for tables of {made:,} bytes (at most {_MOST_MADE:,})"
+            raise CheckpointError(f"{text}. Fetch it again.")
         self._checkpoint = checkpoint
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,9 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
 
+_COUNT = re.compile(r"(?:^|_)(layer|expert)s?$")  # what a name ends in that counts them
+_LEAST_LIMIT = 256  # layers that are always believed: a part of the model may have none of its own in the files
+_MOST_EXPERTS = 65536
 UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
 
 
@@ -36,10 +39,29 @@ def open_checkpoint(directory: Path, auto: bool = False) -> tuple[Family, Checkp
     checkpoint = Checkpoint(directory)
     if not isinstance(checkpoint.config.get("quantization_config") or {}, dict):
         raise FormatError(f"{directory}/config.json has a damaged quantization_config. Fetch it again.")
+    check_numbers(checkpoint)
     auto = auto or method_of(checkpoint.config) == "qmoe"
     family = family_of(checkpoint.config.get("model_type"), auto)
     checkpoint.know_as(family.views(read_config(str(directory)), checkpoint))
     return family, checkpoint
+
+
+def check_numbers(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where building what config.json asks for would take hours or fetch a program.
+
+    Each layer has a tensor in the files, so that there are no more layers than tensors; no family has more than 65,536
+    experts a layer; and an attention that is named like a repository would be fetched from the hub.
+    """
+    limits = {"layer": max(len(checkpoint.sources), _LEAST_LIMIT), "expert": _MOST_EXPERTS}
+    inside: list[Any] = [{**checkpoint.config, "quantization_config": None}]
+    for each in inside:  # which grows
+        inside += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        for name, value in each.items() if isinstance(each, dict) else ():
+            known = _COUNT.search(name)
+            wrong = known is not None and isinstance(value, int | float) and value > limits[known[1]]
+            if wrong or ("attn_implementation" in name and "/" in str(value)):
+                text = f"{checkpoint.directory}/config.json has {name[:80]!r}: {str(value)[:80]!r}"
+                raise CheckpointError(f"{text}, which no such model has. Fetch the file again.")
 
 
 def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[MoELayer]:

@@ -88,11 +88,15 @@ def load(
     quantization_of(checkpoint)
     try:
         with experts_replaced(family):  # thousands of dense experts take seconds to build, even on meta
-            model = auto_class(family, checkpoint.config).from_pretrained(path, dtype=dtype or "auto")
-    except QMoEError:
+            kind = auto_class(family, checkpoint.config)
+            model = kind.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False)
+    except (QMoEError, MemoryError):
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is refused by transformers: {first_line(error)}.") from error
+    except Exception as error:  # a configuration that is out of order fails anywhere in transformers' code
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{path} is refused by transformers ({text}). Fetch its config.json again.") from error
     if given:
         attach(model, expert_cache=expert_cache, ram_cache=ram_cache, offload=offload, devices=devices)
     return moved(model, where, path)  # with a runner all but the experts, which it holds

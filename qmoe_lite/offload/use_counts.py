@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qmoe_lite.checkpoint.atomic import write_json
+from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.errors import QMoEError
 
@@ -40,7 +40,7 @@ class UseCounts:
         """Return what an earlier run kept, None where there is nothing of this model."""
         for file in self.files:
             try:
-                found = json.loads(file.read_text(encoding="utf-8"))
+                found = read_json(file)
                 counts = np.array(found["counts"], dtype=np.float64)
                 if found["model"] == self.model and counts.shape == self.uses.shape and (counts >= 0).all():
                     return counts

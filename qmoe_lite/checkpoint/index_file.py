@@ -1,0 +1,53 @@
+"""The index of a model's shards, and which files of a directory may be opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from qmoe_lite.checkpoint.json_file import read_json
+from qmoe_lite.errors import CheckpointError, unreadable
+
+_PLAIN = re.compile(r"[ -~]{1,255}")  # a name that may stand in a path and in a message
+
+
+def read_index(index: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the file of each tensor, and the tensors' CRC-32 where `compress` put them there.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be read, is no index, or names a file that would lie elsewhere than beside it.
+    """
+    try:
+        content = read_json(index)
+        file_of: dict[str, str] = content["weight_map"]
+        checksums: dict[str, int] = content.get("metadata", {}).get("crc32", {})
+        if not all(_PLAIN.fullmatch(name) for name in {*file_of, *file_of.values()}):
+            raise ValueError("a name is empty, too long or not printable")
+        if any("/" in name or name in (".", "..") for name in file_of.values()):
+            raise ValueError("a shard lies elsewhere")
+        if not isinstance(checksums, dict):
+            raise TypeError("crc32 is no object")
+    except OSError as error:
+        raise unreadable(index, error) from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
+    return file_of, checksums
+
+
+def check_inside(directory: Path, file_name: str) -> None:
+    """Raise CheckpointError where a file is a link to one elsewhere, but for the links of the hub's cache.
+
+    That has each model's files in `blobs`, beside `snapshots`, where a directory of links stands for each revision.
+    """
+    if not (directory / file_name).is_symlink():
+        return
+    home = directory.resolve()
+    target = Path(os.path.normpath(home / (directory / file_name).readlink()))
+    blobs = home.parent.parent / "blobs"
+    if home not in target.parents and not (home.parent.name == "snapshots" and target.parent == blobs):
+        raise CheckpointError(
+            f"{directory / file_name} is a link to {target}, outside the model's directory. Put the file itself there."
+        )
