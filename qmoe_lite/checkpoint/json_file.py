@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LARGEST = 64 << 20  # bytes; the index of a model of 140,000 tensors has 15
+LARGEST = 32 << 20  # bytes; the index of a model of 140,000 tensors has 15. What they hold takes up to 20 times that
 
 
-def read_json(path: Path, twice: Callable[[str], None] | None = None) -> Any:
+def read_json(path: Path, twice: Callable[[str], None] | None = None, largest: int = LARGEST) -> Any:
     """Read a JSON file.
 
     Parameters
@@ -19,18 +20,20 @@ def read_json(path: Path, twice: Callable[[str], None] | None = None) -> Any:
         Of the file.
     twice : callable, optional
         Told of a key that an object has twice, of which the last value is taken; by default such a file is refused.
+    largest : int
+        Bytes that are read at most.
 
     Raises
     ------
     OSError
         It cannot be read.
     ValueError
-        It is larger than 64 MiB (of which nothing is read), no JSON, nested too deeply, or has a key twice.
+        It is larger than `largest` (and nothing of it is read), no JSON, nested too deeply, or has a key twice.
     """
     with path.open("rb") as file:
-        content = file.read(LARGEST + 1) if path.stat().st_size <= LARGEST else b""
-    if not content and path.stat().st_size:
-        raise ValueError(f"it has {path.stat().st_size:,} bytes, at most {LARGEST:,} are read")
+        content = file.read(largest) if (size := os.fstat(file.fileno()).st_size) <= largest else b""
+    if len(content) < size:
+        raise ValueError(f"it has {size:,} bytes, of which at most {largest:,} are read")
     return parse_json(content, twice)
 
 

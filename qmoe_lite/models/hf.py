@@ -80,8 +80,8 @@ class QMoEQuantizer(HfQuantizer):
             setattr(owner, child, experts)
             owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
         check_dense(family, model, checkpoint)
-        held = {id(tensor) for tensor in model.state_dict().values()}
-        made = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in held)
+        own = ((module, name) for module in model.modules() for name in module._non_persistent_buffers_set)
+        made = sum(getattr(module, name).nbytes for module, name in own if getattr(module, name) is not None)
         if made > _MOST_MADE:  # of numbers in config.json alone: no file has these
             text = f"{checkpoint.directory}/config.json asks for tables of {made:,} bytes (at most {_MOST_MADE:,})"
             raise CheckpointError(f"{text}. Fetch it again.")
