@@ -220,7 +220,7 @@ def _max_tokens(take: _Fields, chat: bool) -> int | None:
 def _draws(take: _Fields) -> dict[str, Any]:
     # OpenAI's defaults: temperature 1, top_p 1
     temperature = take.number(
-        "temperature", "0 (greedy), or a number from 0.001 to 2", lambda t: t == 0 or 1e-3 <= t <= 2
+        "temperature", f"0 (greedy), or a number from {COLDEST} to 2", lambda t: t == 0 or COLDEST <= t <= 2
     )
     top_p = take.number("top_p", "a number above 0, at most 1", lambda p: 0 < p <= 1)
     top_k = take.number("top_k", "a whole number, at least 1", lambda k: k >= 1, int)

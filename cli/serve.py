@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,9 +87,9 @@ def serve(
                     app, turns, taken, lambda: _output.note(f"qmoe: {model} is served at {where}; Ctrl-C stops it.")
                 )
                 _output.note("qmoe: stopped.")
-                if not ended:  # the model is still in use, and whatever would be closed or waited for with it
-                    sys.stdout.flush()
-                    os._exit(0)
+                if not ended:  # a thread still uses the model, which cannot be closed
+                    _server.leave()
+            _server.leave()
         except KeyboardInterrupt:  # while the model was loaded
             _output.note("qmoe: interrupted.")
             raise typer.Exit(130) from None
