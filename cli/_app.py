@@ -27,7 +27,7 @@ LARGEST_BODY = 1 << 20  # bytes
 SLOWEST_BODY = 60.0  # seconds from the head of a request to its end
 MOST_REQUESTS = 256  # open at a time, of all kinds
 LEGACY_TOKENS = 16  # what /v1/completions makes without max_tokens
-RETRY = 5  # seconds, where the queue is full
+RETRY = "5"  # seconds, where the queue is full
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 _ROUTES = {"/health": "GET", "/v1/models": "GET", "/v1/chat/completions": "POST", "/v1/completions": "POST"}
 
@@ -101,7 +101,7 @@ class App:
         if method is None:
             raise Refusal(f"{path[:80]} is not served. There are {', '.join(_ROUTES)}.", status=404)
         if scope["method"] != method:
-            raise Refusal(f"{path} takes {method} requests.", status=405)
+            raise Refusal(f"{path} takes {method} requests.", status=405, allow=method)
         if method == "POST":
             chat = path == "/v1/chat/completions"
             request = read_request(await _body(headers, receive), chat)
@@ -119,7 +119,7 @@ class App:
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Refuse who may not ask, and what is too much at a time."""
         if self._open > MOST_REQUESTS:
-            raise Refusal("too many requests are open. Try again later.", status=503, retry=RETRY)
+            raise Refusal("too many requests are open. Try again later.", status=503, retry_after=RETRY)
         host = _host(headers.get(b"host", b""))
         if self._hosts is not None and host not in self._hosts and not _is_address(host):
             text = f"the server was asked for as {host[:80]!r}. Ask for it as localhost, or start it with --api-key."
@@ -129,7 +129,7 @@ class App:
             right = hmac.compare_digest(token.strip(), self._api_key)
             if not right or scheme.lower() != b"bearer":
                 text = "the API key is wrong or missing. Send the header Authorization: Bearer KEY."
-                raise Refusal(text, status=401, code="invalid_api_key")
+                raise Refusal(text, status=401, code="invalid_api_key", www_authenticate="Bearer")
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self._name):
@@ -153,9 +153,9 @@ class App:
             await _while_connected(receive, work(writing, news, form, answer))
         except QueueFull:
             text = "the queue is full. Try again later, or start the server with a larger --queue."
-            raise Refusal(text, status=429, code="queue_full", retry=RETRY) from None
+            raise Refusal(text, status=429, code="queue_full", retry_after=RETRY) from None
         except Closed:
-            raise Refusal("the server is stopping. Try again later.", status=503, retry=RETRY) from None
+            raise Refusal("the server is stopping. Try again later.", status=503, retry_after=RETRY) from None
         except (QMoEError, RuntimeError) as error:
             raise Refusal(str(error), status=500) from None
         finally:
@@ -173,9 +173,10 @@ class App:
             text = f"the prompt has {len(ids)} tokens, and the model takes {self._context} with the answer. Shorten it."
             raise Refusal(text, "messages" if chat else "prompt", code="context_length_exceeded")
         if request.max_tokens is not None and request.max_tokens > room:
-            text = f"max_tokens is {request.max_tokens:,}, but the prompt has {len(ids)} tokens, and the model takes "
+            field = request.max_tokens_field
+            text = f"{field} is {request.max_tokens:,}, but the prompt has {len(ids)} tokens, and the model takes "
             text += f"{self._context} with the answer. Ask for at most {room}, or leave it out."
-            raise Refusal(text, "max_tokens", code="context_length_exceeded")
+            raise Refusal(text, field, code="context_length_exceeded")
         most = request.max_tokens or (room if chat else min(room, LEGACY_TOKENS))
         return Writing(
             self._model,
@@ -199,7 +200,8 @@ class App:
         if isinstance(prompt, str):
             return encode_prompt(self._model, self._tokenizer, prompt)
         if max(prompt) >= self._model.config.vocab_size:
-            raise SettingError(f"there is no token {max(prompt)}; the model knows {self._model.config.vocab_size}.")
+            known = self._model.config.vocab_size
+            raise SettingError(f"prompt has token {max(prompt)}; the model knows {known}. Use its own tokenizer.")
         return list(prompt)
 
     async def _whole(self, writing: Writing, news: asyncio.Queue[Any], form: _Form, answer: _Answer) -> None:
@@ -282,10 +284,7 @@ class _Answer:
             await self.event(refusal.body())
             await self.end()
             return
-        headers = {"retry-after": str(refusal.retry)} if refusal.retry else {}
-        if refusal.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        await self.json(refusal.body(), refusal.status, headers)
+        await self.json(refusal.body(), refusal.status, refusal.headers)
 
     async def _begin(self, status: int, headers: dict[str, str]) -> None:
         self._begun = True

@@ -15,13 +15,14 @@ LONGEST_STOP = 256  # characters
 
 
 class Refusal(Exception):
-    """An answer that is an error: its status, one line, the field, and OpenAI's code for it."""
+    """An answer that is an error: one line, the field, the status, OpenAI's code for it, and headers."""
 
     def __init__(
-        self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None, retry: int = 0
+        self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None, **headers: str
     ) -> None:
         super().__init__(message)
-        self.field, self.status, self.code, self.retry = field, status, code, retry
+        self.field, self.status, self.code = field, status, code
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def body(self) -> dict[str, Any]:
         """Return it as OpenAI's interface has it."""
@@ -40,6 +41,8 @@ class Request:
     prompt : str, list of int, or list of dict
         Text or token ids to continue, or a chat's messages.
     max_tokens : int or None
+    max_tokens_field : str
+        By which name it was given.
     draws : dict
         Sampling's arguments but `max_new_tokens`.
     stop : tuple of str
@@ -52,6 +55,7 @@ class Request:
     model: str | None
     prompt: str | list[int] | list[dict[str, str]]
     max_tokens: int | None
+    max_tokens_field: str
     draws: dict[str, Any]
     stop: tuple[str, ...]
     stream: bool
@@ -106,10 +110,12 @@ def read_request(data: bytes, chat: bool) -> Request:
             raise Refusal(f"{name} is {_short(value)}, which this server does not support. Leave it out.", name)
     take = _Fields(fields)
     stream = take.flag("stream")
+    most, field = _max_tokens(take, chat)
     return Request(
         model=take.text("model"),
         prompt=_messages(fields.get("messages")) if chat else _prompt(fields.get("prompt")),
-        max_tokens=_max_tokens(take, chat),
+        max_tokens=most,
+        max_tokens_field=field,
         draws=_draws(take),
         stop=_stop(fields.get("stop")),
         stream=stream,
@@ -208,13 +214,14 @@ def _message(message: Any, name: str) -> dict[str, str]:
     return {"role": roles[role], "content": _text(content, f"{name}.content")}
 
 
-def _max_tokens(take: _Fields, chat: bool) -> int | None:
+def _max_tokens(take: _Fields, chat: bool) -> tuple[int | None, str]:
+    """Return how many tokens are asked for at most, and by which name."""
     names = ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",)
-    found = [take.number(name, "a whole number, at least 1", lambda value: value >= 1, int) for name in names]
-    given: list[int] = [value for value in found if value is not None]
-    if len(set(given)) > 1:
-        raise Refusal("max_completion_tokens and max_tokens differ. Send one of them.", "max_tokens")
-    return given[0] if given else None
+    found = {name: take.number(name, "a whole number, at least 1", lambda value: value >= 1, int) for name in names}
+    given = [name for name in names if found[name] is not None] or [names[-1]]
+    if len({found[name] for name in given}) > 1:
+        raise Refusal("max_completion_tokens and max_tokens differ. Send one of them.", names[-1])
+    return found[given[0]], given[0]
 
 
 def _draws(take: _Fields) -> dict[str, Any]:

@@ -27,9 +27,7 @@ LONGEST_END = 1.5  # seconds from Ctrl-C until what still runs is left to itself
 def bind(host: str, port: int) -> socket.socket:
     """Take an address and a port; raise SettingError where that cannot be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE if host else 0
-        )[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise SettingError(f"--host {host!r} is no address of this machine: {error}. Try 127.0.0.1.") from error
     taken = socket.socket(family, socket.SOCK_STREAM)

@@ -90,6 +90,8 @@ class Turns:
         """End all jobs, which are told `Closed`; return whether the thread has ended within so many seconds."""
         with self._changed:
             self._closed = True
+            for job in [*self._waiting, *(job for jobs in self._under_way.values() for job in jobs)]:
+                job.tell(Closed())
             self._changed.notify()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -109,8 +111,6 @@ class Turns:
         with leaving(self._model, self._leave):
             while (job := self._next()) is not None:
                 self._step(job)
-        for job in [*self._waiting, *(job for jobs in self._under_way.values() for job in jobs)]:
-            job.tell(Closed())
 
     def _leave(self) -> bool:
         """Report whether nobody waits for the pass that this thread is in."""

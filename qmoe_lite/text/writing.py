@@ -149,7 +149,7 @@ class Writing:
 
 
 class Stops:
-    """Strings before which a text ends, wherever the borders of its pieces lie.
+    """Strings before the first of which a text ends, wherever the borders of its pieces lie.
 
     Attributes
     ----------
@@ -164,10 +164,11 @@ class Stops:
     def put(self, piece: str) -> str:
         """Take the next piece; return the text that stands before all stop strings, whatever comes."""
         text = self._held + piece
-        at = min((place for string in self._strings if (place := text.find(string)) >= 0), default=None)
-        if at is not None:
+        # the one that is complete first, wherever the pieces' borders lie
+        ends = [(at + len(string), at) for string in self._strings if (at := text.find(string)) >= 0]
+        if ends:
             self.found, self._held = True, ""
-            return text[:at]
+            return text[: min(ends)[1]]
         longest = max(map(len, self._strings), default=1) - 1
         held = next(
             (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._strings)), 0
