@@ -33,6 +33,7 @@ LEAVE = 0.1  # share of streamed answers that are left in the middle
 SLICES = 6  # lines of the table; the last third is compared with the one before
 FLAT = 0.02
 WORDS = 500  # of the random model's vocabulary, one token each: a text shows each of its tokens
+Asked = tuple[dict[str, Any], tuple[str, int]]  # a request, and the text and the number of tokens that it makes
 SHAPE = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -80,8 +81,8 @@ def expert_bytes(model: Path) -> int:
     return total
 
 
-def make_requests(model: Path, seed: int) -> list[tuple[dict[str, Any], str]]:
-    """Return requests, and the texts that `generate` makes of them, one after another."""
+def make_requests(model: Path, seed: int) -> list[Asked]:
+    """Return requests, and what `generate` makes of them, one after another: the text and its number of tokens."""
     import qmoe_lite
     from qmoe_lite.compression.calibration import open_tokenizer
     from qmoe_lite.text.generation import Sampling, generate
@@ -95,7 +96,7 @@ def make_requests(model: Path, seed: int) -> list[tuple[dict[str, Any], str]]:
         most, temperature = draws.randint(8, 64), float(number % 2)
         made = generate(loaded, tokenizer, prompt, sampling=Sampling(most, temperature, seed=number))
         body = {"prompt": prompt, "max_tokens": most, "temperature": temperature, "seed": number}
-        found.append((body, made.text))
+        found.append((body, (made.text, len(made.token_ids))))
     return found
 
 
@@ -153,7 +154,7 @@ def ask(address: tuple[str, int], body: dict[str, Any], leave_after: int | None)
 def run_client(
     number: int,
     address: tuple[str, int],
-    requests: list[tuple[dict[str, Any], str]],
+    requests: list[Asked],
     tally: Tally,
     start: float,
     seconds: float,
@@ -174,8 +175,8 @@ def run_client(
             tally.left += 1
             continue
         tally.answers.append((time.monotonic() - start, found[1]))
-        if found != (wanted, body["max_tokens"]):
-            tally.wrong.append(f"{body}: {found[0]!r} is not {wanted!r}")
+        if found != wanted:
+            tally.wrong.append(f"{body}: {found} is not {wanted}")
 
 
 def memory_of(process: int) -> tuple[int, int]:
@@ -192,10 +193,12 @@ def soak(model: Path, clients: int, minutes: float, share: float, seed: int) -> 
     tally = Tally()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        said = ""
         try:
             while " is served at " not in (line := process.stderr.readline()):
                 if not line:
-                    raise SystemExit("the server did not start")
+                    raise SystemExit(f"the server did not start: {said}")
+                said = line.strip()
             host, port = line.split("://")[1].split("/")[0].split(":")
             address, seconds = (host, int(port)), 60 * minutes
             for body, _ in requests[:4]:  # kernels are compiled before the clock starts
@@ -221,7 +224,7 @@ def show(tally: Tally, took: float, title: str) -> bool:
     """Print the table; return whether all went well."""
 
     def mean(column: int, begin: float, end: float) -> float:
-        return statistics.mean(each[column] for each in tally.memory if begin <= each[0] <= end) / 1e6
+        return statistics.mean(each[column] for each in tally.memory if begin <= each[0] < end) / 1e6
 
     rows = []
     for number in range(SLICES):

@@ -49,7 +49,7 @@ class Turns:
 
     Clients take turns, and one's own jobs take turns with one another. Who has the fewest jobs under way is the next to
     begin one, and nobody takes the last place but one who has none, so that a client with many long texts keeps no
-    other one from beginning.
+    other one from beginning. Nor from waiting: where the queue is full, who has most in it gives way to who has less.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class Turns:
             if self._count() >= self._parallel + self._places:
                 self._drop()
             if self._count() >= self._parallel + self._places:
-                raise QueueFull
+                self._make_room(job.client)
             self._waiting.append(job)
             self._changed.notify()
 
@@ -98,6 +98,16 @@ class Turns:
 
     def _count(self) -> int:
         return len(self._waiting) + sum(map(len, self._under_way.values()))
+
+    def _make_room(self, client: Any) -> None:
+        """Turn away the last job of who has most in the queue, or raise QueueFull where this client has as many."""
+        waiting = Counter(job.client for job in self._waiting)
+        most = max(waiting, key=lambda each: waiting[each], default=client)
+        if waiting[most] <= waiting[client] + 1:
+            raise QueueFull
+        last = next(job for job in reversed(self._waiting) if job.client == most)
+        last.tell(QueueFull())
+        self._waiting.remove(last)
 
     def _drop(self) -> None:
         self._waiting = deque(job for job in self._waiting if not job.over)

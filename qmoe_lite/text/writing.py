@@ -121,7 +121,7 @@ class Writing:
         seq2seq = bool(model.config.is_encoder_decoder)
         draws = torch.Generator(input_ids.device).manual_seed(self._sampling.seed)
         whole = seq2seq or inputs.get(cache_argument(model)) is None
-        parts = (input_ids,) if whole else input_ids.split(self._prefill_chunk, dim=-1)
+        parts = (input_ids,) if whole else torch.split(input_ids, self._prefill_chunk, dim=-1)
         end = 0
         for part in parts:
             begin, end = end, end + part.shape[-1]

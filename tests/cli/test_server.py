@@ -409,6 +409,34 @@ def test_nobody_takes_the_last_place_twice():
     assert taken(1, [("a", 2), ("a", 2)]) == [0, 0, 1, 1]
 
 
+def test_a_full_queue_gives_way_to_who_has_less_in_it():
+    turns = Turns(torch.nn.Module(), 1, 3)
+    heard, gate = {}, threading.Event()
+
+    def submit(name, client):
+        heard[name] = []
+        turns.submit(Job(client, Counted(name, 1, [], gate), heard[name].append))
+
+    submit("a0", "a")
+    while turns.counts() != (1, 0):
+        time.sleep(0.001)
+    for name in ("a1", "a2", "a3"):
+        submit(name, "a")
+    with pytest.raises(QueueFull):
+        submit("a4", "a")
+    submit("b1", "b")
+    assert [type(news) for news in heard["a3"]] == [QueueFull]
+    with pytest.raises(QueueFull):  # two of one client and one of the other wait
+        submit("b2", "b")
+    submit("c1", "c")
+    assert [type(news) for news in heard["a2"]] == [QueueFull]
+    gate.set()
+    while turns.counts() != (0, 0):
+        time.sleep(0.001)
+    assert turns.close(30)
+    assert all(heard[name] == ["x", None] for name in ("a0", "a1", "b1", "c1"))
+
+
 def test_a_closed_queue_takes_nothing():
     turns = Turns(torch.nn.Module(), 1, 0)
     heard = []
