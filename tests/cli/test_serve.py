@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +15,6 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-import tiny
 from reciters import TEMPLATE
 
 import qmoe_lite as qm
@@ -25,14 +26,16 @@ pytest.importorskip("uvicorn", reason="needs pip install 'qmoe-lite[serve]'")
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tmp_path_factory, compressed_causal, tokenizer):
     """A compressed Qwen3-MoE with a chat template that ends no text, and its tokenizer."""
-    tokenizer = tiny.train_tokenizer(tiny.make_text(3, 2000))
+    directory = tmp_path_factory.mktemp("served") / "qmoe"
+    shutil.copytree(compressed_causal("qwen3_moe"), directory)
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TEMPLATE
-    folder = tmp_path_factory.mktemp("served")
-    tiny.make_causal(folder / "dense", tokenizer, "qwen3_moe", eos_token_id=None, bos_token_id=None)
-    qm.compress(folder / "dense", folder / "qmoe", recipe="nearest")
-    return folder / "qmoe", tokenizer
+    tokenizer.save_pretrained(directory)
+    settings = {"eos_token_id": 10**6, "pad_token_id": 0}  # no token of its
+    (directory / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory, tokenizer
 
 
 @pytest.fixture
@@ -152,6 +155,7 @@ def test_the_openai_client_talks_to_the_running_server(served):
     openai = pytest.importorskip("openai", reason="needs pip install openai")
     directory, tokenizer = served
     wanted = generate(qm.load(directory), tokenizer, "expert router", chat=True, sampling=Sampling(8)).text
+    assert len(wanted.split()) > 3
     with running(directory, "--prefill-chunk", "4", QMOE_API_KEY="secret") as (process, url):
         stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0)
         with stranger, pytest.raises(openai.AuthenticationError, match="Authorization: Bearer"):

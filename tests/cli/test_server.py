@@ -303,7 +303,7 @@ def test_clients_that_leave_in_the_middle_leave_nothing_behind(app):
 
 
 def test_a_full_queue_and_too_many_requests_are_refused(served, monkeypatch):
-    body = {"prompt": "expert router", "max_tokens": 40}
+    body = {"prompt": "expert router", "max_tokens": 12}
 
     async def many(app, count):
         return await asyncio.gather(*(send(app, COMPLETIONS, body) for _ in range(count)))
