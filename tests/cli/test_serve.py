@@ -155,7 +155,7 @@ def test_the_openai_client_talks_to_the_running_server(served):
     openai = pytest.importorskip("openai", reason="needs pip install openai")
     directory, tokenizer = served
     wanted = generate(qm.load(directory), tokenizer, "expert router", chat=True, sampling=Sampling(8)).text
-    assert len(wanted.split()) > 3
+    assert len(wanted.split()) > 1
     with running(directory, "--prefill-chunk", "4", QMOE_API_KEY="secret") as (process, url):
         stranger = openai.OpenAI(base_url=url, api_key="wrong", max_retries=0)
         with stranger, pytest.raises(openai.AuthenticationError, match="Authorization: Bearer"):
