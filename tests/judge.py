@@ -228,7 +228,8 @@ def judge(original: Original, seed: int, place: Path, thorough: bool = True) -> 
     thorough : bool
         Whether each is verified too, and run with a budget.
     """
-    mutant = mutate.Mutant(original.files, seed)
+    with memory_limited():
+        mutant = mutate.Mutant(original.files, seed)
     if mutant.files == original.files:
         return mutant, Outcome("as before", "not a byte differs")
     mutant.write(place)

@@ -44,7 +44,7 @@ def load_dense(directory: Path, family: Family, checkpoint: Checkpoint, dtype: t
     check_whole(family, read_config(str(directory)), checkpoint)
     try:
         model, info = auto_class(family, checkpoint.config).from_pretrained(
-            directory, dtype=dtype, output_loading_info=True
+            directory, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except QMoEError:
         raise

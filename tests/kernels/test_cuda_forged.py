@@ -18,8 +18,9 @@ from checks import draw_digits, draw_windows, window_book
 
 from qmoe_lite.coding import codec as cpu_codec
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.validation import validate
 from qmoe_lite.cuda import codec, gather, launch, matmul, windows, windows_product
-from qmoe_lite.errors import FormatError
+from qmoe_lite.errors import FormatError, SettingError
 
 COLUMNS = 61
 
@@ -79,13 +80,17 @@ def test_forged_matrices_stay_in_their_rows(emulated, name):
 @pytest.mark.parametrize("name", ["ternary", "two-bit", "windows 8"])
 def test_what_is_refused_reaches_no_kernel(emulated, monkeypatch, name):
     monkeypatch.setattr(launch.Kernel, "launch", lambda *_, **__: pytest.fail("a kernel ran"))
-    packed = draw(name)
+    packed, x = draw(name), torch.ones(COLUMNS)
     longer = packed.row_codewords.clone()
     longer[0] += 1
     for changes in ({"codes": packed.codes[:-1]}, {"row_codewords": longer}, {"columns": 1}):
         forged = dataclasses.replace(packed, **changes, _validated=False)
-        for use in (codec.decode, lambda each: codec.decode_dense(each, torch.float32)):
-            with pytest.raises(FormatError):
-                use(forged)
         with pytest.raises(FormatError):
-            matmul.decode_matmul(forged, torch.ones(forged.columns))
+            validate(forged)
+        for use in (
+            codec.decode,
+            lambda m: codec.decode_dense(m, torch.float32),
+            lambda m: matmul.decode_matmul(m, x[: m.columns]),
+        ):
+            with pytest.raises(SettingError, match="has not been validated"):
+                use(forged)
