@@ -18,9 +18,10 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SILENT = 90.0  # seconds without a word after which a worker hangs, whatever else the machine does
@@ -96,14 +97,14 @@ def work(task: str) -> None:
 class Worker:
     """A process, the case that it is at, and when it was heard of last."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     first: int
-    out: TextIO
+    out: int
     errors: Path
     at: dict[str, Any] | None = None
     heard: float = 0.0
     busy: float = 0.0
-    rest: str = ""
+    rest: bytes = b""
 
 
 @dataclass
@@ -167,16 +168,19 @@ def start(base: Path, first: int, step: int, end: int) -> Worker:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     command = [sys.executable, "-X", "faulthandler", __file__, "--work", f"{base}:{first}:{step}:{end}"]
     with errors.open("w") as written:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, env=environment)
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    return Worker(process, first, process.stdout, errors, heard=time.monotonic())
+    return Worker(process, first, process.stdout.fileno(), errors, heard=time.monotonic())
 
 
 def follow(worker: Worker, tally: Tally) -> None:
     """Read what a worker has said."""
-    text = worker.rest + (worker.out.read() or "")
-    *lines, worker.rest = text.split("\n")
+    said = worker.rest
+    with suppress(BlockingIOError):
+        while piece := os.read(worker.out, 1 << 16):
+            said += piece
+    *lines, worker.rest = said.split(b"\n")
     for line in lines:
         told = json.loads(line)
         worker.heard, worker.busy = time.monotonic(), processor_seconds(worker.process.pid)

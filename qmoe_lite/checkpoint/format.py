@@ -185,7 +185,7 @@ def codebooks_of(checkpoint: Checkpoint) -> dict[str, dict[str, Code]]:
     settings = quantization_of(checkpoint)
     try:
         entries, layers = settings["codebooks"], settings["layers"]
-        check_number_of_codes(entries, layers)
+        check_number_of_codes(entries, checkpoint)
         books = [code_from_config(entry) for entry in entries]
         return {
             name: {projection: code_at(books, number) for projection, number in used.items()}
@@ -196,11 +196,10 @@ def codebooks_of(checkpoint: Checkpoint) -> dict[str, dict[str, Code]]:
         raise FormatError(f"{path}/config.json has a damaged quantization_config. Fetch it again.") from error
 
 
-def check_number_of_codes(entries: Any, layers: Any) -> None:
-    """Raise FormatError where config.json has more codes than it uses: to build one takes up to half a second."""
-    used = layers.values() if isinstance(layers, dict) else ()
-    if isinstance(entries, list) and len(entries) > sum(len(each) for each in used if isinstance(each, dict)):
-        raise FormatError(f"config.json has {len(entries):,} codes, more than it uses. Fetch it again.")
+def check_number_of_codes(entries: Any, checkpoint: Checkpoint) -> None:
+    """Raise FormatError where config.json has more codes than projections: to build one takes up to half a second."""
+    if isinstance(entries, list) and len(entries) * len(PARTS) > len(checkpoint.sources):
+        raise FormatError(f"config.json has {len(entries):,} codes, more than there are projections. Fetch it again.")
 
 
 def code_at(codes: list[_Any], number: Any) -> _Any:

@@ -163,7 +163,7 @@ class _Search:
         try:
             work = {name: pool.submit(self.look_at_tensor, checkpoint, name) for name in dense}
             if settings is not None:
-                books = self.look_at_codebooks(settings)
+                books = self.look_at_codebooks(settings, checkpoint)
                 if family is not None and layers is not None:
                     self.look_at_experts(family, config, layers, books, settings, checkpoint)
             left = [name for name in here if name not in work and name not in self.sums]
@@ -279,12 +279,12 @@ class _Search:
                 self.sums[name] = error
         return torch.from_numpy(memory).view(place.dtype).view(place.shape)
 
-    def look_at_codebooks(self, settings: dict[str, Any]) -> list[Code | None]:
+    def look_at_codebooks(self, settings: dict[str, Any], checkpoint: Checkpoint) -> list[Code | None]:
         """Make the codebooks of config.json; None for one that does not match its hash."""
         books: list[Code | None] = []
         listed = settings.get("codebooks")
         with self.found("codebooks", "config.json"):
-            on_disk.check_number_of_codes(listed, settings.get("layers"))
+            on_disk.check_number_of_codes(listed, checkpoint)
             for number, entry in enumerate(listed if isinstance(listed, list) else []):
                 books.append(None)
                 with self.found(f"codebooks[{number}]", "config.json"):

@@ -274,7 +274,7 @@ def test_more_codes_than_are_used_are_not_built(directory):
         codes += [{**codes[0], "bits": 13, "counts": [1, i + 1, 1]} for i in range(1_000)]
 
     edit(path / "config.json", add)
-    refused(path, "more than it uses", FormatError)
+    refused(path, "more than there are projections", FormatError)
 
 
 def test_a_dictionary_of_millions_of_nodes_is_refused_by_its_size():
