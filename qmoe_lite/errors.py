@@ -33,8 +33,20 @@ _REMEDIES = {
 }
 
 
+_LONGEST = 1000  # characters of a message
+
+
 class QMoEError(Exception):
-    """Root of every exception that the library raises on purpose."""
+    """Root of every exception that the library raises on purpose.
+
+    A file's own words in a message neither lengthen it beyond measure nor break its line, nor speak to the terminal.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+        return text if len(text) <= _LONGEST else f"{text[:700]} .. {text[-250:]}"
 
 
 class ShapeError(QMoEError, ValueError):

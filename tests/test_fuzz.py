@@ -66,7 +66,7 @@ def test_the_judge_sees_what_is_wrong(original, tmp_path, monkeypatch):
     wrong = {
         "wrong": lambda place, **given: one.seen._replace(logits=one.seen.logits + 1),
         "exception": lambda place, **given: [][1],
-        "memory": lambda place, **given: bytearray(judge.MEMORY + 1),
+        "memory": lambda place, **given: bytearray(2 * judge.MEMORY),
     }
     for kind, does in wrong.items():
         monkeypatch.setattr(judge, "look", does)

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qmoe_lite.checkpoint.config_file import read_config_file
+from qmoe_lite.checkpoint.header import read_header, rewritten
 from qmoe_lite.checkpoint.index_file import check_inside, read_index
-from qmoe_lite.checkpoint.json_file import parse_json
 from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, method_of, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
@@ -241,6 +241,8 @@ class Checkpoint:
                 ) from error
             except Exception as error:  # safetensors and zip have their own
                 raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
+            if self._kind == "safetensors" and method_of(self.config) == "qmoe":
+                self._header(path)
             self._open_files[file_name] = opened
         return self._open_files[file_name]
 
@@ -284,22 +286,19 @@ class Checkpoint:
         stored, path = self.stored_name(name), self.file_of(name)
         if self._kind != "safetensors":
             raise CheckpointError(f"{path} is no safetensors file: its bytes have no fixed place. Compress it again.")
+        start, header = self._header(path)
         try:
-            if path not in self._headers:
-                with path.open("rb") as file:  # safetensors does not tell the places; it checked them when it opened
-                    size = int.from_bytes(file.read(8), "little")
-                    self._headers[path] = 8 + size, parse_json(file.read(size))
-            start, header = self._headers[path]
             first, end = header[stored]["data_offsets"]
             if end - first != empty.nbytes and empty.dtype in DTYPES.values():  # of others torch knows no size
                 raise ValueError
-        except OSError as error:
-            raise unreadable(path, error) from error
         except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} was truncated or rewritten while it was read, or its header is forged. Fetch the file again."
-            ) from error
+            raise rewritten(path) from error
         return Place(path, start + first, end - first, empty.dtype, tuple(empty.shape))
+
+    def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        return self._headers[path]
 
     @property
     def has_checksums(self) -> bool:

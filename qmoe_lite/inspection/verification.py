@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from qmoe_lite.checkpoint import format as on_disk
 from qmoe_lite.checkpoint.config_file import check_named
@@ -389,6 +390,8 @@ class _Search:
                 open_tokenizer(self.path)
             except CheckpointError as error:
                 self.note("", "", f"{error} The model loads; no text is generated or evaluated without a tokenizer.")
+        with self.found("", "generation_config.json"), suppress(OSError):  # there need be none
+            GenerationConfig.from_pretrained(self.path)
         with self.found("", FILE_NAME):
             if read_report(self.path) is None:
                 self.note("", FILE_NAME, "there is no report of the compression: errors per layer are not known.")

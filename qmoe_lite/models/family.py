@@ -122,6 +122,8 @@ def family_of(model_type: str | None, auto: bool = False) -> Family:
     UnsupportedFamilyError
         Names the type, and those that are closest.
     """
+    if model_type is not None and not isinstance(model_type, str):
+        raise UnsupportedFamilyError(f"model type {model_type!r} is no name. Fetch config.json again.")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     if model_type in _REFUSED:

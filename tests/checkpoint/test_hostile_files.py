@@ -201,6 +201,31 @@ def test_a_header_with_a_tensor_twice(directory):
     text = json.dumps(header)
     file.write_bytes(mutate.build(f"{text[:-1]}, {json.dumps(name)}: {json.dumps(header[name])}}}", data))
     refused(path, "its header is forged", CheckpointError)
+    with pytest.raises(CheckpointError, match="its header is forged"):
+        qm.load(path, offload="ram")
+
+
+def test_an_expert_s_tensor_that_is_twice_in_its_header(directory):
+    """It was refused where experts had a budget, and loaded where they had none."""
+    path = directory()
+    file, name = path / "model-00001-of-00003.safetensors", f"{EXPERTS}.up_proj_row_codewords"
+    header, data = mutate.parse(file.read_bytes())
+    file.write_bytes(mutate.build(f"{json.dumps(header)[:-1]}, {json.dumps(name)}: {json.dumps(header[name])}}}", data))
+    refused(path, "its header is forged", CheckpointError)
+
+
+def test_a_generation_config_that_nothing_can_read(directory):
+    """`verify` called it sound, and transformers refused the model."""
+    path = directory()
+    (path / "generation_config.json").write_text(DEEP)
+    refused(path, "is refused by transformers", CheckpointError)
+
+
+@pytest.mark.parametrize("value", [["qwen3_moe"], {"a": 1}, 7, True, None, ""], ids=str)
+def test_model_types_that_are_no_name(directory, value):
+    path = directory()
+    edit(path / "config.json", lambda config: config.update(model_type=value))
+    refused(path, "model type .* is no name|is not supported|does not say what model|lacks model_type")
 
 
 @pytest.mark.parametrize("size", [0, 1, 10**8 + 1, 2**40, 2**63, 2**64 - 1])
@@ -372,3 +397,19 @@ def test_a_bomb_of_zstandard_is_unpacked_no_further_than_there_is_room(tmp_path)
     (tmp_path / "rows").write_bytes(bomb)
     with pytest.raises(FormatError, match="holds other activations than this run needs"):
         ListBuffer(2, 3, 4).load(tmp_path / "rows")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 100_000, "a\nb\tc", "\x1b[2J\x07", "\ud800", "\x85\u2028", [0] * 5000],
+    ids=["long", "lines", "escapes", "surrogate", "separators", "list"],
+)
+def test_a_file_s_own_words_leave_an_error_one_printable_line(directory, value):
+    """They stand in the message as far as they can, and what to do stands behind them."""
+    path = directory()
+    edit(path / "config.json", lambda c: c["quantization_config"]["codebooks"][0].update(sha256=value))
+    with pytest.raises(FormatError) as caught:
+        qm.load(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 1000
+    assert "another version" in str(caught.value) or "get it again" in str(caught.value)
