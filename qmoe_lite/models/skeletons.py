@@ -47,7 +47,7 @@ def open_checkpoint(directory: Path, auto: bool = False) -> tuple[Family, Checkp
 
 
 def check_numbers(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where building what config.json asks for would take hours or fetch a program.
+    """Raise CheckpointError where building what config.json asks for would fail, take hours or fetch a program.
 
     Each layer has a tensor in the files, so that there are no more layers than tensors; no family has more than 65,536
     experts a layer; and an attention that is named like a repository would be fetched from the hub.
@@ -59,9 +59,18 @@ def check_numbers(checkpoint: Checkpoint) -> None:
         for name, value in each.items() if isinstance(each, dict) else ():
             known = _COUNT.search(name)
             wrong = known is not None and isinstance(value, int | float) and value > limits[known[1]]
+            wrong |= name in ("dtype", "torch_dtype") and not isinstance(value, dict) and not _is_dtype(value)
             if wrong or ("attn_implementation" in name and "/" in str(value)):
                 text = f"{checkpoint.directory}/config.json has {name[:80]!r}: {str(value)[:80]!r}"
                 raise CheckpointError(f"{text}, which no such model has. Fetch the file again.")
+
+
+def _is_dtype(value: Any) -> bool:
+    """Return whether config.json's word names a dtype of weights, or leaves it open."""
+    if value is None or value == "auto":
+        return True
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+    return isinstance(found, torch.dtype) and found.is_floating_point
 
 
 def check_promise(family: Family, config: Any, checkpoint: Checkpoint) -> list[MoELayer]:
@@ -140,10 +149,20 @@ def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
     Raises
     ------
     CheckpointError
-        A tensor is missing, or has another shape.
+        A tensor is missing, has another shape, or is of integers where the model has floats, or the other way round.
     """
     for _, fault in dense_faults(family, model, checkpoint):
         raise fault
+    for name, target in model.state_dict().items():
+        if not of_experts(name) and name in checkpoint:
+            check_dtype(checkpoint, name, target.dtype)
+
+
+def check_dtype(checkpoint: Checkpoint, name: str, promised: torch.dtype) -> None:
+    """Raise CheckpointError where a tensor is of integers and the model has floats, or the other way round."""
+    if (found := checkpoint.meta(name).dtype).is_floating_point != promised.is_floating_point:
+        text = f"{name} in {checkpoint.file_of(name).name} is {found}; the model has {promised}."
+        raise CheckpointError(f"{text} Fetch the file again.")
 
 
 def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointError]]:

@@ -217,8 +217,29 @@ def test_an_expert_s_tensor_that_is_twice_in_its_header(directory):
 def test_a_generation_config_that_nothing_can_read(directory):
     """`verify` called it sound, and transformers refused the model."""
     path = directory()
-    (path / "generation_config.json").write_text(DEEP)
-    refused(path, "is refused by transformers", CheckpointError)
+    for content in (DEEP, "[]", "7"):
+        (path / "generation_config.json").write_text(content)
+        refused(path, "is refused by transformers", CheckpointError)
+
+
+def test_a_dense_tensor_of_integers(directory):
+    """It was loaded, and its first product failed in torch's words."""
+    path, name = directory(), "model.layers.0.self_attn.q_proj.weight"
+    file = path / json.loads((path / mutate.INDEX).read_text())["weight_map"][name]
+    header, data = mutate.parse(file.read_bytes())
+    header[name]["dtype"] = {"F32": "U32", "BF16": "U16"}[header[name]["dtype"]]
+    file.write_bytes(mutate.build(header, data))
+    refused(
+        path, rf"^{name} in \S+ is torch\.uint\d+; the model has torch\.\w+\. Fetch the file again\.$", CheckpointError
+    )
+
+
+@pytest.mark.parametrize("value", [65535, "int8", "Tensor", "__name__", "float33", [], True, ""], ids=str)
+def test_dtypes_that_are_none(directory, value):
+    """`verify` called it sound, and transformers refused the model."""
+    path = directory()
+    edit(path / "config.json", lambda config: config.update(dtype=value))
+    refused(path, "config.json has 'dtype': .*, which no such model has", CheckpointError)
 
 
 @pytest.mark.parametrize("value", [["qwen3_moe"], {"a": 1}, 7, True, None, ""], ids=str)
