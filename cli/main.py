@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import _output, bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
+from qmoe_lite.cli import (
+    _output,
+    bench_,
+    chat,
+    compress_,
+    demo,
+    doctor,
+    eval_,
+    generate,
+    import_qmoe,
+    inspect_,
+    serve,
+    verify,
+)
 from qmoe_lite.cli._streams import give_up_output, mend_streams
 from qmoe_lite.errors import QMoEError
 
@@ -31,6 +44,7 @@ app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
 app.command("verify")(verify.verify)
+app.command("import-qmoe")(import_qmoe.import_qmoe)
 app.add_typer(bench_.app, name="bench")
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qmoe_lite.coding.dictionary import Dictionary as Dictionary
     from qmoe_lite.coding.matmul import decode_matmul as decode_matmul
     from qmoe_lite.coding.packed import PackedMatrix as PackedMatrix
+    from qmoe_lite.compression.importing import import_qmoe as import_qmoe
     from qmoe_lite.compression.run import compress as compress
     from qmoe_lite.errors import QMoEError as QMoEError
     from qmoe_lite.inspection.verification import verify as verify
@@ -48,6 +49,7 @@ _HOMES = {
     "encode": "coding.codec",
     "evaluate": "text.evaluation",
     "gptq": "quantization.solver",
+    "import_qmoe": "compression.importing",
     "load": "offload.loading",
     "verify": "inspection.verification",
 }
@@ -69,6 +71,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "encode",
     "evaluate",
     "gptq",
+    "import_qmoe",
     "load",
     "verify",
 ]

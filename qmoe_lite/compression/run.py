@@ -30,7 +30,7 @@ from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.lock import locked
+from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.notes import make_report
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
@@ -188,7 +188,7 @@ def compress(
     options.check()
     options = options.resolved()
     target = Path(out)
-    _check_free(target)
+    check_free(target)
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
@@ -196,18 +196,10 @@ def compress(
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     partial = target.with_name(f"{target.name}.partial")
     with locked(partial) as note, torch.inference_mode():
-        _check_free(target)  # once more: another run may have finished it
+        check_free(target)  # once more: another run may have finished it
         run = _Run(find_model(model), target, partial, grid, options, progress, auto=family == "auto")
         run.degraded += [] if note is None else [note]
         return run.run(calibration, resume)
-
-
-def _check_free(target: Path) -> None:
-    """Raise OutputError where no directory of this name can be made."""
-    if target.name in ("", ".."):
-        raise OutputError(f"{target} names no new directory. Give OUT a name of its own.")
-    if target.exists() or target.is_symlink():
-        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
 
 
 class _Run:
