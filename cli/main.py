@@ -19,7 +19,9 @@ from qmoe_lite.cli import (
     generate,
     import_qmoe,
     inspect_,
+    pack,
     serve,
+    unpack,
     verify,
 )
 from qmoe_lite.cli._streams import give_up_output, mend_streams
@@ -45,6 +47,8 @@ app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
 app.command("verify")(verify.verify)
 app.command("import-qmoe")(import_qmoe.import_qmoe)
+app.command("pack")(pack.pack)
+app.command("unpack")(unpack.unpack)
 app.add_typer(bench_.app, name="bench")
 
 

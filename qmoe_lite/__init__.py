@@ -10,6 +10,8 @@ from qmoe_lite._cache import provide_cache_directory as _provide_cache_directory
 from qmoe_lite._hook import register_with_transformers as _register_with_transformers
 
 if TYPE_CHECKING:
+    from qmoe_lite.checkpoint.packing import pack as pack
+    from qmoe_lite.checkpoint.packing import unpack as unpack
     from qmoe_lite.checkpoint.report import Report as Report
     from qmoe_lite.coding.codebook import Codebook as Codebook
     from qmoe_lite.coding.codec import decode as decode
@@ -51,6 +53,8 @@ _HOMES = {
     "gptq": "quantization.solver",
     "import_qmoe": "compression.importing",
     "load": "offload.loading",
+    "pack": "checkpoint.packing",
+    "unpack": "checkpoint.packing",
     "verify": "inspection.verification",
 }
 
@@ -73,6 +77,8 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "gptq",
     "import_qmoe",
     "load",
+    "pack",
+    "unpack",
     "verify",
 ]
 

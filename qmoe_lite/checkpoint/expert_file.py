@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +22,14 @@ _PAGE = 4096  # what the header is filled up to, so that codes begin on a page
 _ENTRY = 200  # bytes that a tensor takes in the header at most, besides its name
 
 
-def write_experts(path: Path, projections: dict[str, Iterable[PackedMatrix]]) -> dict[str, int]:
+def write_experts(path: Path, projections: Mapping[str, Iterable[PackedMatrix]]) -> dict[str, int]:
     """Write a safetensors file of all experts of a layer crash-safely.
 
     Parameters
     ----------
     path : Path
         Of the file.
-    projections : dict, full name of a projection to its experts' matrices
+    projections : mapping, full name of a projection to its experts' matrices
         Of codebooks of few digits; each is asked for when the one before is written.
 
     Returns
@@ -57,7 +57,7 @@ def write_experts(path: Path, projections: dict[str, Iterable[PackedMatrix]]) ->
     return sums
 
 
-def _write(file: BinaryIO, projections: dict[str, Iterable[PackedMatrix]], sums: dict[str, int]) -> None:
+def _write(file: BinaryIO, projections: Mapping[str, Iterable[PackedMatrix]], sums: dict[str, int]) -> None:
     names = [tensor_name(name, part) for name in projections for part in PARTS]
     room = -(-(8 + sum(len(json.dumps(name)) + _ENTRY for name in names)) // _PAGE) * _PAGE
     file.seek(room)
