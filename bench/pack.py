@@ -31,6 +31,7 @@ from qmoe_lite.checkpoint.packing import Packed, pack, unpack
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.codec import encode
 from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.packed import PackedMatrix
 
 BYTES = 80e6  # of a directory that is made
 TRIALS = 2
@@ -38,7 +39,7 @@ TRIALS = 2
 
 def make_switch(place: Path, rng: np.random.Generator) -> None:
     """Write ternary experts of 3,072 x 768, 89% zeros, and dense tensors."""
-    book, matrices = Codebook.fit([55, 890, 55]), []
+    book, matrices = Codebook.fit([55, 890, 55]), list[PackedMatrix]()
     while sum(matrix.nbytes for matrix in matrices) < 0.58 * BYTES:
         drawn = rng.integers(0, 1000, (3072, 768), dtype=np.uint16)
         digits = (drawn < 55).astype(np.int8) - (drawn >= 945).astype(np.int8)
@@ -49,7 +50,7 @@ def make_switch(place: Path, rng: np.random.Generator) -> None:
 
 def make_qwen(place: Path, rng: np.random.Generator) -> None:
     """Write experts of 768 x 2,048 at about 2.5 bits, and dense tensors."""
-    matrices, book = [], None
+    matrices, book = list[PackedMatrix](), None
     while sum(matrix.nbytes for matrix in matrices) < 0.75 * BYTES:
         digits = np.rint(rng.standard_normal((768, 2048), dtype=np.float32) * 1.35).astype(np.int8)
         book = book or Dictionary.fit(digits)
@@ -104,7 +105,7 @@ def timed(work: Callable[[], object], made: Path) -> float:
 def measure(name: str, directory: Path, scratch: Path, threads: int) -> list[list[str]]:
     """Return two rows of the table."""
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    rows, found = [], list[Packed]()
+    rows, found = list[list[str]](), list[Packed]()
 
     def packed() -> None:
         found.append(pack(directory, scratch / "pack", threads=threads))

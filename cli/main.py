@@ -11,6 +11,7 @@ import typer
 from qmoe_lite.cli import (
     _output,
     bench_,
+    card,
     chat,
     compress_,
     demo,
@@ -46,6 +47,7 @@ app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
 app.command("verify")(verify.verify)
+app.command("card")(card.card)
 app.command("import-qmoe")(import_qmoe.import_qmoe)
 app.command("pack")(pack.pack)
 app.command("unpack")(unpack.unpack)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -61,14 +63,14 @@ class PublishedCheckpoint(Checkpoint):
         if not numbers and not (self.directory / _DENSE_FILE).exists():
             text = f"{self.directory} has neither {_DENSE_FILE} nor exp00.pt: it is no checkpoint of the paper's."
             raise CheckpointError(f"{text} Name the directory that was fetched from the hub.")
-        expected = [f"exp{number:02d}.pt" for number in range(max(numbers, default=0) + 1)]
-        for file_name in (_DENSE_FILE, *expected):
+        expected = (f"exp{number:02d}.pt" for number in range(max(numbers, default=0) + 1))  # a forged one may be large
+        for file_name in chain((_DENSE_FILE,), expected):
             names = self._tensors_in(file_name)
             if twice := next((name for name in names if name in self._file_of), None):
                 raise CheckpointError(f"{twice} is in {self._file_of[twice]} and in {file_name}. {_FETCH}")
             self._file_of |= dict.fromkeys(names, file_name)
             self.close(file_name)
-        sizes = self._open(_SIZES_FILE)
+        sizes = self._open_archive(_SIZES_FILE)
         if not isinstance(sizes, dict) or not all(isinstance(k, str) and type(v) is int for k, v in sizes.items()):
             text = f"{self.directory / _SIZES_FILE} does not name numbers of codewords."
             raise CheckpointError(f"{text} {_FETCH}")
@@ -76,13 +78,22 @@ class PublishedCheckpoint(Checkpoint):
 
     def _tensors_in(self, file_name: str) -> Iterable[str]:
         """Return the names of a file's tensors; raise CheckpointError unless it holds plain ones alone."""
-        found = self._open(file_name)
+        found = self._open_archive(file_name)
         if not isinstance(found, dict) or not all(
             isinstance(name, str) and _is_plain(value) for name, value in found.items()
         ):
             text = f"{self.directory / file_name} holds other things than plain tensors by name."
             raise CheckpointError(f"{text} {_FETCH}")
         return found.keys()
+
+    def _open_archive(self, file_name: str) -> Any:
+        """Open a file; raise CheckpointError for the older kind, which is read into memory as large as it says."""
+        path = self.directory / file_name
+        if path.is_file() and not is_zipfile(path):
+            raise CheckpointError(
+                f"{path} is no archive that torch.save wrote: it was cut, or is another file. {_FETCH}"
+            )
+        return self._open(file_name)
 
     def close(self, file_name: str) -> None:
         """Let a file go; it is opened again when it is needed."""

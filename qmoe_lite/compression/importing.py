@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -137,9 +138,11 @@ def import_qmoe(
         try:
             run.write()
             _become(partial, target)
-        except BaseException:  # Ctrl-C too
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        except OutputError as error:
+            reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+            raise OutputError(f"{target} cannot be written: {reason}. Free some space, or name another OUT.") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # after Ctrl-C too; once it is OUT there is none
     return run.report(target)
 
 
@@ -152,6 +155,7 @@ class _Import:
         self.checkpoint = PublishedCheckpoint(source)
         self.family = family_of(self.checkpoint.config["model_type"])
         config = _read_config(self.checkpoint)
+        self._check_counts(config)
         self.layers = self.family.layers(config)
         self.notes: list[str] = []
         self._check_dense(skeleton(self.family, config, torch.float32))
@@ -164,6 +168,17 @@ class _Import:
         self.checkpoint.check_matrices(self.shapes)
         self.writer = Writer(partial, self.checkpoint, lambda name: name, len(self.layers))
         self.code_bytes, self.done = 0, 0
+
+    def _check_counts(self, config: Any) -> None:
+        """Compare numbers with what there is, before anything is made as large as they say."""
+        blocks, dense = config.num_layers + config.num_decoder_layers, len(self.checkpoint.dense_names)
+        place, named = self.checkpoint.directory, len(self.checkpoint.sizes)
+        if not 0 < blocks <= dense:
+            text = f"{place}/config.json says that there are {blocks} blocks; noexp.pt has {dense} tensors."
+            raise CheckpointError(f"{text} Fetch the whole directory again.")
+        if (promised := sum(layer.matrices for layer in self.family.layers(config))) != named:
+            text = f"{place}/config.json promises {promised} matrices of experts; sizes.pt names {named}."
+            raise CheckpointError(f"{text} Fetch the whole directory again.")
 
     def name_of(self, layer: MoELayer, expert: int, projection: str) -> str:
         return self.family.weight_name(layer, expert, projection).removesuffix(".weight")
@@ -279,9 +294,9 @@ def _claim(partial: Path, source: Path) -> None:
                 raise OutputError(f"{partial} exists and is no unfinished import. Move it, or name another OUT.")
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
+        (partial / _MARK).write_text(json.dumps({"source": str(source)}), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{partial} cannot be made: {error.strerror}. Name another directory.") from error
-    files.write_json(partial / _MARK, {"source": str(source)})
 
 
 def _become(partial: Path, out: Path) -> None:

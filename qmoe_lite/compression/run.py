@@ -202,6 +202,11 @@ def compress(
         return run.run(calibration, resume)
 
 
+def _name_of(calibration: str | Path | None) -> str | None:
+    """Return what a report calls a text: a file's own name, not where it lay, or a data set's."""
+    return None if calibration is None else Path(calibration).name if Path(calibration).exists() else str(calibration)
+
+
 class _Run:
     """One compression, from an opened checkpoint to a written directory."""
 
@@ -256,7 +261,7 @@ class _Run:
             check_ids(samples.all, self.config.get_text_config().vocab_size)
             self._open_partial(samples.all, resume)
             self._calibrated(samples, hessian_masks(samples.all, tokenizer))
-        return self._write_rest()
+        return self._write_rest(_name_of(calibration))
 
     def _open_partial(self, samples: Samples | None, resume: bool) -> None:
         fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
@@ -361,7 +366,7 @@ class _Run:
             last = self.layers[-1].block
             self._progress(Progress(sum(sizes[: number + 1]), sum(sizes), f"{layer.block} of {last}", self._warning))
 
-    def _write_rest(self) -> Report:
+    def _write_rest(self, text: str | None) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""
         matrices = sum(p.experts for p in self.done.projections)
         promised = sum(layer.matrices for layer in self.layers)
@@ -385,6 +390,7 @@ class _Run:
             self.degraded,
             self.verdict,
             self.unfinished.seconds,
+            text,
         )
         files.write_json(self.partial / FILE_NAME, report.to_json())
         self.unfinished.become(self.out)
