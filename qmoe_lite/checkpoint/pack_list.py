@@ -16,6 +16,7 @@ MAGIC = b"QMOEPACK"
 VERSION = 1
 MOST_LIST = 1 << 22  # bytes of the list: tens of thousands of files
 _START = Struct("<8sIII")  # magic, version, bytes of the list, its CRC-32
+_DEEPEST = 32  # directories below one another
 _FETCH = "Fetch it again."
 
 
@@ -54,7 +55,7 @@ def read_list(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
         raise FormatError(f"{path} is damaged: its list of files says nothing of use. {_FETCH}") from error
     if not good or not names:
         raise FormatError(f"{path} is damaged: its list of files is forged. {_FETCH}")
-    if (bad := next((name for name in names if not _is_safe(name)), None)) is not None:
+    if (bad := next((name for name in names if not is_safe(name)), None)) is not None:
         where = "which may lie outside of the directory. Do not trust where it came from."
         raise FormatError(f"{path} names a file {str(bad)[:99]!r}, {where}")
     taken = set(names)
@@ -67,9 +68,11 @@ def read_list(file: BinaryIO, path: Path) -> list[dict[str, Any]]:
     return listed  # type: ignore[no-any-return]
 
 
-def _is_safe(name: Any) -> bool:
-    """Return whether a name is one below a directory."""
+def is_safe(name: Any) -> bool:
+    """Return whether a name is one below a directory, and not too deep."""
     if not isinstance(name, str) or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        return False
+    if name.count("/") > _DEEPEST:
         return False
     try:
         return len(os.fsencode(name)) < 4096

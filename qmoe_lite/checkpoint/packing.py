@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from qmoe_lite.checkpoint.atomic import sync_directory, write_atomically
 from qmoe_lite.checkpoint.pack_frames import HEAD, Span, check_head, decode_frame, encode_frame
-from qmoe_lite.checkpoint.pack_list import MOST_LIST, encode_list, read_list
+from qmoe_lite.checkpoint.pack_list import MOST_LIST, encode_list, is_safe, read_list
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError, SettingError, unreadable
 
 _MOST_HEADER = 1 << 27  # bytes of a safetensors file's
@@ -232,6 +232,8 @@ def _names_in(directory: Path) -> list[str]:
             if not (here / name).is_file():
                 raise CheckpointError(f"{here / name} is no file, or a link to none. Remove it.")
             found.append((here / name).relative_to(directory).as_posix())
+    if (bad := next((name for name in found if not is_safe(name)), None)) is not None:
+        raise CheckpointError(f"{directory / bad} lies too deep below {directory}. Pack a directory of it.")
     if not found:
         raise CheckpointError(f"{directory} holds no file. Name a directory with a model.")
     return sorted(found)

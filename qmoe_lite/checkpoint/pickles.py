@@ -27,9 +27,7 @@ def load_pickle(path: Path) -> Any:
         mapped = is_zipfile(path)
         if mapped:
             with ZipFile(path) as archive:
-                packed = any(entry.compress_type != ZIP_STORED for entry in archive.infolist())
-            if packed:  # torch.save compresses nothing, and a little of it could fill the memory
-                raise CheckpointError(f"{path} is compressed, as torch.save writes none. Fetch it from its source.")
+                _check_records(path, archive)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about a pickle that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -48,3 +46,39 @@ def load_pickle(path: Path) -> Any:
         ) from error
     except Exception as error:  # zip, pickle and torch have their own
         raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
+
+
+def check_sums(path: Path) -> None:
+    """Compare all of an archive with the checksums that torch.save put there; mapping it does not.
+
+    Raises
+    ------
+    CheckpointError
+        It is no archive, as torch wrote none before 1.6, is damaged, or cannot be read.
+    """
+    bad = None
+    try:
+        archived = is_zipfile(path)
+        if archived:
+            with ZipFile(path) as archive:
+                _check_records(path, archive)
+                bad = archive.testzip()
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error, "read") from error
+    except Exception as error:  # zipfile has its own, and lets others through
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
+    if not archived:
+        raise CheckpointError(f"{path} is no archive that torch.save wrote, or was cut. Fetch the file again.")
+    if bad is not None:
+        raise CheckpointError(f"{path} is damaged: {bad} has another checksum. Fetch the file again.")
+
+
+def _check_records(path: Path, archive: ZipFile) -> None:
+    """Raise CheckpointError for what torch.save does not write, and what would be larger than the file."""
+    entries = archive.infolist()
+    if any(entry.compress_type != ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is compressed, as torch.save writes none. Fetch it from its source.")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise CheckpointError(f"{path} is damaged: its records are larger than it. Fetch the file again.")

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 
+from qmoe_lite.checkpoint.pickles import check_sums
 from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.packed import PackedMatrix
@@ -70,7 +70,7 @@ class PublishedCheckpoint(Checkpoint):
                 raise CheckpointError(f"{twice} is in {self._file_of[twice]} and in {file_name}. {_FETCH}")
             self._file_of |= dict.fromkeys(names, file_name)
             self.close(file_name)
-        sizes = self._open_archive(_SIZES_FILE)
+        sizes = self._open_checked(_SIZES_FILE)
         if not isinstance(sizes, dict) or not all(isinstance(k, str) and type(v) is int for k, v in sizes.items()):
             text = f"{self.directory / _SIZES_FILE} does not name numbers of codewords."
             raise CheckpointError(f"{text} {_FETCH}")
@@ -78,7 +78,7 @@ class PublishedCheckpoint(Checkpoint):
 
     def _tensors_in(self, file_name: str) -> Iterable[str]:
         """Return the names of a file's tensors; raise CheckpointError unless it holds plain ones alone."""
-        found = self._open_archive(file_name)
+        found = self._open_checked(file_name)
         if not isinstance(found, dict) or not all(
             isinstance(name, str) and _is_plain(value) for name, value in found.items()
         ):
@@ -86,14 +86,15 @@ class PublishedCheckpoint(Checkpoint):
             raise CheckpointError(f"{text} {_FETCH}")
         return found.keys()
 
-    def _open_archive(self, file_name: str) -> Any:
-        """Open a file; raise CheckpointError for the older kind, which is read into memory as large as it says."""
-        path = self.directory / file_name
-        if path.is_file() and not is_zipfile(path):
-            raise CheckpointError(
-                f"{path} is no archive that torch.save wrote: it was cut, or is another file. {_FETCH}"
-            )
+    def _open_checked(self, file_name: str) -> Any:
+        """Open a small file once its checksums were compared, a layer's without: that is `check_sums`."""
+        if file_name in (_DENSE_FILE, _SIZES_FILE) and (self.directory / file_name).is_file():
+            check_sums(self.directory / file_name)
         return self._open(file_name)
+
+    def check_sums(self, file_name: str) -> None:
+        """Compare all of a layer's file with its checksums; raise CheckpointError for a damaged one."""
+        check_sums(self.directory / file_name)
 
     def close(self, file_name: str) -> None:
         """Let a file go; it is opened again when it is needed."""
@@ -102,9 +103,12 @@ class PublishedCheckpoint(Checkpoint):
     def _settle_config(self) -> None:
         """Say that every block is sparse as transformers says it, where the names of the experts do."""
         config = dict(self.config)
-        full = bool(config.pop("is_full_sparse", False))
+        full = config.pop("is_full_sparse", None) is not None  # the published program asks no more
         for stack, blocks in (("encoder", "num_layers"), ("decoder", "num_decoder_layers")):
             count = config.get(blocks) or config.get("num_layers")
+            if type(step := config.get(f"{stack}_sparse_step", 1)) is not int:
+                text = f"{self.directory}/config.json has {stack}_sparse_step {step!r}; expected a whole number."
+                raise CheckpointError(f"{text} {_FETCH}")
             named = {m[1] for name in self.sizes if (m := re.match(rf"{stack}\.block\.(\d+)\.", name))}
             if full or (type(count) is int and len(named) == count):
                 config |= {f"{stack}_sparse_step": 1, f"num_sparse_{stack}_layers": count}

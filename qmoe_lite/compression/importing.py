@@ -202,11 +202,13 @@ class _Import:
         sums: dict[str, int] = {}
         codebooks: dict[str, dict[str, dict[str, Any]]] = {}
         for number, layer in enumerate(self.layers):
+            file_name = self.checkpoint.file_of(f"{self.name_of(layer, 0, 'wi')}.w_comp").name
+            self.checkpoint.check_sums(file_name)
             books = {name: self._codebook(layer, name) if self.recode else Codebook.paper() for name in layer.shapes}
             matrices = {f"{layer.experts}.{name}": self._matrices(layer, name, book) for name, book in books.items()}
             sums |= write_experts(self.writer.layer_file(number), matrices)
             codebooks[layer.experts] = {name: book.to_config() for name, book in books.items()}
-            self.checkpoint.close(self.checkpoint.file_of(f"{self.name_of(layer, 0, 'wi')}.w_comp").name)
+            self.checkpoint.close(file_name)
         grid = MinMaxTernary(torch.bfloat16)
         settings = quantization_config(
             codebooks, recipe=RECIPE, grid=grid.to_config(), level_dtype=torch.bfloat16, versions=versions()

@@ -209,6 +209,25 @@ def at(place, value):
     return edit
 
 
+def flip(file):
+    """Change a byte of the codewords, so that these still decode to the same rows."""
+    content = bytearray(file.read_bytes())
+    words = torch.load(file, weights_only=True)[f"{WI}.w_comp"].numpy()
+    place = content.index(words.tobytes())
+    lengths = qm.Codebook.paper().table & 255
+    code = int(words[0]) & 0xFFFF
+    other = next(c for c in range(1 << 16) if c != code and lengths[c] == lengths[code])
+    content[place : place + 2] = other.to_bytes(2, "little")
+    file.write_bytes(content)
+
+
+def split_archive(file):
+    """Claim that the archive goes on elsewhere, which zipfile answers with an exception of its own."""
+    content = file.read_bytes()
+    place = content.rindex(b"PK\6\7")
+    file.write_bytes(content[: place + 16] + b"\5" + content[place + 17 :])
+
+
 def compress_archive(file):
     with zipfile.ZipFile(file) as old:
         entries = {each: old.read(each) for each in old.namelist()}
@@ -217,13 +236,14 @@ def compress_archive(file):
             new.writestr(name, content)
 
 
+ON_FILES = (Path.unlink, compress_archive, flip, split_archive)
 BAD = {  # what is done to which file, and what is said of it
     "no experts' file": ("exp00.pt", Path.unlink, r"lacks the shard exp00\.pt\. Fetch the missing file"),
     "no last file": ("exp01.pt", Path.unlink, r"lacks decoder\.block\.1\.\S*w_comp: a file exp\?\?\.pt is missing"),
     "no dense file": ("noexp.pt", Path.unlink, r"lacks the shard noexp\.pt"),
     "no sizes": ("sizes.pt", Path.unlink, r"lacks the shard sizes\.pt"),
-    "cut": ("exp01.pt", lambda file: os.truncate(file, 20000), r"exp01\.pt is no archive .* it was cut"),
-    "cut to nothing": ("exp01.pt", lambda file: os.truncate(file, 0), r"exp01\.pt is no archive"),
+    "cut": ("exp01.pt", lambda file: os.truncate(file, 20000), r"exp01\.pt is damaged: "),
+    "cut to nothing": ("exp01.pt", lambda file: os.truncate(file, 0), r"exp01\.pt is damaged: "),
     "a program": (
         "exp01.pt",
         lambda file: torch.save({"a": os.system}, file),
@@ -240,6 +260,8 @@ BAD = {  # what is done to which file, and what is said of it
         r"lacks the shard exp01",
     ),
     "compressed": ("exp00.pt", compress_archive, r"exp00\.pt is compressed, as torch\.save writes none"),
+    "a word flipped": ("exp00.pt", flip, r"exp00\.pt is damaged: .* has another checksum"),
+    "archive in parts": ("sizes.pt", split_archive, r"sizes\.pt is damaged: zipfiles that span"),
     "no tensors": ("exp00.pt", {"a": 1}, "holds other things than plain tensors"),
     "a list": ("exp00.pt", [torch.zeros(1)], "holds other things than plain tensors"),
     "sparse": ("exp00.pt", put("x", torch.zeros(3, 3).to_sparse()), "holds other things than plain tensors"),
@@ -305,6 +327,7 @@ BAD = {  # what is done to which file, and what is said of it
     "no number": ("config.json", {"num_experts": "many"}, r"config\.json is refused by transformers"),
     "more experts": ("config.json", {"num_experts": 5}, "promises 20 matrices of experts; sizes.pt names 16"),
     "endless experts": ("config.json", {"num_experts": 1 << 60}, r"promises \d+ matrices of experts"),
+    "no step": ("config.json", {"encoder_sparse_step": None}, r"config\.json has encoder_sparse_step None; expected"),
     "endless blocks": ("config.json", {"num_layers": 1 << 60}, r"says that there are \d+ blocks; noexp\.pt has 48"),
     "more experts than needed": (
         "exp01.pt",
@@ -324,7 +347,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, case):
         file.write_text(json.dumps(json.loads(file.read_text()) | edit))
     elif isinstance(edit, dict | list):
         torch.save(edit, file)
-    elif edit in (Path.unlink, compress_archive) or case.startswith(("cut", "a program", "a number")):
+    elif edit in (Path.unlink, compress_archive, flip, split_archive) or case.startswith(
+        ("cut", "a program", "a number")
+    ):
         edit(file)
     else:
         change(file, edit)
