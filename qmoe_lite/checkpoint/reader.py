@@ -165,7 +165,9 @@ class Checkpoint:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
         else:
-            raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
+            text = f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin."
+            published = (directory / "noexp.pt").exists()
+            raise CheckpointError(f"{text} It is one of the paper's: run qmoe import-qmoe." if published else text)
 
     @property
     def sources(self) -> Mapping[str, Source]:

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections import namedtuple
 
+import naive
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,7 @@ def test_every_byte_comes_back(tmp_path, monkeypatch, frame, threads):
     back = qm.unpack(tmp_path / "new" / "file", tmp_path / "newer" / "back", threads=threads)
     assert tree(tmp_path / "newer" / "back") == tree(source)
     assert (back.files, back.bytes) == (packed.files, packed.bytes) == (9, sum(map(len, tree(source).values())))
+    assert naive.unpack((tmp_path / "new" / "file").read_bytes()) == tree(source)
     qm.pack(source, tmp_path / "again", threads=4 - threads)
     assert (tmp_path / "again").read_bytes() == (tmp_path / "new" / "file").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "new", "newer", "source"]

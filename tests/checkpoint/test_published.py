@@ -364,6 +364,8 @@ def test_a_directory_without_any_is_told_what_it_lacks(tmp_path, run):
     code, _, noted = run("import-qmoe", tmp_path, tmp_path / "out")
     assert (code, noted.count("\n")) == (1, 1)
     assert "has neither noexp.pt nor exp00.pt: it is no checkpoint of the paper's." in noted
+    code, _, noted = run("compress", PUBLISHED, tmp_path / "out", "--recipe", "nearest")
+    assert "It is one of the paper's: run qmoe import-qmoe." in noted
     code, _, noted = run("import-qmoe", tmp_path / "none", tmp_path / "out")
     assert (code, noted.count("\n")) == (1, 1)
     assert "Fetch the checkpoint first: hf download" in noted
