@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,35 +156,33 @@ def _summary(found: Inspection, base: str | None) -> Iterator[str]:
     yield ""
     verdict = None if report is None or report.verdict is None else Verdict.from_json(report.verdict)
     before = report.sizes if report else {}
-    rows = []
-    if verdict is not None:
-        rows.append(("held-out loss, nats a token", f"{verdict.dense_loss:.3f}", f"{verdict.loss:.3f}"))
     weights = int(totals["expert_weights"] or 1)
     dense = before.get("dense_expert_bytes", 0), before.get("dense_other_bytes", 0)
-    shown = "{:.3f}".format
-    rows.append(
-        ("bits an expert weight", shown(8 * dense[0] / weights) if dense[0] else "", shown(totals["bits_per_weight"]))
-    )
+    rows: list[tuple[str, str, str]] = []
+    if verdict is not None:
+        rows.append(("held-out loss, nats a token", f"{verdict.dense_loss:.3f}", f"{verdict.loss:.3f}"))
+    rows.append(("bits an expert weight", f"{8 * dense[0] / weights:.3f}", f"{totals['bits_per_weight']:.3f}"))
     for name, old, new in (
         ("experts, MB", dense[0], found.expert_bytes),
         ("whole model, MB", sum(dense), found.expert_bytes + found.other_bytes),
     ):
-        rows.append((name, f"{old / 1e6:,.1f}" if dense[0] else "", f"{new / 1e6:,.1f}"))
+        rows.append((name, f"{old / 1e6:,.1f}", f"{new / 1e6:,.1f}"))
     if totals["zeros"] is not None:
         rows.append(("zeros among the experts' digits", "", f"{totals['zeros']:.1%}"))
-    yield "| | dense | compressed |"
-    yield "|---|---:|---:|"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+    yield "| | dense | compressed |" if dense[0] else "| | compressed |"
+    yield "|---|---:|---:|" if dense[0] else "|---|---:|"
+    for name, of_dense, of_this in rows:
+        yield f"| {name} | {of_dense} | {of_this} |" if dense[0] else f"| {name} | {of_this} |"
     yield ""
     if verdict is not None:
-        yield f"**Verdict:** {verdict}"
+        yield f"**Verdict:** {replace(verdict, advice='')}"
     else:
         yield "**Not judged**: what it loses against the dense model was not measured. `qmoe eval` does that."
 
 
 def _loading(found: Inspection) -> list[str]:
     auto, name = _auto_class(found), Path(found.directory).resolve().name
+    prompt = "The <extra_id_0> walks in the park" if auto == "AutoModelForSeq2SeqLM" else "Once upon a time"
     return [
         "",
         "## How to load it",
@@ -199,7 +198,7 @@ def _loading(found: Inspection) -> list[str]:
         "```",
         "",
         "```sh",
-        f'qmoe generate {shlex.quote(name)} --prompt "Once upon a time"',
+        f'qmoe generate {shlex.quote(name)} --prompt "{prompt}"',
         f"qmoe verify {shlex.quote(name)}",
         "```",
     ]

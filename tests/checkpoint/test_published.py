@@ -21,6 +21,7 @@ from qmoe_lite.checkpoint.expert_file import write_experts
 from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError
+from qmoe_lite.inspection.card import make_card
 from qmoe_lite.inspection.contents import inspect_model
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published_format"
@@ -67,6 +68,7 @@ def test_the_directory_is_like_one_of_ours(imported, tmp_path):
     found = inspect_model(imported)
     assert (found.recipe, found.grid, found.totals["matrices"]) == ("imported", "minmax-ternary", 16)
     assert {row.level_dtype for row in found.projections} == {"bfloat16"}
+    assert "- Imported from the checkpoint that the authors of QMoE published;" in make_card(found)
     model = qm.load(imported, dtype=torch.float32)
     model.save_pretrained(tmp_path / "copy")
     limited = qm.load(tmp_path / "copy", dtype=torch.float32, expert_cache="30KB", offload="disk")
