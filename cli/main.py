@@ -8,7 +8,23 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import _output, bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
+from qmoe_lite.cli import (
+    _output,
+    bench_,
+    card,
+    chat,
+    compress_,
+    demo,
+    doctor,
+    eval_,
+    generate,
+    import_qmoe,
+    inspect_,
+    pack,
+    serve,
+    unpack,
+    verify,
+)
 from qmoe_lite.cli._streams import give_up_output, mend_streams
 from qmoe_lite.errors import QMoEError
 
@@ -31,6 +47,10 @@ app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
 app.command("verify")(verify.verify)
+app.command("card")(card.card)
+app.command("import-qmoe")(import_qmoe.import_qmoe)
+app.command("pack")(pack.pack)
+app.command("unpack")(unpack.unpack)
 app.add_typer(bench_.app, name="bench")
 
 
