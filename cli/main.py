@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import _output, bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
+from qmoe_lite.cli import _output, bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, tune, verify
 from qmoe_lite.cli._streams import give_up_output, mend_streams
 from qmoe_lite.errors import QMoEError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("compress")(compress_.compress)
+app.command("tune")(tune.tune)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

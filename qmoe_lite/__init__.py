@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qmoe_lite.quantization.grid import UniformGrid as UniformGrid
     from qmoe_lite.quantization.solver import gptq as gptq
     from qmoe_lite.text.evaluation import evaluate as evaluate
+    from qmoe_lite.tuning.run import tune as tune
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _HOMES = {
     "evaluate": "text.evaluation",
     "gptq": "quantization.solver",
     "load": "offload.loading",
+    "tune": "tuning.run",
     "verify": "inspection.verification",
 }
 
@@ -70,6 +72,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "evaluate",
     "gptq",
     "load",
+    "tune",
     "verify",
 ]
 
