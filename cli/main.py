@@ -22,6 +22,7 @@ from qmoe_lite.cli import (
     inspect_,
     pack,
     serve,
+    tune,
     unpack,
     verify,
 )
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("compress")(compress_.compress)
+app.command("tune")(tune.tune)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

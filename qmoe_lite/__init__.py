@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qmoe_lite.quantization.grid import UniformGrid as UniformGrid
     from qmoe_lite.quantization.solver import gptq as gptq
     from qmoe_lite.text.evaluation import evaluate as evaluate
+    from qmoe_lite.tuning.run import tune as tune
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ _HOMES = {
     "import_qmoe": "compression.importing",
     "load": "offload.loading",
     "pack": "checkpoint.packing",
+    "tune": "tuning.run",
     "unpack": "checkpoint.packing",
     "verify": "inspection.verification",
 }
@@ -78,6 +80,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "import_qmoe",
     "load",
     "pack",
+    "tune",
     "unpack",
     "verify",
 ]
