@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SILENT = 90.0  # seconds without a word after which a worker hangs, whatever else the machine does
 BUSY = 20.0  # seconds of processor time after which it does; what takes over 5 and ends is told by `judge`
 WIDTH = 80
+GOOD = ("as before", "as it says", "refused", "cannot run")  # as tests/judge.py has them
+BAD = ("wrong", "exception", "slow", "hang", "memory", "crash")
 
 
 def main() -> int:
@@ -79,12 +81,11 @@ def work(task: str) -> None:
     """Run every so manyth case from the first on, a line of JSON each; each is announced before it begins."""
     directory, first, step, end = task.rsplit(":", 3)
     base, its = Path(directory), judge()
-    originals = [its.original_of(path.name, path) for path in sorted(base.iterdir()) if path.suffix == ".code"]
+    originals = [its.original_of(path.stem, path) for path in sorted(base.iterdir()) if path.suffix == ".code"]
     with tempfile.TemporaryDirectory(prefix="qmoe-fuzz-") as own:
         for seed in range(int(first), int(end), int(step)):
             original = originals[seed % len(originals)]
-            code = original.name.removesuffix(".code")
-            print(json.dumps({"code": code, "seed": seed}), flush=True)
+            print(json.dumps({"code": original.name, "seed": seed}), flush=True)
             mutant, outcome = its.judge(original, seed, Path(own) / "mutant")
             told = {"kind": outcome.kind, "text": outcome.text, "sealed": mutant.sealed, "done": mutant.done}
             print(json.dumps(told), flush=True)
@@ -117,7 +118,7 @@ class Tally:
 
     def add(self, case: dict[str, Any], kind: str, text: str, done: list[str]) -> None:
         self.counts[case["code"], kind] += 1
-        if kind not in ("refused", "as before", "as it says"):
+        if kind not in GOOD:
             self.wrong.append(f"{kind} at {case['code']}:{case['seed']}: {text[:300]}; {'; '.join(done)[:300]}")
             print(self.wrong[-1], file=sys.stderr, flush=True)
 
@@ -213,8 +214,7 @@ def processor_seconds(process: int) -> float:
 def show(tally: Tally, options: argparse.Namespace, seconds: float) -> None:
     """Print the table, and how to see again what went wrong."""
     codes = sorted({code for code, _ in tally.counts})
-    kinds = ["as before", "as it says", "refused", "wrong", "exception", "slow", "hang", "memory", "crash"]
-    kinds = [kind for kind in kinds if any(tally.counts[code, kind] for code in codes) or kind in kinds[:3]]
+    kinds = [kind for kind in (*GOOD, *BAD) if any(tally.counts[code, kind] for code in codes) or kind in GOOD]
     widths = [max(len(kind), 6) for kind in kinds]
     print(f"{tally.total:,} mutants, {tally.sealed:,} with their checksums made right, seed {options.seed}")
     print(f"{'code':<12}" + "".join(f"{kind:>{width + 2}}" for kind, width in zip(kinds, widths, strict=True)))

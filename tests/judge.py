@@ -1,7 +1,8 @@
 """Says of a damaged directory whether the library does what it must: the exact result, or an error in one line.
 
 What is exact is said by `specified.Reader`, which is written from FORMAT.md alone. `refused`, `as before` (nothing of
-the result changed) and `as it says` (other weights, those that the files now hold) are right; all else is a fault.
+the result changed) and `as it says` (other weights, those that the files now hold) are right, as is `cannot run`:
+another configuration, of which transformers makes a model whose own code then fails. All else is a fault.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import os
 import resource
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mutate
+import mutate_files
 import naive
 import numpy as np
 import specified
@@ -31,7 +34,9 @@ from qmoe_lite.checkpoint.atomic import write_json, write_tensors
 from qmoe_lite.checkpoint.format import pack_experts, quantization_config, tensor_name
 from qmoe_lite.errors import QMoEError
 
-RIGHT = ("refused", "as before", "as it says")
+PUBLISHED = Path(__file__).parent / "data" / "published_format"
+CODES = ("fitted", "rated", "symmetric", "paper", "two-bit", "windows", "packed", "published")
+RIGHT = ("refused", "as before", "as it says", "cannot run")
 SECONDS = 5.0  # of processor time that a mutant may take
 MEMORY = 1 << 30  # bytes that it may allocate at a time
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -54,6 +59,10 @@ class Fault(AssertionError):
     """The library did what it must not."""
 
 
+class Unrunnable(Exception):
+    """transformers takes a configuration, and cannot run the model that it makes of it."""
+
+
 # -- directories
 
 
@@ -63,12 +72,15 @@ def make_directories(base: Path) -> dict[str, Path]:
     switch = tiny.make_switch(base / "switch", tokenizer, num_experts=2, d_model=16, d_ff=24)
     layers = {"num_experts": 3, "num_hidden_layers": 2, "mlp_only_layers": [0], "hidden_size": 16}
     causal = tiny.make_causal(base / "causal", tokenizer, "qwen3_moe", **layers, num_attention_heads=2)
-    made = {name: base / name for name in ("fitted", "rated", "symmetric", "paper", "two-bit", "windows")}
+    made = {name: base / name for name in CODES}
     qm.compress(switch, made["fitted"], recipe="nearest")
     qm.compress(causal, made["rated"], recipe="nearest", rate=2.0)
     for name, source in (("symmetric", "fitted"), ("windows", "fitted"), ("paper", "rated"), ("two-bit", "rated")):
         shutil.copytree(made[source], made[name])
         recode(made[name], name)
+    made["packed"].mkdir()
+    qm.pack(made["windows"], made["packed"] / mutate_files.PACKED)
+    shutil.copytree(PUBLISHED, made["published"], ignore=shutil.ignore_patterns("*.npz"))
     return made
 
 
@@ -181,8 +193,15 @@ def look(directory: Path, **placement: Any) -> Seen:
     """Load a directory and use all of it."""
     model = qm.load(directory, **placement)
     more = {"decoder_input_ids": TOKENS[:, :3]} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        logits = model(input_ids=TOKENS, **more).logits
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=TOKENS, **more).logits
+    except QMoEError:
+        raise
+    except Exception as error:
+        if Path(qm.__file__).parent in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
+            raise
+        raise Unrunnable(f"{type(error).__name__}: {error}") from error
     experts = {}
     for name, module in model.named_modules():
         if isinstance(module, qm.PackedExperts):
@@ -193,16 +212,25 @@ def look(directory: Path, **placement: Any) -> Seen:
 
 
 class Original(NamedTuple):
-    """A directory in order: files, what is seen in it."""
+    """A directory in order: files, what is seen in it, or what comes of unpacking it."""
 
     name: str
     files: dict[str, bytes]
-    seen: Seen
+    seen: Any
+
+    def damage(self, seed: int) -> mutate.Mutant:
+        if self.name == "packed":
+            return mutate.Mutant(self.files, seed, mutate_files.OF_PACK, mutate_files.seal_pack)
+        if self.name == "published":
+            return mutate.Mutant(self.files, seed, mutate_files.OF_PUBLISHED, mutate_files.seal_archives)
+        return mutate.Mutant(self.files, seed)
 
 
 def original_of(name: str, directory: Path) -> Original:
     files = {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
-    return Original(name, files, look(directory))
+    if name == "packed":
+        return Original(name, files, mutate_files.unpacked(files[mutate_files.PACKED])[0])
+    return Original(name, files, (look_at_import if name == "published" else look)(directory))
 
 
 @contextmanager
@@ -231,13 +259,14 @@ def judge(original: Original, seed: int, place: Path, thorough: bool = True) -> 
         Whether each is verified too, and run with a budget.
     """
     with memory_limited():
-        mutant = mutate.Mutant(original.files, seed)
+        mutant = original.damage(seed)
     if mutant.files == original.files:
         return mutant, Outcome("as before", "not a byte differs")
     mutant.write(place)
     try:
         with memory_limited():
-            outcome = _judge(original, mutant, place, seed, thorough)
+            judges = {"packed": _judge_pack, "published": _judge_published}
+            outcome = judges.get(original.name, _judge)(original, mutant, place, seed, thorough)
     except Fault as fault:
         outcome = Outcome("wrong", str(fault))
     except MemoryError as error:
@@ -252,7 +281,10 @@ def judge(original: Original, seed: int, place: Path, thorough: bool = True) -> 
 
 def _judge(original: Original, mutant: mutate.Mutant, place: Path, seed: int, thorough: bool) -> Outcome:
     began = time.process_time()
-    seen, refusal = _look(place)
+    try:
+        seen, refusal = _look(place)
+    except Unrunnable as error:
+        return _unrunnable(original, mutant, error)
     if thorough and not _verify(place) and seen is None:
         raise Fault(f"verify calls sound what load refuses: {refusal}")
     if thorough and seed % 4 == 0:
@@ -265,6 +297,75 @@ def _judge(original: Original, mutant: mutate.Mutant, place: Path, seed: int, th
         if (took := time.process_time() - began) > SECONDS:
             return Outcome("slow", f"{took:.1f} s of processor time; {refusal or 'it loads'}")
     return Outcome("refused", refusal) if seen is None else _compare(original, mutant, place, seen)
+
+
+def _unrunnable(original: Original, mutant: mutate.Mutant, error: Unrunnable) -> Outcome:
+    if not _other_config(original, mutant):
+        raise Fault(f"with the configuration that there was it does not run: {error}")
+    return Outcome("cannot run", str(error)[:300])
+
+
+def _judge_pack(original: Original, mutant: mutate.Mutant, place: Path, seed: int, thorough: bool) -> Outcome:
+    beside, out = sorted(place.parent.iterdir()), place / "out"
+    try:
+        qm.unpack(place / mutate_files.PACKED, out, threads=1)
+    except QMoEError as error:
+        if out.exists() or {each.name for each in place.iterdir()} - mutant.files.keys():
+            raise Fault("something is left of a file that was refused") from error
+        return Outcome("refused", _one_line(error))
+    if sorted(place.parent.iterdir()) != beside:
+        raise Fault("something was written outside")
+    found = {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    if found == original.seen:
+        return Outcome("as before", "")
+    if not mutant.sealed and not any(done.startswith("forge_list") for done in mutant.done):
+        raise Fault("the files differ, and no checksum was made right")
+    if found != mutate_files.unpacked(mutant.files[mutate_files.PACKED])[0]:
+        raise Fault("the files are not what the pack file says")
+    return Outcome("as it says", "other files")
+
+
+def look_at_import(place: Path) -> Seen:
+    """Import a directory of the published format, and use all that came of it."""
+    out = place.parent / "imported"
+    try:
+        qm.import_qmoe(place, out)
+        return look(out)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _judge_published(original: Original, mutant: mutate.Mutant, place: Path, seed: int, thorough: bool) -> Outcome:
+    began = time.process_time()
+    try:
+        seen = look_at_import(place)
+    except QMoEError as error:
+        return Outcome("refused", _one_line(error))
+    except Unrunnable as error:
+        return _unrunnable(original, mutant, error)
+    if time.process_time() - began > SECONDS:
+        return Outcome("slow", f"{time.process_time() - began:.1f} s of processor time")
+    before = original.seen
+    if all(_same(t, seen.experts[key]) for key, t in before.experts.items() if key in seen.experts) and all(
+        _same(t, seen.dense[key]) for key, t in before.dense.items()
+    ):
+        return Outcome("as before", "")
+    if not mutant.sealed and not any(done.startswith("forge_record") for done in mutant.done):
+        raise Fault("weights differ, and no checksum was made right")
+    held: dict[str, Any] = {}
+    for name in mutant.files:
+        if name.startswith("exp"):
+            held |= torch.load(place / name, weights_only=True)
+    for (name, projection, expert), weight in seen.experts.items():
+        words, offsets, levels = (
+            held[f"{name}.expert_{expert}.{projection}.{part}"] for part in ("w_comp", "row_off", "ter_minmax")
+        )
+        strings, values = naive.paper_dictionary(), levels.float().view(-1, 2).numpy()
+        rows = [[d for w in words[a:b].tolist() for d in strings[w & 0xFFFF]] for a, b in pairwise(offsets.tolist())]
+        digits = np.array([row[: weight.shape[1]] for row in rows])
+        if not _same(weight.float(), torch.from_numpy(naive.dequantize(digits, values)).float()):
+            raise Fault(f"{projection} of expert {expert} of {name} is not what the files say")
+    return Outcome("as it says", "other weights")
 
 
 def _look(place: Path, **placement: Any) -> tuple[Seen | None, str]:

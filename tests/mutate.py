@@ -12,6 +12,7 @@ import json
 import random
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,26 @@ class Mutant:
         Whether checksums were computed anew.
     """
 
-    def __init__(self, files: dict[str, bytes], seed: int) -> None:
+    def __init__(
+        self,
+        files: dict[str, bytes],
+        seed: int,
+        changes: list[tuple[Callable[[Any], str], int]] | None = None,
+        make_right: Callable[[dict[str, bytes]], None] | None = None,
+    ) -> None:
         self.files, self.done = dict(files), []
         self.rng = random.Random(seed)
         self.sealed = self.rng.random() < 0.5
         for _ in range(self.rng.choice([1, 1, 1, 2, 3])):
-            name, change = self.rng.choices(list(CHANGES.items()), WEIGHTS)[0]
+            which, weights = zip(*(changes or zip(CHANGES, WEIGHTS, strict=True)), strict=True)
+            change = self.rng.choices(which, weights)[0]
+            name = change.__name__
             try:
                 self.done.append(f"{name}: {change(self)}")
             except Exception:  # what was done before may have left nothing to do
                 self.done.append(f"{name}: nothing, after the damage before")
         if self.sealed:
-            seal(self.files)
+            (make_right or seal)(self.files)
 
     def write(self, directory: Path) -> Path:
         """Put the files into a directory."""
@@ -444,14 +453,11 @@ def spoil_text(m: Mutant) -> str:
             return f"{name} has a number of many digits"
 
 
-CHANGES = {
-    change.__name__: change
-    for change in (
-        *(flip_bits, overwrite, cut_or_grow, swap_files, forge_header, forge_entry, replace_tensor, swap_tensors),
-        *(forge_numbers, shuffle_numbers, edit_code, edit_config, edit_index, edit_others, edit_dictionary),
-        *(exchange_codes, spoil_text),
-    )
-}
+CHANGES = [
+    *(flip_bits, overwrite, cut_or_grow, swap_files, forge_header, forge_entry, replace_tensor, swap_tensors),
+    *(forge_numbers, shuffle_numbers, edit_code, edit_config, edit_index, edit_others, edit_dictionary),
+    *(exchange_codes, spoil_text),
+]
 WEIGHTS = [12, 8, 5, 1, 7, 6, 7, 5, 14, 4, 12, 4, 5, 1, 6, 3, 4]
 
 
