@@ -439,7 +439,7 @@ def _other_config(original: Original, mutant: mutate.Mutant) -> bool:
     old, new = (json.loads(files["config.json"]) for files in (original.files, mutant.files))
     for each in (old, new):
         each.pop("quantization_config", None)
-    return old != new
+    return json.dumps(old) != json.dumps(new)  # False is not 0 here
 
 
 def _other_headers(original: Original, mutant: mutate.Mutant) -> bool:

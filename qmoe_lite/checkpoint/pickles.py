@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,13 +26,17 @@ def load_pickle(path: Path) -> Any:
         It cannot be read, is damaged or compressed, or asks for more than tensors and plain values.
     """
     try:
-        mapped = is_zipfile(path)
+        mapped, sizes = is_zipfile(path), Counter[int]()
         if mapped:
             with ZipFile(path) as archive:
                 _check_records(path, archive)
+                sizes.update(entry.file_size for entry in archive.infolist())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about a pickle that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if mapped:
+            _check_storages(path, found, sizes)
+        return found
     except CheckpointError:
         raise
     except OSError as error:
@@ -82,6 +87,15 @@ def check_sums(path: Path) -> None:
         raise CheckpointError(f"{path} is no archive that torch.save wrote, or was cut. Fetch the file again.")
     if bad is not None:
         raise CheckpointError(f"{path} is damaged: {bad} has another checksum. Fetch the file again.")
+
+
+def _check_storages(path: Path, found: Any, sizes: Counter[int]) -> None:
+    """Raise CheckpointError unless each tensor's memory has a record of its size: a map would go on into the next."""
+    values = found.values() if isinstance(found, dict) else ()
+    tensors = (value for value in values if isinstance(value, Tensor) and value.layout is torch.strided)
+    held = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    if any(Counter(size for size in held.values() if size) - sizes):
+        raise CheckpointError(f"{path} is damaged: its tensors are larger than its records. Fetch the file again.")
 
 
 def _check_records(path: Path, archive: ZipFile) -> None:

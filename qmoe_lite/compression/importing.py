@@ -25,7 +25,7 @@ from qmoe_lite.coding.codec import decode, encode
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.settings import Progress
-from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, OutputError, first_line
+from qmoe_lite.errors import CheckpointError, NotFiniteError, OutputError, first_line
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.family import family_of
@@ -192,8 +192,6 @@ class _Import:
             self.notes.append(f"left out {len(extra)} tensors that the model does not have, such as {extra[0]}")
         for name in self.checkpoint.dense_names:
             value = self.checkpoint.tensor(name)
-            if not value.is_floating_point():
-                raise FormatError(f"{name} in {place} is {value.dtype}; expected floats. Fetch the file again.")
             if not torch.isfinite(value).all():
                 raise NotFiniteError(f"{name} in {place} holds NaN or infinity. Fetch it again.")
 

@@ -35,7 +35,7 @@ from qmoe_lite.inspection.findings import FileFault, Finding, Verification, of_n
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
-from qmoe_lite.models.skeletons import check_dtype, check_numbers, dense_faults
+from qmoe_lite.models.skeletons import check_numbers, dense_faults
 
 
 def verify(directory: str | Path) -> list[Finding]:
@@ -250,7 +250,9 @@ class _Search:
                 self.note(name, file, f"{name} in {file} is no part of the model: it is not loaded.")
                 continue
             with self.found(name, file):
-                check_dtype(checkpoint, name, promised[name])
+                expected, found = promised[name], checkpoint.meta(name).dtype
+                if expected.is_floating_point != found.is_floating_point:
+                    raise FormatError(f"{name} in {file} is {found}; the model has {expected}. Fetch the file again.")
 
     def look_at_tensor(self, checkpoint: Checkpoint, name: str) -> None:
         """Raise FormatError for another checksum, NotFiniteError for NaN or infinity in a dense tensor."""

@@ -155,14 +155,11 @@ def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
         raise fault
     for name, target in model.state_dict().items():
         if not of_experts(name) and name in checkpoint:
-            check_dtype(checkpoint, name, target.dtype)
-
-
-def check_dtype(checkpoint: Checkpoint, name: str, promised: torch.dtype) -> None:
-    """Raise CheckpointError where a tensor is of integers and the model has floats, or the other way round."""
-    if (found := checkpoint.meta(name).dtype).is_floating_point != promised.is_floating_point:
-        text = f"{name} in {checkpoint.file_of(name).name} is {found}; the model has {promised}."
-        raise CheckpointError(f"{text} Fetch the file again.")
+            found, expected = checkpoint.meta(name).dtype, target.dtype
+            if found.is_floating_point != expected.is_floating_point:
+                wanted = "floats" if expected.is_floating_point else expected
+                text = f"{name} in {checkpoint.file_of(name)} is {found}; expected {wanted}."
+                raise CheckpointError(f"{text} Fetch the file again.")
 
 
 def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointError]]:
