@@ -80,15 +80,17 @@ def replay(base: Path, case: str) -> int:
 def work(task: str) -> None:
     """Run every so manyth case from the first on, a line of JSON each; each is announced before it begins."""
     directory, first, step, end = task.rsplit(":", 3)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what others print is not for whoever reads the lines
     base, its = Path(directory), judge()
     originals = [its.original_of(path.stem, path) for path in sorted(base.iterdir()) if path.suffix == ".code"]
     with tempfile.TemporaryDirectory(prefix="qmoe-fuzz-") as own:
         for seed in range(int(first), int(end), int(step)):
             original = originals[seed % len(originals)]
-            print(json.dumps({"code": original.name, "seed": seed}), flush=True)
+            print(json.dumps({"code": original.name, "seed": seed}), file=out, flush=True)
             mutant, outcome = its.judge(original, seed, Path(own) / "mutant")
             told = {"kind": outcome.kind, "text": outcome.text, "sealed": mutant.sealed, "done": mutant.done}
-            print(json.dumps(told), flush=True)
+            print(json.dumps(told), file=out, flush=True)
 
 
 # -- all of them

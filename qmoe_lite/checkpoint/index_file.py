@@ -12,8 +12,10 @@ from qmoe_lite.errors import CheckpointError, unreadable
 _PLAIN = re.compile(r"[ -~]{1,255}")  # a name that may stand in a path and in a message
 
 
-def read_index(index: Path) -> tuple[dict[str, str], dict[str, int]]:
+def read_index(index: Path, ours: bool = False) -> tuple[dict[str, str], dict[str, int]]:
     """Return the file of each tensor, and the tensors' CRC-32 where `compress` put them there.
+
+    `ours`: of a compressed model, which has metadata, as transformers asks for; others' may have none.
 
     Raises
     ------
@@ -23,7 +25,7 @@ def read_index(index: Path) -> tuple[dict[str, str], dict[str, int]]:
     try:
         content = read_json(index)
         file_of: dict[str, str] = content["weight_map"]
-        checksums: dict[str, int] = content.get("metadata", {}).get("crc32", {})
+        checksums: dict[str, int] = (content["metadata"] if ours else content.get("metadata", {})).get("crc32", {})
         if not all(_PLAIN.fullmatch(name) for name in {*file_of, *file_of.values()}):
             raise ValueError("a name is empty, too long or not printable")
         if any("/" in name or name in (".", "..") for name in file_of.values()):

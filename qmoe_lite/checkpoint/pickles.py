@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import re
 import warnings
-from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError
+from struct import Struct
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.errors import CheckpointError, first_line, unreadable
+
+_NAME_LENGTH, _LENGTHS = (
+    26,
+    Struct("<HH"),
+)  # place in a record's header of the lengths of its name and of what is beside it
 
 
 def load_pickle(path: Path) -> Any:
@@ -26,16 +31,16 @@ def load_pickle(path: Path) -> Any:
         It cannot be read, is damaged or compressed, or asks for more than tensors and plain values.
     """
     try:
-        mapped, sizes = is_zipfile(path), Counter[int]()
+        mapped, records = is_zipfile(path), dict[int, int]()
         if mapped:
             with ZipFile(path) as archive:
                 _check_records(path, archive)
-                sizes.update(entry.file_size for entry in archive.infolist())
+                records = _places(path, archive)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about a pickle that it then refuses
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if mapped:
-            _check_storages(path, found, sizes)
+            _check_storages(path, found, records)
         return found
     except CheckpointError:
         raise
@@ -89,13 +94,29 @@ def check_sums(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: {bad} has another checksum. Fetch the file again.")
 
 
-def _check_storages(path: Path, found: Any, sizes: Counter[int]) -> None:
-    """Raise CheckpointError unless each tensor's memory has a record of its size: a map would go on into the next."""
+def _places(path: Path, archive: ZipFile) -> dict[int, int]:
+    """Return the bytes of each record by where they begin in the file."""
+    found = {}
+    with path.open("rb") as file:
+        for entry in archive.infolist():
+            file.seek(entry.header_offset + _NAME_LENGTH)
+            name, extra = _LENGTHS.unpack(file.read(_LENGTHS.size))
+            found[entry.header_offset + _NAME_LENGTH + _LENGTHS.size + name + extra] = entry.file_size
+    return found
+
+
+def _check_storages(path: Path, found: Any, records: dict[int, int]) -> None:
+    """Raise CheckpointError unless each tensor's memory is a whole record: a map would go on into the next."""
     values = found.values() if isinstance(found, dict) else ()
     tensors = (value for value in values if isinstance(value, Tensor) and value.layout is torch.strided)
-    held = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-    if any(Counter(size for size in held.values() if size) - sizes):
-        raise CheckpointError(f"{path} is damaged: its tensors are larger than its records. Fetch the file again.")
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    if not held:
+        return
+    first = min(held)
+    maps = (first - place for place, size in records.items() if size == held[first])  # where the file may be mapped
+    if not any(all(records.get(address - start) == size for address, size in held.items()) for start in maps):
+        raise CheckpointError(f"{path} is damaged: its tensors are not its records. Fetch the file again.")
 
 
 def _check_records(path: Path, archive: ZipFile) -> None:

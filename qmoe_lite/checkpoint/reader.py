@@ -153,7 +153,7 @@ class Checkpoint:
                 break
             index = directory / f"{file_name}.index.json"
             if index.is_file():
-                self._file_of, self._checksums = read_index(index)
+                self._file_of, self._checksums = read_index(index, method_of(self.config) == "qmoe")
                 break
         else:
             text = f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin."

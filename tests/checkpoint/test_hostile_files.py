@@ -119,6 +119,13 @@ def test_an_index_leads_nowhere_else(directory, place):
     refused(path, r"is no shard index|lacks the shard|is damaged", CheckpointError)
 
 
+def test_an_index_without_what_transformers_asks_of_it(directory):
+    """`verify` called it sound."""
+    path = directory()
+    edit(path / mutate.INDEX, lambda index: index.pop("metadata"))
+    refused(path, "is no shard index", CheckpointError)
+
+
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "", "x" * 5000])
 def test_a_tensor_s_name_is_one_that_a_message_can_hold(directory, name):
     path = directory()
@@ -412,16 +419,24 @@ def test_a_pickle_with_other_things_than_tensors(switch, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_a_record_that_is_shorter_than_its_tensor(tmp_path):
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_record_that_is_shorter_than_its_tensor(tmp_path, swapped):
     """Mapped, the tensor would go on into the record behind it, whose checksum is right too."""
-    torch.save({"a": torch.arange(512, dtype=torch.uint8), "b": torch.ones(2000)}, tmp_path / "x.bin")
-    assert load_tensors(tmp_path / "x.bin").keys() == {"a", "b"}
-    records = mutate_files._records((tmp_path / "x.bin").read_bytes())
-    name = next(name for name, content in records.items() if content == bytes(range(256)) * 2)
-    records[name] = records[name][:259]
-    (tmp_path / "x.bin").write_bytes(mutate_files._archive(records))
-    with pytest.raises(CheckpointError, match="its tensors are larger than its records"):
-        load_tensors(tmp_path / "x.bin")
+    path = tmp_path / "x.bin"
+    shared = torch.ones(2000)
+    torch.save({"a": torch.arange(512, dtype=torch.uint8), "b": shared, "c": shared[5:9], "d": torch.empty(0)}, path)
+    assert load_tensors(path).keys() == set("abcd")
+    records = mutate_files._records(path.read_bytes())
+    path.write_bytes(mutate_files._archive(records))
+    assert load_tensors(path)["c"].tolist() == [1.0] * 4
+    name, other = (next(n for n, content in records.items() if len(content) == size) for size in (512, 8000))
+    if swapped:
+        records[name], records[other] = records[other], records[name]
+    else:
+        records[name] = records[name][:259]
+    path.write_bytes(mutate_files._archive(records))
+    with pytest.raises(CheckpointError, match="is damaged: (its tensors are not its records|Trying to resize)"):
+        load_tensors(path)
 
 
 def test_a_bomb_of_zstandard_is_unpacked_no_further_than_there_is_room(tmp_path):
