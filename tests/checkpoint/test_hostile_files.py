@@ -435,7 +435,7 @@ def test_a_record_that_is_shorter_than_its_tensor(tmp_path, swapped):
     else:
         records[name] = records[name][:259]
     path.write_bytes(mutate_files._archive(records))
-    with pytest.raises(CheckpointError, match="is damaged: (its tensors are not its records|Trying to resize)"):
+    with pytest.raises(CheckpointError, match=r"is damaged: (its tensors are not its records|Trying to resize)"):
         load_tensors(path)
 
 
