@@ -103,6 +103,23 @@ def _rank_extensions(
 
 
 @njit(cache=True, error_model="numpy")
+def _next_fitting(
+    order: NDArray[np.int64], classes: NDArray[np.int64], kind: int, rank: int, left: int, left_0: int
+) -> int:
+    """Return the rank, from `rank` on, of the first larger kind whose codewords are left, of class 0 too; or -1."""
+    clip = len(order) - 1
+    while rank < order.shape[1] and order[kind, rank] >= 0:
+        u = order[kind, rank]
+        new = 2 * (u - kind) - (1 if kind == 0 else 0)
+        kept = 1 if u <= clip else 0
+        of_0 = new - (1 if classes[kind] == 0 else 0) + (1 if kept and classes[u] == 0 else 0)
+        if new - 1 + kept <= left and (of_0 <= 0 or of_0 <= left_0):
+            return rank
+        rank += 1
+    return -1
+
+
+@njit(cache=True, error_model="numpy")
 def _grow_tree(
     first: NDArray[np.float64],
     lowest: int,
@@ -141,31 +158,31 @@ def _grow_tree(
                 _sift_up(keys, items, waiting, mass[n] * worth[0, 0], n * 64)
                 waiting += 1
             n += 1
-    counts[0] = n
-    added = np.zeros(len(quotas), dtype=np.int64)
-    while waiting > 0 and counts.sum() < total:  # any extension takes a codeword more
+    counts[0] = used = n
+    while waiting > 0 and used < total:  # any extension takes a codeword more
         item = items[0]
         _remove_first(keys, items, waiting)
         waiting -= 1
         node, rank = item // 64, item % 64
         t = nodes[node, 3]
+        left, left_0 = total - used, quotas[0] - counts[0] if hard else total
+        chosen = _next_fitting(order, classes, t, rank, left, left_0)
         u = order[t, rank]
-        added[:] = 0
-        new = 2 * (u - t) - (1 if t == 0 else 0)
-        added[0] += new
-        added[classes[t]] -= 1
-        if u <= clip:
-            added[classes[u]] += 1
-        fits = counts.sum() + added.sum() <= total and n + new <= room
-        if hard:
-            for c in range(len(quotas)):
-                fits = fits and (added[c] <= 0 or counts[c] + added[c] <= quotas[c])
-        if not fits:
-            if rank + 1 < len(order[t]) and order[t, rank + 1] >= 0:
-                _sift_up(keys, items, waiting, mass[node] * worth[t, rank + 1], item + 1)
+        after = classes[u] if u <= clip else 0
+        if chosen == rank and hard and after > 0 and after != classes[t] and counts[after] >= quotas[after]:
+            chosen = _next_fitting(order, classes, t, rank + 1, left, left_0)
+        if chosen != rank:  # the ranks between would not fit later either: codewords of class 0 only become fewer
+            if chosen >= 0:
+                _sift_up(keys, items, waiting, mass[node] * worth[t, chosen], node * 64 + chosen)
                 waiting += 1
             continue
-        counts += added
+        new = 2 * (u - t) - (1 if t == 0 else 0)
+        used += new - 1
+        counts[0] += new
+        counts[classes[t]] -= 1
+        if u <= clip:
+            used += 1
+            counts[after] += 1
         nodes[node, 3] = u
         depth = nodes[node, 2] + 1
         for size in range(t, u):
