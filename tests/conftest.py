@@ -50,6 +50,16 @@ def made_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """A process that runs code in forks of itself, each as good as new: see forking.Forks."""
+    import forking
+
+    found = forking.Forks(tmp_path_factory.mktemp("forks"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     import tiny
 

@@ -17,13 +17,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.inlined import inlined
+
 _HARD = 4  # last rounds, in which no class may exceed its share; the best one is kept
 _CHAIN = 60  # steps in which the chain of kinds settles
 _RAREST = 1e-6  # how often at least a string ends in a kind
 _LEAST_COST = 0.05  # of an extension, in codewords: where prices make one nearly free
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _sift_up(keys: NDArray[np.float64], items: NDArray[np.int64], last: int, key: float, item: int) -> None:
     """Put an item into a heap of `last` items; the largest key comes first, then the smallest item."""
     i = last
@@ -38,7 +40,7 @@ def _sift_up(keys: NDArray[np.float64], items: NDArray[np.int64], last: int, key
     items[i] = item
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _remove_first(keys: NDArray[np.float64], items: NDArray[np.int64], n: int) -> None:
     """Take the first of n items out of a heap."""
     key, item = keys[n - 1], items[n - 1]
@@ -61,7 +63,7 @@ def _remove_first(keys: NDArray[np.float64], items: NDArray[np.int64], n: int) -
     items[i] = item
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _rank_extensions(
     cumulated: NDArray[np.float64],
     values: NDArray[np.float64],
@@ -102,7 +104,7 @@ def _rank_extensions(
     return order, worth
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _next_fitting(
     order: NDArray[np.int64], classes: NDArray[np.int64], kind: int, rank: int, left: int, left_0: int
 ) -> int:
@@ -119,7 +121,7 @@ def _next_fitting(
     return -1
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _grow_tree(
     first: NDArray[np.float64],
     lowest: int,
@@ -146,7 +148,8 @@ def _grow_tree(
     items = np.empty(room, dtype=np.int64)
     waiting = 0
     n = 0
-    counts[:] = 0
+    for c in range(len(counts)):
+        counts[c] = 0
     for size in range(lowest, clip + 1):
         for sign in range(1 if size == 0 else 2):
             nodes[n, 0] = -1
@@ -202,7 +205,7 @@ def _grow_tree(
     return n
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _preorder(nodes: NDArray[np.int64], n: int, clip: int, kinds: NDArray[np.uint8]) -> None:
     """Write the kinds of n nodes in preorder, children in the order 0, -1, +1, -2, .."""
     width = 2 * clip + 1
@@ -331,8 +334,9 @@ def grow_trees(
     for t in range(clip + 1):
         for c in range(1, trees):
             classes[t] += 1 if t >= starts[c] else 0
-    prices = np.ones((trees, trees))
-    prices[:, 1:] = start
+    prices = np.full((trees, trees), start)
+    for c in range(trees):
+        prices[c, 0] = 1.0
     worths = np.zeros(clip + 1)
     for t in range(1, clip + 1):
         worths[t] = -start * (t + 2) / 3
@@ -359,7 +363,8 @@ def grow_trees(
             weight = 0.0
             for size in range(starts[c], clip + 1):
                 weight += first[c, size] * (1 if size == 0 else 2)
-            first[c] /= weight
+            for size in range(clip + 1):
+                first[c, size] /= weight
             order, worth = _rank_extensions(cumulated, values, prices[c], classes)
             n = _grow_tree(
                 first[c], starts[c], single, order, worth, classes, quotas, hard, longest, nodes[c], mass[c], counts[c]
@@ -377,7 +382,8 @@ def grow_trees(
                 for k in range(trees):
                     prices[c, k] *= min(max(counts[c, k] / quotas[k], 0.25), 4.0) ** 0.5
                     spent += prices[c, k] * quotas[k] / total
-                prices[c] /= spent
+                for k in range(trees):
+                    prices[c, k] /= spent
         digits, settled = follow_chain(single, classes, gained, ends, arriving)
         for t in range(clip + 1):
             worths[t] = 0.6 * worths[t] + 0.4 * settled[t]

@@ -21,6 +21,7 @@ from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.guards import check_recording
 from qmoe_lite.coding.matmul import Stack
 from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.devices import uncompiled
 from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.cpu_dispatch import multiply, product, run_stretches
@@ -164,7 +165,7 @@ class PackedExperts(nn.Module):
         y, bias = product(packed, x), self.bias(expert, projection)
         return y if bias is None else (y + bias).to(y.dtype)
 
-    @torch.compiler.disable  # torch.compile goes around it: Numba's kernels are not for it to trace
+    @uncompiled  # torch.compile goes around it: Numba's kernels are not for it to trace
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """Send each token through its experts.
 
