@@ -29,7 +29,7 @@ def picture() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model_type", sorted(tiny.WITH_PICTURES))
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_text_and_pictures_give_what_the_dequantised_model_gives(tmp_path, tokenizer, text_file, model_type, own):
     source = tiny.make_with_pictures(tmp_path / "m", tokenizer, model_type)
     if own:
