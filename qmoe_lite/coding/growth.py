@@ -106,16 +106,25 @@ def _rank_extensions(
 
 @inlined(error_model="numpy")
 def _next_fitting(
-    order: NDArray[np.int64], classes: NDArray[np.int64], kind: int, rank: int, left: int, left_0: int
+    order: NDArray[np.int64],
+    classes: NDArray[np.int64],
+    kind: int,
+    rank: int,
+    left: int,
+    left_0: int,
+    zeros_only: bool,
 ) -> int:
-    """Return the rank, from `rank` on, of the first larger kind whose codewords are left, of class 0 too; or -1."""
+    """Return the rank, from `rank` on, of the first larger kind whose codewords are left, of class 0 too; or -1.
+
+    A node behind whose digits only zeros may follow, `zeros_only`, is taken from kind 0 to kind 1 alone.
+    """
     clip = len(order) - 1
     while rank < order.shape[1] and order[kind, rank] >= 0:
         u = order[kind, rank]
         new = 2 * (u - kind) - (1 if kind == 0 else 0)
         kept = 1 if u <= clip else 0
         of_0 = new - (1 if classes[kind] == 0 else 0) + (1 if kept and classes[u] == 0 else 0)
-        if new - 1 + kept <= left and (of_0 <= 0 or of_0 <= left_0):
+        if new - 1 + kept <= left and (of_0 <= 0 or of_0 <= left_0) and (u == 1 or not zeros_only):
             return rank
         rank += 1
     return -1
@@ -132,13 +141,15 @@ def _grow_tree(
     quotas: NDArray[np.int64],
     hard: bool,
     longest: int,
+    head: int,
     nodes: NDArray[np.int64],
     mass: NDArray[np.float64],
     counts: NDArray[np.int64],
 ) -> int:
     """Grow one tree from the first digits of at least `lowest`, whose probabilities are `first`.
 
-    `nodes` (parent or -1, digit, depth, kind; columns), `mass` and `counts` (codewords of each class) are modified.
+    Behind `head` digits a string goes on with zeros only. `nodes` (parent or -1, digit, depth, kind; columns), `mass`
+    and `counts` (codewords of each class) are modified.
     Returns the number of nodes.
     """
     clip = len(single) - 1
@@ -169,11 +180,12 @@ def _grow_tree(
         node, rank = item // 64, item % 64
         t = nodes[node, 3]
         left, left_0 = total - used, quotas[0] - counts[0] if hard else total
-        chosen = _next_fitting(order, classes, t, rank, left, left_0)
+        zeros_only = nodes[node, 2] >= head
+        chosen = _next_fitting(order, classes, t, rank, left, left_0, zeros_only)
         u = order[t, rank]
         after = classes[u] if u <= clip else 0
         if chosen == rank and hard and after > 0 and after != classes[t] and counts[after] >= quotas[after]:
-            chosen = _next_fitting(order, classes, t, rank + 1, left, left_0)
+            chosen = _next_fitting(order, classes, t, rank + 1, left, left_0, zeros_only)
         if chosen != rank:  # the ranks between would not fit later either: codewords of class 0 only become fewer
             if chosen >= 0:
                 _sift_up(keys, items, waiting, mass[node] * worth[t, chosen], node * 64 + chosen)
@@ -295,6 +307,7 @@ def grow_trees(
     starts: NDArray[np.int64],
     quotas: NDArray[np.int64],
     longest: int,
+    head: int,
     rounds: int,
     start: float,
 ) -> tuple[float, NDArray[np.uint8]]:
@@ -310,6 +323,8 @@ def grow_trees(
         Codewords of each class.
     longest : int
         Digits of the longest string.
+    head : int
+        Digits of a string behind which all are zeros.
     rounds : int
         In which prices settle, before the last few that keep to the quotas.
     start : float
@@ -367,7 +382,19 @@ def grow_trees(
                 first[c, size] /= weight
             order, worth = _rank_extensions(cumulated, values, prices[c], classes)
             n = _grow_tree(
-                first[c], starts[c], single, order, worth, classes, quotas, hard, longest, nodes[c], mass[c], counts[c]
+                first[c],
+                starts[c],
+                single,
+                order,
+                worth,
+                classes,
+                quotas,
+                hard,
+                longest,
+                head,
+                nodes[c],
+                mass[c],
+                counts[c],
             )
             sizes[c] = n
             for i in range(n):
