@@ -26,7 +26,25 @@ from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
+_VARIANT = (  # a weight file's name, and an index's, with a variant in it
+    r"(?:pytorch_)?model\.(.+?)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)",
+    r"(?:pytorch_)?model\.(?:safetensors|bin)\.index\.(.+)\.json",
+)
 EXPERTS = ".experts."  # part of the name of each expert's tensors, by the model's names; of no other but of biases
+
+
+def with_variant(file_name: str, variant: str | None) -> str:
+    """Return what transformers calls a weight file, or its index, of a variant."""
+    first, _, last = file_name.rpartition(".")
+    return file_name if variant is None else f"{first}.{variant}.{last}"
+
+
+def variant_of(file_name: str) -> str | None:
+    """Return the variant that a weight file's or an index's name says; None for the main weights."""
+    for pattern in _VARIANT:
+        if named := re.fullmatch(pattern, file_name):
+            return named[1]
+    return None
 
 
 def find_model(name: str | Path) -> Path:
@@ -114,6 +132,8 @@ class Checkpoint:
         Holds config.json and model.safetensors or pytorch_model.bin, whole or in shards with an index.
     faults : list, optional
         Takes the error of a config.json that cannot be read, which is then empty. Shards may be missing too.
+    variant : str, optional
+        Of the weights: part of their files' names, as in `save_pretrained(variant=..)`.
 
     Raises
     ------
@@ -121,7 +141,9 @@ class Checkpoint:
         No config.json or weights, a shard that the index names is missing, or a file that cannot be read.
     """
 
-    def __init__(self, directory: Path, faults: list[CheckpointError] | None = None) -> None:
+    def __init__(
+        self, directory: Path, faults: list[CheckpointError] | None = None, variant: str | None = None
+    ) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
@@ -134,11 +156,12 @@ class Checkpoint:
             if faults is None:
                 raise
             faults.append(error)
-        for file_name, self._kind in _KINDS:
+        for usual, self._kind in _KINDS:
+            file_name = with_variant(usual, variant)
             if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
                 self._file_of: dict[str, str] = dict.fromkeys(self._open(file_name).keys(), file_name)
                 break
-            index = directory / f"{file_name}.index.json"
+            index = directory / with_variant(f"{usual}.index.json", variant)
             if index.is_file():
                 try:
                     content = json.loads(index.read_text(encoding="utf-8"))
@@ -154,7 +177,11 @@ class Checkpoint:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
         else:
-            raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
+            text = f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin."
+            others = {name for file in sorted(directory.glob("model.*safetensors*")) if (name := variant_of(file.name))}
+            for each in sorted(others):
+                text += f" There are some of the variant {each}: from_pretrained(.., variant={each!r}) loads them."
+            raise CheckpointError(text)
         missing = [f for f in self.files if not (directory / f).is_file()]
         if missing and faults is None:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -167,6 +194,11 @@ class Checkpoint:
     def sources(self) -> Mapping[str, Source]:
         """What the files hold, by the names there; dequantised."""
         return self._sources
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """Where each of the model's tensors lies, by the model's names."""
+        return self._views
 
     def know_as(self, views: dict[str, View]) -> None:
         """Know the tensors by the model's names from now on, and where each lies."""

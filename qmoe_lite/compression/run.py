@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.config_file import check_named
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint, find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, versions
@@ -225,7 +224,6 @@ class _Run:
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, partial
-        check_named(model)
         self.family, self.checkpoint = open_checkpoint(model, auto)
         check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)

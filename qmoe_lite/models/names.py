@@ -49,6 +49,7 @@ class Names:
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self._prefix, self._known = model.base_model_prefix, model.state_dict()
         self._layers = [layer for layer in layers if layer.layout is not None]
+        self._experts = {layer.experts for layer in self._layers}
         self._tensors = {f"{layer.experts}.{name}": layer for layer in self._layers for name in layer.layout.tensors}  # type: ignore[union-attr]
 
     def of(self, stored: str) -> tuple[str, Any, int]:
@@ -56,6 +57,8 @@ class Names:
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._known)
+        if f"{self._prefix}.{name.rpartition('.')[0]}" in self._experts:  # codes, of a model saved without its head
+            name = f"{self._prefix}.{name}"
         if pattern is None:
             return name, None, 0
         converter = next(each for each in self._converters if pattern in each.source_patterns)

@@ -76,6 +76,8 @@ class SwitchTransformers:
                 model.get_submodule(name).weight = shared
         if model.config.tie_word_embeddings:
             for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+                if not hasattr(model, name.partition(".")[0]):  # a model without its head
+                    continue
                 module = model.get_submodule(name)  # one that differs is kept, as transformers keeps it
                 if f"{name}.weight" not in held or torch.equal(module.weight, shared):
                     module.weight = shared
