@@ -170,6 +170,26 @@ MORE = {  # families of which what is read off them is tested, but not every cor
     },
     "laguna": {**_SHARED, "num_experts": 6, "shared_expert_intermediate_size": 32},
     "lfm2_moe": {**_SHARED, "num_experts": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "llama4_text": {
+        "intermediate_size": 20,
+        "intermediate_size_mlp": 32,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 1,
+        "moe_layers": [0, 2],
+        "attention_chunk_size": 8,
+        "no_rope_layers": [1, 0, 1],
+    },
+    "longcat_flash": {
+        **_LATENT,
+        "num_key_value_heads": 4,
+        "num_layers": 2,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 20,
+        "n_routed_experts": 4,
+        "zero_expert_num": 3,
+        "moe_topk": 3,
+        "routed_scaling_factor": 1.5,
+    },
     "mellum": {**_SHARED, "num_experts": 6},
     "minimax": {"intermediate_size": 20, "num_local_experts": 4},
     "nemotron_h": {
@@ -253,13 +273,15 @@ def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str
         for e in range(source.num_experts):
             if hasattr(target, "down_proj"):
                 first = [source.dense(e, name) for name in source.layer.projections[:-1]]
-                both = torch.cat(first) if target.is_concatenated else torch.stack(first, 1).flatten(0, 1)
+                together = getattr(target, "is_concatenated", True)
+                both = torch.cat(first) if together else torch.stack(first, 1).flatten(0, 1)
                 stages = {
-                    "gate_up_proj" if target.has_gate else "up_proj": both,
+                    "gate_up_proj" if len(first) == 2 else "up_proj": both,
                     "down_proj": source.dense(e, "down_proj"),
                 }
+                transposed = getattr(target, "is_transposed", type(target).__name__ == "Llama4TextExperts")
                 for name, matrix in stages.items():
-                    getattr(target, name).data[e] = matrix.T if target.is_transposed else matrix
+                    getattr(target, name).data[e] = matrix.T if transposed else matrix
             else:
                 for projection in ("wi", "wo"):
                     getattr(target[f"expert_{e}"], projection).weight.data = source.dense(e, projection)

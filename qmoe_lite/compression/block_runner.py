@@ -21,6 +21,7 @@ from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import Call, Calls, Mark, MoELayer, Stack
 from qmoe_lite.models.family import Family
+from qmoe_lite.models.placing import put
 from qmoe_lite.models.routing import Assignment
 
 
@@ -141,9 +142,8 @@ class BlockRunner:
         materialise(module, block, self._checkpoint, torch.float32)
         catcher = None
         if block in self._layer_of:
-            parent, _, child = self._layer_of[block].experts.rpartition(".")
             catcher = _Catcher(self._family)
-            setattr(self._model.get_submodule(parent), child, catcher)
+            put(self._model, self._layer_of[block].experts, catcher)
         return module.to(self._device), catcher
 
     def _read(self, buffer: ListBuffer | None, samples: slice) -> Any:

@@ -113,7 +113,7 @@ def _by_transformers(
 
     model.get_submodule(blocks[-1]).register_forward_hook(stop)
     try:
-        model.base_model(input_ids=torch.from_numpy(tokens), use_cache=False)
+        family.body(model)(input_ids=torch.from_numpy(tokens), use_cache=False)
     except _Reached as reached:
         return reached.out
     raise ValueError(f"{blocks[-1]} was not run")
@@ -128,7 +128,8 @@ def _fill_when_asked(family: Causal, config: Any, layer: MoELayer, module: nn.Mo
 
     def fill(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert layer.layout is not None
-        for expert in set(arguments[1].flatten().tolist()):
+        wanted = set(arguments[1].flatten().tolist()) if len(arguments) > 1 else range(layer.count)
+        for expert in wanted:
             for name in layer.layout.tensors[:2] if 0 <= expert < layer.count else ():
                 module.get_parameter(name).data[expert] = family.own_slice(config, layer, name, expert, checkpoint)
 

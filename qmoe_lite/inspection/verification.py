@@ -316,7 +316,7 @@ class _Search:
                     own |= {projection: book} if book is not None else {}
             with self.found(layer.experts, "config.json"):
                 check_alphabets(layer.experts, own)
-                family.activation(config)
+                family.activation(config, layer.experts)
                 whole = (_Projection(layer, projection, book) for projection, book in own.items())
                 todo += [each for each in whole if self.complete(each, checkpoint)]
         with ThreadPoolExecutor(1) as reader:

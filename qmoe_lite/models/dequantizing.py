@@ -11,6 +11,7 @@ from qmoe_lite.errors import SettingError
 from qmoe_lite.models.building import empty_copy
 from qmoe_lite.models.dense import can_be_grouped
 from qmoe_lite.models.experts import PackedExperts
+from qmoe_lite.models.placing import put_dense
 
 
 @torch.no_grad()
@@ -46,8 +47,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         dense = empty.get_submodule(name).to(model.dtype)
         dense.to_empty(device=module.get_buffer(f"{module.layer.projections[0]}_codes").device)
         _fill(dense, module)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, dense.train(module.training))
+        put_dense(model, name, dense.train(module.training), empty.get_submodule(name.rpartition(".")[0]))
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.__dict__.pop("_is_quantized", None)

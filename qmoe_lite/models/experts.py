@@ -71,7 +71,7 @@ class PackedExperts(nn.Module):
         self.family = family
         self.layer = layer
         self.codebooks = codebooks
-        self.activation = family.activation(config)
+        self.activation = family.activation(config, layer.experts)
         self.source: ExpertSource | None = None
         self.guard: Callable[[], None] | None = None  # raises where a file that the buffers are maps of was cut
         self._checked: dict[tuple[int, str], PackedMatrix] = {}

@@ -73,6 +73,7 @@ class QMoEQuantizer(HfQuantizer):
     ) -> None:
         from qmoe_lite.checkpoint.reader import variant_of
         from qmoe_lite.models.experts import empty_experts
+        from qmoe_lite.models.placing import put
         from qmoe_lite.models.skeletons import check_dense, open_checkpoint
         from qmoe_lite.models.within import Within
 
@@ -86,9 +87,9 @@ class QMoEQuantizer(HfQuantizer):
         made = empty_experts(family, checkpoint, model.config)
         within = Within.find(family, checkpoint, model, [experts.layer for experts in made])
         for experts in made:
-            parent, _, child = within.name(experts.layer.experts).rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, child, experts)
+            name = within.name(experts.layer.experts)
+            put(model, name, experts)
+            owner = model.get_submodule(name.rpartition(".")[0])
             owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
         checkpoint.know_as({within.name(name): view for name, view in checkpoint.views.items()})
         check_dense(family, model, checkpoint, within.new_head(model, checkpoint))

@@ -101,6 +101,8 @@ class Names:
             joined = operations[1:] in ([], ["Concatenate"]) and len(converter.source_patterns) == len(held)
             if expert is None or not joined or layout.transposed or layout.interleaved:
                 raise _unknown(stored, name, operations)
+            if layer.count <= int(expert) < len(self._known[name]):
+                return []  # transformers has room for it, and never runs it
             return [(weight_name(layer.experts, int(expert), held[number]), View(stored))]
         transposed, shape = layout.transposed, checkpoint.sources[stored].shape
         if operations == ["Transpose"]:
@@ -115,7 +117,7 @@ class Names:
                 weight_name(layer.experts, expert, each),
                 View(stored, expert, transposed, layout.place(each, layer.shapes[each][0])[1]),
             )
-            for expert in range(shape[0])
+            for expert in range(layer.count if shape[0] == len(self._known[name]) else shape[0])
             for each in held
         ]
 

@@ -50,7 +50,7 @@ class SwitchTransformers:
         sizes = (("encoder", config.num_layers), ("decoder", config.num_decoder_layers))
         return [Stack(name, tuple(f"{name}.block.{i}" for i in range(size))) for name, size in sizes]
 
-    def activation(self, config: Any) -> Callable[[Tensor], Tensor]:
+    def activation(self, config: Any, experts: str | None = None) -> Callable[[Tensor], Tensor]:
         from transformers.activations import ACT2FN
 
         return ACT2FN[config.dense_act_fn]  # type: ignore[no-any-return]

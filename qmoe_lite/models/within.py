@@ -38,11 +38,10 @@ class Within:
         classes = wanted._model_mapping.get(type(model.config), ())
         if isinstance(model, classes):
             return cls()
-        first = classes[0] if isinstance(classes, tuple) and classes else classes
         names = {name for name, _ in model.named_modules()}
-        for cut in ("", f"{getattr(first, 'base_model_prefix', '')}."):
+        for cut in ("", f"{layers[0].experts.partition('.')[0]}."):
             within = cls(cut)
-            if cut != "." and {within.name(layer.experts) for layer in layers} <= names:
+            if {within.name(layer.experts) for layer in layers} <= names:
                 return within
         raise CheckpointError(
             f"a compressed model is loaded by {wanted.__name__} or qmoe_lite.load, not as {type(model).__name__}."
