@@ -147,6 +147,7 @@ class Checkpoint:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
+        self._made_of: dict[str, list[str]] = {}  # in the files, of tensors that are made of several
         self._forgotten: set[str] = set()  # by their names in the files
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self.config: dict[str, Any] = {}
@@ -204,10 +205,16 @@ class Checkpoint:
         """Know the tensors by the model's names from now on, and where each lies."""
         self._views = views
 
+    def add(self, name: str, source: Source, parts: Mapping[str, list[str]]) -> None:
+        """Take in a tensor that is made of some in the files, under the model's name of it."""
+        self._sources[name] = source
+        self._made_of[name] = [stored for each in parts.values() for stored in each]
+
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""
         for name in names:
-            self._forgotten.add(self._views.pop(name).stored)
+            stored = self._views.pop(name).stored
+            self._forgotten.update(self._made_of.get(stored, [stored]))
 
     def check_index(self) -> None:
         """Compare the index with what the files hold; only headers are read.
@@ -235,7 +242,8 @@ class Checkpoint:
 
     def file_of(self, name: str) -> Path:
         """Return which file holds a tensor."""
-        return self.directory / self._file_of[self.stored_name(name)]
+        stored = self.stored_name(name)
+        return self.directory / self._file_of[self._made_of.get(stored, [stored])[0]]
 
     @property
     def files(self) -> list[str]:
@@ -357,6 +365,9 @@ class Checkpoint:
             After the last piece: their CRC-32 is not the one that `compress` put into the index; or it put some there
             and none for this tensor.
         """
+        if self.stored_name(name) in self._made_of:
+            yield memoryview(self.tensor(name).contiguous().view(torch.uint8).numpy().reshape(-1))
+            return
         place, crc = self.place(name), 0
         with closing(WeightFile(place.path)) as file:
             for piece in file.pieces(place.offset, place.length, memory):

@@ -81,6 +81,8 @@ def auto_class(family: Built, config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
+    if family.model_type == "llama4":
+        importlib.import_module("qmoe_lite.models.llama4")
     if family.seq2seq:
         return transformers.AutoModelForSeq2SeqLM
     named = config.get("architectures") if isinstance(config, Mapping) else config.architectures

@@ -189,6 +189,7 @@ def _read(family: Causal, kind: Any, settings: str) -> tuple[Architecture, Names
 TYPES = (
     "afmoe",
     "aria_text",
+    "bailing_hybrid",
     "cohere2_moe",
     "deepseek_v2",
     "deepseek_v3",
@@ -210,8 +211,10 @@ TYPES = (
     "hunyuan_v1_moe",
     "hy_v3",
     "jamba",
+    "kimi_linear",
     "laguna",
     "lfm2_moe",
+    "llama4",
     "llama4_text",
     "longcat_flash",
     "mellum",
@@ -227,6 +230,8 @@ TYPES = (
     "qwen3_moe",
     "qwen3_next",
     "qwen3_vl_moe",
+    "sarvam_mla",
+    "sarvam_moe",
     "solar_open",
 )
 CAUSAL = tuple(Causal(model_type) for model_type in TYPES)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    # transformers 5.24's model that takes pictures asks its text model for them, and does not run else, dense or not
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 
 class RoutedLlama4Moe(Llama4TextMoe):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.sources import View
 from qmoe_lite.errors import CheckpointError, UnsupportedFamilyError
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.converted import Converted, Parts
 
 
 def weight_name(experts: str, expert: int, projection: str) -> str:
@@ -27,6 +28,11 @@ def weight_name(experts: str, expert: int, projection: str) -> str:
 def _unknown(stored: str, name: str, operations: list[str]) -> UnsupportedFamilyError:
     text = f"{stored} becomes {name} by {', '.join(operations)}, which is not supported. Load the model in transformers"
     return UnsupportedFamilyError(f"{text} and save it by save_pretrained(.., save_original_format=False).")
+
+
+def _in_order(stored: str) -> list[tuple[int, str]]:
+    """Return what sorts names as transformers does: numbers between dots by their value."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in stored.split(".")]
 
 
 class Names:
@@ -47,7 +53,7 @@ class Names:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        self._prefix, self._known = model.base_model_prefix, model.state_dict()
+        self._prefix, self._known, self._config = model.base_model_prefix, model.state_dict(), model.config
         self._layers = [layer for layer in layers if layer.layout is not None]
         self._experts = {layer.experts for layer in self._layers}
         self._tensors = {f"{layer.experts}.{name}": layer for layer in self._layers for name in layer.layout.tensors}  # type: ignore[union-attr]
@@ -75,25 +81,34 @@ class Names:
             transformers converts a tensor in a way that is not followed here.
         """
         found: dict[str, View] = {}
-        for stored in sorted(checkpoint.sources):
-            for name, view in self._views_of(stored, checkpoint):
+        made: dict[str, Parts] = {}
+        for stored in sorted(checkpoint.sources, key=_in_order):
+            for name, view in self._views_of(stored, checkpoint, made):
                 if name in found:
                     raise CheckpointError(
                         f"{checkpoint.directory} holds {name} twice, also as {stored}. Fetch it again."
                     )
                 found[name] = view
+        for parts in made.values():
+            whole = set(parts.stored) == set(parts.converter.source_patterns)
+            for name in parts.targets() if whole else ():
+                checkpoint.add(name, Converted(name, parts, checkpoint, self._known, self._config), parts.stored)
+                found[name] = View(name)
         return found
 
-    def _views_of(self, stored: str, checkpoint: Checkpoint) -> list[tuple[str, View]]:
+    def _views_of(self, stored: str, checkpoint: Checkpoint, made: dict[str, Parts]) -> list[tuple[str, View]]:
         name, converter, number = self.of(stored)
         operations = [] if converter is None else [type(each).__name__ for each in converter.operations]
         layer = self._tensors.get(name)
         if layer is None or layer.layout is None or name.endswith("_bias"):
-            if operations and name not in self._known:  # of a layer that transformers leaves out
-                return [(stored, View(stored))]
-            if operations:
-                raise _unknown(stored, name, operations)
-            return [(name, View(stored))]
+            if not operations:
+                return [(name, View(stored))]
+            parts = made.get(name) or Parts(converter, name)
+            if name not in self._known or not set(parts.targets()) <= self._known.keys():
+                return [(stored, View(stored))]  # of a layer that transformers leaves out
+            made[name] = parts
+            parts.stored.setdefault(converter.source_patterns[number], []).append(stored)
+            return []
         layout, tensor = layer.layout, name.rpartition(".")[2]
         held = [each for each in layer.projections if layout.place(each, 1)[0] == tensor]
         if operations and operations[0] == "MergeModulelist":

@@ -263,6 +263,36 @@ def test_an_unknown_layout_is_named(tmp_path, causal):
         qm.compress(path, tmp_path / "out", recipe="nearest")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "joined", "made"),
+    [
+        ("kimi_linear", "self_attn.q_conv1d.weight", "self_attn.conv1d.weight"),
+        ("sarvam_moe", "attention.query_key_value.weight", "self_attn.q_proj.weight"),
+    ],
+)
+def test_dense_tensors_that_transformers_joins_or_splits_are_made_as_it_does(
+    tmp_path, causal, model_type, joined, made
+):
+    source = causal(model_type)
+    held = load_file(source / "model.safetensors")
+    assert any(name.endswith(joined) for name in held)
+    assert not any(name.endswith(made) for name in held)
+    qm.compress(source, tmp_path / "out", recipe="nearest")
+    model = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    found = {name: t for file in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(file).items()}
+    assert any(name.endswith(made) for name in found)
+    assert all(torch.equal(found[name], model[name]) for name in found if name.endswith(made))
+    qm.load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert [finding for finding in qm.verify(tmp_path / "again") if finding.severity == "error"] == []
+    name = next(name for name in held if name.endswith(joined))
+    less = rewritten(source, tmp_path / "less", {each: tensor for each, tensor in held.items() if each != name})
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor .*{made.rpartition('.')[0]}"):
+        qm.compress(less, tmp_path / "never", recipe="nearest")
+    wrong = rewritten(source, tmp_path / "wrong", {**held, name: held[name][1:]})
+    with pytest.raises(CheckpointError, match="do not make"):
+        qm.compress(wrong, tmp_path / "never", recipe="nearest")
+
+
 def own_memory() -> int:
     """Bytes of the process that are no file's: a page that is mapped from one is given back when memory is short."""
     status = Path("/proc/self/status").read_text()
