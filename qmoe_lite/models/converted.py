@@ -24,7 +24,7 @@ class Parts:
     first : str
         The name that transformers derives of what comes out, or of the first.
     stored : dict, pattern to list of str
-        Names in the files, in the files' order.
+        Names in the files.
     """
 
     converter: Any
@@ -57,9 +57,12 @@ class Converted:
         return self.checkpoint.sources[first].dtype
 
     def read(self, expert: int | None = None) -> Tensor:
+        from transformers.core_model_loading import dot_natural_key
+
         converter, sources = self.parts.converter, self.checkpoint.sources
         collected: Any = {
-            pattern: [sources[each].read() for each in stored] for pattern, stored in self.parts.stored.items()
+            pattern: [sources[each].read() for each in sorted(stored, key=dot_natural_key)]
+            for pattern, stored in self.parts.stored.items()
         }
         model = SimpleNamespace(get_parameter=lambda name: self.known[name], config=self.config)
         try:

@@ -30,11 +30,6 @@ def _unknown(stored: str, name: str, operations: list[str]) -> UnsupportedFamily
     return UnsupportedFamilyError(f"{text} and save it by save_pretrained(.., save_original_format=False).")
 
 
-def _in_order(stored: str) -> list[tuple[int, str]]:
-    """Return what sorts names as transformers does: numbers between dots by their value."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in stored.split(".")]
-
-
 class Names:
     """The names of one model's tensors.
 
@@ -63,6 +58,8 @@ class Names:
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._known)
+        if name not in self._known and stored in self._known:  # as it is called in the model; transformers sees it too
+            return stored, None, 0
         if f"{self._prefix}.{name.rpartition('.')[0]}" in self._experts:  # codes, of a model saved without its head
             name = f"{self._prefix}.{name}"
         if pattern is None:
@@ -82,7 +79,7 @@ class Names:
         """
         found: dict[str, View] = {}
         made: dict[str, Parts] = {}
-        for stored in sorted(checkpoint.sources, key=_in_order):
+        for stored in sorted(checkpoint.sources):
             for name, view in self._views_of(stored, checkpoint, made):
                 if name in found:
                     raise CheckpointError(
