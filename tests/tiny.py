@@ -288,6 +288,30 @@ WITH_PICTURES = {  # the text model's configuration, and what differs around it
         {**_SHARED, "num_experts": 6, **_rope([2, 1, 1])},
         {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}, **_IMAGES},
     ),
+    "step3p7": (
+        {
+            **_SHARED,
+            "n_routed_experts": 6,
+            "share_expert_dim": 32,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "swiglu_limits": [0.0, 0.0, 0.05],
+            "moe_router_scaling_factor": 1.5,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            "image_token_id": 36,
+        },
+    ),
 }
 
 

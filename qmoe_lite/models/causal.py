@@ -233,5 +233,6 @@ TYPES = (
     "sarvam_mla",
     "sarvam_moe",
     "solar_open",
+    "step3p7",
 )
 CAUSAL = tuple(Causal(model_type) for model_type in TYPES)

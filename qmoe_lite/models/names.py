@@ -117,6 +117,13 @@ class Names:
                 return []  # transformers has room for it, and never runs it
             return [(weight_name(layer.experts, int(expert), held[number]), View(stored))]
         transposed, shape = layout.transposed, checkpoint.sources[stored].shape
+        if operations == ["Concatenate"]:  # gate's and up's are a tensor each
+            plain = not (layout.transposed or layout.interleaved) and converter.operations[0].dim == 1
+            if not plain or len(converter.source_patterns) != len(held):
+                raise _unknown(stored, name, operations)
+            return [
+                (weight_name(layer.experts, expert, held[number]), View(stored, expert)) for expert in range(shape[0])
+            ]
         if operations == ["Transpose"]:
             # as transformers does it: one that has the model's shape is taken as it is
             transposed ^= not (converter.operations[0].check_dims and shape == tuple(self._known[name].shape))
