@@ -72,6 +72,7 @@ class QMoEQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         from qmoe_lite.checkpoint.reader import variant_of
+        from qmoe_lite.models.building import read_config
         from qmoe_lite.models.experts import empty_experts
         from qmoe_lite.models.placing import put
         from qmoe_lite.models.skeletons import check_dense, open_checkpoint
@@ -84,7 +85,9 @@ class QMoEQuantizer(HfQuantizer):
         family, checkpoint = open_checkpoint(first.parent, variant=self.variant)
         if {Path(file).name for file in checkpoint_files} != set(checkpoint.files):
             raise CheckpointError(f"{checkpoint.directory} holds other weight files besides; load the main ones.")
-        made = empty_experts(family, checkpoint, model.config)
+        config = read_config(str(checkpoint.directory))  # a text model's own is a part of it
+        config = model.config if type(model.config) is type(config) else config
+        made = empty_experts(family, checkpoint, config)
         within = Within.find(family, checkpoint, model, [experts.layer for experts in made])
         for experts in made:
             name = within.name(experts.layer.experts)
@@ -93,13 +96,12 @@ class QMoEQuantizer(HfQuantizer):
             owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
         checkpoint.know_as({within.name(name): view for name, view in checkpoint.views.items()})
         check_dense(family, model, checkpoint, within.new_head(model, checkpoint))
-        self._checkpoint, self._within = checkpoint, within
+        self._loading = family, checkpoint, within, family.stacks(config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from qmoe_lite.checkpoint.weight_file import SizeGuard
         from qmoe_lite.models.dense_checks import check_before_use
         from qmoe_lite.models.experts import PackedExperts
-        from qmoe_lite.models.family import family_of
 
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
         for name, module in packed.items():
@@ -107,12 +109,10 @@ class QMoEQuantizer(HfQuantizer):
                 # from_pretrained leaves a buffer that it could not fill uninitialised, and says nothing
                 if not getattr(buffer, "_is_hf_initialized", False):
                     raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
-        checkpoint, within = self._checkpoint, self._within
-        del self._checkpoint, self._within  # the model keeps the quantizer, and a copy of it cannot have open files
-        family = family_of(model.config.model_type, auto=True)
+        family, checkpoint, within, stacks = self._loading
+        del self._loading  # the model keeps the quantizer, and a copy of it cannot have open files
         family.tie(model, checkpoint)
         guard = SizeGuard([checkpoint.directory / name for name in checkpoint.files])
-        stacks = family.stacks(model.config)
         owners = (model.get_submodule(within.name(stack.name)) for stack in stacks)
         for module in dict.fromkeys((model, *owners)):  # each may be run by itself
             module.register_forward_pre_hook(guard)

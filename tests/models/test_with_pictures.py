@@ -13,6 +13,7 @@ import qmoe_lite as qm
 from qmoe_lite.checkpoint.reader import of_experts
 from qmoe_lite.errors import CheckpointError
 from qmoe_lite.models.skeletons import open_checkpoint
+from qmoe_lite.offload import attach, runner_of
 
 TERNARY = {"grid": qm.MinMaxTernary(torch.bfloat16), "samples": 12, "sequence_length": 16, "validation_samples": 2}
 
@@ -71,6 +72,20 @@ def test_text_and_pictures_give_what_the_dequantised_model_gives(tmp_path, token
         assert kept.keys() == {name for name in written if ".experts." not in name}
         assert all(torch.equal(written[name], tensor) for name, tensor in kept.items())
     assert [finding for finding in qm.verify(tmp_path / "out") if finding.severity == "error"] == []
+
+
+def test_the_text_model_alone_of_llama_4_is_loaded(tmp_path, tokenizer):
+    """As transformers does with a dense one, whose names have the text model's in front."""
+    source = tiny.make_with_pictures(tmp_path / "m", tokenizer, "llama4")
+    qm.compress(source, tmp_path / "out", recipe="nearest")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(model).__name__ == "Llama4ForCausalLM"
+    expected = logits_of(qm.load(tmp_path / "out", dtype=torch.float32))
+    assert torch.equal(logits_of(model), expected)
+    attach(model, ram_cache="100KB", remember=False)
+    assert torch.equal(logits_of(model), expected)
+    runner_of(model).close()
+    assert (logits_of(model.dequantize()) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_the_text_model_alone_is_refused_by_the_class_that_loads_it(tmp_path, tokenizer):
