@@ -269,11 +269,17 @@ class Checkpoint:
             if not path.is_file():
                 raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
             try:
-                path.open("rb").close()  # safetensors calls missing whatever it cannot open
+                with path.open("rb") as file:  # safetensors calls missing whatever it cannot open
+                    head = file.read(2)
+                if self._kind == "bin" and head and head != b"PK" and head[:1] != b"\x80":
+                    zeros = " (it begins with zeros)" if not any(head) else ""
+                    raise CheckpointError(f"{path} is damaged: it is no file of torch's{zeros}. Fetch the file again.")
                 if self._kind == "safetensors":
                     opened: Any = safe_open(path, framework="pt", device="cpu")
                 else:
                     opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            except CheckpointError:
+                raise
             except OSError as error:
                 if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
                     raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
