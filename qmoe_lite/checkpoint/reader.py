@@ -148,6 +148,7 @@ class Checkpoint:
         self._open_files: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
         self._made_of: dict[str, list[str]] = {}  # in the files, of tensors that are made of several
+        self._as_stored: dict[str, Source] = {}  # before they are converted under the same name
         self._forgotten: set[str] = set()  # by their names in the files
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self.config: dict[str, Any] = {}
@@ -205,10 +206,18 @@ class Checkpoint:
         """Know the tensors by the model's names from now on, and where each lies."""
         self._views = views
 
-    def add(self, name: str, source: Source, parts: Mapping[str, list[str]]) -> None:
+    def add(self, name: str, source: Source, made_of: list[str]) -> None:
         """Take in a tensor that is made of some in the files, under the model's name of it."""
+        if made_of == [name]:
+            self._as_stored[name] = self._sources[name]
+        else:
+            self._made_of[name] = made_of
         self._sources[name] = source
-        self._made_of[name] = [stored for each in parts.values() for stored in each]
+
+    def to_write(self, name: str) -> Tensor:
+        """Return what is to be stored of one tensor under the name that it has in the files."""
+        stored = self.stored_name(name)
+        return self._as_stored[stored].read() if stored in self._as_stored else self.tensor(name)
 
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""

@@ -37,47 +37,55 @@ class Parts:
         return [self.first.replace(head, each) for each in self.converter.target_patterns]
 
 
-@dataclass(frozen=True)
 class Converted:
-    """One tensor that comes out; see `Source`. All that it is made of is read for it."""
+    """One tensor that comes out; see `Source`. All that it is made of is read for it.
 
-    name: str
-    parts: Parts
-    checkpoint: Checkpoint
-    known: dict[str, Tensor]
-    config: Any
+    Parameters
+    ----------
+    name : str
+        By the model.
+    parts : Parts
+        What it is made of.
+    checkpoint : Checkpoint
+        Where these are.
+    known : dict, name to tensor
+        All tensors of the model, on the meta device.
+    config : transformers configuration
+        Of the model.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.known[self.name].shape)
+    def __init__(self, name: str, parts: Parts, checkpoint: Checkpoint, known: dict[str, Tensor], config: Any) -> None:
+        from transformers.core_model_loading import dot_natural_key
+
+        self.shape = tuple(known[name].shape)
+        self._name, self._parts, self._known, self._config = name, parts, known, config
+        self._place = checkpoint.directory
+        self._sources = {
+            pattern: [checkpoint.sources[each] for each in sorted(stored, key=dot_natural_key)]
+            for pattern, stored in parts.stored.items()
+        }
 
     @property
     def dtype(self) -> torch.dtype:
-        first = next(iter(self.parts.stored.values()))[0]
-        return self.checkpoint.sources[first].dtype
+        return next(iter(self._sources.values()))[0].dtype
 
     def read(self, expert: int | None = None) -> Tensor:
-        from transformers.core_model_loading import dot_natural_key
-
-        converter, sources = self.parts.converter, self.checkpoint.sources
-        collected: Any = {
-            pattern: [sources[each].read() for each in sorted(stored, key=dot_natural_key)]
-            for pattern, stored in self.parts.stored.items()
-        }
-        model = SimpleNamespace(get_parameter=lambda name: self.known[name], config=self.config)
+        converter = self._parts.converter
+        collected: Any = {pattern: [each.read() for each in sources] for pattern, sources in self._sources.items()}
+        model = SimpleNamespace(get_parameter=lambda name: self._known[name], config=self._config)
         try:
             for operation in converter.operations:
                 collected = operation.convert(
                     collected,
                     source_patterns=converter.source_patterns,
                     target_patterns=converter.target_patterns,
-                    full_layer_name=self.parts.first,
+                    full_layer_name=self._parts.first,
                     model=model,
-                    config=self.config,
+                    config=self._config,
                 )
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
             raise self._wrong() from error
-        place = self.parts.targets().index(self.name)
+        place = self._parts.targets().index(self._name)
         found: Tensor = collected[converter.target_patterns[place]]
         found = found[0] if isinstance(found, list) else found
         if tuple(found.shape) != self.shape:
@@ -85,5 +93,5 @@ class Converted:
         return found if expert is None else found[expert]
 
     def _wrong(self) -> CheckpointError:
-        names = ", ".join(name for stored in self.parts.stored.values() for name in stored)
-        return CheckpointError(f"{names} in {self.checkpoint.directory} do not make {self.name}. Fetch them again.")
+        names = ", ".join(name for stored in self._parts.stored.values() for name in stored)
+        return CheckpointError(f"{names} in {self._place} do not make {self._name}. Fetch them again.")

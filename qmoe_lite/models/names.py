@@ -89,7 +89,10 @@ class Names:
         for parts in made.values():
             whole = set(parts.stored) == set(parts.converter.source_patterns)
             for name in parts.targets() if whole else ():
-                checkpoint.add(name, Converted(name, parts, checkpoint, self._known, self._config), parts.stored)
+                made_of = [stored for each in parts.stored.values() for stored in each]
+                if made_of != [name] and self.of(name)[1] is not None:  # it would be converted once more
+                    raise _unknown(made_of[0], name, [type(each).__name__ for each in parts.converter.operations])
+                checkpoint.add(name, Converted(name, parts, checkpoint, self._known, self._config), made_of)
                 found[name] = View(name)
         return found
 
