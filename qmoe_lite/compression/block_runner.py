@@ -22,7 +22,7 @@ from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import Call, Calls, Mark, MoELayer, Stack
 from qmoe_lite.models.family import Family
 from qmoe_lite.models.placing import put
-from qmoe_lite.models.routing import Assignment
+from qmoe_lite.models.routing import Assignment, in_order
 
 
 def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:
@@ -69,8 +69,8 @@ class _Catcher(nn.Module):
         self._caught: list[tuple[Tensor, Tensor, Tensor]] = []
         self.answer: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-        index, weights = self._family.routing(routing)
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        index, weights = self._family.routing(in_order(routing, named))
         self._caught.append((hidden_states.cpu(), index.to(torch.int32).cpu(), weights.float().cpu()))
         return torch.zeros_like(hidden_states) if self.answer is None else self.answer.view_as(hidden_states)
 

@@ -79,6 +79,7 @@ def auto_class(family: Built, config: Any) -> Any:
         No model of this type writes text.
     """
     import transformers
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
     if family.model_type == "llama4":
@@ -88,12 +89,14 @@ def auto_class(family: Built, config: Any) -> Any:
     named = config.get("architectures") if isinstance(config, Mapping) else config.architectures
     with_pictures = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.model_type, ())
     with_pictures = (with_pictures,) if isinstance(with_pictures, str) else with_pictures
-    if family.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and with_pictures:
+    registered = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else None  # noqa: SIM401 - no `get` there
+    writes = registered in transformers.AutoModelForCausalLM._model_mapping
+    if not writes and with_pictures:
         return transformers.AutoModelForImageTextToText
     own = (*with_pictures, auto.MODEL_MAPPING_NAMES.get(family.model_type))
     if with_pictures and set(named or ()).intersection(own):  # the last one is without a head
         return transformers.AutoModelForImageTextToText
-    if family.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not writes:
         reason = "transformers has no model of it that writes text"
         raise UnsupportedFamilyError(f"model type {family.model_type} is not supported: {reason}.")
     return transformers.AutoModelForCausalLM

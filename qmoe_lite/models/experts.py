@@ -26,7 +26,7 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.cpu_dispatch import multiply, product, run_stretches
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.models.gpu_dispatch import begin_call, run_packets, stretches
-from qmoe_lite.models.routing import Assignment
+from qmoe_lite.models.routing import Assignment, in_order
 
 
 class ExpertSource(Protocol):
@@ -165,14 +165,14 @@ class PackedExperts(nn.Module):
         return y if bias is None else (y + bias).to(y.dtype)
 
     @torch.compiler.disable  # torch.compile goes around it: Numba's kernels are not for it to trace
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Send each token through its experts.
 
         Parameters
         ----------
         hidden_states : float tensor, shape (T, C)
             Tokens.
-        *routing : tensors
+        *routing, **named : tensors
             As the family's experts module is called by its MoE block.
 
         Returns
@@ -192,7 +192,7 @@ class PackedExperts(nn.Module):
             message = f"hidden_states is on {hidden_states.device}, the experts on {home}; expected one device. "
             raise SettingError(message + "Move the model, or what it is given.")
         check_recording(hidden_states)
-        index, weights = self.family.routing(routing)
+        index, weights = self.family.routing(in_order(routing, named))
         sizes = [] if source is None else source.begin_layer(self, hidden_states, index)
         learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad)
         if not learns:

@@ -102,9 +102,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def _in_transformers(model_type: str | None) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING  # or registered there
 
 
 def family_of(model_type: str | None, auto: bool = False) -> Family:
