@@ -58,8 +58,9 @@ class Names:
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._known)
-        if name not in self._known and stored in self._known:  # as it is called in the model; transformers sees it too
-            return stored, None, 0
+        codes = stored.rpartition(".")[0] in self._experts and name.rpartition(".")[0] not in self._experts
+        if name not in self._known and (codes or stored in self._known):
+            return stored, None, 0  # as it is called in the model; transformers sees it too
         if f"{self._prefix}.{name.rpartition('.')[0]}" in self._experts:  # codes, of a model saved without its head
             name = f"{self._prefix}.{name}"
         if pattern is None:

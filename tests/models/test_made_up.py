@@ -221,7 +221,7 @@ def test_a_made_up_list_of_renames_is_followed(tmp_path, text_file):
         WeightRenaming(r"^transformer\.", "trunk."),
         WeightRenaming(r"\.final\.", ".closing_norm."),
         WeightRenaming(r"\.h\.", ".chain."),
-        WeightRenaming(r"\.moe\.experts\.", ".ffn.experts."),
+        WeightRenaming("ffn.expert.", "ffn.experts."),  # which matches `ffn.experts` too, as transformers' own do
         WeightRenaming(r"\.moe\.gating\.", ".ffn.router."),
         WeightConverter(
             source_patterns=["ffn.experts.*.w1", "ffn.experts.*.w3"],
@@ -237,9 +237,12 @@ def test_a_made_up_list_of_renames_is_followed(tmp_path, text_file):
     register_checkpoint_conversion_mapping("made_up", mapping, overwrite=True)
     try:
         source = save(tmp_path / "m", **ALTERNATING)
+        MadeUpForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "own", save_original_format=False)
         names = set(load_file(source / "model.safetensors"))
-        assert {"transformer.h.1.moe.experts.5.w1", "transformer.h.0.ffn.weight", "transformer.final.bias"} <= names
+        assert {"transformer.h.1.ffn.expert.5.w1", "transformer.h.0.ffn.weight", "transformer.final.bias"} <= names
         assert_right(source, tmp_path / "out", text_file)
+        assert "trunk.chain.1.ffn.experts.down_proj" in load_file(tmp_path / "own" / "model.safetensors")
+        assert_right(tmp_path / "own", tmp_path / "out2", text_file)
     finally:
         register_checkpoint_conversion_mapping("made_up", [], overwrite=True)
 
