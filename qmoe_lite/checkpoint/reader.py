@@ -381,7 +381,7 @@ class Checkpoint:
             and none for this tensor.
         """
         if self.stored_name(name) in self._made_of:
-            yield memoryview(self.tensor(name).contiguous().view(torch.uint8).numpy().reshape(-1))
+            yield self.tensor(name).reshape(-1).view(torch.uint8).numpy().data
             return
         place, crc = self.place(name), 0
         with closing(WeightFile(place.path)) as file:
