@@ -167,11 +167,14 @@ def _build(layer: str, generator: torch.Generator, rate: float | None = None) ->
 def _rated(rate: float, count: int, rows: int, columns: int, generator: torch.Generator) -> list[PackedMatrix]:
     """Make matrices of uniform digits that take about `rate` stored bits, all by one dictionary."""
     rng = np.random.default_rng(generator.initial_seed())
-    step, dictionary = fit_step(draw_weights(rows, columns, rng), rate)
+    weights = draw_weights(rows, columns, rng)
+    step, dictionary = fit_step(weights, rate)
     steps = torch.full((rows, 1), 0.01, dtype=torch.bfloat16)
     scales = torch.full((columns,), 1.5)
-    drawn = (digits_of(draw_weights(rows, columns, rng), step) for _ in range(count))
-    return [encode(digits, steps, dictionary, scales) for digits in drawn]
+    digits = digits_of(weights, step)
+    # the experts' digits are one matrix's, moved along: to draw 6e8 weights takes half a minute
+    moved = (np.roll(digits, rng.integers(digits.size)) for _ in range(count))
+    return [encode(each, steps, dictionary, scales) for each in moved]
 
 
 def _draw_tokens(ours: PackedExperts, count: int, routings: int, generator: torch.Generator) -> tuple[Tensor, Routings]:

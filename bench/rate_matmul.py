@@ -32,6 +32,7 @@ from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
 
 TOKENS = (1, 4, 16, 64, 512)
+_DRAWN_ROWS = 2048
 # rates.md of 2026-11-25: one thread of an AMD Zen 3, 14336 x 4096, 8-bit activations; bits, G weights/s
 LLAMA_CPP = (("IQ1_S", 1.5625, 10.6), ("IQ2_XXS", 2.0625, 10.3), ("IQ2_S", 2.5625, 10.9), ("Q2_K", 2.625, 28.5))
 
@@ -107,10 +108,11 @@ def measure(
 
 def packed_at(rate: float, rows: int, columns: int, rng: np.random.Generator) -> PackedMatrix:
     """Return a matrix of bell-shaped weights that takes about so many stored bits."""
-    weights = draw_weights(rows, columns, rng)
+    weights = draw_weights(min(rows, _DRAWN_ROWS), columns, rng)
     step, dictionary = fit_step(weights, rate)
+    digits = np.resize(digits_of(weights, step), (rows, columns))  # rows are repeated: to draw takes longest
     steps = torch.full((rows, 1), 0.01, dtype=torch.bfloat16)
-    return encode(digits_of(weights, step), steps, dictionary, torch.full((columns,), 1.5))
+    return encode(digits, steps, dictionary, torch.full((columns,), 1.5))
 
 
 def _measure(shape: str, rate: float, tokens: tuple[int, ...], rng: np.random.Generator) -> list[RateSpeed]:

@@ -384,8 +384,8 @@ def show_coder(rows: list[Row]) -> None:
 
 
 PARTS = {
-    "launch": Part(measure_launch, show_launch, 15),
-    "matmul": Part(measure_matmul, show_matmul, 60),
-    "solver": Part(measure_solver, show_solver, 35),
-    "coder": Part(measure_coder, show_coder, 20),
+    "launch": Part(measure_launch, show_launch, 10),
+    "matmul": Part(measure_matmul, show_matmul, 45),
+    "solver": Part(measure_solver, show_solver, 25),
+    "coder": Part(measure_coder, show_coder, 15),
 }

@@ -125,4 +125,4 @@ def show_choice(rows: list[parts.Row]) -> None:
     print_text("")
 
 
-PART = parts.Part(measure_choice, show_choice, 20)
+PART = parts.Part(measure_choice, show_choice, 15)

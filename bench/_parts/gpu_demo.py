@@ -52,4 +52,4 @@ def show_demo(rows: list[parts.Row]) -> None:
         print_text(f"QMoE recovers {row['recovered']:.0%} of what rounding to nearest (rtn) loses.\n")
 
 
-PART = parts.Part(measure_demo, show_demo, 25)
+PART = parts.Part(measure_demo, show_demo, 35)

@@ -111,4 +111,4 @@ def show_layer(rows: list[parts.Row]) -> None:
     print_text("")
 
 
-PART = parts.Part(measure_layer, show_layer, 45)
+PART = parts.Part(measure_layer, show_layer, 60)

@@ -191,4 +191,4 @@ def show_offload(rows: list[parts.Row]) -> None:
     print_text("Lost: time that the GPU waited. Nothing is copied ahead: routers do not draw.\n")
 
 
-PART = parts.Part(measure_offload, show_offload, 50)
+PART = parts.Part(measure_offload, show_offload, 45)

@@ -213,4 +213,4 @@ def show_paper(rows: list[parts.Row]) -> None:
     print_text(f"Bits a weight, everything counted: {rows[0]['paper_bits']:.2f} and, fitted, {rows[0]['bits']:.2f}.\n")
 
 
-PART = parts.Part(measure_paper, show_paper, 25)
+PART = parts.Part(measure_paper, show_paper, 20)

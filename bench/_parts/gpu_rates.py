@@ -82,4 +82,4 @@ def show_rates(rows: list[parts.Row]) -> None:
     print_rows("Decoding to bfloat16, and a product both ways", columns, both, text=1)
 
 
-PART = parts.Part(measure_rates, show_rates, 40)
+PART = parts.Part(measure_rates, show_rates, 55)

@@ -136,6 +136,7 @@ class Dictionary:
             Largest digit of the strings, 1 to 30; by default the one that takes the fewest bits, exceptions counted.
         longest : int, optional
             Digits of the longest string, 1 to 32; by default 8, or 16 where that saves 0.5%, or 32 where it saves 5%.
+            Behind 8 digits strings have zeros only, by default where that costs at most 1.25%.
 
         Raises
         ------
@@ -192,6 +193,14 @@ class Dictionary:
     def digits_table(self) -> NDArray[np.int8]:
         """Digits of each window's string, zeros behind: int8, shape (4 * 2**bits, width), read-only."""
         return self._tables[0]
+
+    @cached_property
+    def heads_table(self) -> NDArray[np.int8]:
+        """The first 8, 16 or 32 columns of `digits_table`: as few as hold all digits but zeros. Read-only."""
+        used = int(np.flatnonzero(self.digits_table.any(0)).max(initial=0)) + 1
+        width = next(width for width in _WIDTHS if width >= used)
+        table = self.digits_table if width == self.width else np.ascontiguousarray(self.digits_table[:, :width])
+        return _read_only(table)[0]
 
     @property
     def lengths(self) -> NDArray[np.uint8]:

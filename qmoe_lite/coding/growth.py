@@ -113,13 +113,15 @@ def _grow_tree(
     quotas: NDArray[np.int64],
     hard: bool,
     longest: int,
+    head: int,
     nodes: NDArray[np.int64],
     mass: NDArray[np.float64],
     counts: NDArray[np.int64],
 ) -> int:
     """Grow one tree from the first digits of at least `lowest`, whose probabilities are `first`.
 
-    `nodes` (parent or -1, digit, depth, kind; columns), `mass` and `counts` (codewords of each class) are modified.
+    Behind `head` digits a string goes on with zeros only. `nodes` (parent or -1, digit, depth, kind; columns), `mass`
+    and `counts` (codewords of each class) are modified.
     Returns the number of nodes.
     """
     clip = len(single) - 1
@@ -156,7 +158,7 @@ def _grow_tree(
         added[classes[t]] -= 1
         if u <= clip:
             added[classes[u]] += 1
-        fits = counts.sum() + added.sum() <= total and n + new <= room
+        fits = counts.sum() + added.sum() <= total and n + new <= room and (nodes[node, 2] < head or u == 1)
         if hard:
             for c in range(len(quotas)):
                 fits = fits and (added[c] <= 0 or counts[c] + added[c] <= quotas[c])
@@ -275,6 +277,7 @@ def grow_trees(
     starts: NDArray[np.int64],
     quotas: NDArray[np.int64],
     longest: int,
+    head: int,
     rounds: int,
     start: float,
 ) -> tuple[float, NDArray[np.uint8]]:
@@ -290,6 +293,8 @@ def grow_trees(
         Codewords of each class.
     longest : int
         Digits of the longest string.
+    head : int
+        Digits of a string behind which all are zeros.
     rounds : int
         In which prices settle, before the last few that keep to the quotas.
     start : float
@@ -345,7 +350,19 @@ def grow_trees(
             first[c] /= weight
             order, worth = _rank_extensions(cumulated, values, prices[c], classes)
             n = _grow_tree(
-                first[c], starts[c], single, order, worth, classes, quotas, hard, longest, nodes[c], mass[c], counts[c]
+                first[c],
+                starts[c],
+                single,
+                order,
+                worth,
+                classes,
+                quotas,
+                hard,
+                longest,
+                head,
+                nodes[c],
+                mass[c],
+                counts[c],
             )
             sizes[c] = n
             for i in range(n):

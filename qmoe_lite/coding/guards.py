@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from qmoe_lite.errors import QMoEError, SettingError
 
+EXPORTED = "torch.export cannot hold the experts' kernels. Save the model, or use torch.compile."
 _forked = False  # from a process that has OpenMP's threads
 
 
@@ -37,5 +38,9 @@ def check_recording(x: Any) -> None:
     """Raise SettingError where torch records what is done with x, and would silently record something else."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise SettingError("torch.jit.trace cannot record the experts' kernels. Run the model eagerly or compile it.")
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            raise SettingError(EXPORTED)
+        torch._dynamo.graph_break("Numba's kernels are not traced: leave fullgraph out, or compile a model's modules.")
     if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         raise SettingError("forward-mode derivatives do not pass through the experts' kernels. Use backward().")

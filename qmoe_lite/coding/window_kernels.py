@@ -8,6 +8,7 @@ Few tokens (`few_kernel`): an entry's digits are multiplied by the activations a
 after the other, and the position moves on by their number. Four windows share a load of 64 bits; what a row's last four
 hold beyond the row meets the zeros behind x, so that no loop has a branch but its end. With one token and strings of up
 to 8 digits, x86 takes 7 instructions a codeword: two for the index, conversion in two, product, number, position.
+Longer strings take no more where all that they have behind 8 digits are zeros (`Dictionary.heads_table`).
 Many tokens (`many_kernel`): a block of rows is decoded to float32, a chunk of columns at a time, and multiplied by
 panels of tokens, which lie side by side in the lanes of the sums.
 Column scales are multiplied into x where it is laid out, a row's step into its sums; exceptions are added to them.

@@ -15,10 +15,15 @@ _LARGEST_SCALED = np.float32(1e31)  # 127 times so much in each column cannot ov
 
 
 @njit(forceinline=True, error_model="numpy")
-def _scaled(value: np.float32, scale: np.float32) -> Any:
-    """Return value * scale, and 1 if one of them is not finite or too large, else 0."""
-    scaled = value * scale
-    return scaled, np.int64(not (abs(value) <= _LARGEST and abs(scaled) <= _LARGEST_SCALED))
+def _lay(row: NDArray[np.float32], scales: NDArray[np.float32], out: NDArray[np.float32]) -> Any:
+    """Write row * scales; return 1 if a number is not finite or too large, else 0. LLVM makes vectors of this loop."""
+    spoilt = np.int32(0)
+    for i in range(len(row)):
+        value = row[i]
+        scaled = value * scales[i]
+        out[i] = scaled
+        spoilt |= np.int32(not (abs(value) <= _LARGEST and abs(scaled) <= _LARGEST_SCALED))
+    return np.int64(spoilt)
 
 
 @njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
@@ -31,6 +36,7 @@ def lay_rows(
     that the jobs name is finite, and not so large that sums of it might not be.
     """
     tokens, columns = out.shape[1], x.shape[1]
+    ones = np.ones(columns, dtype=np.float32)
     spoilt = 0
     for task in prange(len(jobs) * tokens):
         job, token = jobs[task // tokens], task % tokens
@@ -38,11 +44,7 @@ def lay_rows(
         if token >= job[COUNT]:
             own[:] = 0
         else:
-            row, one = x[job[FIRST] + token], np.float32(1)
-            for column in range(columns):
-                scale = scales[job[EXPERT], column] if len(scales) else one
-                own[column], wrong = _scaled(row[column], scale)
-                spoilt += wrong
+            spoilt += _lay(x[job[FIRST] + token], scales[job[EXPERT]] if len(scales) else ones, own)
             own[columns:] = 0
     return spoilt == 0
 
@@ -54,17 +56,20 @@ def lay_panels(
     """Lay x (N, C) out for each job of many tokens: out (panels, C, lanes), tokens side by side; see `lay_rows`."""
     lanes, columns = out.shape[2], x.shape[1]
     pieces = (columns + _COLUMNS - 1) // _COLUMNS
+    ones = np.ones(columns, dtype=np.float32)
     spoilt = 0
     for task in prange(len(jobs) * pieces):
         job, start = jobs[task // pieces], task % pieces * _COLUMNS
-        end, one = min(start + _COLUMNS, columns), np.float32(1)
+        end = min(start + _COLUMNS, columns)
+        scale = (scales[job[EXPERT]] if len(scales) else ones)[start:end]
+        rows = np.zeros((lanes, _COLUMNS), dtype=np.float32)
         for panel in range((job[COUNT] + lanes - 1) // lanes):
-            own, first = out[job[PANEL] + panel], job[FIRST] + panel * lanes
+            own, first = out[job[PANEL] + panel, start:end], job[FIRST] + panel * lanes
             held = min(lanes, job[COUNT] - panel * lanes)
-            for column in range(start, end):
-                scale = scales[job[EXPERT], column] if len(scales) else one
-                for token in range(held):
-                    own[column, token], wrong = _scaled(x[first + token, column], scale)
-                    spoilt += wrong
-                own[column, held:] = 0
+            for token in range(held):
+                spoilt += _lay(x[first + token, start:end], scale, rows[token])
+            rows[held:] = 0
+            for column in range(len(own)):
+                for token in range(lanes):
+                    own[column, token] = rows[token, column]
     return spoilt == 0

@@ -21,7 +21,7 @@ from qmoe_lite.coding.window_parts import dictionary_of, exceptions_of, scales_o
 from qmoe_lite.errors import NotFiniteError
 
 FEW_TOKENS = (1, 2, 4)  # tokens that a codeword's digits are multiplied by in one walk
-JOB_TOKENS = 256  # that share a decoded tile
+JOB_TOKENS = 512  # that share a decoded tile
 USUAL_BITS = 10
 LAID_BYTES = 32 << 20  # of x laid out for the kernels at a time
 # tokens of a panel: rows at a time, so that the sums fit the registers: 32 of 512 bits, or 16 of 256 and fewer
@@ -150,16 +150,10 @@ def _multiply(
     bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest, stack.steps
     exceptions = stack.exception_starts, stack.exception_positions, stack.exception_values
-    coded = (
-        *matrices,
-        *exceptions,
-        book.digits_table,
-        book.lengths,
-        stack.columns,
-        bits,
-        (0,) * book.digits_table.shape[1],
-    )
-    if lanes in FEW_TOKENS:
+    few = lanes in FEW_TOKENS
+    table = book.heads_table if few else book.digits_table
+    coded = *matrices, *exceptions, table, book.lengths, stack.columns, bits, (0,) * table.shape[1]
+    if few:
         window_kernels.few_kernel(*coded, (0,) * lanes, jobs, x, y)
     else:
         window_kernels.many_kernel(*coded, (0,) * _panels()[lanes], (0,) * lanes, jobs, x, y)

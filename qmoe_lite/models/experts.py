@@ -26,6 +26,7 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.cpu_dispatch import multiply, product, run_stretches
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.models.gpu_dispatch import begin_call, run_packets, stretches
+from qmoe_lite.models.operations import call_experts, register
 from qmoe_lite.models.routing import Assignment, in_order
 
 
@@ -77,6 +78,7 @@ class PackedExperts(nn.Module):
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
         self._stacks: dict[str, ExpertStack] = {}
         self._packets_of: dict[str, Any] = {}  # on a GPU
+        self.number = register(self)  # among torch's operations, in this process
 
     @property
     def num_experts(self) -> int:
@@ -164,7 +166,6 @@ class PackedExperts(nn.Module):
         y, bias = product(packed, x), self.bias(expert, projection)
         return y if bias is None else (y + bias).to(y.dtype)
 
-    @torch.compiler.disable  # torch.compile goes around it: Numba's kernels are not for it to trace
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Send each token through its experts.
 
@@ -183,7 +184,18 @@ class PackedExperts(nn.Module):
         ------
         ShapeError, SettingError
             `hidden_states` has another width or device; or torch records what cannot be recorded.
+
+        Notes
+        -----
+        torch.compile takes it as one operation, unless gradients are wanted; torch.export is refused.
         """
+        routing = in_order(routing, named)
+        if torch.compiler.is_compiling():
+            return call_experts(hidden_states, routing, self.number)
+        return self.run_layer(hidden_states, *routing)
+
+    def run_layer(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        """Do what `forward` does, not as an operation of torch's."""
         width = self.layer.shapes[self.layer.projections[0]][1]
         if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
             raise ShapeError(f"hidden_states is {tuple(hidden_states.shape)}; expected (tokens, {width}). Reshape it.")
@@ -192,7 +204,7 @@ class PackedExperts(nn.Module):
             message = f"hidden_states is on {hidden_states.device}, the experts on {home}; expected one device. "
             raise SettingError(message + "Move the model, or what it is given.")
         check_recording(hidden_states)
-        index, weights = self.family.routing(in_order(routing, named))
+        index, weights = self.family.routing(routing)
         sizes = [] if source is None else source.begin_layer(self, hidden_states, index)
         learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad)
         if not learns:
@@ -301,6 +313,10 @@ class PackedExperts(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has buffers of its own
         return {**self.__dict__, "_checked": {}, "_stacks": {}, "_packets_of": {}, "source": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.number = register(self)
 
     def _forget(self) -> None:
         self._checked.clear()

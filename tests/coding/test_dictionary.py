@@ -90,6 +90,18 @@ def test_classes_keep_to_their_quotas_and_the_same_counts_give_the_same_trees(co
     assert Dictionary.fit_counts(counts, bits) == dictionary
 
 
+def test_strings_of_a_middle_rate_have_only_zeros_behind_their_heads():
+    counts = [5600, 4000, 380, 20]
+    dictionary = Dictionary.fit_counts(counts)
+    assert (dictionary.longest, dictionary.width, dictionary.heads_table.shape[1]) == (16, 16, 8)
+    assert dictionary.lengths.max() > 8
+    assert not dictionary.digits_table[:, 8:].any()
+    assert (dictionary.heads_table == dictionary.digits_table[:, :8]).all()
+    free = Dictionary.fit_counts(counts, clip=dictionary.clip, longest=16)
+    assert free.heads_table is free.digits_table
+    assert 1.0 < dictionary.expected_bits(counts) / free.expected_bits(counts) < 1.0125
+
+
 @pytest.mark.parametrize("bits", [9, 10, 11, 12])
 @pytest.mark.parametrize(("clip", "longest"), [(1, 1), (1, 16), (2, 17), (2, 32), (3, 8), (30, 5), (None, 3)])
 def test_settings_are_taken_as_given(bits, clip, longest):

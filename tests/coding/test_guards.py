@@ -36,6 +36,16 @@ def test_a_forward_mode_tangent_is_not_dropped(packed):
         assert qm.decode_matmul(packed, x).shape == (2, 8)
 
 
+def test_compiled_code_goes_around_a_product_or_says_that_it_must(packed):
+    def shifted(x):
+        return qm.decode_matmul(packed, x) + 1
+
+    x = torch.ones(2, 64)
+    assert torch.equal(torch.compile(shifted, backend="eager")(x), shifted(x))
+    with pytest.raises(Exception, match="Numba's kernels are not traced: leave fullgraph out"):
+        torch.compile(lambda x: qm.decode_matmul(packed, x) * 2, backend="eager", fullgraph=True)(x)
+
+
 def test_a_models_experts_refuse_both(compressed):
     model = qm.load(compressed[0], dtype=torch.float32)
     experts = next(module for module in model.modules() if hasattr(module, "run_expert"))

@@ -23,7 +23,7 @@ def draw_tables(seed, bits=10, longest=8, clip=5):
     lengths = rng.integers(1, longest + 1, 4 << bits).astype(np.uint8)
     digits = rng.integers(-clip, clip + 1, (4 << bits, width)).astype(np.int8)
     digits[np.arange(width) >= lengths[:, None]] = 0
-    return SimpleNamespace(bits=bits, digits_table=digits, lengths=lengths)
+    return SimpleNamespace(bits=bits, digits_table=digits, heads_table=digits, lengths=lengths)
 
 
 def draw_codewords(rng, tables, rows, columns):
@@ -141,6 +141,16 @@ LONGEST = draw_tables(3, longest=32, clip=1)
 def test_product_equals_the_dense_one(tables, columns, tokens):
     stack, weights = draw_stack(tables, 1, 13, columns, seed=columns)
     x = draw_x(tokens, columns)
+    assert_close(multiply_windows([stack], x, [0], [0, tokens])[0], weights[0], x)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_skip_the_zeros_behind_heads(tokens):
+    tables = draw_tables(4, longest=16, clip=2)
+    tables.digits_table[:, 8:] = 0
+    tables.heads_table = np.ascontiguousarray(tables.digits_table[:, :8])
+    stack, weights = draw_stack(tables, 1, 13, 1000)
+    x = draw_x(tokens, 1000)
     assert_close(multiply_windows([stack], x, [0], [0, tokens])[0], weights[0], x)
 
 
