@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import quantization_config
-from qmoe_lite.checkpoint.reader import Checkpoint, find_model
+from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, versions
 from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import quantization_of
-from qmoe_lite.checkpoint.reader import find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.errors import FormatError, SettingError

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint.config_file import check_named
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import PARTS_OF, check_alphabets, parts_of, quantization_of, tensor_name
-from qmoe_lite.checkpoint.reader import Checkpoint, find_model, of_experts
+from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.checkpoint.report import FILE_NAME, read_report
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import THREADS, page_memory

@@ -71,7 +71,7 @@ class QMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from qmoe_lite.checkpoint.reader import variant_of
+        from qmoe_lite.checkpoint.finding import variant_of
         from qmoe_lite.models.building import read_config
         from qmoe_lite.models.experts import empty_experts
         from qmoe_lite.models.placing import put

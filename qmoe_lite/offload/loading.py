@@ -71,8 +71,8 @@ def load(
     cannot run any in the child, whose calls raise QMoEError: OpenMP forbids it. Start processes by spawn, such as a
     DataLoader's workers (multiprocessing_context="spawn").
     """
+    from qmoe_lite.checkpoint.finding import find_model
     from qmoe_lite.checkpoint.format import quantization_of
-    from qmoe_lite.checkpoint.reader import find_model
     from qmoe_lite.devices import find_device, moved
     from qmoe_lite.models.building import class_of_saved, experts_replaced
     from qmoe_lite.models.skeletons import open_checkpoint

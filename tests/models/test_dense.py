@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
-from qmoe_lite.checkpoint.reader import find_model
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.errors import CheckpointError
 from qmoe_lite.models.dense import load_dense
 from qmoe_lite.models.skeletons import open_checkpoint
