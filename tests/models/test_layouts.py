@@ -159,7 +159,7 @@ def quantised_twins(source, place, settings, quantise):
     )
 
 
-@pytest.mark.parametrize(("bits", "size"), [(4, 4), (8, None)])
+@pytest.mark.parametrize(("bits", "size"), [(4, 4), pytest.param(8, None, marks=pytest.mark.slow)])
 def test_packed_integers_give_their_bfloat16_twins_bytes(tmp_path, tokenizer, text_file, bits, size):
     def quantise(weight):
         packed, scales, plain = to_integers(weight, bits, size)
@@ -170,7 +170,9 @@ def test_packed_integers_give_their_bfloat16_twins_bytes(tmp_path, tokenizer, te
     assert_the_same_comes_out(*quantised_twins(source, tmp_path, settings, quantise), tmp_path, text_file)
 
 
-@pytest.mark.parametrize("strategy", ["channel", "tensor", "block", "mixed"])
+@pytest.mark.parametrize(
+    "strategy", ["mixed", *(pytest.param(each, marks=pytest.mark.slow) for each in ("channel", "tensor", "block"))]
+)
 def test_fp8_of_compressed_tensors_gives_its_bfloat16_twins_bytes(tmp_path, tokenizer, text_file, strategy):
     """By rows, by tensors, by blocks; or attention in FP8 and experts in packed integers, as Kimi has them."""
 
@@ -267,7 +269,9 @@ def test_an_unknown_layout_is_named(tmp_path, causal):
     ("model_type", "joined", "made"),
     [
         ("kimi_linear", "self_attn.q_conv1d.weight", "self_attn.conv1d.weight"),
-        ("sarvam_moe", "attention.query_key_value.weight", "self_attn.q_proj.weight"),
+        pytest.param(
+            "sarvam_moe", "attention.query_key_value.weight", "self_attn.q_proj.weight", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_dense_tensors_that_transformers_joins_or_splits_are_made_as_it_does(

@@ -210,7 +210,14 @@ def assert_right(source, out, text_file):
     assert report.verdict is not None
 
 
-@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, marks=[] if name in ("hybrid", "transposed") else [pytest.mark.slow])
+        for name, settings in VARIANTS.items()
+    ],
+    ids=VARIANTS,
+)
 def test_a_made_up_model_is_right(tmp_path, text_file, settings):
     assert_right(save(tmp_path / "m", **settings), tmp_path / "out", text_file)
 

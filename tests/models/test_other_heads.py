@@ -53,7 +53,9 @@ def of_family(request, switch, compressed):
 
 
 @pytest.mark.parametrize("auto", HEADS)
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3_moe", "deepseek_v3"))]
+)
 def test_other_heads_get_the_same_hidden_states(compressed_causal, tmp_path, auto, model_type):
     directory = compressed_causal(model_type)
     expected = states_of(qm.load(directory, dtype=torch.float32))
@@ -118,7 +120,14 @@ def test_a_missing_tensor_is_found_whatever_the_head(compressed_causal, tmp_path
             auto.from_pretrained(path)
 
 
-@pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "switch_transformers",
+        "gpt_oss",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("mixtral", "nemotron_h", "llama4_text")),
+    ],
+)
 def test_a_dequantized_model_is_an_ordinary_one(of_family, tmp_path, model_type):
     source, directory, auto = of_family(model_type)
     model, before = qm.load(directory, dtype=torch.float32), qm.load(directory, dtype=torch.float32)

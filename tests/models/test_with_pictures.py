@@ -35,8 +35,14 @@ def picture(model_type: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
 
 
-@pytest.mark.parametrize("model_type", sorted(tiny.WITH_PICTURES))
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "own"),
+    [
+        pytest.param(each, own, marks=[pytest.mark.slow] if own and each in ("llama4", "step3p7") else [])
+        for each in sorted(tiny.WITH_PICTURES)
+        for own in (False, True)
+    ],
+)
 def test_text_and_pictures_give_what_the_dequantised_model_gives(tmp_path, tokenizer, text_file, model_type, own):
     source = tiny.make_with_pictures(tmp_path / "m", tokenizer, model_type)
     if own:
