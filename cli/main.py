@@ -8,7 +8,24 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import _output, bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
+from qmoe_lite.cli import (
+    _output,
+    bench_,
+    card,
+    chat,
+    compress_,
+    demo,
+    doctor,
+    eval_,
+    generate,
+    import_qmoe,
+    inspect_,
+    pack,
+    serve,
+    tune,
+    unpack,
+    verify,
+)
 from qmoe_lite.cli._streams import give_up_output, mend_streams
 from qmoe_lite.errors import QMoEError
 
@@ -24,6 +41,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("compress")(compress_.compress)
+app.command("tune")(tune.tune)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
@@ -31,6 +49,10 @@ app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
 app.command("verify")(verify.verify)
+app.command("card")(card.card)
+app.command("import-qmoe")(import_qmoe.import_qmoe)
+app.command("pack")(pack.pack)
+app.command("unpack")(unpack.unpack)
 app.add_typer(bench_.app, name="bench")
 
 

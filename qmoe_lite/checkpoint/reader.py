@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -22,6 +18,7 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint.config_file import read_config_file
 from qmoe_lite.checkpoint.finding import variant_of, with_variant
+from qmoe_lite.checkpoint.pickles import load_pickle
 from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
@@ -93,6 +90,7 @@ class Checkpoint:
     ) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
         self._checksums: dict[str, int] = {}
         self._made_of: dict[str, list[str]] = {}  # in the files, of tensors that are made of several
         self._as_stored: dict[str, Source] = {}  # before they are converted under the same name
@@ -105,10 +103,22 @@ class Checkpoint:
             if faults is None:
                 raise
             faults.append(error)
+        self._find_weights(variant)
+        missing = [f for f in self.files if not (directory / f).is_file()]
+        if missing and faults is None:
+            rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
+        plain: dict[str, Source] = {stored: _Plain(self, stored) for stored in self._file_of}
+        self._sources = dequantised(self.config, plain)
+        self._views = whole(self._sources)
+
+    def _find_weights(self, variant: str | None) -> None:
+        """Find out of which kind the files are, and which holds which tensor."""
+        directory = self.directory
         for usual, self._kind in _KINDS:
             file_name = with_variant(usual, variant)
             if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
-                self._file_of: dict[str, str] = dict.fromkeys(self._open(file_name).keys(), file_name)
+                self._file_of = dict.fromkeys(self._open(file_name).keys(), file_name)
                 break
             index = directory / with_variant(f"{usual}.index.json", variant)
             if index.is_file():
@@ -127,17 +137,12 @@ class Checkpoint:
                 break
         else:
             text = f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin."
-            others = {name for file in sorted(directory.glob("model.*safetensors*")) if (name := variant_of(file.name))}
+            if (directory / "noexp.pt").exists():
+                text += " It is one of the paper's: run qmoe import-qmoe."
+            others = {name for file in directory.glob("model.*safetensors*") if (name := variant_of(file.name))}
             for each in sorted(others):
                 text += f" There are some of the variant {each}: from_pretrained(.., variant={each!r}) loads them."
             raise CheckpointError(text)
-        missing = [f for f in self.files if not (directory / f).is_file()]
-        if missing and faults is None:
-            rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
-        plain: dict[str, Source] = {stored: _Plain(self, stored) for stored in self._file_of}
-        self._sources = dequantised(self.config, plain)
-        self._views = whole(self._sources)
 
     @property
     def sources(self) -> Mapping[str, Source]:
@@ -225,29 +230,14 @@ class Checkpoint:
             if not path.is_file():
                 raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
             try:
-                with path.open("rb") as file:  # safetensors calls missing whatever it cannot open
-                    head = file.read(2)
-                if self._kind == "bin" and head and head != b"PK" and head[:1] != b"\x80":
-                    zeros = " (it begins with zeros)" if not any(head) else ""
-                    raise CheckpointError(f"{path} is damaged: it is no file of torch's{zeros}. Fetch the file again.")
-                if self._kind == "safetensors":
-                    opened: Any = safe_open(path, framework="pt", device="cpu")
-                else:
-                    opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+                path.open("rb").close()  # safetensors calls missing whatever it cannot open
+                safetensors = self._kind == "safetensors"
+                opened: Any = safe_open(path, framework="pt", device="cpu") if safetensors else load_pickle(path)
             except CheckpointError:
                 raise
             except OSError as error:
-                if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
-                    raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
                 raise unreadable(path, error) from error
-            except UnpicklingError as error:  # torch's words name a way to run what is in it
-                asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-                found = f"asks for {asked[1]}" if asked else "is damaged or holds other things than tensors"
-                raise CheckpointError(
-                    f"{path} {found}: a pickle may run any program, and this one is not loaded. Fetch it again from a "
-                    "source that you trust, or the model's safetensors files."
-                ) from error
-            except Exception as error:  # safetensors and zip have their own
+            except Exception as error:  # safetensors has its own
                 raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
             self._open_files[file_name] = opened
         return self._open_files[file_name]

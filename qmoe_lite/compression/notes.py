@@ -26,6 +26,7 @@ def make_report(
     degraded: list[str],
     verdict: Verdict | None,
     seconds: float,
+    text: str | None = None,
 ) -> Report:
     """Put together what is known of a compression.
 
@@ -47,6 +48,8 @@ def make_report(
         Of the validation samples.
     seconds : float
         That the work took.
+    text : str, optional
+        Name of the calibration text.
     """
     notes = list(degraded)
     nearest = sum(p.hessian_classes.get("nearest", 0) for p in done.projections)
@@ -61,7 +64,7 @@ def make_report(
     dense_experts, dense_others = stored_bytes(dense)
     return Report(
         model=str(dense.directory),
-        settings={**asdict(settings), "grid": grid.to_config()},
+        settings={**asdict(settings), "grid": grid.to_config(), "calibration": text},
         projections=done.projections,
         held_out_error={k: v for k, v in done.held_out_error.items() if v is not None},
         degraded=notes,

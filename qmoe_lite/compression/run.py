@@ -30,7 +30,7 @@ from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.lock import locked
+from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.notes import make_report
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
@@ -188,7 +188,7 @@ def compress(
     options.check()
     options = options.resolved()
     target = Path(out)
-    _check_free(target)
+    check_free(target)
     if (options.recipe == "nearest") != (calibration is None):
         text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
         raise SettingError(f"recipe {options.recipe} {text}.")
@@ -196,18 +196,15 @@ def compress(
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     partial = target.with_name(f"{target.name}.partial")
     with locked(partial) as note, torch.inference_mode():
-        _check_free(target)  # once more: another run may have finished it
+        check_free(target)  # once more: another run may have finished it
         run = _Run(find_model(model), target, partial, grid, options, progress, auto=family == "auto")
         run.degraded += [] if note is None else [note]
         return run.run(calibration, resume)
 
 
-def _check_free(target: Path) -> None:
-    """Raise OutputError where no directory of this name can be made."""
-    if target.name in ("", ".."):
-        raise OutputError(f"{target} names no new directory. Give OUT a name of its own.")
-    if target.exists() or target.is_symlink():
-        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
+def _name_of(calibration: str | Path | None) -> str | None:
+    """Return what a report calls a text: a file's own name, not where it lay, or a data set's."""
+    return None if calibration is None else Path(calibration).name if Path(calibration).exists() else str(calibration)
 
 
 class _Run:
@@ -263,7 +260,7 @@ class _Run:
             check_ids(samples.all, self.config.get_text_config().vocab_size)
             self._open_partial(samples.all, resume)
             self._calibrated(samples, hessian_masks(samples.all, tokenizer))
-        return self._write_rest()
+        return self._write_rest(_name_of(calibration))
 
     def _open_partial(self, samples: Samples | None, resume: bool) -> None:
         fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
@@ -368,7 +365,7 @@ class _Run:
             last = self.layers[-1].block
             self._progress(Progress(sum(sizes[: number + 1]), sum(sizes), f"{layer.block} of {last}", self._warning))
 
-    def _write_rest(self) -> Report:
+    def _write_rest(self, text: str | None) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""
         matrices = sum(p.experts for p in self.done.projections)
         promised = sum(layer.matrices for layer in self.layers)
@@ -392,6 +389,7 @@ class _Run:
             self.degraded,
             self.verdict,
             self.unfinished.seconds,
+            text,
         )
         files.write_json(self.partial / FILE_NAME, report.to_json())
         self.unfinished.become(self.out)

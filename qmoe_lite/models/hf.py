@@ -102,6 +102,7 @@ class QMoEQuantizer(HfQuantizer):
         from qmoe_lite.checkpoint.weight_file import SizeGuard
         from qmoe_lite.models.dense_checks import check_before_use
         from qmoe_lite.models.experts import PackedExperts
+        from qmoe_lite.models.pushing import carry_card
 
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
         for name, module in packed.items():
@@ -120,6 +121,7 @@ class QMoEQuantizer(HfQuantizer):
         for module in packed.values():
             module.guard = guard
         check_before_use(model, checkpoint, [within.name(each) for stack in stacks for each in stack.blocks], guard)
+        carry_card(model, checkpoint.directory)
         model.requires_grad_(False)
         for name in within.new_head(model, checkpoint):
             model.get_parameter(name).requires_grad_(True)

@@ -316,7 +316,8 @@ def go_on(
     """
     seq2seq = bool(model.config.is_encoder_decoder)
     settings, ends, hidden = settings_for(model, tokenizer, sampling)
-    if not seq2seq and max(map(len, rows)) > prefill_chunk:
+    # what makes a cache of its own kind takes a prompt whole
+    if not seq2seq and max(map(len, rows)) > prefill_chunk and model._supports_default_dynamic_cache():
         settings.prefill_chunk_size = prefill_chunk
     streams = Streams(
         [Stream(tokenizer, hidden, ends, write, i, alone=seq2seq or fresh_line) for i in range(len(rows))]

@@ -24,7 +24,7 @@ def written(*texts: Writing) -> list[str]:
     return pieces
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "jamba", "switch_transformers"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "jamba", "minimax", "switch_transformers"])
 def test_texts_that_take_turns_are_those_of_generate(causal, switch, tokenizer, model_type):
     """Caches of keys and values, of sliding windows, of states, and of an encoder."""
     auto = AutoModelForSeq2SeqLM if model_type.startswith("switch") else AutoModelForCausalLM
