@@ -80,9 +80,9 @@ def check_sums(path: Path) -> None:
 def _check_beginning(path: Path) -> None:
     """Raise CheckpointError where a file is no pickle either: torch takes one of zeros for an archive of its own."""
     with path.open("rb") as file:
-        head = file.read(1)
-    if head and head != b"\x80":
-        zeros = " (it begins with zeros)" if head == b"\0" else ""
+        head = file.read(2)
+    if head and head[:1] != b"\x80" and head != b"PK":  # an archive that was cut is none
+        zeros = " (it begins with zeros)" if not any(head) else ""
         raise CheckpointError(f"{path} is damaged: it is no file of torch's{zeros}. Fetch the file again.")
 
 
