@@ -17,10 +17,8 @@ from checks import layers_of, logits_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     SwitchTransformersEncoderModel,
 )
@@ -286,7 +284,7 @@ def test_what_is_checked_is_what_transformers_loads(compressed_causal, tmp_path)
         with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
             load(path)
     save_file(tensors, path / "model.fp16.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="other weight files"):
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
         AutoModelForCausalLM.from_pretrained(path, variant="fp16")
 
 
@@ -311,16 +309,10 @@ def test_gradients_pass_through_the_experts(pair, model_type):
         assert not model(input_ids=ids, **more).logits.requires_grad
 
 
-def test_classes_without_the_models_own_head_are_refused(compressed, compressed_causal):
-    mixtral, switch = compressed_causal("mixtral"), compressed[0]
-    for auto, path, named in (
-        (AutoModel, mixtral, "AutoModelForCausalLM or qmoe_lite.load, not as MixtralModel"),
-        (AutoModelForSequenceClassification, mixtral, "not as MixtralForSequenceClassification"),
-        (AutoModel, switch, "AutoModelForSeq2SeqLM or qmoe_lite.load, not as SwitchTransformersModel"),
-        (SwitchTransformersEncoderModel, switch, "not as SwitchTransformersEncoderModel"),
-    ):
-        with pytest.raises(CheckpointError, match=named):
-            auto.from_pretrained(path)
+def test_a_class_that_lacks_a_part_of_the_experts_is_refused(compressed):
+    named = "AutoModelForSeq2SeqLM or qmoe_lite.load, not as SwitchTransformersEncoderModel"
+    with pytest.raises(CheckpointError, match=named):
+        SwitchTransformersEncoderModel.from_pretrained(compressed[0])
 
 
 def test_models_load_in_several_threads_one_after_another(compressed, compressed_causal, switch, monkeypatch):

@@ -100,8 +100,7 @@ def test_uniform_digits_resume_and_run_within_a_quarter_of_the_experts(tmp_path,
         runner_of(limited).close()
 
 
-# laguna: transformers 5.24 renames its own `shared_experts` once more, and cannot load what it saved either
-@each_of(tiny.MORE.keys() - {"laguna"})
+@each_of(tiny.MORE)
 def test_both_of_transformers_layouts_are_read(tmp_path, causal, model_type):
     """As checkpoints were published, and as transformers itself holds a layer's experts."""
     source = causal(model_type)
