@@ -36,6 +36,8 @@ def load_pickle(path: Path) -> Any:
             with ZipFile(path) as archive:
                 _check_records(path, archive)
                 records = _places(path, archive)
+        else:
+            _check_beginning(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about a pickle that it then refuses
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -117,6 +119,15 @@ def _check_storages(path: Path, found: Any, records: dict[int, int]) -> None:
     maps = (first - place for place, size in records.items() if size == held[first])  # where the file may be mapped
     if not any(all(records.get(address - start) == size for address, size in held.items()) for start in maps):
         raise CheckpointError(f"{path} is damaged: its tensors are not its records. Fetch the file again.")
+
+
+def _check_beginning(path: Path) -> None:
+    """Raise CheckpointError where a file is no pickle either: torch takes one of zeros for an archive of its own."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head and head[:1] != b"\x80" and head != b"PK":  # an archive that was cut is none
+        zeros = " (it begins with zeros)" if not any(head) else ""
+        raise CheckpointError(f"{path} is damaged: it is no file of torch's{zeros}. Fetch the file again.")
 
 
 def _check_records(path: Path, archive: ZipFile) -> None:
