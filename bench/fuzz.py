@@ -137,6 +137,17 @@ def run(base: Path, options: argparse.Namespace) -> int:
     tally, step = Tally(), max(1, min(options.workers, options.cases))
     end = options.seed + options.cases
     workers = [start(base, options.seed + i, step, end) for i in range(step)]
+    with suppress(KeyboardInterrupt):  # what is done is told
+        follow_all(base, workers, tally, step, end, options.cases)
+    for worker in workers:
+        worker.process.kill()
+        print(worker.errors.read_text(errors="replace"), file=sys.stderr)
+    show(tally, options, time.monotonic() - began)
+    return 1 if tally.wrong or workers else 0
+
+
+def follow_all(base: Path, workers: list[Worker], tally: Tally, step: int, end: int, cases: int) -> None:
+    """Follow the workers to their ends; one that cannot begin is left in the list."""
     shown = 0.0
     while workers:
         time.sleep(0.05)
@@ -150,19 +161,16 @@ def run(base: Path, options: argparse.Namespace) -> int:
                 worker.process.kill()
                 worker.process.wait()
             follow(worker, tally)
+            if worker.at is None and worker.process.returncode:
+                return
             workers.remove(worker)
             if worker.at is not None:
                 last = (worker.errors.read_text(errors="replace").strip().splitlines() or [""])[-1]
                 tally.add(worker.at, "hang" if reason else "crash", reason or f"{worker.process.returncode} {last}", [])
                 workers.append(start(base, worker.at["seed"] + step, step, end))
-            elif worker.process.returncode:
-                print(worker.errors.read_text(errors="replace"), file=sys.stderr)
-                return 1
         if sys.stderr.isatty() and time.monotonic() - shown > 1:
             shown = time.monotonic()
-            print(f"\r{tally.total} of {options.cases}", end="", file=sys.stderr, flush=True)
-    show(tally, options, time.monotonic() - began)
-    return 1 if tally.wrong else 0
+            print(f"\r{tally.total} of {cases}", end="", file=sys.stderr, flush=True)
 
 
 def start(base: Path, first: int, step: int, end: int) -> Worker:
