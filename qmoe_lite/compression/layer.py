@@ -112,7 +112,7 @@ class LayerCompressor:
                 solved = self._solve_at_rate(solve, tallies, layer, group, taken)
             if seen is not None:
                 for place, expert in enumerate(group):
-                    weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                    weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                     found += self.run(layer, expert, weights, seen)
             group_done(i + 1, len(groups))
         tensors: dict[str, Tensor] = {}
@@ -200,7 +200,7 @@ class LayerCompressor:
                 rows, gates = seen.assigned.of_expert(expert)
                 rides = seen.validation[rows].nonzero()[:_TOKENS, 0]
                 x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self.device)
-                weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                 both = self._linears(layer, expert, weights), self.truth(layer, expert)
                 found += compared(*(self.expert(x, matrices) * shares for matrices in both))
             energies.append(found[1] / found[2] if found[2] else 0.0)
@@ -263,7 +263,7 @@ class LayerCompressor:
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
             before = [
-                self._linears(layer, expert, {name: solved[name].quantized.weight[place] for name in solved})
+                self._linears(layer, expert, {name: solved[name].quantized.weight_of(place) for name in solved})
                 for place, expert in enumerate(group)
             ]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
