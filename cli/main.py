@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from qmoe_lite.cli import _output, bench_, chat, compress_, demo, doctor, eval_, generate, inspect_, serve, verify
+from qmoe_lite.cli import (
+    _output,
+    bench_,
+    chat,
+    compress_,
+    demo,
+    doctor,
+    estimate,
+    eval_,
+    generate,
+    inspect_,
+    serve,
+    verify,
+)
 from qmoe_lite.cli._streams import give_up_output, mend_streams
 from qmoe_lite.errors import QMoEError
 
@@ -23,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
+app.command("estimate")(estimate.estimate)
 app.command("compress")(compress_.compress)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qmoe_lite.checkpoint.config_file import read_config_file
+from qmoe_lite.checkpoint.config_file import check_hub_name, read_config_file
 from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
@@ -38,19 +38,8 @@ def find_model(name: str | Path) -> Path:
         No such directory, or one without config.json or that may not be looked into, or a name that the hub does not
         know.
     """
-    path = Path(name)
-    try:
-        if path.is_dir():
-            if (path / "config.json").is_file():
-                return path
-            raise CheckpointError(f"{path} is no model: it has no config.json. Name a Hugging Face model directory.")
-        there = path.exists()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    # the hub's names have an owner and one slash, and none begins like these
-    if there or str(name).startswith((".", "~", "/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        reason = "it is a file" if there else "there is no such directory"
-        raise CheckpointError(f"{name} is no model directory: {reason}. Give one with config.json and weights.")
+    if check_hub_name(name) is None:
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     try:

@@ -31,7 +31,7 @@ from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
-_TOKENS = 1 << 14  # tokens that go through an expert at a time
+CHUNK_TOKENS = 1 << 14  # tokens that go through an expert at a time
 
 Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
 
@@ -198,7 +198,7 @@ class LayerCompressor:
             found = np.zeros(3)
             for place, expert in enumerate(group):
                 rows, gates = seen.assigned.of_expert(expert)
-                rides = seen.validation[rows].nonzero()[:_TOKENS, 0]
+                rides = seen.validation[rows].nonzero()[:CHUNK_TOKENS, 0]
                 x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self.device)
                 weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                 both = self._linears(layer, expert, weights), self.truth(layer, expert)
@@ -297,7 +297,7 @@ class LayerCompressor:
         hessians = []
         of_layer: Tensor | None = None
         for rows, matrices, few in zip(rows_of, before, starved, strict=False):
-            parts = (self._gather(seen, rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
+            parts = (self._gather(seen, rows[i : i + CHUNK_TOKENS]) for i in range(0, len(rows), CHUNK_TOKENS))
             hessian = self._mean_hessian(parts, matrices, len(rows), columns)
             if few:
                 if of_layer is None or matrices:  # in front of the first projection it is the same for all
@@ -324,8 +324,8 @@ class LayerCompressor:
         rows, gates = all_rows[~apart], all_gates[~apart]
         truth: list[Linear] = []
         found = np.zeros(3)
-        for start in range(0, len(rows), _TOKENS):
-            part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            part, weights = rows[start : start + CHUNK_TOKENS], gates[start : start + CHUNK_TOKENS, None]
             x, weights = self._gather(seen, part), weights.to(self.device)
             y = self.expert(x, matrices) * weights
             seen.hidden.add(part, y.cpu())
