@@ -130,7 +130,7 @@ def _print(found: Estimate) -> None:
     print_text()
     print_text(f"Compressing on {found.device}" + _of_samples(found))
     table = _grid()
-    table.add_row("memory", f"{show_size(work.memory_bytes)}, at most, which is in: {work.stage}")
+    table.add_row("memory", f"{show_size(work.memory_bytes)} at the peak: {work.stage}")
     for part, size in sorted(work.memory_parts.items(), key=lambda each: -each[1]):
         if size >= _SHOWN * work.memory_bytes:
             table.add_row("", f"{show_size(size):>9}  {part}")
@@ -142,9 +142,9 @@ def _print(found: Estimate) -> None:
         for part, seconds in sorted(work.phases.items(), key=lambda each: -each[1]):
             if seconds >= _SHOWN * work.seconds:
                 table.add_row("", f"{_time(seconds):>9}  {part}")
+    _add_lines(table, "no room", work.obstacles)
+    _add_lines(table, "little room", work.doubts)
     print_table(table)
-    for line in (*work.obstacles, *work.doubts):
-        print_text(f"{'It does not fit' if line in work.obstacles else 'It may not fit'}: {line}")
     print_text()
     print_text("Running the result, a token at a time")
     table = _grid()

@@ -73,7 +73,7 @@ class LayerCompressor:
         return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
 
     def compress(
-        self, layer: MoELayer, number: int, seen: LayerInputs | None, group_done: Callable[[int, int], None]
+        self, layer: MoELayer, number: int, seen: LayerInputs | None, group_done: Callable[[int, float | None], None]
     ) -> LayerResult:
         """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
 
@@ -86,7 +86,7 @@ class LayerCompressor:
         seen : LayerInputs or None
             None rounds to nearest.
         group_done : callable
-            Called with the number of finished groups and of all.
+            Called with the number of finished groups and the held-out error so far, if there is one.
 
         Returns
         -------
@@ -114,7 +114,7 @@ class LayerCompressor:
                 for place, expert in enumerate(group):
                     weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                     found += self.run(layer, expert, weights, seen)
-            group_done(i + 1, len(groups))
+            group_done(i + 1, found[0] / found[2] if found[2] else None)
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qmoe_lite.compression.calibration import noise_counts, window_length
 from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
+from qmoe_lite.compression.losses import SLICE_VALUES
 from qmoe_lite.compression.run import LAYER_SAMPLE, SAMPLES_PER_EXPERT
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy, BlockParts
@@ -21,7 +22,8 @@ from qmoe_lite.quantization.grid import Grid, UniformGrid
 
 TENSOR_BYTES = 2000  # of names, places and checks of one tensor of the dense model
 _DENSE_SHARD = 2 << 30
-_SLICE_BYTES = 4 * (64 << 20)  # logits, their softmax and what becomes of them, a slice at a time
+_LOGITS = 4  # tensors of a slice of logits: products, logits, their softmax, what becomes of it
+_HEAD_ROWS = 1 << 14  # of the head that are made float32 at a time
 _ROUTING_BYTES = 12  # of a token's place and weight at one of its experts
 _GROUPING_BYTES = 60  # of the same while tokens are grouped by expert
 _SAMPLE_DIGITS = 1 << 22
@@ -147,7 +149,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Ne
         if cpu:
             stages["a block's dense part"] |= {"block in float32": weights, "one batch in it": passing}
         device_parts.append(weights + passing)
-        stages["logits of validation samples"] = {"logits": _SLICE_BYTES + 8 * anatomy.head}
+        stages["logits of validation samples"] = {"logits": _logits(anatomy, rows)}
     stages["a group of experts"] = {"codes of the layer": writing[0]} | ({"the group": group[1]} if cpu else {})
     stages["writing a layer"] = {"codes of the layer, and what they are put together from": writing[1]}
     stages["writing what is not in experts"] = {"tensors": min(_DENSE_SHARD, anatomy.kept_bytes)}
@@ -192,6 +194,11 @@ def _pairs(anatomy: Anatomy, rows: Rows) -> int:
 def _routing(anatomy: Anatomy, rows: Rows) -> int:
     flags = 3 * rows.all * max(rows.tokens)
     return _ROUTING_BYTES * _pairs(anatomy, rows) + flags
+
+
+def _logits(anatomy: Anatomy, rows: Rows) -> int:
+    values = min(SLICE_VALUES, rows.tokens[-1] * anatomy.vocabulary)
+    return 4 * (_LOGITS * values + min(_HEAD_ROWS, anatomy.vocabulary) * anatomy.hidden)
 
 
 def _saved(anatomy: Anatomy, settings: Settings, rows: Rows) -> int:

@@ -168,9 +168,10 @@ def running(
         parts["dense parts"] = (sum(block.weights for block in stack) + anatomy.head) * width / speeds.vector
         parts["overhead of blocks"] = _BLOCK_OVERHEAD * len(stack)
         used = sum(b.layer.top_k * b.layer.weights / b.layer.count for b in stack if b.layer is not None)
-        parts["experts from codes"] = used * speeds.codes
+        bits = 8 * experts / anatomy.experts  # codewords are walked: what was measured had others
+        parts["experts from codes"] = used * speeds.codes * max(bits / speeds.bits, 0.5)
         if resident < 1.0:
-            parts["experts from disk"] = used * (8 * experts / anatomy.experts) / 8 * (1 - resident) / speeds.disk
+            parts["experts from disk"] = used * bits / 8 * (1 - resident) / speeds.disk
             assumed.append("routing is even, the worst case for a cache, and nothing is read ahead")
         assumed.append(f"{1000 * _BLOCK_OVERHEAD:g} ms of a block for a token beyond what its weights take")
     elif speeds is not None:
