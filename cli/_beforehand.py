@@ -1,4 +1,4 @@
-"""What `qmoe compress` says before it starts, or refuses: the callback between a run and its display."""
+"""What `qmoe compress` says before it starts, or refuses; and where it was when it was interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qmoe_lite.cli import _output
 from qmoe_lite.cli.estimate import brief
-from qmoe_lite.compression.settings import START, Progress
+from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import QMoEError, SettingError
 from qmoe_lite.inspection.estimation import Estimate, estimate
 
@@ -16,7 +16,7 @@ _NO_MATTER = ("stop_when_bad", "check_first", "codeword_bits", "dampening", "see
 
 
 class Beforehand:
-    """Passes progress on, but for the start of a run.
+    """Stands between a run and its display.
 
     Parameters
     ----------
@@ -45,23 +45,26 @@ class Beforehand:
         self.last: Progress | None = None
 
     def __call__(self, event: Progress) -> None:
-        """Take an event of a run.
-
-        Raises
-        ------
-        SettingError
-            The run begins and cannot fit.
-        """
-        if event.place == START:
-            self._begin(event)
-            return
+        """Pass an event of a run on."""
         if event.group is not None:
             self.last = event
         self._shown(event)
 
-    def _begin(self, event: Progress) -> None:
-        if event.samples is not None:  # a text may have fewer than were asked for
-            self._settings["samples"] = event.samples
+    def begin(self, samples: int | None) -> None:
+        """Say what a run will take.
+
+        Parameters
+        ----------
+        samples : int or None
+            For calibration: a text may have fewer than were asked for.
+
+        Raises
+        ------
+        SettingError
+            It cannot fit.
+        """
+        if samples is not None:
+            self._settings["samples"] = samples
         try:
             found: Estimate = estimate(self._model, out=self._out, measuring=False, **self._settings)
         except QMoEError:  # the run itself has opened the model: what the estimate does not know is not its end

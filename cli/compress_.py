@@ -117,9 +117,8 @@ def compress(
     try:
         with _output.progress_shown("compressing", show=not json) as shown:
             progress = Beforehand(model, out, settings, shown, show=not json)
-            report = run(
-                model, out, calibration=calibration, resume=not restart, progress=progress, log=log, **settings
-            )
+            telling: dict[str, Any] = {"progress": progress, "before": progress.begin, "log": log}
+            report = run(model, out, calibration=calibration, resume=not restart, **telling, **settings)
     except KeyboardInterrupt:
         _output.note(f"qmoe: interrupted{_place_of(progress)}. Finished layers are kept: rerun the command to resume.")
         raise typer.Exit(130) from None

@@ -81,6 +81,7 @@ def compress(
     check_first: bool = False,
     family: str | None = None,
     log: str | Path | None = None,
+    before: Callable[[int | None], None] | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -142,6 +143,8 @@ def compress(
         does.
     log : path, optional
         File for events as JSON lines; see `compression.telling`.
+    before : callable, optional
+        Called with the number of calibration samples before anything is written; refuses by an exception.
 
     Returns
     -------
@@ -199,13 +202,12 @@ def compress(
     if family not in (None, "auto"):
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     partial = target.with_name(f"{target.name}.partial")
-    with locked(partial) as note, torch.inference_mode():
+    telling = Teller(progress, None if log is None else Path(log), before)
+    with locked(partial) as note, torch.inference_mode(), telling as tell:
         check_free(target)  # once more: another run may have finished it
-        tell = Teller(progress, None if log is None else Path(log))
         run = _Run(find_model(model), target, partial, grid, options, tell, auto=family == "auto")
         run.degraded += [] if note is None else [note]
-        with tell:
-            return run.run(calibration, resume)
+        return run.run(calibration, resume)
 
 
 class _Run:
@@ -344,9 +346,7 @@ class _Run:
             return
         know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate, self.adapts)
 
-        tokens = 0 if seen is None else len(seen.assigned.rows)
-        self._tell.before_layer()
-        tell_of_group = functools.partial(self._tell.group, number, layer, tokens)
+        tell_of_group = self._tell.layer(number, layer, 0 if seen is None else len(seen.assigned.rows))
         result = self.compressor.compress(layer, number, seen, tell_of_group)
         self.done.checksums |= self.writer.write_layer(number, result.tensors)
         self.done.files[layer.experts] = files.file_sum(self.writer.layer_file(number))
@@ -366,8 +366,8 @@ class _Run:
                 f"{layer.block} loses {error:.0%} of its experts' output on held-out text: the model will be degraded "
                 "or worse. Choose a higher rate, or other calibration text."
             )
-            last = self.layers[-1].block
-            self._tell(Progress(sum(sizes[: number + 1]), sum(sizes), f"{layer.block} of {last}", self._warning))
+            place = f"{layer.block} of {self.layers[-1].block}"
+            self._tell(Progress(sum(sizes[: number + 1]), sum(sizes), place, self._warning))
 
     def _write_rest(self) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""

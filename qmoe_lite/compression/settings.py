@@ -8,7 +8,6 @@ from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
 
 RECIPES = ("default", "paper", "nearest")
-START = "start"  # a place
 PAPER_BITS = 16  # of a codeword in the paper's dictionary
 
 
@@ -116,7 +115,7 @@ class Progress:
     done, total : int
         Groups of experts.
     place : str
-        In words; `START` before anything is written, so that who is told may still refuse by an exception.
+        In words.
     warning : str or None
         When one comes up.
     block, group, groups
@@ -129,8 +128,6 @@ class Progress:
         Share of the layer's experts' output lost on held-out text, so far.
     memory_bytes : int or None
         Anonymous memory of this process.
-    samples : int or None
-        For calibration, at the start.
     """
 
     done: int
@@ -144,4 +141,3 @@ class Progress:
     seconds_left: float | None = None
     held_out_error: float | None = None
     memory_bytes: int | None = None
-    samples: int | None = None

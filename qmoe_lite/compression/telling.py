@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from qmoe_lite.compression.settings import START, Progress
+from qmoe_lite.compression.settings import Progress
 from qmoe_lite.models.blocks import MoELayer
 
 _RECENT = 16  # groups whose mean time stands for those to come
@@ -27,6 +28,8 @@ class Teller:
     log : Path or None
         File that gets one JSON object a line, as each event happens; where it cannot be written, the run goes on
         without it.
+    before : callable or None
+        Is given the number of calibration samples before the work begins.
 
     Notes
     -----
@@ -34,8 +37,13 @@ class Teller:
     "layer", "end", or "stopped" with the kind of what stopped it. A group's line has what `Progress` has.
     """
 
-    def __init__(self, progress: Callable[[Progress], None] | None, log: Path | None) -> None:
-        self._progress, self._log = progress, log
+    def __init__(
+        self,
+        progress: Callable[[Progress], None] | None,
+        log: Path | None,
+        before: Callable[[int | None], None] | None = None,
+    ) -> None:
+        self._progress, self._log, self._before = progress, log, before
         self._groups: list[int] = []
         self._known: list[float] = []  # seconds of groups and of what lies between two layers, of this run alone
         self._between: list[float] = []
@@ -51,10 +59,10 @@ class Teller:
             self.write("note", place=event.place, warning=event.warning)
 
     def begin(self, samples: int | None, groups: list[int]) -> None:
-        """Tell that the work begins, of so many samples and groups of each layer; the callee may yet refuse."""
+        """Tell that the work is about to begin, of so many samples and groups of each layer; it may yet be refused."""
         self._groups = groups
-        if self._progress is not None:
-            self._progress(Progress(0, sum(groups), START, samples=samples))
+        if self._before is not None:
+            self._before(samples)
 
     def started(self, resumed: list[str], **facts: Any) -> None:
         """Log that the work has begun; a log of other work that has this name is replaced."""
@@ -65,12 +73,8 @@ class Teller:
         self.write("start", resumed=len(resumed), layers=len(self._groups), groups=sum(self._groups), **facts)
         self._mark = time.perf_counter()
 
-    def before_layer(self) -> None:
-        """Note that the dense part that leads to a layer is done."""
-        self._between.append(self._lap())
-
-    def group(self, number: int, layer: MoELayer, tokens: int, done: int, error: float | None) -> None:
-        """Tell of a finished group.
+    def layer(self, number: int, layer: MoELayer, tokens: int) -> Callable[[int, float | None], None]:
+        """Note that the dense part that leads to a layer is done.
 
         Parameters
         ----------
@@ -80,11 +84,16 @@ class Teller:
             It.
         tokens : int
             That the layer's experts get, a token counted for each of its experts.
-        done : int
-            Its finished groups.
-        error : float or None
-            Share of its experts' output lost on held-out text, so far.
+
+        Returns
+        -------
+        callable
+            Tells of a finished group: to be called with their number and the held-out error so far.
         """
+        self._between.append(self._lap())
+        return partial(self._group, number, layer, tokens)
+
+    def _group(self, number: int, layer: MoELayer, tokens: int, done: int, error: float | None) -> None:
         groups, seconds = self._groups[number], self._lap()
         self._known.append(seconds)
         self._tokens, self._spent = self._tokens + tokens / groups, self._spent + seconds
@@ -104,7 +113,7 @@ class Teller:
         if self._progress is not None:
             self._progress(event)
         known = asdict(event)
-        del known["warning"], known["samples"]
+        del known["warning"]
         self.write("group", seconds=round(seconds, 3), **known)
 
     def _lap(self) -> float:
@@ -118,8 +127,8 @@ class Teller:
         between = mean(self._between) if self._between else 0.0
         return (sum(self._groups) - finished) * mean(others[-_RECENT:]) + layers * between
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Teller:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._begun:

@@ -7,7 +7,6 @@ import json
 import pytest
 
 import qmoe_lite as qm
-from qmoe_lite.compression.settings import START
 from qmoe_lite.compression.telling import Teller
 
 
@@ -26,7 +25,7 @@ def test_each_event_is_a_line_and_an_interrupted_run_goes_on_in_the_same_log(tmp
 
     with pytest.raises(KeyboardInterrupt):
         qm.compress(switch, tmp_path / "out", recipe="nearest", progress=interrupt, log=log)
-    assert seen[0].place == START
+    assert [event.done for event in seen] == [1, 2]
     assert [line["event"] for line in read(log)] == ["start", "group", "layer", "stopped"]
     assert read(log)[-1]["by"] == "KeyboardInterrupt"
     qm.compress(switch, tmp_path / "out", recipe="nearest", log=log)
@@ -45,18 +44,18 @@ def test_what_is_left_is_told_by_measured_groups(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 13.0, 18.0, 23.0, 24.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     events = []
-    tell = Teller(events.append, None)
+    samples = []
+    tell = Teller(events.append, None, samples.append)
     layer = type("Layer", (), {"block": "block.0"})()
     tell.begin(7, [3, 3])
     tell.started([])
-    tell.before_layer()  # 2 s for the dense part
-    tell.group(0, layer, 300, 1, None)  # 10 s
-    tell.group(0, layer, 300, 2, 0.5)  # 5 s
-    assert events[0].samples == 7
-    assert events[1].seconds_left == 5 * 10 + 2
-    assert events[1].tokens_per_second == 10
-    assert events[2].seconds_left == 4 * 5 + 2
-    assert events[2].held_out_error == 0.5
+    group_done = tell.layer(0, layer, 300)  # 2 s for the dense part
+    group_done(1, None)  # 10 s
+    group_done(2, 0.5)  # 5 s
+    assert samples == [7]
+    assert [event.seconds_left for event in events] == [5 * 10 + 2, 4 * 5 + 2]
+    assert events[0].tokens_per_second == 10
+    assert [event.held_out_error for event in events] == [None, 0.5]
 
 
 def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, switch):
