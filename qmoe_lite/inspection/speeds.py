@@ -42,8 +42,9 @@ from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.solver import gptq
 
 _WORK = 8e9  # operations of an expert's solve that are worth measuring
-_FEW, _MANY = 32, 544  # tokens of an expert
+_FEW, _MANY = 32, 1056  # tokens of an expert
 _SOME, _TINY = 3, 9  # experts of a layer, of this model's shape and of small ones
+_SECONDS = 1.0  # that a group of experts may take
 _DISK_BYTES = 64 << 20
 _PIECE = 8 << 20
 _SAVED_BYTES = 16 << 20
@@ -144,10 +145,14 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     begun = time.perf_counter()
     run.seconds(tiny, 1, _FEW)  # kernels are compiled, or fetched
     start = time.perf_counter() - begun
-    fixed = _least(run, tiny, _TINY, _FEW) - _least(run, tiny, 1, _FEW)
-    one, some = _least(run, shapes, 1, _FEW), _least(run, shapes, _SOME, _FEW)
-    many = _least(run, shapes, _SOME, _MANY) if settings.recipe != "nearest" else some
-    expert = max(some - one, 0.0) / (_SOME - 1)
+    fixed = _mean(run, tiny, _TINY, _FEW) - _mean(run, tiny, 1, _FEW)
+    one = _mean(run, shapes, 1, _FEW)
+    expert = max(run.seconds(shapes, _SOME, _FEW) - one, 0.0) / (_SOME - 1)
+    several = max(1, min(settings.group_size, int(_SECONDS / max(expert, 1e-3))))
+    few = run.seconds(shapes, several, _FEW)  # a whole group's memory is not in the caches
+    many = _mean(run, shapes, several, _MANY) if settings.recipe != "nearest" else few
+    if several > _SOME:
+        expert = max(few - one, 0.0) / (several - 1)
     choosing = len(names) * code.choosing if isinstance(grid, UniformGrid) else max(one - expert, 0.0)
     x = torch.randn(columns)
     weights = packed.shape[0] * packed.columns
@@ -158,10 +163,10 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
         choosing,
         min(max(fixed, 0.0) / (_TINY - 1), expert),
         expert,
-        max(many - some, 0.0) / (_SOME * (_MANY - _FEW)),
+        max(many - few, 0.0) / (several * (_MANY - _FEW)),
         shapes,
         code.encoding / weights,
-        _best(lambda: decode_matmul(packed, x), device) / weights,
+        _median(lambda: decode_matmul(packed, x), device) / weights,
         packed.bits_per_weight,
         _vector(anatomy.dtype, device),
         disk,
@@ -170,8 +175,8 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     )
 
 
-def _best(call: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
-    """Shortest of several calls after a first one, for about so many seconds."""
+def _median(call: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
+    """Median of several calls after a first one, for about so many seconds."""
     call()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
@@ -180,7 +185,7 @@ def _best(call: Callable[[], Any], device: torch.device, seconds: float = 0.3) -
         if device.type != "cpu":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begun)
-    return min(times)
+    return sorted(times)[len(times) // 2]
 
 
 def _affordable(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -242,9 +247,9 @@ class _Experts:
         return time.perf_counter() - begun
 
 
-def _least(run: _Experts, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
-    """Return the shorter of two times: what else the machine does only lengthens one."""
-    return min(run.seconds(shapes, experts, tokens) for _ in range(2))
+def _mean(run: _Experts, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
+    """Return the mean of two times: a run meets what else the machine does too."""
+    return sum(run.seconds(shapes, experts, tokens) for _ in range(2)) / 2
 
 
 def _seen(shapes: dict[str, tuple[int, int]], experts: int, tokens_of_each: int) -> LayerInputs:
@@ -284,13 +289,13 @@ def _coded(rows: int, columns: int, grid: Grid, settings: Settings) -> _Code:
     else:
         counts = count(np.ascontiguousarray(digits), grid.alphabet).tolist()
         book = Codebook.paper() if settings.recipe == "paper" else Codebook.fit(counts, bits)
-    seconds = _best(lambda: encode(digits, levels, book, scales), torch.device("cpu"), 0.1)
+    seconds = _median(lambda: encode(digits, levels, book, scales), torch.device("cpu"), 0.1)
     return _Code(encode(digits, levels, book, scales), choosing, seconds)
 
 
 def _multiply(width: int, device: torch.device) -> float:
     x, weight = torch.randn(1024, width, device=device), torch.randn(width, width, device=device)
-    return 2.0 * 1024 * width * width / _best(lambda: x @ weight.T, device)
+    return 2.0 * 1024 * width * width / _median(lambda: x @ weight.T, device)
 
 
 def _vector(dtype: torch.dtype, device: torch.device) -> float:
@@ -299,7 +304,7 @@ def _vector(dtype: torch.dtype, device: torch.device) -> float:
         torch.full((rows, 2048), 0.5, dtype=dtype, device=device),
         torch.ones(1, 2048, dtype=dtype, device=device),
     )
-    return _MATRIX_BYTES / _best(lambda: torch.nn.functional.linear(x, weight), device)
+    return _MATRIX_BYTES / _median(lambda: torch.nn.functional.linear(x, weight), device)
 
 
 def _disk(shards: list[Path], folder: Path) -> tuple[float, str]:

@@ -14,7 +14,8 @@ from qmoe_lite.inspection.speeds import Speeds, scaled_expert
 from qmoe_lite.quantization.grid import Grid
 
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
-_AGAIN = 6  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
+_AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
+_SECOND_STAGE = 0.4  # of a token's work that such a solve does again: the last projection's Hessian
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD = 3e-4  # seconds of a block for a token, of which no weight is read
 
@@ -93,7 +94,9 @@ def seconds_of(
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
         layer, again = anatomy.layers[0], min(_AGAIN, 2 + 2 * len(groups))
-        solving += again * len(compressor.groups(layer)[0]) * scaled_expert(speeds, layer.shapes)[0]
+        group, (own, of_token) = len(compressor.groups(layer)[0]), scaled_expert(speeds, layer.shapes)
+        seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count
+        solving += again * group * (own + _SECOND_STAGE * seen * of_token)
         codes += again
         assumed.append(f"{again} groups of experts are solved once more for the rate")
     phases["layers: choosing codes"] = codes * speeds.layer
