@@ -113,7 +113,8 @@ def compress(
         "seed": seed,
         "device": device,
     }
-    log = out.with_name(f"{out.name}.log.jsonl")
+    log = out.with_name(f"{out.name}.log.jsonl") if out.name else None
+    progress: Beforehand | None = None
     try:
         with _output.progress_shown("compressing", show=not json) as shown:
             progress = Beforehand(model, out, settings, shown, show=not json)
@@ -133,9 +134,9 @@ def compress(
         _output.note(f"qmoe: not judged, {cause}.")
 
 
-def _place_of(progress: Beforehand) -> str:
-    """Say where a run was, after its last finished group."""
-    last = progress.last
+def _place_of(progress: Beforehand | None) -> str:
+    """Format where a run was, after its last finished group."""
+    last = None if progress is None else progress.last
     return "" if last is None else f" after {last.place} ({last.done} of {last.total} groups)"
 
 

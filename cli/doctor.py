@@ -29,7 +29,7 @@ NEEDED_FOR = {  # what an optional package is for
     "datasets": "Calibration texts are read from files; data sets of the Hugging Face hub are not.",
     "matplotlib": "qmoe inspect cannot draw its --plot.",
     "numba-cuda": "The CPU path is used: GPU kernels are compiled with it.",
-    "serve": "qmoe serve does not run.",
+    "uvicorn": "qmoe serve does not run.",
 }
 CPU_PATH = "The CPU path is used."
 CUDA = 13  # version that the kernels are compiled for

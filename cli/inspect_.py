@@ -28,12 +28,21 @@ def inspect(
     directory: Annotated[str, typer.Argument(help="Compressed directory.")],
     layers: Annotated[str, typer.Option(help="Only these layers, as files are named: 'encoder.*', 'layers.1?'.")] = "*",
     plot: Annotated[Path | None, typer.Option(help="Draw the figures over the layers into this .png file.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Show what differs in this compressed directory of the same model.", metavar="DIR"),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show a compressed model layer by layer, with its report. Reads no codes.
 
     Example: qmoe inspect switch-qmoe --plot layers.png
     """
+    if compare is not None:
+        from qmoe_lite.cli._comparison import show_comparison
+
+        show_comparison(directory, compare, layers, json, plot)
+        return
     from qmoe_lite.bench._show.picture import check_picture
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._layers_plot import draw_layers

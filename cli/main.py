@@ -11,6 +11,7 @@ import typer
 from qmoe_lite.cli import (
     _output,
     bench_,
+    card,
     chat,
     compress_,
     demo,
@@ -18,8 +19,12 @@ from qmoe_lite.cli import (
     estimate,
     eval_,
     generate,
+    import_qmoe,
     inspect_,
+    pack,
     serve,
+    tune,
+    unpack,
     verify,
 )
 from qmoe_lite.cli._streams import give_up_output, mend_streams
@@ -38,6 +43,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("estimate")(estimate.estimate)
 app.command("compress")(compress_.compress)
+app.command("tune")(tune.tune)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
@@ -45,6 +51,10 @@ app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("inspect")(inspect_.inspect)
 app.command("verify")(verify.verify)
+app.command("card")(card.card)
+app.command("import-qmoe")(import_qmoe.import_qmoe)
+app.command("pack")(pack.pack)
+app.command("unpack")(unpack.unpack)
 app.add_typer(bench_.app, name="bench")
 
 

@@ -10,6 +10,8 @@ from qmoe_lite._cache import provide_cache_directory as _provide_cache_directory
 from qmoe_lite._hook import register_with_transformers as _register_with_transformers
 
 if TYPE_CHECKING:
+    from qmoe_lite.checkpoint.packing import pack as pack
+    from qmoe_lite.checkpoint.packing import unpack as unpack
     from qmoe_lite.checkpoint.report import Report as Report
     from qmoe_lite.coding.codebook import Codebook as Codebook
     from qmoe_lite.coding.codec import decode as decode
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from qmoe_lite.coding.dictionary import Dictionary as Dictionary
     from qmoe_lite.coding.matmul import decode_matmul as decode_matmul
     from qmoe_lite.coding.packed import PackedMatrix as PackedMatrix
+    from qmoe_lite.compression.importing import import_qmoe as import_qmoe
     from qmoe_lite.compression.run import compress as compress
     from qmoe_lite.errors import QMoEError as QMoEError
     from qmoe_lite.inspection.estimation import Estimate as Estimate
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from qmoe_lite.quantization.grid import UniformGrid as UniformGrid
     from qmoe_lite.quantization.solver import gptq as gptq
     from qmoe_lite.text.evaluation import evaluate as evaluate
+    from qmoe_lite.tuning.run import tune as tune
 
 __version__ = "0.1.0"
 
@@ -52,7 +56,11 @@ _HOMES = {
     "estimate": "inspection.estimation",
     "evaluate": "text.evaluation",
     "gptq": "quantization.solver",
+    "import_qmoe": "compression.importing",
     "load": "offload.loading",
+    "pack": "checkpoint.packing",
+    "tune": "tuning.run",
+    "unpack": "checkpoint.packing",
     "verify": "inspection.verification",
 }
 
@@ -75,7 +83,11 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "estimate",
     "evaluate",
     "gptq",
+    "import_qmoe",
     "load",
+    "pack",
+    "tune",
+    "unpack",
     "verify",
 ]
 

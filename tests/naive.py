@@ -1,4 +1,4 @@
-"""Slow, obvious references: loops over Python numbers, numpy only, nothing from the library.
+"""Slow, obvious references: loops over Python numbers, numpy only (zstandard for its frames), nothing from the library.
 
 Codes: Tunstall in fractions, the published dictionary off its heap, the stream bit by bit, products weight by weight.
 Solver: float64, one row and one column at a time, without Cholesky factors, inverses or recursions: before each column
@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
+import json
+import zlib
 from fractions import Fraction
 
 import numpy as np
+import zstandard
 
 ALPHABETS = {3: (-1, 0, 1), 4: (0, 1, 2, 3)}
 LONGEST = {3: 84, 4: 63}
@@ -447,3 +450,40 @@ def fading_cache(slots, half_life, requests):
                 held.remove(min(candidates, key=worth))
             held.append(expert)
     return hits
+
+
+def unpack(packed):
+    """Files of a pack file, name to bytes, read as FORMAT.md says: streams of bytes of one significance, rotated."""
+
+    def number(place, size=4):
+        return int.from_bytes(packed[place : place + size], "little")
+
+    assert packed[:8] == b"QMOEPACK"
+    assert number(8) == 1
+    place = 20 + number(12)
+    assert zlib.crc32(packed[20:place]) == number(16)
+    files, frames = {}, 0
+    for entry in json.loads(packed[20:place])["files"]:
+        content = b""
+        while len(content) < entry["size"]:
+            length, follow, crc, word = number(place), number(place + 4), number(place + 8), number(place + 12, 1)
+            streams, at = [], place + 16
+            for _ in range(word):
+                size = number(at)
+                stream = packed[at + 4 : at + 4 + size % 2**31]
+                at += 4 + size % 2**31
+                streams.append(stream if size >= 2**31 else zstandard.ZstdDecompressor().decompress(stream))
+            place += 16 + follow
+            assert not any(packed[at:place])
+            raw = streams[0] if word == 1 else b""
+            if word > 1:
+                for digits in zip(*streams, strict=True):
+                    value = int.from_bytes(digits, "big")
+                    raw += (value >> 1 | value % 2 << 8 * word - 1).to_bytes(word, "little")
+            assert len(raw) == length
+            assert zlib.crc32(raw, frames) == crc
+            content, frames = content + raw, frames + 1
+        assert len(content) == entry["size"]
+        files[entry["name"]] = content
+    assert place == len(packed)
+    return files

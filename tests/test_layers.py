@@ -15,7 +15,7 @@ ROOMS = (
     ("checkpoint",),
     ("models",),
     ("compression", "offload", "text"),
-    ("inspection",),
+    ("inspection", "tuning"),
     ("__init__", "hf", "bench", "cli", "__main__"),
 )
 RANK = {room: i for i, room in enumerate(room for row in ROOMS for room in row)}

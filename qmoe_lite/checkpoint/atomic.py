@@ -60,6 +60,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise OutputError(
             f"{path} cannot be written: {reason}. Finished work is kept: free some space, then rerun."
         ) from error
+    except BaseException:  # what `write` ran into, or Ctrl-C
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:

@@ -39,11 +39,13 @@ def tensor_name(projection: str, part: str) -> str:
     return f"{projection}_{part}"
 
 
-def checksum(packed: PackedMatrix) -> int:
-    """Return the CRC-32 of one expert's matrix: codes, row lengths, levels; of a dictionary's, all its tensors."""
+def checksum(packed: PackedMatrix, crc: int = 0) -> int:
+    """Return the CRC-32 of one expert's matrix: codes, row lengths, levels; of a dictionary's, all its tensors.
+
+    `crc` is that of the codes, where they are no longer in the matrix.
+    """
     codes, row_codewords, *others = packed.tensors.values()
     fewest = torch.tensor([packed.fewest_codewords], dtype=torch.int32)
-    crc = 0
     for part in (codes, row_codewords, fewest, *others):
         if part.numel():
             crc = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy().data, crc)

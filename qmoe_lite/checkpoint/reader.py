@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -21,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qmoe_lite.checkpoint.config_file import check_hub_name, read_config_file
+from qmoe_lite.checkpoint.pickles import load_pickle
 from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
@@ -113,6 +110,7 @@ class Checkpoint:
     def __init__(self, directory: Path, faults: list[CheckpointError] | None = None) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
         self._checksums: dict[str, int] = {}
         self._forgotten: set[str] = set()  # by their names in the files
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
@@ -123,9 +121,21 @@ class Checkpoint:
             if faults is None:
                 raise
             faults.append(error)
+        self._find_weights()
+        missing = [f for f in self.files if not (directory / f).is_file()]
+        if missing and faults is None:
+            rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
+        plain: dict[str, Source] = {stored: _Plain(self, stored) for stored in self._file_of}
+        self._sources = dequantised(self.config, plain)
+        self._views = whole(self._sources)
+
+    def _find_weights(self) -> None:
+        """Find out of which kind the files are, and which holds which tensor."""
+        directory = self.directory
         for file_name, self._kind in _KINDS:
             if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
-                self._file_of: dict[str, str] = dict.fromkeys(self._open(file_name).keys(), file_name)
+                self._file_of = dict.fromkeys(self._open(file_name).keys(), file_name)
                 break
             index = directory / f"{file_name}.index.json"
             if index.is_file():
@@ -143,14 +153,9 @@ class Checkpoint:
                     raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
                 break
         else:
-            raise CheckpointError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin.")
-        missing = [f for f in self.files if not (directory / f).is_file()]
-        if missing and faults is None:
-            rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise CheckpointError(f"{directory} lacks the shard {missing[0]}{rest}. Fetch the missing files.")
-        plain: dict[str, Source] = {stored: _Plain(self, stored) for stored in self._file_of}
-        self._sources = dequantised(self.config, plain)
-        self._views = whole(self._sources)
+            text = f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin."
+            published = (directory / "noexp.pt").exists()
+            raise CheckpointError(f"{text} It is one of the paper's: run qmoe import-qmoe." if published else text)
 
     @property
     def sources(self) -> Mapping[str, Source]:
@@ -221,22 +226,13 @@ class Checkpoint:
                 raise CheckpointError(f"{self.directory} lacks the shard {file_name}. Fetch the missing file.")
             try:
                 path.open("rb").close()  # safetensors calls missing whatever it cannot open
-                if self._kind == "safetensors":
-                    opened: Any = safe_open(path, framework="pt", device="cpu")
-                else:
-                    opened = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+                safetensors = self._kind == "safetensors"
+                opened: Any = safe_open(path, framework="pt", device="cpu") if safetensors else load_pickle(path)
+            except CheckpointError:
+                raise
             except OSError as error:
-                if error.errno == errno.EINVAL:  # torch seeks before the first byte of an archive that was cut
-                    raise CheckpointError(f"{path} is damaged: it was truncated. Fetch the file again.") from error
                 raise unreadable(path, error) from error
-            except UnpicklingError as error:  # torch's words name a way to run what is in it
-                asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-                found = f"asks for {asked[1]}" if asked else "is damaged or holds other things than tensors"
-                raise CheckpointError(
-                    f"{path} {found}: a pickle may run any program, and this one is not loaded. Fetch it again from a "
-                    "source that you trust, or the model's safetensors files."
-                ) from error
-            except Exception as error:  # safetensors and zip have their own
+            except Exception as error:  # safetensors has its own
                 raise CheckpointError(f"{path} is damaged: {first_line(error)}. Fetch the file again.") from error
             self._open_files[file_name] = opened
         return self._open_files[file_name]

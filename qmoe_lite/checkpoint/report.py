@@ -93,6 +93,8 @@ class Report:
     verdict : dict or None
         Losses of the dense and the compressed model on the validation samples, their gap, a word for it and advice;
         None where no text was left for it, or none was given.
+    tuning : dict or None
+        What `tune` did afterwards: a `TuneReport`. The verdict is then that of the tuned model.
     """
 
     model: str
@@ -104,6 +106,7 @@ class Report:
     seconds: float
     versions: dict[str, str] = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
 
     @property
     def expert_weights(self) -> int:

@@ -16,6 +16,14 @@ _BUSY = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without locks answer
 
 
+def check_free(target: Path) -> None:
+    """Raise OutputError where no directory of this name can be made."""
+    if target.name in ("", ".."):
+        raise OutputError(f"{target} names no new directory. Give OUT a name of its own.")
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
+
+
 @contextmanager
 def locked(partial: Path) -> Iterator[str | None]:
     """Hold `OUT.partial.lock` while the work of OUT.partial goes on; the file is removed in the end.

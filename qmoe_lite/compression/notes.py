@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport, Report, stored_bytes, versions
@@ -26,6 +27,7 @@ def make_report(
     degraded: list[str],
     verdict: Verdict | None,
     seconds: float,
+    text: str | None = None,
 ) -> Report:
     """Put together what is known of a compression.
 
@@ -47,6 +49,8 @@ def make_report(
         Of the validation samples.
     seconds : float
         That the work took.
+    text : str, optional
+        Name of the calibration text.
     """
     notes = list(degraded)
     nearest = sum(p.hessian_classes.get("nearest", 0) for p in done.projections)
@@ -61,7 +65,7 @@ def make_report(
     dense_experts, dense_others = stored_bytes(dense)
     return Report(
         model=str(dense.directory),
-        settings={**asdict(settings), "grid": grid.to_config()},
+        settings={**asdict(settings), "grid": grid.to_config(), "calibration": text},
         projections=done.projections,
         held_out_error={k: v for k, v in done.held_out_error.items() if v is not None},
         degraded=notes,
@@ -98,3 +102,8 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def name_of_text(calibration: str | Path | None) -> str | None:
+    """Return what a report calls a text: a file's own name, not where it lay, or a data set's."""
+    return None if calibration is None else Path(calibration).name if Path(calibration).exists() else str(calibration)

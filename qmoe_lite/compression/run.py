@@ -30,14 +30,14 @@ from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.lock import locked
-from qmoe_lite.compression.notes import make_report
+from qmoe_lite.compression.lock import check_free, locked
+from qmoe_lite.compression.notes import make_report, name_of_text
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
-from qmoe_lite.compression.state import Unfinished, check_free, contents_of, fingerprint_of
+from qmoe_lite.compression.state import Unfinished, contents_of, fingerprint_of
 from qmoe_lite.compression.stored import know_layers_before, run_stored
 from qmoe_lite.compression.telling import Teller
 from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
@@ -264,7 +264,7 @@ class _Run:
             check_ids(samples.all, self.config.get_text_config().vocab_size)
             self._open_partial(samples.all, resume, samples.calibration)
             self._calibrated(samples, hessian_masks(samples.all, tokenizer))
-        return self._write_rest()
+        return self._write_rest(name_of_text(calibration))
 
     def _open_partial(self, samples: Samples | None, resume: bool, calibration: int | None) -> None:
         self._tell.begin(calibration, [len(self.compressor.groups(layer)) for layer in self.layers])
@@ -360,7 +360,6 @@ class _Run:
         if self.compressor.dead_zone is not None:
             self.done.dead_zones[layer.experts] = self.compressor.dead_zone.to_json()
         error = result.held_out_error
-        self._tell.write("layer", layer=layer.experts, held_out_error=error)
         if error is not None and error > BAD_LAYER and self._warning is None:
             self._warning = (
                 f"{layer.block} loses {error:.0%} of its experts' output on held-out text: the model will be degraded "
@@ -369,7 +368,7 @@ class _Run:
             place = f"{layer.block} of {self.layers[-1].block}"
             self._tell(Progress(sum(sizes[: number + 1]), sum(sizes), place, self._warning))
 
-    def _write_rest(self) -> Report:
+    def _write_rest(self, text: str | None) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""
         matrices = sum(p.experts for p in self.done.projections)
         promised = sum(layer.matrices for layer in self.layers)
@@ -393,6 +392,7 @@ class _Run:
             self.degraded,
             self.verdict,
             self.unfinished.seconds,
+            text,
         )
         files.write_json(self.partial / FILE_NAME, report.to_json())
         self.unfinished.become(self.out)

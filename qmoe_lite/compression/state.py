@@ -86,14 +86,6 @@ def contents_of(
     return found
 
 
-def check_free(target: Path) -> None:
-    """Raise OutputError where no directory of this name can be made."""
-    if target.name in ("", ".."):
-        raise OutputError(f"{target} names no new directory. Give OUT a name of its own.")
-    if target.exists() or target.is_symlink():
-        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
-
-
 def remove_state(directory: Path) -> None:
     """Remove what only a run that resumes needs, once the work is finished."""
     for left in [

@@ -34,7 +34,8 @@ class Teller:
     Notes
     -----
     Every line has "time", seconds since 1970, and "event": "start" (again after an interruption), "note", "group",
-    "layer", "end", or "stopped" with the kind of what stopped it. A group's line has what `Progress` has.
+    "layer" when its last group is done, "end", or "stopped" with the kind of what stopped it. A group's line
+    has what `Progress` has.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class Teller:
         known = asdict(event)
         del known["warning"]
         self.write("group", seconds=round(seconds, 3), **known)
+        if done == groups:
+            self.write("layer", layer=layer.experts, held_out_error=error)
 
     def _lap(self) -> float:
         before, self._mark = self._mark, time.perf_counter()

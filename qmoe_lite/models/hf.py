@@ -85,6 +85,7 @@ class QMoEQuantizer(HfQuantizer):
         from qmoe_lite.models.dense_checks import check_before_use
         from qmoe_lite.models.experts import PackedExperts
         from qmoe_lite.models.family import family_of
+        from qmoe_lite.models.pushing import carry_card
 
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
         for name, module in packed.items():
@@ -104,6 +105,7 @@ class QMoEQuantizer(HfQuantizer):
         for module in packed.values():
             module.guard = guard
         check_before_use(model, checkpoint, [block for stack in stacks for block in stack.blocks], guard)
+        carry_card(model, checkpoint.directory)
         return model.requires_grad_(False)
 
     def is_serializable(self) -> bool:

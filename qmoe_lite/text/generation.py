@@ -315,16 +315,15 @@ def go_on(
         Asked before each forward pass: True ends all texts there.
     """
     seq2seq = bool(model.config.is_encoder_decoder)
-    settings, ends = _settings(model, tokenizer, sampling)
-    if not seq2seq and max(map(len, rows)) > prefill_chunk:
+    settings, ends, hidden = settings_for(model, tokenizer, sampling)
+    # what makes a cache of its own kind takes a prompt whole
+    if not seq2seq and max(map(len, rows)) > prefill_chunk and model._supports_default_dynamic_cache():
         settings.prefill_chunk_size = prefill_chunk
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    hidden = ends | ({settings.pad_token_id, settings.decoder_start_token_id} if seq2seq else special)
     streams = Streams(
         [Stream(tokenizer, hidden, ends, write, i, alone=seq2seq or fresh_line) for i in range(len(rows))]
     )
     tokens, mask = _pad(rows, left=not seq2seq)
-    kept = {} if cache is None else {_cache_argument(model): cache}
+    kept = {} if cache is None else {cache_argument(model): cache}
     model.eval()
     started = time.perf_counter()
     with alone(model), torch.inference_mode(), only(model, settings), stopping(model, stop):
@@ -366,13 +365,13 @@ def _pad(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]
     return torch.tensor(tokens), torch.tensor(mask)
 
 
-def _cache_argument(model: Any) -> str:
+def cache_argument(model: Any) -> str:
     """Return the name under which `generate` takes a cache: past_key_values up to transformers 5.23."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _settings(model: Any, tokenizer: Any, sampling: Sampling) -> tuple[Any, set[int]]:
-    """Return transformers' settings, and the ids that end a text."""
+def settings_for(model: Any, tokenizer: Any, sampling: Sampling) -> tuple[Any, set[int], set[int]]:
+    """Return transformers' settings, the ids that end a text, and those that are left out of it."""
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -391,4 +390,6 @@ def _settings(model: Any, tokenizer: Any, sampling: Sampling) -> tuple[Any, set[
         decoder_start_token_id=own.decoder_start_token_id,
         **chosen,
     )
-    return settings, set(ends)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    starts = {settings.pad_token_id, settings.decoder_start_token_id}
+    return settings, set(ends), set(ends) | (starts if model.config.is_encoder_decoder else special)

@@ -1,4 +1,4 @@
-"""What holds while transformers' `generate` runs: one text at a time, our settings only, no NaN, and a way to stop."""
+"""What holds while a model writes: one text at a time, our settings only, no NaN, and ways to stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def alone(model: Any) -> threading.RLock:
 
 
 class Stopped(Exception):
-    """Leaves transformers' `generate` between two forward passes, where a cache is whole."""
+    """Leaves a model: between two forward passes, where a cache is whole (`stopping`), or inside one (`leaving`)."""
 
 
 @contextmanager
@@ -42,6 +42,23 @@ def stopping(model: Any, stop: Callable[[], bool] | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def leaving(model: Any, leave: Callable[[], bool]) -> Iterator[None]:
+    """Ask before each block of the model whether to leave the pass there, by raising `Stopped`; its cache is lost."""
+
+    def ask(*_: Any) -> None:
+        if leave():
+            raise Stopped
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    handles = [block.register_forward_pre_hook(ask) for blocks in lists for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -90,6 +90,10 @@ class Stream:
         if self._write is not None:
             self._write(self._number, "")
 
+    def unseen(self) -> str:
+        """Return the beginning of a word that was not passed on yet."""
+        return self._decode()[self._shown :]
+
     def _show(self, text: str, end: int) -> None:
         if end > self._shown:
             self.pieces.append(text[self._shown : end])

@@ -279,3 +279,15 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(r
     assert (code, printed) == (1, "")
     assert "expected one that ends in .png" in noted
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_packing_is_measured_beside_zstd(tmp_path, monkeypatch, capsys):
+    from qmoe_lite.bench import pack
+
+    monkeypatch.setattr(pack, "BYTES", 2e5)
+    monkeypatch.setattr("sys.argv", ["pack", "--threads", "1"])
+    pack.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    ways = [line[13:27].strip() for line in lines if line[13:14] in ("t", "q", "f")]
+    assert ways == ["tar, zstd -3", "qmoe pack", "floats of it"] * 2

@@ -46,7 +46,7 @@ def test_what_is_left_is_told_by_measured_groups(monkeypatch):
     events = []
     samples = []
     tell = Teller(events.append, None, samples.append)
-    layer = type("Layer", (), {"block": "block.0"})()
+    layer = type("Layer", (), {"block": "block.0", "experts": "block.0.experts"})()
     tell.begin(7, [3, 3])
     tell.started([])
     group_done = tell.layer(0, layer, 300)  # 2 s for the dense part

@@ -12,7 +12,6 @@ import os
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import naive
 import numpy as np
@@ -711,7 +710,8 @@ def packed_experts(width, activation):
     """Return a layer's module as a loaded model has it, on the GPU."""
     sizes = {"hidden_size": OUTSIDE, "moe_intermediate_size": INSIDE, "num_experts": EXPERTS, "num_hidden_layers": 1}
     sparse = {"mlp_only_layers": [], "decoder_sparse_step": 1, "num_experts_per_tok": SLOTS}
-    config = SimpleNamespace(hidden_act=HIDDEN_ACT.get(activation, activation), **sizes, **sparse)
+    own = pytest.importorskip("transformers").AutoConfig
+    config = own.for_model("qwen3_moe", hidden_act=HIDDEN_ACT.get(activation, activation), **sizes, **sparse)
     experts_module, family = needed("models.experts"), needed("models.family").family_of("qwen3_moe")
     place = family.layers(config)[0]
     parts = dict(zip(place.projections, layer(width), strict=True))

@@ -9,13 +9,13 @@ import functools
 import os
 import random
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from checks import draw_windows, recode_in_windows, window_book
 from torch.nn import functional
+from transformers import AutoConfig
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.format import pack_experts
@@ -51,7 +51,7 @@ def layer(codes):
     rng = np.random.default_rng(SEED)
     sizes = {"hidden_size": OUTSIDE, "moe_intermediate_size": INSIDE, "num_experts": EXPERTS, "num_hidden_layers": 1}
     sparse = {"mlp_only_layers": [], "decoder_sparse_step": 1, "num_experts_per_tok": SLOTS}
-    config, family = SimpleNamespace(hidden_act="silu", **sizes, **sparse), family_of("qwen3_moe")
+    config, family = AutoConfig.for_model("qwen3_moe", hidden_act="silu", **sizes, **sparse), family_of("qwen3_moe")
     place = family.layers(config)[0]
     books = dict(zip(place.projections, map(window_book, CODES[codes]), strict=True))
     experts, dense, scales = PackedExperts(family, place, books, config), {}, {}

@@ -1,0 +1,1 @@
+"""Training what stands beside frozen digits: row steps, column scales, norms."""

@@ -1,0 +1,98 @@
+"""TunedExperts: a layer of packed experts whose rows and columns are multiplied by factors that can be trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from qmoe_lite.checkpoint.format import checksum, tensor_name
+from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.models.cpu_dispatch import product, run_stretches
+from qmoe_lite.models.experts import PackedExperts
+from qmoe_lite.models.routing import Assignment
+
+
+class TunedExperts(nn.Module):
+    """Stands where a `PackedExperts` stood, and computes what it would with other steps and scales.
+
+    Its parameters are relative changes, 0 at first: `rows` of each projection, (E, R), and, where the code is a
+    dictionary, `columns` of each stage's first projection, (E, C). Digits stay as they are.
+
+    Parameters
+    ----------
+    experts : PackedExperts
+        On the CPU; not changed.
+    """
+
+    def __init__(self, experts: PackedExperts) -> None:
+        super().__init__()
+        self._packed = [experts]  # in a list: its buffers are no part of this module
+        layer = experts.layer
+        self.rows, self.columns = nn.ParameterDict(), nn.ParameterDict()
+        for name, (rows, columns) in layer.shapes.items():
+            self.rows[name] = nn.Parameter(torch.zeros(layer.count, rows))
+            if layer.first_of_stage(name) == name and isinstance(experts.codebooks[name], Dictionary):
+                self.columns[name] = nn.Parameter(torch.zeros(layer.count, columns))
+
+    @property
+    def packed(self) -> PackedExperts:
+        """The experts as they are stored."""
+        return self._packed[0]
+
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        """Send each token through its experts; arguments and result as `PackedExperts.forward`."""
+        count = self.packed.layer.count
+        assigned = Assignment.group(*self.packed.family.routing(routing), count)
+        return run_stretches(self._run, hidden_states, assigned, count).to(hidden_states.dtype)
+
+    def _run(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:
+        parts = zip(experts, pairwise(bounds), strict=True)
+        return torch.cat([self._run_expert(expert, tokens[start:end]) for expert, (start, end) in parts])
+
+    def _run_expert(self, expert: int, x: Tensor) -> Tensor:
+        first, (last,) = self.packed.layer.stages
+        return self._multiply(expert, last, self.packed.activate([self._multiply(expert, name, x) for name in first]))
+
+    def _multiply(self, expert: int, projection: str, x: Tensor) -> Tensor:
+        first = self.packed.layer.first_of_stage(projection)
+        if first in self.columns:
+            x = x * (1 + self.columns[first][expert])
+        y = product(self.packed.packed(expert, projection), x) * (1 + self.rows[projection][expert])
+        bias = self.packed.bias(expert, projection)
+        return y if bias is None else (y + bias).to(y.dtype)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """Return the tensors that the factors change, rounded as they are stored: levels, scales, checksums.
+
+        Their names are those of the whole model's tensors.
+        """
+        experts = self.packed
+        changed: dict[str, Tensor] = {}
+        for name in experts.layer.projections:
+            stack = experts.stack(name)
+            own = {"levels": stack.parts["levels"], "checksums": torch.empty_like(stack.parts["checksums"])}
+            own["levels"] = (own["levels"].float() * (1 + self.rows[name][:, :, None])).to(own["levels"].dtype)
+            if name in self.columns:
+                scales = stack.parts["column_scales"]
+                own["column_scales"] = (scales.float() * (1 + self.columns[name])).to(scales.dtype)
+            for part, tensor in own.items():
+                changed[tensor_name(f"{experts.layer.experts}.{name}", part)] = tensor
+        for name in experts.layer.projections:
+            self._sum_up(name, changed)
+        return changed
+
+    def _sum_up(self, projection: str, changed: dict[str, Tensor]) -> None:
+        """Fill a projection's checksums: of its matrices with their new levels and scales."""
+        experts = self.packed
+        stack, layer = experts.stack(projection), experts.layer
+        first = tensor_name(f"{layer.experts}.{layer.first_of_stage(projection)}", "column_scales")
+        levels, sums = (changed[tensor_name(f"{layer.experts}.{projection}", part)] for part in ("levels", "checksums"))
+        for expert in range(layer.count):
+            packed = replace(stack.checked(expert), levels=levels[expert])
+            if first in changed:
+                packed = replace(packed, column_scales=changed[first][expert])
+            sums[expert] = checksum(packed)

@@ -1,0 +1,288 @@
+"""`tune`: train a compressed model's steps, scales and norms against the dense model; write a new directory."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmoe_lite.checkpoint.atomic import sync_directory
+from qmoe_lite.checkpoint.format import codebooks_of
+from qmoe_lite.checkpoint.reader import Checkpoint, find_model
+from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report
+from qmoe_lite.checkpoint.rewrite import rewrite
+from qmoe_lite.compression.calibration import Samples, check_ids, make_samples, open_tokenizer, read_tokens
+from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.lock import locked
+from qmoe_lite.compression.losses import IGNORED, Gap, paired_gap, slices, summed_loss
+from qmoe_lite.compression.positions import check_window
+from qmoe_lite.compression.rate import MOST
+from qmoe_lite.compression.settings import Progress
+from qmoe_lite.compression.verdict import judge
+from qmoe_lite.errors import CheckpointError, OutputError, SettingError
+from qmoe_lite.models.building import read_config
+from qmoe_lite.models.dense import load_dense
+from qmoe_lite.models.skeletons import capacity_lifted, open_checkpoint
+from qmoe_lite.offload.loading import load
+from qmoe_lite.tuning.train import Step, Tuner, run_dense, states_of
+
+VALIDATION = 8  # samples from the text's end that nothing is trained on
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What `tune` did.
+
+    Attributes
+    ----------
+    before, after : float
+        Mean KL(dense || compressed) of the predictions on validation samples, in nats, before and after training.
+    loss_before, loss, dense_loss : float
+        On the same samples, in nats a token.
+    gap, standard_error : float
+        loss - dense_loss; the error is over samples.
+    samples, validation_samples, sequence_length, epochs, batch_size : int
+    learning_rate : float
+    seconds : float
+    """
+
+    before: float
+    after: float
+    loss_before: float
+    loss: float
+    dense_loss: float
+    gap: float
+    standard_error: float
+    samples: int
+    validation_samples: int
+    sequence_length: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self)
+
+
+def tune(
+    compressed: str | Path,
+    out: str | Path,
+    *,
+    dense: str | Path,
+    calibration: str | Path,
+    samples: int = 256,
+    sequence_length: int = 512,
+    epochs: int = 1,
+    batch_size: int = 2,
+    learning_rate: float = 0.01,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> TuneReport:
+    """Train a compressed model's row steps, column scales and norms; its digits and its size stay as they are.
+
+    Parameters
+    ----------
+    compressed : path or str
+        What `compress` wrote.
+    out : path or str
+        Directory to make; it appears when everything is done.
+    dense : path or str
+        The model that it was made of: a directory, or a name on the hub.
+    calibration : path or str
+        Text, as `compress` takes it; its last samples are for validation.
+    samples : int
+        Samples to train on.
+    sequence_length : int
+        Tokens of a sample.
+    epochs : int
+        How often each sample is seen.
+    batch_size : int
+        Samples a step.
+    learning_rate : float
+        Highest relative change of a step's size, about, in a step of training.
+    seed : int
+        Seed for samples and their order.
+    progress : callable, optional
+        Called with a `Progress` after each sample of the dense model and each step of training.
+
+    Returns
+    -------
+    TuneReport
+        Also in `OUT/qmoe_report.json`, under "tuning".
+
+    Raises
+    ------
+    OutputError
+        `out` exists or cannot be written, or another run is writing it.
+    CheckpointError
+        `compressed` is not compressed, `dense` is, or the two are not of one architecture.
+    SettingError
+        A number out of range.
+    TextError
+        The text is missing, or too short to train on and to validate with.
+    NotFiniteError
+        Predictions are NaN or infinite.
+
+    Notes
+    -----
+    The dense model's final states are kept, not its logits, and the two models are in memory one after the other, in
+    float32. Where the validation samples say that nothing was won, `out` is not written: an OutputError says so.
+    """
+    if min(samples, epochs, batch_size) < 1 or not 0 < learning_rate <= 0.1:
+        raise SettingError("samples, epochs and batch size are at least 1, the learning rate more than 0, at most 0.1.")
+    begun, target = time.perf_counter(), Path(out)
+    _check_free(target)
+    source, reference = find_model(compressed), find_model(dense)
+    checkpoint = _check_pair(source, reference)
+    drawn, kept = _draw(calibration, reference, samples, sequence_length, seed)
+    partial = target.with_name(f"{target.name}.partial")
+    tell = progress or (lambda event: None)
+    runs = len(drawn) + len(kept)
+    whole = runs + epochs * -(-len(drawn) // batch_size)
+
+    def show(step: Step) -> None:
+        place = f"step {step.number} of {step.steps}: {step.divergence:.4f} nats from the dense model"
+        tell(Progress(runs + step.number, whole, place))
+
+    with locked(partial):
+        model = load_dense(reference, *open_checkpoint(reference), torch.float32)
+        states = run_dense(model, drawn, lambda done: tell(Progress(done, whole, f"dense model, sample {done}")))
+        wanted = run_dense(
+            model, kept, lambda done: tell(Progress(len(drawn) + done, whole, "dense model, validation"))
+        )
+        del model
+        tuner = Tuner(load(source, dtype=torch.float32))
+        before, loss_before = tuner.measure(kept, wanted), sum(_losses(tuner, kept))
+        tuner.train(drawn, states, epochs=epochs, batch=batch_size, rate=learning_rate, seed=seed, progress=show)
+        after = tuner.measure(kept, wanted)
+        if not after < before:
+            raise OutputError(
+                f"training won nothing ({before:.4f} to {after:.4f} nats from the dense model on validation samples): "
+                f"{target} was not written. Use more samples, or a lower learning rate."
+            )
+        labels = _labels(kept)
+        tokens = [int((each != IGNORED).sum()) for each in labels]
+        dense_losses = [_loss(tuner, *each) for each in zip(wanted, labels, strict=True)]
+        gap = paired_gap(_losses(tuner, kept), dense_losses, tokens)
+        dense_loss = sum(dense_losses) / sum(tokens)
+        report = TuneReport(
+            before=before,
+            after=after,
+            loss_before=loss_before / sum(tokens),
+            loss=dense_loss + gap.nats,
+            dense_loss=dense_loss,
+            gap=gap.nats,
+            standard_error=gap.standard_error,
+            samples=len(drawn),
+            validation_samples=len(kept),
+            sequence_length=drawn.input_ids.shape[1],
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seconds=time.perf_counter() - begun,
+        )
+        _write(checkpoint, partial, target, tuner.stored(), report, gap, sum(tokens))
+    return report
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
+
+
+def _check_pair(source: Path, reference: Path) -> Checkpoint:
+    """Return the compressed model's checkpoint; raise CheckpointError unless the other is its dense model."""
+    _, checkpoint = open_checkpoint(source)
+    codebooks_of(checkpoint)
+    if read_config(str(reference)).to_dict().get("quantization_config", {}).get("quant_method") == "qmoe":
+        raise CheckpointError(f"{reference} is compressed itself. Name the dense model that {source} was made of.")
+    ours, theirs = (read_config(str(path)).to_dict() for path in (source, reference))
+    skipped = {"quantization_config", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map"}
+    differing = sorted(name for name in {*ours, *theirs} - skipped if ours.get(name) != theirs.get(name))
+    if differing:
+        name = differing[0]
+        found = f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} in {source}"
+        raise CheckpointError(f"{reference} is another model: {found}. Name the model that was compressed.")
+    return checkpoint
+
+
+def _draw(
+    calibration: str | Path, reference: Path, samples: int, sequence_length: int, seed: int
+) -> tuple[Samples, Samples]:
+    """Return samples to train on, and those of the text's end, at most an eighth of it, to validate with."""
+    config, tokenizer = read_config(str(reference)), open_tokenizer(reference)
+    check_window(config, sequence_length)
+    tokens = read_tokens(read_text(calibration), tokenizer)
+    split = len(tokens) - min(len(tokens) // 8, VALIDATION * sequence_length)
+    parts = []
+    for some, count in ((tokens[:split], samples), (tokens[split:], VALIDATION)):
+        made = make_samples(
+            some,
+            tokenizer,
+            seq2seq=bool(config.is_encoder_decoder),
+            count=count,
+            sequence_length=sequence_length,
+            seed=seed,
+        )
+        check_ids(made, config.get_text_config().vocab_size)
+        parts.append(made)
+    return parts[0], parts[1]
+
+
+def _labels(drawn: Samples) -> list[Tensor]:
+    return list(torch.from_numpy(drawn.input_ids[:, 1:] if drawn.labels is None else drawn.labels))
+
+
+@torch.no_grad()
+def _losses(tuner: Tuner, drawn: Samples) -> list[float]:
+    """Return the summed cross-entropy of each sample."""
+    with capacity_lifted(tuner.model):
+        return [
+            _loss(tuner, states, labels)
+            for row in range(len(drawn))
+            for labels, states in states_of(tuner.model, tuner.head, drawn, [row])
+        ]
+
+
+@torch.no_grad()
+def _loss(tuner: Tuner, states: Tensor, labels: Tensor) -> float:
+    parts = slices(len(labels), tuner.head.vocabulary)
+    return sum(summed_loss(tuner.head.logits(states[part]), labels[part]) for part in parts)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    partial: Path,
+    target: Path,
+    changed: dict[str, Tensor],
+    report: TuneReport,
+    gap: Gap,
+    tokens: int,
+) -> None:
+    contents: dict[str, Any] = {}
+    if (found := read_report(checkpoint.directory)) is not None:
+        contents[FILE_NAME] = _tuned(found, report, gap, tokens, checkpoint)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        rewrite(checkpoint, partial, changed, contents)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_directory(target.parent)
+
+
+def _tuned(found: Report, report: TuneReport, gap: Gap, tokens: int, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the report of the compression with the tuning and its verdict."""
+    vocabulary = checkpoint.config.get("vocab_size") or checkpoint.config["text_config"]["vocab_size"]
+    verdict = judge(report.dense_loss, gap, tokens, vocabulary, found.settings.get("rate"), MOST)
+    return replace(found, verdict=verdict.to_json(), tuning=report.to_json()).to_json()

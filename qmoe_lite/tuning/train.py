@@ -1,0 +1,208 @@
+"""Tuning with the digits frozen: row steps, column scales and norms learn to match the dense model's logits.
+
+Nothing that is trained takes a bit: steps, scales and norms are stored anyway. The dense model runs first and is put
+away; what its head was given is kept, so that both models are never in memory at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from qmoe_lite.compression.calibration import Samples
+from qmoe_lite.compression.losses import IGNORED, slices
+from qmoe_lite.errors import NotFiniteError
+from qmoe_lite.models.experts import PackedExperts
+from qmoe_lite.models.heads import Head
+from qmoe_lite.models.skeletons import capacity_lifted
+from qmoe_lite.tuning.experts import TunedExperts
+
+_BETAS = (0.9, 0.95)  # of Adam; there are few steps
+_WARM = 0.1  # of the steps, in which the learning rate rises; then it falls to zero as a cosine
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of training: its number from 1, how many there are, and the divergence of its samples before it."""
+
+    number: int
+    steps: int
+    divergence: float
+
+
+def states_of(model: Any, head: Head, drawn: Samples, rows: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run samples; return of each the labels (T,) and the states (T, C) that its head predicts them from."""
+    ids = torch.from_numpy(drawn.input_ids[rows])
+    if drawn.labels is None:
+        labels, states = ids[:, 1:], head.states(input_ids=ids, use_cache=False)[:, :-1]
+    else:
+        labels = torch.from_numpy(drawn.labels[rows])
+        states = head.states(input_ids=ids, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels))
+    return zip(labels, states, strict=True)
+
+
+@torch.no_grad()
+def run_dense(model: Any, drawn: Samples, progress: Callable[[int], None] | None = None) -> list[Tensor]:
+    """Return what the dense model's head is given for each sample, (T, C) in the model's dtype, on the CPU."""
+    head, found = Head(model), []
+    with ExitStack() as stack:
+        stack.enter_context(capacity_lifted(model))
+        for row in range(len(drawn)):
+            found += [states.clone() for _, states in states_of(model, head, drawn, [row])]
+            if progress is not None:
+                progress(row + 1)
+    return found
+
+
+class Tuner:
+    """A compressed model whose experts and norms can be trained.
+
+    Parameters
+    ----------
+    model : transformers model
+        Loaded by `qmoe_lite.load` in float32, on the CPU. Its experts are replaced.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.head = Head(model)
+        self.experts: list[TunedExperts] = []
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts):
+                parent, _, child = name.rpartition(".")
+                self.experts.append(TunedExperts(module))
+                setattr(model.get_submodule(parent), child, self.experts[-1])
+        self.norms = _copy_norms(model)
+
+    def parameters(self, rate: float) -> list[dict[str, Any]]:
+        """Return all that is trained as Adam takes it: a norm's learning rate goes by the size of its weights."""
+        factors = [each for experts in self.experts for each in experts.parameters()]
+        groups: list[dict[str, Any]] = [{"params": factors, "lr": rate}]
+        for norm in self.norms.values():
+            groups.append({"params": [norm], "lr": rate * max(float(norm.detach().abs().mean()), 1e-3)})
+        return groups
+
+    def divergence(self, drawn: Samples, dense: list[Tensor], rows: list[int], learn: bool) -> tuple[float, int]:
+        """Return the summed KL(dense || model) of some samples' predictions, in nats, and how many there are.
+
+        With `learn` its gradients are added to what is trained, a slice of tokens' logits at a time.
+        """
+        total, count = 0.0, 0
+        outputs, gradients = [], []
+        with torch.set_grad_enabled(learn):
+            for row, (labels, states) in zip(rows, states_of(self.model, self.head, drawn, rows), strict=True):
+                inner = states.detach().requires_grad_(learn)
+                predicted = labels != IGNORED
+                for part in slices(len(labels), self.head.vocabulary):
+                    with torch.no_grad():
+                        expected = self.head.logits(dense[row][part].float()).log_softmax(-1)[predicted[part]]
+                    found = self.head.logits(inner[part]).log_softmax(-1)[predicted[part]]
+                    loss = kl_div(found, expected, reduction="sum", log_target=True)
+                    total += float(loss.detach())
+                    if learn:
+                        loss.backward()
+                count += int(predicted.sum())
+                outputs.append(states)
+                gradients.append(inner.grad)
+            if learn:
+                torch.autograd.backward(outputs, gradients)
+        return total, count
+
+    def train(
+        self,
+        drawn: Samples,
+        dense: list[Tensor],
+        *,
+        epochs: int,
+        batch: int,
+        rate: float,
+        seed: int,
+        progress: Callable[[Step], None] | None = None,
+    ) -> None:
+        """Train on some samples.
+
+        Parameters
+        ----------
+        drawn : Samples
+            To train on.
+        dense : list of tensor
+            Of these samples, as `run_dense` returned them.
+        epochs, batch : int
+            How often each sample is seen, and samples a step.
+        rate : float
+            Highest learning rate of the relative changes.
+        seed : int
+            Of the samples' order.
+        progress : callable, optional
+            Called after each step.
+
+        Raises
+        ------
+        NotFiniteError
+            A divergence is NaN or infinite.
+        """
+        optimizer = torch.optim.Adam(self.parameters(rate), betas=_BETAS)
+        generator = np.random.default_rng(seed)
+        order = [part for _ in range(epochs) for part in _batches(generator.permutation(len(drawn)).tolist(), batch)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: _share(number, len(order)))
+        with capacity_lifted(self.model):
+            for number, part in enumerate(order, 1):
+                optimizer.zero_grad()
+                total, count = self.divergence(drawn, dense, part, learn=True)
+                if not math.isfinite(total):
+                    raise NotFiniteError("the models' predictions are NaN or infinite. Compress at a higher rate.")
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.grad /= count
+                optimizer.step()
+                schedule.step()
+                if progress is not None:
+                    progress(Step(number, len(order), total / count))
+
+    def measure(self, drawn: Samples, dense: list[Tensor]) -> float:
+        """Return the mean divergence of some samples' predictions, in nats."""
+        with capacity_lifted(self.model):
+            found = [self.divergence(drawn, dense, [row], learn=False) for row in range(len(drawn))]
+        return math.fsum(total for total, _ in found) / sum(count for _, count in found)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return all tensors that training changed, as they are stored, by the model's names."""
+        changed = {name: tensor for experts in self.experts for name, tensor in experts.stored().items()}
+        return changed | {name: norm.detach() for name, norm in self.norms.items()}
+
+
+def _copy_norms(model: Any) -> dict[str, nn.Parameter]:
+    """Let a model's vectors be trained: norms' weights, and biases, each a copy of what is a map of a file."""
+    found: dict[str, nn.Parameter] = {}
+    copies: dict[int, nn.Parameter] = {}
+    for owner_name, owner in model.named_modules():
+        if isinstance(owner, TunedExperts):
+            continue
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if parameter.dim() == 1 and parameter.is_floating_point():
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
+                    found[f"{owner_name}.{name}".removeprefix(".")] = copies[id(parameter)]
+                setattr(owner, name, copies[id(parameter)])
+    return found
+
+
+def _batches(rows: list[int], batch: int) -> list[list[int]]:
+    return [rows[start : start + batch] for start in range(0, len(rows), batch)]
+
+
+def _share(number: int, steps: int) -> float:
+    """Return the share of the highest learning rate in a step."""
+    warm = max(1, round(_WARM * steps))
+    if number < warm:
+        return (number + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (number - warm) / max(1, steps - warm)))
