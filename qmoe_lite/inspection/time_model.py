@@ -17,7 +17,7 @@ _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 _AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
 _SECOND_STAGE = 0.4  # of a token's work that such a solve does again: the last projection's Hessian
 _CHECKSUM = 1.5e9  # bytes a second
-_BLOCK_OVERHEAD = 3e-4  # seconds of a block for a token, of which no weight is read
+_BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,15 @@ def running(
         stack = anatomy.stacks[-1]
         width = anatomy.dtype.itemsize
         parts["dense parts"] = (sum(block.weights for block in stack) + anatomy.head) * width / speeds.vector
-        parts["overhead of blocks"] = _BLOCK_OVERHEAD * len(stack)
+        parts["transformers' own code"] = _TOKEN_OVERHEAD + _BLOCK_OVERHEAD * len(stack)
         used = sum(b.layer.top_k * b.layer.weights / b.layer.count for b in stack if b.layer is not None)
         bits = 8 * experts / anatomy.experts  # codewords are walked: what was measured had others
         parts["experts from codes"] = used * speeds.codes * max(bits / speeds.bits, 0.5)
         if resident < 1.0:
             parts["experts from disk"] = used * bits / 8 * (1 - resident) / speeds.disk
             assumed.append("routing is even, the worst case for a cache, and nothing is read ahead")
-        assumed.append(f"{1000 * _BLOCK_OVERHEAD:g} ms of a block for a token beyond what its weights take")
+        own = f"{1000 * _BLOCK_OVERHEAD:g} ms of a block and {1000 * _TOKEN_OVERHEAD:g} ms of a token"
+        assumed.append(f"{own} in transformers' own code")
     elif speeds is not None:
         assumed.append("the speed of running on a GPU is not estimated")
     assumed.append("keys and values of a context are not counted")
