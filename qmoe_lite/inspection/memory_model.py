@@ -8,7 +8,7 @@ on top of what all of them hold.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmoe_lite.compression.calibration import noise_counts, window_length
@@ -27,6 +27,7 @@ _HEAD_ROWS = 1 << 14  # of the head that are made float32 at a time
 _ROUTING_BYTES = 12  # of a token's place and weight at one of its experts
 _GROUPING_BYTES = 60  # of the same while tokens are grouped by expert
 _SAMPLE_DIGITS = 1 << 22
+_LEAST = 0.8  # share of the rate that the experts take in any case
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Ne
         buffers = _buffers(anatomy, settings, rows)
         always["activations of all samples"] = buffers
         always["routing of all samples"] = _routing(anatomy, rows)
-        certain += buffers + 4 * anatomy.outside
+        certain += _buffers(anatomy, settings, replace(rows, all=rows.samples)) + 4 * anatomy.outside
         blocks = [
             (_dense(anatomy, block, settings, rows, number), block)
             for number, stack in enumerate(anatomy.stacks)
@@ -156,7 +157,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Ne
     device_parts.append(group[1])
     experts, others = compressed_bytes(anatomy, bits)
     saved = _saved(anatomy, settings, rows) if calibrated else 0
-    least = min(bits, settings.rate or 0.2) * 0.95
+    least = min(bits, _LEAST * (settings.rate or 0.2))
     return Need(
         always,
         stages,
@@ -243,7 +244,8 @@ def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings, grid: Grid, bi
     stage_two = kept + (8 + digit) * one + 8 * inner * inner + (8 + digit) * two
     again = (digit * (one + two) + (one + two) * bits / 8) if settings.rate is not None else 0
     peak = experts * (max(stage_one, stage_two) + again) + chunk + 24 * wide + 4 * LAYER_SAMPLE * columns
-    sure = experts * max(8 * columns * columns + 4 * one, 8 * inner * inner + 4 * one)
+    of_inputs = 1 if layer.top_k >= layer.count else experts  # experts that all get every token share a Hessian
+    sure = 4 * experts * one + max(8 * columns * columns * of_inputs, 8 * inner * inner * experts)
     return sure, int(peak)
 
 
