@@ -161,7 +161,7 @@ def _evaluated(model: str | Path, text: str | Path, sequence_length: int, held_o
     """Return a model's evaluation, and what tells the real model from others."""
     from transformers import AutoConfig
 
-    from qmoe_lite.checkpoint.reader import find_model
+    from qmoe_lite.checkpoint.finding import find_model
     from qmoe_lite.compression.calibration import open_tokenizer
     from qmoe_lite.models.dense import load_dense
     from qmoe_lite.models.skeletons import open_checkpoint

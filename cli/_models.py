@@ -13,7 +13,7 @@ def open_model(name: str, dtype: str = "float32", placement: Placement | None = 
     """Load a compressed or dense model, with its tokenizer; `dtype` is that of all but compressed experts."""
     import torch
 
-    from qmoe_lite.checkpoint.reader import find_model
+    from qmoe_lite.checkpoint.finding import find_model
     from qmoe_lite.compression.calibration import open_tokenizer
     from qmoe_lite.devices import find_device, moved
     from qmoe_lite.errors import SettingError

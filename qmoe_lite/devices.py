@@ -1,13 +1,39 @@
-"""Which device work is done on."""
+"""Which device work is done on, and what torch.compile goes around."""
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from qmoe_lite.errors import DeviceError, SettingError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.compile go around a function, as `torch.compiler.disable` does, which imports torch._dynamo at once.
+
+    That import takes as long as torch itself, and a command that compiles nothing, such as `qmoe inspect`, would wait.
+    """
+    disabled: Callable[P, R] | None = None
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return disabled(*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compile leaves a function out by
+    return call
 
 
 def find_device(device: str | torch.device = "auto") -> torch.device:

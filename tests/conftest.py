@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pickle
 import shutil
@@ -19,8 +20,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")
 
+# full collections walk all that torch, transformers and numba have made: an eighth of the suite's time, by default
+gc.set_threshold(100_000, 20, 20)
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: tests send Ctrl-C to programs
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported stays
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +55,16 @@ def _seeded() -> None:
 def made_once(tmp_path_factory):
     """Give a function: name, function that makes something at a path -> that path, made once for all workers."""
     return functools.partial(sharing.made_once, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """A process that runs code in forks of itself, each as good as new: see forking.Forks."""
+    import forking
+
+    found = forking.Forks(tmp_path_factory.mktemp("forks"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

@@ -125,6 +125,20 @@ _MAMBA_2 = {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_ch
 MORE = {  # families of which what is read off them is tested, but not every corner that CAUSAL's are put through
     "afmoe": {**_SHARED, "num_experts": 6, "num_dense_layers": 1, "num_shared_experts": 1},
     "aria_text": {"intermediate_size": 20, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "bailing_hybrid": {
+        **_SHARED,
+        **_LATENT,
+        "num_key_value_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_token": 2,
+        "num_expert_group": 2,
+        "topk_group": 1,
+        "layer_group_size": 2,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 3,
+        "head_dim": 8,
+    },
     "cohere2_moe": {"intermediate_size": 20, "num_experts": 6},
     "deepseek_v32": _SPARSE_ATTENTION,
     "dots1": {**_DEEPSEEK, "n_shared_experts": 1},
@@ -168,8 +182,41 @@ MORE = {  # families of which what is read off them is tested, but not every cor
         "attn_layer_offset": 1,
         "num_hidden_layers": 4,
     },
+    "kimi_linear": {
+        **_SHARED,
+        **_LATENT,
+        "num_key_value_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 3,
+        "head_dim": 8,
+    },
     "laguna": {**_SHARED, "num_experts": 6, "shared_expert_intermediate_size": 32},
     "lfm2_moe": {**_SHARED, "num_experts": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "llama4_text": {
+        "intermediate_size": 20,
+        "intermediate_size_mlp": 32,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 1,
+        "moe_layers": [0, 2],
+        "attention_chunk_size": 8,
+        "no_rope_layers": [1, 0, 1],
+    },
+    "longcat_flash": {
+        **_LATENT,
+        "num_key_value_heads": 4,
+        "num_layers": 2,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 20,
+        "n_routed_experts": 4,
+        "zero_expert_num": 3,
+        "moe_topk": 3,
+        "routed_scaling_factor": 1.5,
+    },
     "mellum": {**_SHARED, "num_experts": 6},
     "minimax": {"intermediate_size": 20, "num_local_experts": 4},
     "nemotron_h": {
@@ -190,6 +237,8 @@ MORE = {  # families of which what is read off them is tested, but not every cor
     "phimoe": {"intermediate_size": 20, "num_local_experts": 4},
     "qwen3_5_moe_text": {**_NEXT, "shared_expert_intermediate_size": 32},
     "qwen3_next": {**_NEXT, "shared_expert_intermediate_size": 32},
+    "sarvam_mla": _LATENT_4,
+    "sarvam_moe": {**_DEEPSEEK, "n_shared_experts": 1, "partial_rotary_factor": 0.5},
     "solar_open": _DEEPSEEK,
 }
 
@@ -214,6 +263,23 @@ def _rope(sections: list[int], **more: float) -> dict[str, object]:
 
 WITH_PICTURES = {  # the text model's configuration, and what differs around it
     "gemma4": (MORE["gemma4_text"], {"vision_config": None, "audio_config": None}),
+    "llama4": (
+        MORE["llama4_text"],
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "vision_output_dim": 12,
+                "image_size": 8,
+                "patch_size": 4,
+                "projector_input_dim": 12,
+                "projector_output_dim": 12,
+            },
+            "image_token_index": 36,
+        },
+    ),
     "qwen3_5_moe": (
         {**MORE["qwen3_5_moe_text"], **_rope([1, 0, 0], partial_rotary_factor=0.25)},
         {"vision_config": _VISION, **_IMAGES},
@@ -221,6 +287,30 @@ WITH_PICTURES = {  # the text model's configuration, and what differs around it
     "qwen3_vl_moe": (
         {**_SHARED, "num_experts": 6, **_rope([2, 1, 1])},
         {"vision_config": {**_VISION, "deepstack_visual_indexes": [0]}, **_IMAGES},
+    ),
+    "step3p7": (
+        {
+            **_SHARED,
+            "n_routed_experts": 6,
+            "share_expert_dim": 32,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "swiglu_limits": [0.0, 0.0, 0.05],
+            "moe_router_scaling_factor": 1.5,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "image_size": 16,
+                "patch_size": 4,
+            },
+            "image_token_id": 36,
+        },
     ),
 }
 
@@ -253,13 +343,15 @@ def fill_dense(model: torch.nn.Module, packed: torch.nn.Module, layers: list[str
         for e in range(source.num_experts):
             if hasattr(target, "down_proj"):
                 first = [source.dense(e, name) for name in source.layer.projections[:-1]]
-                both = torch.cat(first) if target.is_concatenated else torch.stack(first, 1).flatten(0, 1)
+                together = getattr(target, "is_concatenated", True)
+                both = torch.cat(first) if together else torch.stack(first, 1).flatten(0, 1)
                 stages = {
-                    "gate_up_proj" if target.has_gate else "up_proj": both,
+                    "gate_up_proj" if len(first) == 2 else "up_proj": both,
                     "down_proj": source.dense(e, "down_proj"),
                 }
+                transposed = getattr(target, "is_transposed", type(target).__name__ == "Llama4TextExperts")
                 for name, matrix in stages.items():
-                    getattr(target, name).data[e] = matrix.T if target.is_transposed else matrix
+                    getattr(target, name).data[e] = matrix.T if transposed else matrix
             else:
                 for projection in ("wi", "wo"):
                     getattr(target[f"expert_{e}"], projection).weight.data = source.dense(e, projection)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe_lite.checkpoint.config_file import check_hub_name, read_config_file
+from qmoe_lite.checkpoint.config_file import read_config_file
+from qmoe_lite.checkpoint.finding import check_hub_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.sources import DTYPES, Source, dequantised
 from qmoe_lite.errors import CheckpointError, first_line, unreadable
@@ -35,6 +36,16 @@ class Held:
 
     def read(self, expert: int | None = None) -> Tensor:
         raise CheckpointError(f"{self.name} is known by its header alone: its values were not fetched.")
+
+
+@dataclass(frozen=True)
+class _Columns(Held):
+    """Stands for the tensor that says how many columns a packed one has, as far as its own columns tell."""
+
+    columns: int
+
+    def read(self, expert: int | None = None) -> Tensor:
+        return torch.tensor([self.columns])
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,20 @@ class Headers:
     @property
     def sources(self) -> Mapping[str, Source]:
         """What the files hold, by the names there; dequantised."""
-        return dequantised(self.config, dict(self.held))
+        found: dict[str, Source] = dict(self.held)
+        bits = min(_packed_bits(self.config), default=4)
+        for name, packed in self.held.items():
+            if name.endswith("_packed") and (of := f"{name.removesuffix('_packed')}_shape") in found:
+                found[of] = _Columns(of, self.held[of].shape, self.held[of].dtype, packed.shape[-1] * 32 // bits)
+        return dequantised(self.config, found)
+
+
+def _packed_bits(config: dict[str, Any]) -> list[int]:
+    """Return the bits of weights that compressed-tensors' schemes name."""
+    settings = config.get("quantization_config") or {}
+    groups = settings.get("config_groups") if isinstance(settings, dict) else None
+    schemes = [each.get("weights") or {} for each in (groups or {}).values()]
+    return [int(each["num_bits"]) for each in schemes if each.get("num_bits")]
 
 
 def read_headers(model: str | Path) -> Headers:

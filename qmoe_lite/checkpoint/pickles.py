@@ -28,6 +28,8 @@ def load_pickle(path: Path) -> Any:
         if mapped:
             with ZipFile(path) as archive:
                 _check_records(path, archive)
+        else:
+            _check_beginning(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about a pickle that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -73,6 +75,15 @@ def check_sums(path: Path) -> None:
         raise CheckpointError(f"{path} is no archive that torch.save wrote, or was cut. Fetch the file again.")
     if bad is not None:
         raise CheckpointError(f"{path} is damaged: {bad} has another checksum. Fetch the file again.")
+
+
+def _check_beginning(path: Path) -> None:
+    """Raise CheckpointError where a file is no pickle either: torch takes one of zeros for an archive of its own."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head and head[:1] != b"\x80" and head != b"PK":  # an archive that was cut is none
+        zeros = " (it begins with zeros)" if not any(head) else ""
+        raise CheckpointError(f"{path} is damaged: it is no file of torch's{zeros}. Fetch the file again.")
 
 
 def _check_records(path: Path, archive: ZipFile) -> None:

@@ -57,7 +57,7 @@ class PublishedCheckpoint(Checkpoint):
             raise CheckpointError(f"{directory}/config.json is of model type {found}; published were {MODEL_TYPE}.")
         self._settle_config()
 
-    def _find_weights(self) -> None:
+    def _find_weights(self, variant: str | None) -> None:
         self._kind = "bin"
         numbers = sorted(int(m[1]) for f in self.directory.iterdir() if (m := re.fullmatch(r"exp(\d+)\.pt", f.name)))
         if not numbers and not (self.directory / _DENSE_FILE).exists():

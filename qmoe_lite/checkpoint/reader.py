@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qmoe_lite.checkpoint.config_file import check_hub_name, read_config_file
+from qmoe_lite.checkpoint.config_file import read_config_file
+from qmoe_lite.checkpoint.finding import variant_of, with_variant
 from qmoe_lite.checkpoint.pickles import load_pickle
 from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, whole
 from qmoe_lite.checkpoint.weight_file import WeightFile
@@ -24,31 +25,6 @@ from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
 EXPERTS = ".experts."  # part of the name of each expert's tensors, by the model's names; of no other but of biases
-
-
-def find_model(name: str | Path) -> Path:
-    """Return the directory of a model named by path or by its name on the Hugging Face hub.
-
-    Raises
-    ------
-    CheckpointError
-        No such directory, or one without config.json or that may not be looked into, or a name that the hub does not
-        know.
-    """
-    if check_hub_name(name) is None:
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        found = Path(snapshot_download(str(name), allow_patterns=patterns))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.bin", "*.model", "*.txt"]))
-    except Exception as error:  # huggingface_hub raises its own, httpx's and the file system's exceptions
-        raise CheckpointError(
-            f"{name} is no directory here, and the Hugging Face hub answers: {first_line(error)}."
-        ) from error
-    return found
 
 
 class Place(NamedTuple):
@@ -100,6 +76,8 @@ class Checkpoint:
         Holds config.json and model.safetensors or pytorch_model.bin, whole or in shards with an index.
     faults : list, optional
         Takes the error of a config.json that cannot be read, which is then empty. Shards may be missing too.
+    variant : str, optional
+        Of the weights: part of their files' names, as in `save_pretrained(variant=..)`.
 
     Raises
     ------
@@ -107,11 +85,15 @@ class Checkpoint:
         No config.json or weights, a shard that the index names is missing, or a file that cannot be read.
     """
 
-    def __init__(self, directory: Path, faults: list[CheckpointError] | None = None) -> None:
+    def __init__(
+        self, directory: Path, faults: list[CheckpointError] | None = None, variant: str | None = None
+    ) -> None:
         self.directory = directory
         self._open_files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         self._checksums: dict[str, int] = {}
+        self._made_of: dict[str, list[str]] = {}  # in the files, of tensors that are made of several
+        self._as_stored: dict[str, Source] = {}  # before they are converted under the same name
         self._forgotten: set[str] = set()  # by their names in the files
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self.config: dict[str, Any] = {}
@@ -121,7 +103,7 @@ class Checkpoint:
             if faults is None:
                 raise
             faults.append(error)
-        self._find_weights()
+        self._find_weights(variant)
         missing = [f for f in self.files if not (directory / f).is_file()]
         if missing and faults is None:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -130,14 +112,15 @@ class Checkpoint:
         self._sources = dequantised(self.config, plain)
         self._views = whole(self._sources)
 
-    def _find_weights(self) -> None:
+    def _find_weights(self, variant: str | None) -> None:
         """Find out of which kind the files are, and which holds which tensor."""
         directory = self.directory
-        for file_name, self._kind in _KINDS:
+        for usual, self._kind in _KINDS:
+            file_name = with_variant(usual, variant)
             if (directory / file_name).is_file():  # first, as transformers does: save_pretrained may leave an old index
                 self._file_of = dict.fromkeys(self._open(file_name).keys(), file_name)
                 break
-            index = directory / f"{file_name}.index.json"
+            index = directory / with_variant(f"{usual}.index.json", variant)
             if index.is_file():
                 try:
                     content = json.loads(index.read_text(encoding="utf-8"))
@@ -154,22 +137,45 @@ class Checkpoint:
                 break
         else:
             text = f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin."
-            published = (directory / "noexp.pt").exists()
-            raise CheckpointError(f"{text} It is one of the paper's: run qmoe import-qmoe." if published else text)
+            if (directory / "noexp.pt").exists():
+                text += " It is one of the paper's: run qmoe import-qmoe."
+            others = {name for file in directory.glob("model.*safetensors*") if (name := variant_of(file.name))}
+            for each in sorted(others):
+                text += f" There are some of the variant {each}: from_pretrained(.., variant={each!r}) loads them."
+            raise CheckpointError(text)
 
     @property
     def sources(self) -> Mapping[str, Source]:
         """What the files hold, by the names there; dequantised."""
         return self._sources
 
+    @property
+    def views(self) -> Mapping[str, View]:
+        """Where each of the model's tensors lies, by the model's names."""
+        return self._views
+
     def know_as(self, views: dict[str, View]) -> None:
         """Know the tensors by the model's names from now on, and where each lies."""
         self._views = views
 
+    def add(self, name: str, source: Source, made_of: list[str]) -> None:
+        """Take in a tensor that is made of some in the files, under the model's name of it."""
+        if made_of == [name]:
+            self._as_stored[name] = self._sources[name]
+        else:
+            self._made_of[name] = made_of
+        self._sources[name] = source
+
+    def to_write(self, name: str) -> Tensor:
+        """Return what is to be stored of one tensor under the name that it has in the files."""
+        stored = self.stored_name(name)
+        return self._as_stored[stored].read() if stored in self._as_stored else self.tensor(name)
+
     def forget(self, names: Iterable[str]) -> None:
         """Leave some tensors out, as if the files did not hold them."""
         for name in names:
-            self._forgotten.add(self._views.pop(name).stored)
+            stored = self._views.pop(name).stored
+            self._forgotten.update(self._made_of.get(stored, [stored]))
 
     def check_index(self) -> None:
         """Compare the index with what the files hold; only headers are read.
@@ -199,7 +205,8 @@ class Checkpoint:
 
     def file_of(self, name: str) -> Path:
         """Return which file holds a tensor."""
-        return self.directory / self._file_of[self.stored_name(name)]
+        stored = self.stored_name(name)
+        return self.directory / self._file_of[self._made_of.get(stored, [stored])[0]]
 
     @property
     def files(self) -> list[str]:
@@ -312,6 +319,9 @@ class Checkpoint:
             After the last piece: their CRC-32 is not the one that `compress` put into the index; or it put some there
             and none for this tensor.
         """
+        if self.stored_name(name) in self._made_of:
+            yield self.tensor(name).reshape(-1).view(torch.uint8).numpy().data
+            return
         place, crc = self.place(name), 0
         with closing(WeightFile(place.path)) as file:
             for piece in file.pieces(place.offset, place.length, memory):

@@ -1,7 +1,8 @@
 """Tensors as files hold them, and as a model knows them: whole or an expert's slice, plain or dequantised on the way.
 
-A file may hold an expert's matrices one by one, or those of a whole layer as one tensor; as they are, or as FP8 with
-scales or MXFP4 blocks. Whatever it is, a matrix is read alone: a layer's whole tensor is never in memory.
+A file may hold an expert's matrices one by one, or those of a whole layer as one tensor; as they are, as FP8 or
+integers with scales, or as MXFP4 blocks. Whatever it is, a matrix is read alone: a layer's whole tensor is never in
+memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qmoe_lite.checkpoint.compressed_tensors import WHOLE, Scheme, schemes_of
 from qmoe_lite.errors import CheckpointError, SettingError
 
 DTYPES = {  # what safetensors calls them
@@ -35,6 +37,7 @@ DTYPES = {  # what safetensors calls them
 }
 _MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # of each 4 bits, E2M1
 _SCALES = ("_scale_inv", "_scale")  # what is added to the name of an FP8 tensor
+_OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale", ".k_scale", ".q_scale", ".v_scale")
 _CONVERT = "Convert it to bfloat16 first: load it in transformers with dtype=bfloat16, dequantise, save_pretrained."
 
 
@@ -88,13 +91,13 @@ class View:
 
 
 @dataclass(frozen=True)
-class _Fp8:
-    """An FP8 tensor and its scales: of blocks, of rows, or one."""
+class _Scaled:
+    """A tensor of FP8 or small integers, and its scales: of blocks, of rows, or one."""
 
     name: str
     weight: Source
     scale: Source
-    block: tuple[int, int]
+    blocks: tuple[tuple[int, int], ...]  # rows and columns of what has one scale; one of these
     dtype = torch.bfloat16
 
     @property
@@ -105,12 +108,47 @@ class _Fp8:
         weight = self.weight.read(expert).float()
         scale = self.scale.read(expert if len(self.scale.shape) == len(self.shape) else None).float()
         if scale.numel() > 1 and scale.shape != (weight.shape[-2], 1):
-            for dim, size in zip((-2, -1), self.block, strict=True):
-                if scale.shape[dim] != -(-weight.shape[dim] // size):
-                    text = f"{self.name} {tuple(weight.shape)} has scales {tuple(scale.shape)}; config.json says one "
-                    raise CheckpointError(f"{text}for each block of {self.block}. Fetch it again.")
+            fitting = [
+                block
+                for block in self.blocks
+                if tuple(scale.shape) == tuple(-(-n // size) for n, size in zip(weight.shape, block, strict=True))
+            ]
+            if len(set(fitting)) != 1:
+                text = f"{self.name} {tuple(weight.shape)} has scales {tuple(scale.shape)}; config.json says one "
+                named = " or ".join(f"({_sized(rows)}, {_sized(columns)})" for rows, columns in self.blocks)
+                raise CheckpointError(f"{text}for each block of {named}. Fetch it again.")
+            for dim, size in zip((-2, -1), fitting[0], strict=True):
                 scale = scale.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
         return (weight * scale).to(self.dtype)
+
+
+def _sized(size: int) -> str:
+    return "all" if size == WHOLE else str(size)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Small integers of which several share 32 bits, the first in the lowest; negative ones are stored from zero up."""
+
+    name: str
+    packed: Source
+    size: Source
+    bits: frozenset[int]  # of a weight; one of these
+    dtype = torch.int8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.shape[:-1], int(self.size.read().flatten()[-1]))
+
+    def read(self, expert: int | None = None) -> Tensor:
+        packed, columns = self.packed.read(expert), self.shape[-1]
+        fitting = [each for each in self.bits if -(-columns * each // 32) == packed.shape[-1]]
+        if len(fitting) != 1:
+            text = f"{self.name}_packed has {packed.shape[-1]} columns of 32 bits; config.json says {columns} weights"
+            raise CheckpointError(f"{text} of {' or '.join(map(str, sorted(self.bits)))} bits. Fetch it again.")
+        (bits,) = fitting
+        parts = [packed >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
+        return (torch.stack(parts, -1).flatten(-2)[..., :columns] - (1 << bits - 1)).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -145,11 +183,11 @@ def check_method(config: Mapping[str, Any], place: object) -> None:
     method = method_of(config)
     if method == "qmoe":
         raise SettingError(f"{place} is quantised already. Compress the original model.")
-    settings: Any = config.get("quantization_config")
-    if method == "compressed-tensors" and settings.get("format") != "float-quantized":
-        method = f"compressed-tensors ({settings.get('format')})"
+    if method == "compressed-tensors" and isinstance(found := schemes_of(config["quantization_config"]), str):
+        method = found
     if method not in (None, "fp8", "mxfp4", "compressed-tensors"):
-        raise SettingError(f"{place} is quantised by {method}; read are FP8 and MXFP4. {_CONVERT}")
+        read = "read are FP8, MXFP4 and compressed-tensors' symmetric integers of 4 and 8 bits"
+        raise SettingError(f"{place} is quantised by {method}; {read}. {_CONVERT}")
 
 
 def dequantised(config: Mapping[str, Any], sources: dict[str, Source]) -> dict[str, Source]:
@@ -165,26 +203,40 @@ def dequantised(config: Mapping[str, Any], sources: dict[str, Source]) -> dict[s
     Returns
     -------
     dict
-        FP8 tensors are bfloat16, MXFP4 ones too, under the name that blocks and scales have in common; what scales
-        them is left out. A model that is not quantised, or in a way that `check_method` refuses, is left as it is.
+        FP8 tensors are bfloat16, MXFP4 and packed ones too, under the name that these have in common with their
+        scales, which are left out. A model that is not quantised, or in a way that `check_method` refuses, is left as
+        it is.
     """
     method = method_of(config)
-    if method in ("fp8", "compressed-tensors"):
+    if method == "fp8":
         size = config["quantization_config"].get("weight_block_size") or (128, 128)
-        return _fp8(sources, (int(size[0]), int(size[1])))
+        return _scaled(sources, ((int(size[0]), int(size[1])),))
+    if method == "compressed-tensors" and not isinstance(schemes := schemes_of(config["quantization_config"]), str):
+        return _compressed(sources, schemes)
     if method == "mxfp4":
         return _mxfp4(sources)
     return sources
 
 
-def _fp8(sources: dict[str, Source], block: tuple[int, int]) -> dict[str, Source]:
+def _scaled(sources: dict[str, Source], blocks: tuple[tuple[int, int], ...]) -> dict[str, Source]:
     found = dict(sources)
     for name in sources:
         for scale in (f"{name}{suffix}" for suffix in _SCALES):
             if scale in sources:
-                found[name] = _Fp8(name, sources[name], sources[scale], block)
+                found[name] = _Scaled(name, sources[name], sources[scale], blocks)
                 del found[scale]
-    return {name: source for name, source in found.items() if not name.endswith(("input_scale", "activation_scale"))}
+    return {name: source for name, source in found.items() if not name.endswith(_OF_ACTIVATIONS)}
+
+
+def _compressed(sources: dict[str, Source], schemes: list[Scheme]) -> dict[str, Source]:
+    plain = dict(sources)
+    bits = frozenset(scheme.bits for scheme in schemes if scheme.packed)
+    for name in [each.removesuffix("_packed") for each in sources if each.endswith("_packed")]:
+        packed, shape = plain.pop(f"{name}_packed"), plain.pop(f"{name}_shape", None)
+        if shape is None or f"{name}_scale" not in sources:
+            raise CheckpointError(f"the checkpoint has {name}_packed without shape or scales. Fetch it again.")
+        plain[name] = _Packed(name, packed, shape, bits)
+    return _scaled(plain, tuple(dict.fromkeys(scheme.block for scheme in schemes)))
 
 
 def _mxfp4(sources: dict[str, Source]) -> dict[str, Source]:

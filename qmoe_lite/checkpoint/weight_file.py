@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from qmoe_lite.devices import uncompiled
 from qmoe_lite.errors import CheckpointError, unreadable
 
 PAGE = 4096  # bytes; what O_DIRECT wants places, lengths and addresses to be multiples of
@@ -179,7 +179,7 @@ class SizeGuard:
     def __init__(self, paths: list[Path]) -> None:
         self.files = {path: WeightFile(path) for path in paths}
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, *arguments: Any) -> None:
         for file in self.files.values():
             file.check_size()

@@ -66,7 +66,7 @@ class Writer:
         for number, shard in enumerate(self._dense_shards, self._layers):
             file_name = self._file_name(number)
             # copies: a checkpoint's tied tensors may be views of one storage, which safetensors refuses
-            tensors = {self._checkpoint.stored_name(name): self._checkpoint.tensor(name).clone() for name in shard}
+            tensors = {self._checkpoint.stored_name(name): self._checkpoint.to_write(name).clone() for name in shard}
             checksums = checksums | files.write_tensors(self._directory / file_name, tensors)
             weight_map |= dict.fromkeys(tensors, file_name)
         files.write_json(self._directory / "config.json", self._config(settings))

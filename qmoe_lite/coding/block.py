@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.jobs import (
     CHOICE,
     COUNT,
@@ -26,7 +27,7 @@ from qmoe_lite.coding.jobs import (
 from qmoe_lite.coding.vectors import add_multiple_at, address_of, store, zeros
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _add_codeword(
     code: np.uint64,
     positions: np.uint64,
@@ -46,7 +47,7 @@ def _add_codeword(
     return place + column_bytes * entry_step(entry, fields), total
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _block_pair(
     stream: np.uint64,
     bit0: np.uint64,
@@ -93,7 +94,7 @@ def _block_pair(
     store(sums + np.uint64(4 * len(lanes)), total1)
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _fill_values(levels: NDArray[np.float32], choice: int, row: int, values: NDArray[np.float32], digits: int) -> None:
     """Write the weight of each slot to values (digits,), the zero slot's last; see `decode_kernels.slot_values`."""
     if levels.shape[2] == 1:
@@ -105,7 +106,7 @@ def _fill_values(levels: NDArray[np.float32], choice: int, row: int, values: NDA
     values[digits - 1] = 0
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _block_rows(
     codes: NDArray[np.uint8],
     offset: int,

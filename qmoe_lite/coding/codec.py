@@ -17,6 +17,7 @@ from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.decode_kernels import decode_rows
 from qmoe_lite.coding.dictionary import Dictionary, checked_digits
 from qmoe_lite.coding.guards import check_process
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS
 from qmoe_lite.coding.stream import row_starts, shorten_counts, stream_bytes
@@ -256,7 +257,7 @@ def _levels_tensor(levels: Any) -> torch.Tensor:
     return levels.detach().clone(memory_format=torch.contiguous_format)
 
 
-@njit(forceinline=True)
+@inlined()
 def _copy(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
     for i in range(len(source)):
         target[i] = source[i]

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qmoe_lite.coding.chain import follow_chain
 from qmoe_lite.coding.exceptions import count_exceptions
 from qmoe_lite.coding.fitting import EXCEPTION_BITS, LARGEST_CLIP, digit_chances, exception_bits, fit_trees
-from qmoe_lite.coding.growth import follow_chain
 from qmoe_lite.coding.trees import FAULTS, MOST_DIGITS, Trees, encoder_entries, read_trees, window_tables
 from qmoe_lite.coding.windows import count_codewords
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, QMoEError, SettingError, ShapeError

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.stream import row_starts
 from qmoe_lite.errors import FormatError
 
@@ -87,7 +88,7 @@ def check_exceptions(exceptions: Exceptions, rows: int, columns: int, clip: int)
         )
 
 
-@njit(forceinline=True)
+@inlined()
 def add_exceptions(
     exceptions: Exceptions,
     per: int,

@@ -73,6 +73,17 @@ def fit_trees(
     return k, length, *shape, kinds.tobytes()
 
 
+def least_bits(sizes: NDArray[np.int64]) -> float:
+    """Return the bits a digit that no trees for such digits go below: the entropy of what is left by exceptions."""
+    most = min(max(len(sizes) - 1, 1), LARGEST_CLIP)
+    return min(_entropy(digit_chances(sizes, clip)) + exception_bits(sizes, clip) for clip in range(1, most + 1))
+
+
+def _entropy(single: NDArray[np.float64]) -> float:
+    """Return the entropy of a digit, in bits, from the probabilities that `digit_chances` returns."""
+    return float(-(np.where(np.arange(len(single)) > 0, 2.0, 1.0) * single) @ np.log2(single))
+
+
 def _shapes(clip: int) -> list[_Shape]:
     """Return the starts and quarters that are tried: those that were best somewhere from 0.4 to 4 bits."""
     return [(starts, quarters) for starts, quarters in _SHAPES if starts[-1] <= clip]

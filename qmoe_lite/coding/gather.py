@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.jobs import (
     CHOICE,
     COUNT,
@@ -44,19 +45,19 @@ from qmoe_lite.coding.vectors import (
 STEP_IN_BYTES = (2, 4)  # fields of an entry of `Codebook.gather_table` that leave room for the step in x in bytes
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _code(word: np.uint64, k: np.uint64, bits: Any) -> np.uint64:
     return (word >> (k * code_bits(bits))) & ((np.uint64(1) << code_bits(bits)) - np.uint64(1))
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _group(row: np.uint64, shift: np.uint64, group: int, bits: Any) -> np.uint64:
     """Four codewords: group 0, 1, 2 or 3 of the sixteen that begin `shift` bits behind the address `row`."""
     bit = np.uint64(4 * group) * code_bits(bits)
     return load_64_at(row + (bit >> np.uint64(3))) >> (shift + (bit & np.uint64(7)))
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _gather_codeword(
     code: np.uint64,
     table: np.uint64,
@@ -75,7 +76,7 @@ def _gather_codeword(
     return place + slot_bytes * entry_step(entry, fields), total
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _gather_four(
     word: np.uint64,
     table: np.uint64,
@@ -96,7 +97,7 @@ def _gather_four(
     return place, sum0, sum1, sum2, sum3
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _gather_row(
     codes: np.uint64,
     bit: np.uint64,
@@ -134,7 +135,7 @@ def _gather_row(
     return place
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _gather_rows(
     codes: NDArray[np.uint8],
     offset: int,

@@ -17,13 +17,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.chain import follow_chain
+from qmoe_lite.coding.inlined import inlined
+
 _HARD = 4  # last rounds, in which no class may exceed its share; the best one is kept
-_CHAIN = 60  # steps in which the chain of kinds settles
 _RAREST = 1e-6  # how often at least a string ends in a kind
 _LEAST_COST = 0.05  # of an extension, in codewords: where prices make one nearly free
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _sift_up(keys: NDArray[np.float64], items: NDArray[np.int64], last: int, key: float, item: int) -> None:
     """Put an item into a heap of `last` items; the largest key comes first, then the smallest item."""
     i = last
@@ -38,7 +40,7 @@ def _sift_up(keys: NDArray[np.float64], items: NDArray[np.int64], last: int, key
     items[i] = item
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _remove_first(keys: NDArray[np.float64], items: NDArray[np.int64], n: int) -> None:
     """Take the first of n items out of a heap."""
     key, item = keys[n - 1], items[n - 1]
@@ -61,7 +63,7 @@ def _remove_first(keys: NDArray[np.float64], items: NDArray[np.int64], n: int) -
     items[i] = item
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _rank_extensions(
     cumulated: NDArray[np.float64],
     values: NDArray[np.float64],
@@ -102,7 +104,33 @@ def _rank_extensions(
     return order, worth
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
+def _next_fitting(
+    order: NDArray[np.int64],
+    classes: NDArray[np.int64],
+    kind: int,
+    rank: int,
+    left: int,
+    left_0: int,
+    zeros_only: bool,
+) -> int:
+    """Return the rank, from `rank` on, of the first larger kind whose codewords are left, of class 0 too; or -1.
+
+    A node behind whose digits only zeros may follow, `zeros_only`, is taken from kind 0 to kind 1 alone.
+    """
+    clip = len(order) - 1
+    while rank < order.shape[1] and order[kind, rank] >= 0:
+        u = order[kind, rank]
+        new = 2 * (u - kind) - (1 if kind == 0 else 0)
+        kept = 1 if u <= clip else 0
+        of_0 = new - (1 if classes[kind] == 0 else 0) + (1 if kept and classes[u] == 0 else 0)
+        if new - 1 + kept <= left and (of_0 <= 0 or of_0 <= left_0) and (u == 1 or not zeros_only):
+            return rank
+        rank += 1
+    return -1
+
+
+@inlined(error_model="numpy")
 def _grow_tree(
     first: NDArray[np.float64],
     lowest: int,
@@ -131,7 +159,8 @@ def _grow_tree(
     items = np.empty(room, dtype=np.int64)
     waiting = 0
     n = 0
-    counts[:] = 0
+    for c in range(len(counts)):
+        counts[c] = 0
     for size in range(lowest, clip + 1):
         for sign in range(1 if size == 0 else 2):
             nodes[n, 0] = -1
@@ -143,31 +172,32 @@ def _grow_tree(
                 _sift_up(keys, items, waiting, mass[n] * worth[0, 0], n * 64)
                 waiting += 1
             n += 1
-    counts[0] = n
-    added = np.zeros(len(quotas), dtype=np.int64)
-    while waiting > 0 and counts.sum() < total:  # any extension takes a codeword more
+    counts[0] = used = n
+    while waiting > 0 and used < total:  # any extension takes a codeword more
         item = items[0]
         _remove_first(keys, items, waiting)
         waiting -= 1
         node, rank = item // 64, item % 64
         t = nodes[node, 3]
+        left, left_0 = total - used, quotas[0] - counts[0] if hard else total
+        zeros_only = nodes[node, 2] >= head
+        chosen = _next_fitting(order, classes, t, rank, left, left_0, zeros_only)
         u = order[t, rank]
-        added[:] = 0
-        new = 2 * (u - t) - (1 if t == 0 else 0)
-        added[0] += new
-        added[classes[t]] -= 1
-        if u <= clip:
-            added[classes[u]] += 1
-        fits = counts.sum() + added.sum() <= total and n + new <= room and (nodes[node, 2] < head or u == 1)
-        if hard:
-            for c in range(len(quotas)):
-                fits = fits and (added[c] <= 0 or counts[c] + added[c] <= quotas[c])
-        if not fits:
-            if rank + 1 < len(order[t]) and order[t, rank + 1] >= 0:
-                _sift_up(keys, items, waiting, mass[node] * worth[t, rank + 1], item + 1)
+        after = classes[u] if u <= clip else 0
+        if chosen == rank and hard and after > 0 and after != classes[t] and counts[after] >= quotas[after]:
+            chosen = _next_fitting(order, classes, t, rank + 1, left, left_0, zeros_only)
+        if chosen != rank:  # the ranks between would not fit later either: codewords of class 0 only become fewer
+            if chosen >= 0:
+                _sift_up(keys, items, waiting, mass[node] * worth[t, chosen], node * 64 + chosen)
                 waiting += 1
             continue
-        counts += added
+        new = 2 * (u - t) - (1 if t == 0 else 0)
+        used += new - 1
+        counts[0] += new
+        counts[classes[t]] -= 1
+        if u <= clip:
+            used += 1
+            counts[after] += 1
         nodes[node, 3] = u
         depth = nodes[node, 2] + 1
         for size in range(t, u):
@@ -187,7 +217,7 @@ def _grow_tree(
     return n
 
 
-@njit(cache=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _preorder(nodes: NDArray[np.int64], n: int, clip: int, kinds: NDArray[np.uint8]) -> None:
     """Write the kinds of n nodes in preorder, children in the order 0, -1, +1, -2, .."""
     width = 2 * clip + 1
@@ -209,66 +239,6 @@ def _preorder(nodes: NDArray[np.int64], n: int, clip: int, kinds: NDArray[np.uin
             if child[node + 1, rank] >= 0:
                 stack[depth] = child[node + 1, rank]
                 depth += 1
-
-
-@njit(cache=True, error_model="numpy")
-def follow_chain(
-    single: NDArray[np.float64],
-    classes: NDArray[np.int64],
-    gained: NDArray[np.float64],
-    ends: NDArray[np.float64],
-    arriving: NDArray[np.float64],
-) -> tuple[float, NDArray[np.float64]]:
-    """Follow strings from kind to kind until it settles how often each is arrived at.
-
-    Parameters
-    ----------
-    single : float64 array, shape (K + 1,)
-        Probability of one digit of each size.
-    classes : int64 array, shape (K + 1,)
-        Class of each kind.
-    gained : float64 array, shape (classes, K + 1)
-        Digits of a tree's string, by the size of its first digit.
-    ends : float64 array, shape (classes, K + 1, K + 1)
-        Its probability of ending in each kind, by the size of its first digit.
-    arriving : float64 array, shape (K + 1,)
-        Is modified: from a guess to how often strings end in each kind.
-
-    Returns
-    -------
-    digits : float
-        Of a string, on average.
-    worths : float64 array, shape (K + 1,)
-        Digits that ending in a kind gains in the long run, against kind 0.
-    """
-    kinds = len(single)
-    chain = np.zeros((kinds, kinds))
-    given = np.zeros(kinds)
-    for t in range(kinds):
-        left = 0.0
-        for size in range(t, kinds):
-            left += single[size] * (1 if size == 0 else 2)
-        for size in range(t, kinds):
-            chance = single[size] * (1 if size == 0 else 2) / left
-            given[t] += chance * gained[classes[t], size]
-            for u in range(kinds):
-                chain[t, u] += chance * ends[classes[t], size, u]
-    worths = np.zeros(kinds)
-    for _ in range(_CHAIN):
-        after = np.zeros(kinds)
-        moved = given.copy()
-        for t in range(kinds):
-            for u in range(kinds):
-                moved[t] += chain[t, u] * worths[u]
-                after[u] += arriving[t] * chain[t, u]
-        total = after.sum()
-        for t in range(kinds):
-            arriving[t] = after[t] / total
-            worths[t] = moved[t] - moved[0]
-    digits = 0.0
-    for t in range(kinds):
-        digits += arriving[t] * given[t]
-    return digits, worths
 
 
 @njit(cache=True, error_model="numpy")
@@ -319,8 +289,9 @@ def grow_trees(
     for t in range(clip + 1):
         for c in range(1, trees):
             classes[t] += 1 if t >= starts[c] else 0
-    prices = np.ones((trees, trees))
-    prices[:, 1:] = start
+    prices = np.full((trees, trees), start)
+    for c in range(trees):
+        prices[c, 0] = 1.0
     worths = np.zeros(clip + 1)
     for t in range(1, clip + 1):
         worths[t] = -start * (t + 2) / 3
@@ -347,7 +318,8 @@ def grow_trees(
             weight = 0.0
             for size in range(starts[c], clip + 1):
                 weight += first[c, size] * (1 if size == 0 else 2)
-            first[c] /= weight
+            for size in range(clip + 1):
+                first[c, size] /= weight
             order, worth = _rank_extensions(cumulated, values, prices[c], classes)
             n = _grow_tree(
                 first[c],
@@ -377,7 +349,8 @@ def grow_trees(
                 for k in range(trees):
                     prices[c, k] *= min(max(counts[c, k] / quotas[k], 0.25), 4.0) ** 0.5
                     spent += prices[c, k] * quotas[k] / total
-                prices[c] /= spent
+                for k in range(trees):
+                    prices[c, k] /= spent
         digits, settled = follow_chain(single, classes, gained, ends, arriving)
         for t in range(clip + 1):
             worths[t] = 0.6 * worths[t] + 0.4 * settled[t]

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.vectors import load_32_at, load_64_at
 
 EXPERT, CHOICE, FIRST, COUNT = range(4)  # columns of `jobs`: expert, its place in `levels`, first token, tokens
@@ -40,7 +41,7 @@ def expand_kernel(
     return spoilt == 0
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _expand_piece(
     x: NDArray[np.float32], job: NDArray[np.int64], offset: int, negated: int, out: NDArray[np.float32]
 ) -> int:
@@ -58,7 +59,7 @@ def _expand_piece(
     return spoilt
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def load_entry(table: np.uint64, code: np.uint64, fields: tuple[int, ...]) -> np.uint64:
     """Return the table entry of a code, given the address of a table of uint32 (up to three fields) or uint64."""
     if len(fields) <= 3:
@@ -66,25 +67,25 @@ def load_entry(table: np.uint64, code: np.uint64, fields: tuple[int, ...]) -> np
     return load_64_at(table + np.uint64(8) * code)
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def entry_part(entry: np.uint64, i: int) -> np.uint64:
     """Return field i of an entry of a kernel's table."""
     return (entry >> np.uint64(8 * i)) & np.uint64(255)
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def entry_step(entry: np.uint64, fields: tuple[int, ...]) -> np.uint64:
     """Return what lies above the fields: how far the codeword goes."""
     return entry >> np.uint64(8 * len(fields))
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def load_codewords(codes: np.uint64, bit: np.uint64) -> np.uint64:
     """Return the stream at an address from `bit` on."""
     return load_64_at(codes + (bit >> np.uint64(3))) >> (bit & np.uint64(7))  # 57 bits: four codewords, or 16-bit ones
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def first_codewords(row_codewords: NDArray[Any], fewest: NDArray[np.int32], jobs: NDArray[np.int64]) -> Any:
     """Return the number of each task's first codeword within its expert: (J, tasks of a job)."""
     rows = row_codewords.shape[1]

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.alphabet import Alphabet
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.vectors import load_64_bits
 from qmoe_lite.errors import DtypeError, ShapeError
 
@@ -49,12 +50,12 @@ def _trailing_zeros(typing: Any, word: Any) -> Any:
 
 
 # a lane: place in the digits, state, bits of zeros that may be passed, place in the codes; all uint64
-@njit(forceinline=True)
+@inlined()
 def _lane(row: int, lane: int, columns: int) -> Any:
     return np.uint64(row * columns), np.uint64(0), np.uint64(0), np.uint64(lane * columns)
 
 
-@njit(forceinline=True)
+@inlined()
 def _take(lane: Any, passed: np.uint64, entry: np.uint64, codes: NDArray[np.uint16]) -> Any:
     """Move a lane over `passed` digits; the entry's code is always written, and kept if there is one: no branch."""
     codes[lane[3]] = entry & np.uint64(0xFFFF)
@@ -62,7 +63,7 @@ def _take(lane: Any, passed: np.uint64, entry: np.uint64, codes: NDArray[np.uint
     return lane[0] + passed, entry >> np.uint64(32), entry >> np.uint64(16) & np.uint64(255), place
 
 
-@njit(forceinline=True)
+@inlined()
 def _step(lane: Any, digits: NDArray[np.uint8], entries: NDArray[np.uint64], codes: NDArray[np.uint16]) -> Any:
     """Take one to eight digits; a digit's lowest two bits are those of its byte."""
     word = load_64_bits(digits, lane[0])

@@ -22,6 +22,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.vectors import address_of, code_bits, load_64_at, store
 from qmoe_lite.coding.window_layout import COUNT, EXPERT, FIRST, PANEL
 from qmoe_lite.coding.window_sums import (
@@ -41,7 +42,7 @@ CARRY = 4 * LONGEST  # digits that four codewords may reach behind a chunk
 _STRIDE = CHUNK + CARRY
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _first_codewords(row_codewords: NDArray[Any], fewest: NDArray[np.int32], jobs: NDArray[np.int64]) -> Any:
     """Number of each task's first codeword within its expert: (J, tasks of a job)."""
     rows = row_codewords.shape[1]
@@ -57,19 +58,19 @@ def _first_codewords(row_codewords: NDArray[Any], fewest: NDArray[np.int32], job
     return firsts
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _four_windows(row: np.uint64, shift: np.uint64, group: int, bits: Any) -> np.uint64:
     """Four codewords and the two bits before: group 0 or 1 of the eight that begin `shift` bits behind `row`."""
     bit = np.uint64(4 * group) * code_bits(bits)
     return load_64_at(row + (bit >> np.uint64(3))) >> (shift + (bit & np.uint64(7)))
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _window(word: np.uint64, k: int, bits: Any) -> np.uint64:
     return (word >> (np.uint64(k) * code_bits(bits))) & ((np.uint64(4) << code_bits(bits)) - np.uint64(1))
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _add_four(
     word: np.uint64,
     bits: Any,
@@ -100,7 +101,7 @@ def _add_four(
     return place, sum0, sum1, sum2, sum3
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _add_row(
     stream: np.uint64,
     codeword: int,
@@ -131,7 +132,7 @@ def _add_row(
     store_totals(sums, add_sums(add_sums(a, b), add_sums(c, d)))
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _add_rows(
     codes: NDArray[np.uint8],
     offset: int,
@@ -155,7 +156,7 @@ def _add_rows(
         codeword += count  # type: ignore[assignment]
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _first_at(positions: NDArray[np.uint16], first: int, end: int, least: int) -> int:
     """First place in [first, end) of sorted positions that holds `least` or more; `end` if there is none."""
     while first < end:
@@ -167,7 +168,7 @@ def _first_at(positions: NDArray[np.uint16], first: int, end: int, least: int) -
     return first
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _exceptions_of(
     starts: NDArray[np.int32], positions: NDArray[np.uint16], columns: int, first: int, end: int, block: int
 ) -> tuple[int, int]:
@@ -228,7 +229,7 @@ def few_kernel(
                 y[job[FIRST] + token, first + i] = steps[expert, first + i] * sums[i, token]
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _write_four(
     word: np.uint64,
     bits: Any,
@@ -245,7 +246,7 @@ def _write_four(
     return place
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _write_chunk(
     stream: np.uint64,
     bit: np.uint64,
@@ -264,7 +265,7 @@ def _write_chunk(
     return bit, place
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _multiply_chunk(
     tile: NDArray[np.float32],
     columns: int,

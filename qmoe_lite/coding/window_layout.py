@@ -8,13 +8,15 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.inlined import inlined
+
 EXPERT, CHOICE, FIRST, COUNT, PANEL = range(5)  # columns of `jobs`: expert, its place in `experts`, tokens, first panel
 _COLUMNS = 64  # laid out at a time
 _LARGEST = np.float32(1e33)
 _LARGEST_SCALED = np.float32(1e31)  # 127 times so much in each column cannot overflow before a step makes it small
 
 
-@njit(forceinline=True, error_model="numpy")
+@inlined(error_model="numpy")
 def _lay(row: NDArray[np.float32], scales: NDArray[np.float32], out: NDArray[np.float32]) -> Any:
     """Write row * scales; return 1 if a number is not finite or too large, else 0. LLVM makes vectors of this loop."""
     spoilt = np.int32(0)

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.exceptions import Exceptions, add_exceptions, block_rows, find_exceptions
+from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.stream import PADDING_BYTES, load_word, row_starts
 from qmoe_lite.coding.vectors import address_of
 
@@ -153,7 +154,7 @@ def _widen(typing: Any, source: Any, target: Any, lanes: Any) -> Any:
     return types.void(types.uint64, types.uint64, lanes), generate
 
 
-@njit(forceinline=True)
+@inlined()
 def _step(
     node: np.uint64,
     place: np.uint64,
@@ -170,7 +171,7 @@ def _step(
     return following + digit, place + ended
 
 
-@njit(forceinline=True)
+@inlined()
 def _rank(digit: int, clip: int) -> np.uint8:
     """Return the rank of a digit, clipped: 0, -1, +1, -2, .. have 0, 1, 2, 3, .."""
     clipped = min(max(digit, -clip), clip)
@@ -243,7 +244,7 @@ def _pack_kernel(codes: NDArray[np.uint16], starts: NDArray[np.int64], bits: int
                 word += 1
 
 
-@njit(forceinline=True)
+@inlined()
 def _read_row(
     codes: NDArray[np.uint8],
     first: int,

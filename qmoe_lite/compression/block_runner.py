@@ -21,7 +21,8 @@ from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import Call, Calls, Mark, MoELayer, Stack
 from qmoe_lite.models.family import Family
-from qmoe_lite.models.routing import Assignment
+from qmoe_lite.models.placing import put
+from qmoe_lite.models.routing import Assignment, in_order
 
 
 def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:
@@ -68,8 +69,8 @@ class _Catcher(nn.Module):
         self._caught: list[tuple[Tensor, Tensor, Tensor]] = []
         self.answer: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-        index, weights = self._family.routing(routing)
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        index, weights = self._family.routing(in_order(routing, named))
         self._caught.append((hidden_states.cpu(), index.to(torch.int32).cpu(), weights.float().cpu()))
         return torch.zeros_like(hidden_states) if self.answer is None else self.answer.view_as(hidden_states)
 
@@ -141,9 +142,8 @@ class BlockRunner:
         materialise(module, block, self._checkpoint, torch.float32)
         catcher = None
         if block in self._layer_of:
-            parent, _, child = self._layer_of[block].experts.rpartition(".")
             catcher = _Catcher(self._family)
-            setattr(self._model.get_submodule(parent), child, catcher)
+            put(self._model, self._layer_of[block].experts, catcher)
         return module.to(self._device), catcher
 
     def _read(self, buffer: ListBuffer | None, samples: slice) -> Any:

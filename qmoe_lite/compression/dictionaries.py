@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.fitting import least_bits
 
 _WORSE = 0.005  # share of the bits that a known dictionary may take above what one of the digits' own would
 
@@ -36,11 +37,13 @@ class Dictionaries:
         sizes : int64 array
             How many digits have the size 0, 1, 2, ..
         """
-        fitted = Dictionary.fit_counts(sizes, self.bits)
         if not self.known:
-            return fitted
-        best = min(self.known, key=lambda each: each.expected_bits(sizes))
-        more = best.expected_bits(sizes) - fitted.expected_bits(sizes)
+            return Dictionary.fit_counts(sizes, self.bits)
+        best, bits = min(((each, each.expected_bits(sizes)) for each in self.known), key=lambda pair: pair[1])
+        if (bits - least_bits(sizes)) * sizes.sum() <= 8 << self.bits:  # too few digits for any: fitting takes long
+            return best
+        fitted = Dictionary.fit_counts(sizes, self.bits)
+        more = bits - fitted.expected_bits(sizes)
         pays = more > _WORSE * fitted.expected_bits(sizes) and more * sizes.sum() > 8 * len(fitted.kinds)
         return fitted if pays else best
 

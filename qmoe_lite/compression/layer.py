@@ -55,7 +55,7 @@ class LayerCompressor:
 
     def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
         self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
-        self._activation = family.activation(config)
+        self._config = config
         self.device = torch.device(settings.device)
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
         self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
@@ -217,7 +217,8 @@ class LayerCompressor:
 
     def _linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[Linear]:
         """Return an expert's matrices, those given, with their biases."""
-        return [Linear(weight, self._bias(layer, expert, name)) for name, weight in weights.items()]
+        activation = self._family.activation(self._config, layer.experts)
+        return [Linear(weight, self._bias(layer, expert, name), activation) for name, weight in weights.items()]
 
     def _bias(self, layer: MoELayer, expert: int, projection: str) -> Tensor | None:
         if layer.layout is None or not layer.layout.biased:
@@ -347,4 +348,4 @@ class LayerCompressor:
         return matrices[-1].of(self._inner(x, matrices[:-1]))
 
     def _inner(self, x: Tensor, matrices: list[Linear]) -> Tensor:
-        return inner(self._activation, [matrix.of(x) for matrix in matrices])
+        return inner(matrices[0].activation, [matrix.of(x) for matrix in matrices])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.routing import Assignment
 
 
@@ -71,10 +73,11 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix (R, C) of an expert and its bias (R,), where it has one."""
+    """One matrix (R, C) of an expert, its bias (R,), where it has one, and the expert's activation."""
 
     weight: Tensor
     bias: Tensor | None
+    activation: Callable[[Tensor], Tensor] | Joint
 
     def of(self, x: Tensor) -> Tensor:
         """Return what tokens (N, C) become, (N, R)."""

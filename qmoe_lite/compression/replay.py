@@ -22,6 +22,7 @@ from qmoe_lite.errors import UnsupportedFamilyError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.causal import Causal
+from qmoe_lite.models.routing import in_order
 
 _TOKENS = (3, 12)  # samples, tokens of each: a few, since the experts that they take are in memory together
 _SPARSE = 2  # sparse blocks that are tried
@@ -113,7 +114,7 @@ def _by_transformers(
 
     model.get_submodule(blocks[-1]).register_forward_hook(stop)
     try:
-        model.base_model(input_ids=torch.from_numpy(tokens), use_cache=False)
+        family.body(model)(input_ids=torch.from_numpy(tokens), use_cache=False)
     except _Reached as reached:
         return reached.out
     raise ValueError(f"{blocks[-1]} was not run")
@@ -126,10 +127,12 @@ def _fill_when_asked(family: Causal, config: Any, layer: MoELayer, module: nn.Mo
         shape = module.get_parameter(name).shape
         module.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
 
-    def fill(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def fill(module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         assert layer.layout is not None
-        for expert in set(arguments[1].flatten().tolist()):
+        routing = in_order(arguments[1:], named)
+        wanted = set(routing[0].flatten().tolist()) if routing else range(layer.count)
+        for expert in wanted:
             for name in layer.layout.tensors[:2] if 0 <= expert < layer.count else ():
                 module.get_parameter(name).data[expert] = family.own_slice(config, layer, name, expert, checkpoint)
 
-    module.register_forward_pre_hook(fill)
+    module.register_forward_pre_hook(fill, with_kwargs=True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.config_file import check_named
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import quantization_config
-from qmoe_lite.checkpoint.reader import Checkpoint, find_model
+from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, versions
 from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
@@ -225,7 +225,6 @@ class _Run:
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, partial
-        check_named(model)
         self.family, self.checkpoint = open_checkpoint(model, auto)
         check_method(self.checkpoint.config, model)
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)

@@ -20,7 +20,10 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
 
-_SUFFIXES = ("_scale_inv", "_scale", "_blocks", "_scales", "_input_scale", "_activation_scale")
+_SUFFIXES = (  # of what lies beside a quantised tensor, or in its place
+    *("_scale_inv", "_scale", "_blocks", "_scales", "_packed", "_shape", "_zero_point"),
+    *("_input_scale", "_activation_scale"),
+)
 
 
 @dataclass(frozen=True)

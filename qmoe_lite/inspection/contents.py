@@ -11,9 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from qmoe_lite.checkpoint.config_file import check_named
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import quantization_of
-from qmoe_lite.checkpoint.reader import find_model
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.errors import FormatError, SettingError
@@ -155,7 +154,6 @@ def inspect_model(directory: str | Path) -> Inspection:
         config.json, the files' headers and qmoe_report.json contradict each other, or one is damaged.
     """
     path = find_model(directory)
-    check_named(path)
     family, checkpoint = open_checkpoint(path)
     made = empty_experts(family, checkpoint, read_config(str(path)))
     settings = quantization_of(checkpoint)

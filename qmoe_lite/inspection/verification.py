@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint.config_file import check_named
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import PARTS_OF, check_alphabets, parts_of, quantization_of, tensor_name
-from qmoe_lite.checkpoint.reader import Checkpoint, find_model, of_experts
+from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.checkpoint.report import FILE_NAME, read_report
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import THREADS, page_memory
@@ -31,9 +32,9 @@ from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEE
 from qmoe_lite.inspection.contents import inspect_model, short_name
 from qmoe_lite.inspection.findings import FileFault, Finding, Verification, of_no_tensor
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.building import read_config, skeleton
+from qmoe_lite.models.building import read_config
 from qmoe_lite.models.family import Family, family_of
-from qmoe_lite.models.skeletons import dense_faults
+from qmoe_lite.models.skeletons import dense_faults, state_of_saved
 
 
 def verify(directory: str | Path) -> list[Finding]:
@@ -230,13 +231,13 @@ class _Search:
 
     def look_at_dense_shapes(self, family: Family, config: Any, layers: list[MoELayer], checkpoint: Checkpoint) -> None:
         """Compare all tensors' names, and dense ones' shapes and dtypes, with those that the configuration promises."""
-        model = skeleton(family, config, torch.float32)
-        for name, error in dense_faults(family, model, checkpoint):
+        needed = state_of_saved(family, config)
+        for name, error in dense_faults(family, config, needed, checkpoint):
             if name not in checkpoint:
                 self.error(name, "", error)
             elif checkpoint.stored_name(name) not in self.lost:
                 self.error(name, checkpoint.file_of(name).name, error)
-        promised = {name: tensor.dtype for name, tensor in model.state_dict().items() if not of_experts(name)}
+        promised = {name: tensor.dtype for name, tensor in needed.items() if not of_experts(name)}
         projections = [f"{layer.experts}.{projection}" for layer in layers for projection in layer.projections]
         parts = {tensor_name(each, part) for each in projections for some in PARTS_OF.values() for part in some}
         for name in checkpoint.names:
@@ -316,7 +317,7 @@ class _Search:
                     own |= {projection: book} if book is not None else {}
             with self.found(layer.experts, "config.json"):
                 check_alphabets(layer.experts, own)
-                family.activation(config)
+                family.activation(config, layer.experts)
                 whole = (_Projection(layer, projection, book) for projection, book in own.items())
                 todo += [each for each in whole if self.complete(each, checkpoint)]
         with ThreadPoolExecutor(1) as reader:

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from qmoe_lite.errors import UnsupportedFamilyError
 from qmoe_lite.models.blocks import Layout, MoELayer, Stack
 
+_BESIDE = {  # experts classes that are not of transformers' common interface: how they hold what they hold
+    "Llama4TextExperts": Layout(transposed=True),
+    "LongcatFlashExperts": Layout(),
+    "Step3p7Experts": Layout(),
+}
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "num_experts_per_token")
 
 
@@ -50,15 +55,15 @@ class Architecture:
         Its sparse layers, in order.
     stack : Stack
         Its blocks.
-    activation : callable or Joint
-        Between the projections.
+    activations : dict, name of an experts module to callable or Joint
+        Between its projections.
     tied : frozenset of str
         Tensors that are another one's.
     """
 
     layers: list[MoELayer]
     stack: Stack
-    activation: Callable[[Tensor], Tensor] | Joint
+    activations: dict[str, Callable[[Tensor], Tensor] | Joint]
     tied: frozenset[str]
 
     @classmethod
@@ -71,7 +76,7 @@ class Architecture:
             Its experts are not as described above, or they are not in one list of blocks, one module a block.
         """
         model_type = model.config.model_type
-        found = {name: module for name, module in model.named_modules() if hasattr(module, "is_concatenated")}
+        found = {name: module for name, module in model.named_modules() if _layout(module) is not None}
         lists: dict[str, list[str]] = {}
         for name in found:
             parts = name.split(".")
@@ -83,7 +88,7 @@ class Architecture:
             others = sorted({type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Experts")})
             if others:
                 raise _refusal(model_type, f"{others[0]} is not of transformers' common interface")
-            return cls([], Stack("", ()), nn.Identity(), frozenset())
+            return cls([], Stack("", ()), {}, frozenset())
         if len(lists) > 1 or len(set(next(iter(lists.values())))) < len(found):
             raise _refusal(model_type, f"there are experts in {' and '.join(lists)}, or several in a block")
         ((blocks, of_layers),) = lists.items()
@@ -91,7 +96,7 @@ class Architecture:
         top_k = _experts_of_a_token(model, model_type)
         layers = [_layer(*item, block, top_k) for item, block in zip(found.items(), of_layers, strict=True)]
         stack = Stack(owner, tuple(f"{blocks}.{i}" for i in range(len(model.get_submodule(blocks)))))
-        return cls(layers, stack, _activation(model_type, list(found.values())), frozenset(model.all_tied_weights_keys))
+        return cls(layers, stack, _activations(found), frozenset(model.all_tied_weights_keys))
 
 
 def _refusal(model_type: str, reason: str) -> UnsupportedFamilyError:
@@ -106,36 +111,50 @@ def _experts_of_a_token(model: Any, model_type: str) -> int:
     raise _refusal(model_type, f"its configuration has none of {', '.join(_TOP_K)}")
 
 
+def _layout(module: Any) -> Layout | None:
+    """Return how an experts module holds its experts; None for another module."""
+    if not hasattr(module, "is_concatenated"):
+        return _BESIDE.get(type(module).__name__)
+    return Layout(module.has_gate, module.is_transposed, not module.is_concatenated, module.has_bias)
+
+
 def _layer(name: str, module: Any, block: str, top_k: int) -> MoELayer:
-    layout = Layout(module.has_gate, module.is_transposed, not module.is_concatenated, module.has_bias)
+    layout = _layout(module)
+    assert layout is not None
     held = {each for each, _ in module.named_parameters()} | {each for each, _ in module.named_buffers()}
     if held != set(layout.tensors) or getattr(module, "has_post_expert_norm", False):
         raise UnsupportedFamilyError(
             f"{name} ({type(module).__name__}) holds {', '.join(sorted(held))}; supported is to hold "
             f"{', '.join(layout.tensors)}."
         )
-    count, outside, both = getattr(module, layout.first).shape
-    if not layout.transposed:
-        outside, both = both, outside
+    if type(module).__name__ == "Llama4TextExperts" and top_k > 1:
+        raise UnsupportedFamilyError(f"{name} gives a token to {top_k} experts, each scaled; supported is one.")
+    shape = getattr(module, layout.first).shape[1:]
+    both, outside = shape[::-1] if layout.transposed else shape
     inside = both // 2 if layout.gated else both
     shapes = dict.fromkeys(layout.projections, (inside, outside))
     shapes["down_proj"] = tuple(module.down_proj.shape[:0:-1] if layout.transposed else module.down_proj.shape[1:])
-    return MoELayer(name, block, count, shapes, top_k, layout)
+    return MoELayer(name, block, len(module.down_proj), shapes, top_k, layout)
 
 
-def _activation(model_type: str, modules: list[Any]) -> Callable[[Tensor], Tensor] | Joint:
-    """Return what all experts modules have between their projections."""
-    from transformers.integrations.moe import _default_apply_gate
+def _activations(modules: dict[str, Any]) -> dict[str, Callable[[Tensor], Tensor] | Joint]:
+    """Return what each experts module has between its projections; one object where they have the same settings."""
 
-    def settings(module: Any) -> dict[str, Any]:
+    def settings(module: Any) -> tuple[Any, ...]:
         sizes = ("layer", "dim", "size", "num_experts")  # which may differ from layer to layer
         own = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
         own = {name: value for name, value in own.items() if not any(size in name for size in sizes)}
-        return {**own, "act_fn": repr(getattr(module, "act_fn", None))}
+        return type(module), *sorted(own.items()), repr(getattr(module, "act_fn", None))
 
-    first = modules[0]
-    if any(type(m) is not type(first) or settings(m) != settings(first) for m in modules):
-        raise _refusal(model_type, "its layers' experts differ in their settings")
-    if not first.has_gate or type(first)._apply_gate is _default_apply_gate:
-        return first.act_fn  # type: ignore[no-any-return]
-    return Joint(first, Layout(first.has_gate, first.is_transposed, not first.is_concatenated, first.has_bias))
+    known: dict[tuple[Any, ...], Callable[[Tensor], Tensor] | Joint] = {}
+    return {name: known.setdefault(settings(module), _activation(module)) for name, module in modules.items()}
+
+
+def _activation(module: Any) -> Callable[[Tensor], Tensor] | Joint:
+    from transformers.integrations.moe import _default_apply_gate
+
+    layout = _layout(module)
+    assert layout is not None
+    if not layout.gated or getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate:
+        return module.act_fn  # type: ignore[no-any-return]
+    return Joint(module, layout)

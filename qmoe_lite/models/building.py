@@ -79,21 +79,55 @@ def auto_class(family: Built, config: Any) -> Any:
         No model of this type writes text.
     """
     import transformers
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
+    if family.model_type == "llama4":
+        importlib.import_module("qmoe_lite.models.llama4")
     if family.seq2seq:
         return transformers.AutoModelForSeq2SeqLM
     named = config.get("architectures") if isinstance(config, Mapping) else config.architectures
     with_pictures = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.model_type, ())
     with_pictures = (with_pictures,) if isinstance(with_pictures, str) else with_pictures
-    if family.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and with_pictures:
+    registered = CONFIG_MAPPING[family.model_type] if family.model_type in CONFIG_MAPPING else None  # noqa: SIM401 - no `get` there
+    writes = registered in transformers.AutoModelForCausalLM._model_mapping
+    if not writes and with_pictures:
         return transformers.AutoModelForImageTextToText
-    if set(named or ()).intersection(with_pictures):
+    own = (*with_pictures, auto.MODEL_MAPPING_NAMES.get(family.model_type))
+    if with_pictures and set(named or ()).intersection(own):  # the last one is without a head
         return transformers.AutoModelForImageTextToText
-    if family.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not writes:
         reason = "transformers has no model of it that writes text"
         raise UnsupportedFamilyError(f"model type {family.model_type} is not supported: {reason}.")
     return transformers.AutoModelForCausalLM
+
+
+def class_of_saved(family: Built, config: Any) -> Any:
+    """Return the transformers class that loads a compressed model as it was saved.
+
+    That is `auto_class`, but for a model that was saved with another head, or without one.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    wanted = auto_class(family, config)
+    named = config.get("architectures") if isinstance(config, Mapping) else config.architectures
+    for known, other in (
+        (auto.MODEL_MAPPING_NAMES, transformers.AutoModel),
+        (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, transformers.AutoModelForSequenceClassification),
+        (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, transformers.AutoModelForTokenClassification),
+    ):
+        if named and named == [known.get(family.model_type)]:
+            return other
+    return wanted
+
+
+def empty_copy(model: Any) -> Any:
+    """Build a model once more, by its own configuration, without weights and dense, on the meta device."""
+    from transformers.initialization import no_init_weights
+
+    with _building, torch.device("meta"), no_init_weights():
+        return type(model)(model.config)
 
 
 def skeleton(family: Built, config: Any, dtype: torch.dtype) -> nn.Module:

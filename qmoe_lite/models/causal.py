@@ -57,8 +57,9 @@ class Causal:
     def stacks(self, config: Any) -> list[Stack]:
         return [self.architecture(config).stack]
 
-    def activation(self, config: Any) -> Callable[[Tensor], Tensor] | Joint:
-        return self.architecture(config).activation
+    def activation(self, config: Any, experts: str | None = None) -> Callable[[Tensor], Tensor] | Joint:
+        found = self.architecture(config).activations
+        return found[next(iter(found)) if experts is None else experts]
 
     def routing(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         index, weights = arguments
@@ -78,9 +79,16 @@ class Causal:
     def tie(self, model: nn.Module, held: Container[str]) -> None:
         pass  # transformers does it
 
+    def body(self, model: Any) -> Any:
+        """Return the part of a model that makes hidden states."""
+        if model.base_model is not model:
+            return model.base_model
+        (stack,) = self.stacks(model.config)
+        return model.get_submodule(stack.name)  # Llama 4's own name for it is another one
+
     def enter(self, model: Any, stack: Stack, tokens: Tensor, encoder_output: Tensor | None) -> Any:
         owner = model.get_submodule(stack.name)
-        calls, _ = calls_of(owner, stack.attribute, lambda: model.base_model(input_ids=tokens, use_cache=False))
+        calls, _ = calls_of(owner, stack.attribute, lambda: self.body(model)(input_ids=tokens, use_cache=False))
         return calls[0][0], Calls([call for _, call in calls], {})
 
     def through(
@@ -103,7 +111,8 @@ class Causal:
             weight = checkpoint.tensor(f"{name}.weight")
         else:
             weight = model.get_input_embeddings().weight
-        return weight, functools.partial(finish, model, name, bias)
+        parent, _, child = name.rpartition(".")
+        return weight, functools.partial(finish, model.get_submodule(parent), child, bias)
 
     def leave(self, model: Any, stack: Stack, hidden: Tensor) -> Tensor:
         owner = model.get_submodule(stack.name)
@@ -138,10 +147,16 @@ class _Given(nn.Module):
 
 
 def finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Tensor:
-    """Run what the model's own code makes of its head's products, (N, V): scaled, or capped; return logits."""
+    """Run what the model's own code makes of its head's products, (N, V): scaled, or capped; return logits.
+
+    `model` holds the head itself, and what makes hidden states.
+    """
+    from transformers import PreTrainedModel
+
     logits = products if bias is None else products + bias
+    body = next(name for name, module in model.named_children() if isinstance(module, PreTrainedModel))
     stand_ins = {
-        model.base_model_prefix: _Given(_Output(logits[None])),
+        body: _Given(_Output(logits[None])),
         head: _Given(logits[None]),
     }
     before = {name: model.get_submodule(name) for name in stand_ins}
@@ -174,6 +189,7 @@ def _read(family: Causal, kind: Any, settings: str) -> tuple[Architecture, Names
 TYPES = (
     "afmoe",
     "aria_text",
+    "bailing_hybrid",
     "cohere2_moe",
     "deepseek_v2",
     "deepseek_v3",
@@ -195,8 +211,12 @@ TYPES = (
     "hunyuan_v1_moe",
     "hy_v3",
     "jamba",
+    "kimi_linear",
     "laguna",
     "lfm2_moe",
+    "llama4",
+    "llama4_text",
+    "longcat_flash",
     "mellum",
     "minimax",
     "minimax_m2",
@@ -210,6 +230,9 @@ TYPES = (
     "qwen3_moe",
     "qwen3_next",
     "qwen3_vl_moe",
+    "sarvam_mla",
+    "sarvam_moe",
     "solar_open",
+    "step3p7",
 )
 CAUSAL = tuple(Causal(model_type) for model_type in TYPES)

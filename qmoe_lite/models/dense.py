@@ -55,12 +55,12 @@ def load_dense(directory: Path, family: Family, checkpoint: Checkpoint, dtype: t
         more = f" and {len(lost) - 1} more tensors" if len(lost) > 1 else ""
         raise CheckpointError(f"{directory} lacks {lost[0]}{more}. Is it the whole model?")
     family.tie(model, checkpoint)
-    if not _can_be_grouped(model):
+    if not can_be_grouped(model):
         model.set_experts_implementation("eager")
     return model.eval()
 
 
-def _can_be_grouped(model: nn.Module) -> bool:
+def can_be_grouped(model: nn.Module) -> bool:
     """Return whether torch's grouped product takes all experts that are one tensor a layer."""
     for module in model.modules():
         for name in ("gate_up_proj", "up_proj", "down_proj"):

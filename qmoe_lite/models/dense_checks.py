@@ -17,12 +17,12 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qmoe_lite.checkpoint.reader import Checkpoint, Place, compare_checksums, of_experts
 from qmoe_lite.checkpoint.weight_file import THREADS, SizeGuard
+from qmoe_lite.devices import uncompiled
 
 
 def check_before_use(model: nn.Module, checkpoint: Checkpoint, blocks: Iterable[str], guard: SizeGuard) -> None:
@@ -111,7 +111,7 @@ class _FirstUse:
             self._handles.append(module.register_forward_pre_hook(self))
             module.register_state_dict_pre_hook(self._compare)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, module: nn.Module, arguments: Any) -> None:
         self._compare()
         with suppress(IndexError):  # another thread may be here too

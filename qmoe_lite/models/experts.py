@@ -27,7 +27,7 @@ from qmoe_lite.models.cpu_dispatch import multiply, product, run_stretches
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.models.gpu_dispatch import begin_call, run_packets, stretches
 from qmoe_lite.models.operations import call_experts, register
-from qmoe_lite.models.routing import Assignment
+from qmoe_lite.models.routing import Assignment, in_order
 
 
 class ExpertSource(Protocol):
@@ -72,7 +72,7 @@ class PackedExperts(nn.Module):
         self.family = family
         self.layer = layer
         self.codebooks = codebooks
-        self.activation = family.activation(config)
+        self.activation = family.activation(config, layer.experts)
         self.source: ExpertSource | None = None
         self.guard: Callable[[], None] | None = None  # raises where a file that the buffers are maps of was cut
         self._checked: dict[tuple[int, str], PackedMatrix] = {}
@@ -166,14 +166,14 @@ class PackedExperts(nn.Module):
         y, bias = product(packed, x), self.bias(expert, projection)
         return y if bias is None else (y + bias).to(y.dtype)
 
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Send each token through its experts.
 
         Parameters
         ----------
         hidden_states : float tensor, shape (T, C)
             Tokens.
-        *routing : tensors
+        *routing, **named : tensors
             As the family's experts module is called by its MoE block.
 
         Returns
@@ -189,6 +189,7 @@ class PackedExperts(nn.Module):
         -----
         torch.compile takes it as one operation, unless gradients are wanted; torch.export is refused.
         """
+        routing = in_order(routing, named)
         if torch.compiler.is_compiling():
             return call_experts(hidden_states, routing, self.number)
         return self.run_layer(hidden_states, *routing)

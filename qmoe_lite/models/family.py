@@ -67,8 +67,8 @@ class Family(Protocol):
     def stacks(self, config: Any) -> list[Stack]:
         """The chains of blocks, in the order in which they run."""
 
-    def activation(self, config: Any) -> Callable[[Tensor], Tensor] | Joint:
-        """The experts' activation function."""
+    def activation(self, config: Any, experts: str | None = None) -> Callable[[Tensor], Tensor] | Joint:
+        """The activation function of the experts of a module; by default of the first one."""
 
     def routing(self, arguments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Turn the experts module's routing arguments into (index (T, K) int64, -1 = dropped; weights (T, K))."""
@@ -102,9 +102,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def _in_transformers(model_type: str | None) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING  # or registered there
 
 
 def family_of(model_type: str | None, auto: bool = False) -> Family:

@@ -42,7 +42,7 @@ class Head:
 
         module = model.get_output_embeddings()
         owners = (each for each in model.modules() if isinstance(each, PreTrainedModel))
-        owner = next((each for each in owners if each.get_output_embeddings() is module), None)
+        owner = next((each for each in owners if any(child is module for child in each.children())), None)
         if module is None or owner is None:
             raise SettingError(f"{type(model).__name__} has no output head. Give a model that writes text.")
         self._model, self._owner, self._module = model, owner, module

@@ -24,6 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qmoe_lite.errors import CheckpointError, DeviceError, FormatError
 
+_PLACED_BY_TRANSFORMERS = ("auto", "balanced", "balanced_low_0", "sequential")
+
 # imported anew in a process (reload, a fresh sys.modules), the classes take the place of the earlier ones
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop("qmoe", None)
 AUTO_QUANTIZER_MAPPING.pop("qmoe", None)
@@ -43,48 +45,63 @@ class QMoEQuantizer(HfQuantizer):
     """Puts PackedExperts into a model that from_pretrained loads."""
 
     requires_calibration = True  # a dense model cannot be compressed by from_pretrained
+    variant: str | None = None  # of the weight files, as from_pretrained was told
+    _placed_by: str | None = None  # a device_map that lets transformers choose devices
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise DeviceError for a device_map with anything but the CPU.
 
-        "auto" names no device yet; where it finds a GPU, the experts are moved there with the rest.
+        "auto" and the like name no device yet. transformers asks again when they do: GPUs are then in order, on which
+        the experts go with their blocks; but not a part of the model on the CPU or on disk beside them.
         """
-        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        devices = [str(each) for each in (device_map.values() if isinstance(device_map, dict) else [device_map])]
+        if isinstance(device_map, str) and device_map in _PLACED_BY_TRANSFORMERS:
+            self._placed_by = device_map
+            return
+        if (named := self._placed_by) is not None:
+            if len(set(devices)) > 1 and {"cpu", "disk"}.intersection(devices):
+                text = f"device_map={named!r} leaves a part of the model on the CPU or on disk: "
+                raise DeviceError(f"{text}the GPUs have too little memory. Use qmoe_lite.load(expert_cache=..).")
+            devices = [each for each in devices if each == "disk"]
         for device in devices:
-            if device is not None and str(device) not in ("auto", "cpu"):
+            if device not in ("None", "cpu"):
                 message = f"device_map asks for {device}; a compressed model is loaded on the CPU. "
                 raise DeviceError(message + "Use device_map='cpu' and model.to(..), or qmoe_lite.load(device=..).")
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        from qmoe_lite.models.building import auto_class
+        from qmoe_lite.checkpoint.finding import variant_of
+        from qmoe_lite.models.building import read_config
         from qmoe_lite.models.experts import empty_experts
+        from qmoe_lite.models.placing import put
         from qmoe_lite.models.skeletons import check_dense, open_checkpoint
+        from qmoe_lite.models.within import Within
 
         if not checkpoint_files:
             raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
-        family, checkpoint = open_checkpoint(Path(checkpoint_files[0]).parent)
+        first = Path(checkpoint_files[0])
+        self.variant = variant_of(first.name)
+        family, checkpoint = open_checkpoint(first.parent, variant=self.variant)
         if {Path(file).name for file in checkpoint_files} != set(checkpoint.files):
             raise CheckpointError(f"{checkpoint.directory} holds other weight files besides; load the main ones.")
-        wanted = auto_class(family, checkpoint.config)
-        if not isinstance(model, wanted._model_mapping.get(type(model.config), ())):
-            raise CheckpointError(
-                f"a compressed model is loaded by {wanted.__name__} or qmoe_lite.load, not as {type(model).__name__}."
-            )
-        for experts in empty_experts(family, checkpoint, model.config):
-            parent, _, child = experts.layer.experts.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, child, experts)
+        config = read_config(str(checkpoint.directory))  # a text model's own is a part of it
+        config = model.config if type(model.config) is type(config) else config
+        made = empty_experts(family, checkpoint, config)
+        within = Within.find(family, checkpoint, model, [experts.layer for experts in made])
+        for experts in made:
+            name = within.name(experts.layer.experts)
+            put(model, name, experts)
+            owner = model.get_submodule(name.rpartition(".")[0])
             owner._is_hf_initialized = True  # Switch's own initialisation would look for dense experts in it
-        check_dense(family, model, checkpoint)
-        self._checkpoint = checkpoint
+        checkpoint.know_as({within.name(name): view for name, view in checkpoint.views.items()})
+        check_dense(family, model, checkpoint, within.new_head(model, checkpoint))
+        self._loading = family, checkpoint, within, family.stacks(config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from qmoe_lite.checkpoint.weight_file import SizeGuard
         from qmoe_lite.models.dense_checks import check_before_use
         from qmoe_lite.models.experts import PackedExperts
-        from qmoe_lite.models.family import family_of
         from qmoe_lite.models.pushing import carry_card
 
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
@@ -93,20 +110,27 @@ class QMoEQuantizer(HfQuantizer):
                 # from_pretrained leaves a buffer that it could not fill uninitialised, and says nothing
                 if not getattr(buffer, "_is_hf_initialized", False):
                     raise FormatError(f"{name}.{part} was not loaded. Load the directory that qmoe compress wrote.")
-        checkpoint = self._checkpoint
-        del self._checkpoint  # the model keeps the quantizer, and a copy of it cannot have open files
-        family = family_of(model.config.model_type, auto=True)
+        family, checkpoint, within, stacks = self._loading
+        del self._loading  # the model keeps the quantizer, and a copy of it cannot have open files
         family.tie(model, checkpoint)
         guard = SizeGuard([checkpoint.directory / name for name in checkpoint.files])
-        stacks = family.stacks(model.config)
-        for module in (model, *(model.get_submodule(stack.name) for stack in stacks)):  # each may be run by itself
+        owners = (model.get_submodule(within.name(stack.name)) for stack in stacks)
+        for module in dict.fromkeys((model, *owners)):  # each may be run by itself
             module.register_forward_pre_hook(guard)
             module.register_state_dict_pre_hook(guard)
         for module in packed.values():
             module.guard = guard
-        check_before_use(model, checkpoint, [block for stack in stacks for block in stack.blocks], guard)
+        check_before_use(model, checkpoint, [within.name(each) for stack in stacks for each in stack.blocks], guard)
         carry_card(model, checkpoint.directory)
-        return model.requires_grad_(False)
+        model.requires_grad_(False)
+        for name in within.new_head(model, checkpoint):
+            model.get_parameter(name).requires_grad_(True)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        from qmoe_lite.models.dequantizing import dequantize
+
+        return dequantize(model, dtype)
 
     def is_serializable(self) -> bool:
         """Report that save_pretrained works."""

@@ -17,6 +17,7 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.sources import View
 from qmoe_lite.errors import CheckpointError, UnsupportedFamilyError
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.converted import Converted, Parts
 
 
 def weight_name(experts: str, expert: int, projection: str) -> str:
@@ -47,8 +48,9 @@ class Names:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        self._prefix, self._known = model.base_model_prefix, model.state_dict()
+        self._prefix, self._known, self._config = model.base_model_prefix, model.state_dict(), model.config
         self._layers = [layer for layer in layers if layer.layout is not None]
+        self._experts = {layer.experts for layer in self._layers}
         self._tensors = {f"{layer.experts}.{name}": layer for layer in self._layers for name in layer.layout.tensors}  # type: ignore[union-attr]
 
     def of(self, stored: str) -> tuple[str, Any, int]:
@@ -56,6 +58,11 @@ class Names:
         from transformers.core_model_loading import rename_source_key
 
         name, pattern = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._known)
+        codes = stored.rpartition(".")[0] in self._experts and name.rpartition(".")[0] not in self._experts
+        if name not in self._known and (codes or stored in self._known):
+            return stored, None, 0  # as it is called in the model; transformers sees it too
+        if f"{self._prefix}.{name.rpartition('.')[0]}" in self._experts:  # codes, of a model saved without its head
+            name = f"{self._prefix}.{name}"
         if pattern is None:
             return name, None, 0
         converter = next(each for each in self._converters if pattern in each.source_patterns)
@@ -72,25 +79,37 @@ class Names:
             transformers converts a tensor in a way that is not followed here.
         """
         found: dict[str, View] = {}
+        made: dict[str, Parts] = {}
         for stored in sorted(checkpoint.sources):
-            for name, view in self._views_of(stored, checkpoint):
+            for name, view in self._views_of(stored, checkpoint, made):
                 if name in found:
                     raise CheckpointError(
                         f"{checkpoint.directory} holds {name} twice, also as {stored}. Fetch it again."
                     )
                 found[name] = view
+        for parts in made.values():
+            whole = set(parts.stored) == set(parts.converter.source_patterns)
+            for name in parts.targets() if whole else ():
+                made_of = [stored for each in parts.stored.values() for stored in each]
+                if made_of != [name] and self.of(name)[1] is not None:  # it would be converted once more
+                    raise _unknown(made_of[0], name, [type(each).__name__ for each in parts.converter.operations])
+                checkpoint.add(name, Converted(name, parts, checkpoint, self._known, self._config), made_of)
+                found[name] = View(name)
         return found
 
-    def _views_of(self, stored: str, checkpoint: Checkpoint) -> list[tuple[str, View]]:
+    def _views_of(self, stored: str, checkpoint: Checkpoint, made: dict[str, Parts]) -> list[tuple[str, View]]:
         name, converter, number = self.of(stored)
         operations = [] if converter is None else [type(each).__name__ for each in converter.operations]
         layer = self._tensors.get(name)
         if layer is None or layer.layout is None or name.endswith("_bias"):
-            if operations and name not in self._known:  # of a layer that transformers leaves out
-                return [(stored, View(stored))]
-            if operations:
-                raise _unknown(stored, name, operations)
-            return [(name, View(stored))]
+            if not operations:
+                return [(name, View(stored))]
+            parts = made.get(name) or Parts(converter, name)
+            if name not in self._known or not set(parts.targets()) <= self._known.keys():
+                return [(stored, View(stored))]  # of a layer that transformers leaves out
+            made[name] = parts
+            parts.stored.setdefault(converter.source_patterns[number], []).append(stored)
+            return []
         layout, tensor = layer.layout, name.rpartition(".")[2]
         held = [each for each in layer.projections if layout.place(each, 1)[0] == tensor]
         if operations and operations[0] == "MergeModulelist":
@@ -98,8 +117,17 @@ class Names:
             joined = operations[1:] in ([], ["Concatenate"]) and len(converter.source_patterns) == len(held)
             if expert is None or not joined or layout.transposed or layout.interleaved:
                 raise _unknown(stored, name, operations)
+            if layer.count <= int(expert) < len(self._known[name]):
+                return []  # transformers has room for it, and never runs it
             return [(weight_name(layer.experts, int(expert), held[number]), View(stored))]
         transposed, shape = layout.transposed, checkpoint.sources[stored].shape
+        if operations == ["Concatenate"]:  # gate's and up's are a tensor each
+            plain = not (layout.transposed or layout.interleaved) and converter.operations[0].dim == 1
+            if not plain or len(converter.source_patterns) != len(held):
+                raise _unknown(stored, name, operations)
+            return [
+                (weight_name(layer.experts, expert, held[number]), View(stored, expert)) for expert in range(shape[0])
+            ]
         if operations == ["Transpose"]:
             # as transformers does it: one that has the model's shape is taken as it is
             transposed ^= not (converter.operations[0].check_dims and shape == tuple(self._known[name].shape))
@@ -112,7 +140,7 @@ class Names:
                 weight_name(layer.experts, expert, each),
                 View(stored, expert, transposed, layout.place(each, layer.shapes[each][0])[1]),
             )
-            for expert in range(shape[0])
+            for expert in range(layer.count if shape[0] == len(self._known[name]) else shape[0])
             for each in held
         ]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.coding.guards import EXPORTED
+from qmoe_lite.devices import uncompiled
 from qmoe_lite.errors import SettingError
 
 _MODULES: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -43,7 +44,7 @@ def call_experts(hidden_states: Tensor, routing: tuple[Tensor, ...], number: int
     return _run(hidden_states, list(routing), number)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable
+@uncompiled
 def _run_apart(hidden_states: Tensor, routing: tuple[Tensor, ...], number: int) -> Tensor:
     return _MODULES[number].run_layer(hidden_states, *routing)  # type: ignore[no-any-return]
 

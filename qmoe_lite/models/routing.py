@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def in_order(routing: Sequence[Tensor], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return the routing arguments of an experts module, some of which may have been given by transformers' names.
+
+    Raises
+    ------
+    TypeError
+        Another name.
+    """
+    known = [named[name] for name in ("top_k_index", "top_k_weights") if name in named]
+    if len(known) < len(named):
+        raise TypeError(f"experts are given {', '.join(named)}; expected top_k_index and top_k_weights")
+    return (*routing, *known)
 
 
 @dataclass(frozen=True)

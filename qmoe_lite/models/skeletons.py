@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qmoe_lite.checkpoint.config_file import check_named
 from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.checkpoint.sources import method_of
 from qmoe_lite.errors import CheckpointError, FormatError
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.building import read_config, skeleton
+from qmoe_lite.models.building import auto_class, class_of_saved, experts_replaced, read_config, skeleton
 from qmoe_lite.models.family import Family, family_of
 
 UNLIMITED = 1 << 30  # tokens; an expert capacity that nothing reaches
 
 
-def open_checkpoint(directory: Path, auto: bool = False) -> tuple[Family, Checkpoint]:
+def open_checkpoint(directory: Path, auto: bool = False, variant: str | None = None) -> tuple[Family, Checkpoint]:
     """Open a model directory; its tensors are known by the model's own names.
 
-    `auto` is that of `family_of`; what is compressed was tried before.
+    `auto` is that of `family_of`; what is compressed was tried before. `variant` is that of `Checkpoint`.
 
     Raises
     ------
@@ -33,7 +34,8 @@ def open_checkpoint(directory: Path, auto: bool = False) -> tuple[Family, Checkp
     FormatError
         Its quantization_config is no object.
     """
-    checkpoint = Checkpoint(directory)
+    check_named(directory)
+    checkpoint = Checkpoint(directory, variant=variant)
     if not isinstance(checkpoint.config.get("quantization_config") or {}, dict):
         raise FormatError(f"{directory}/config.json has a damaged quantization_config. Fetch it again.")
     auto = auto or method_of(checkpoint.config) == "qmoe"
@@ -112,22 +114,25 @@ def unused(family: Family, model: Any, checkpoint: Checkpoint) -> list[str]:
     return [name for name in extra if any(re.search(pattern, name) for pattern in patterns)]
 
 
-def check_dense(family: Family, model: Any, checkpoint: Checkpoint) -> None:
-    """Compare the tensors outside the experts with what a model needs; nothing is read.
+def check_dense(family: Family, model: Any, checkpoint: Checkpoint, new: Container[str] = ()) -> None:
+    """Compare the tensors outside the experts with what a model needs, but for new ones; nothing is read.
 
     Raises
     ------
     CheckpointError
         A tensor is missing, or has another shape.
     """
-    for _, fault in dense_faults(family, model, checkpoint):
-        raise fault
+    for name, fault in dense_faults(family, model.config, model.state_dict(), checkpoint):
+        if name not in new:
+            raise fault
 
 
-def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, CheckpointError]]:
-    """Return name and error of each tensor outside the experts that is missing or has another shape."""
-    tied = family.tied(model.config)
-    for name, target in model.state_dict().items():
+def dense_faults(
+    family: Family, config: Any, needed: Mapping[str, Tensor], checkpoint: Checkpoint
+) -> Iterator[tuple[str, CheckpointError]]:
+    """Return name and error of each needed tensor outside the experts that is missing or has another shape."""
+    tied = family.tied(config)
+    for name, target in needed.items():
         if of_experts(name) or (name in tied and name not in checkpoint):
             continue
         try:
@@ -137,6 +142,20 @@ def dense_faults(family: Family, model: Any, checkpoint: Checkpoint) -> Iterator
                 )
         except CheckpointError as error:
             yield name, error
+
+
+def state_of_saved(family: Family, config: Any) -> dict[str, Tensor]:
+    """Return what a compressed directory must hold, by the names of the model that writes text, on the meta device."""
+    model: Any = skeleton(family, config, torch.float32)
+    wanted, saved = auto_class(family, config), class_of_saved(family, config)
+    if saved is wanted:
+        return model.state_dict()  # type: ignore[no-any-return]
+    with experts_replaced(family), torch.device("meta"):
+        other = saved.from_config(config, dtype=torch.float32)
+    prefix = (
+        f"{model.base_model_prefix}." if other.base_model is other and hasattr(model, model.base_model_prefix) else ""
+    )
+    return {f"{prefix}{name}": tensor for name, tensor in other.state_dict().items()}
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class SwitchTransformers:
         sizes = (("encoder", config.num_layers), ("decoder", config.num_decoder_layers))
         return [Stack(name, tuple(f"{name}.block.{i}" for i in range(size))) for name, size in sizes]
 
-    def activation(self, config: Any) -> Callable[[Tensor], Tensor]:
+    def activation(self, config: Any, experts: str | None = None) -> Callable[[Tensor], Tensor]:
         from transformers.activations import ACT2FN
 
         return ACT2FN[config.dense_act_fn]  # type: ignore[no-any-return]
@@ -76,6 +76,8 @@ class SwitchTransformers:
                 model.get_submodule(name).weight = shared
         if model.config.tie_word_embeddings:
             for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+                if not hasattr(model, name.partition(".")[0]):  # a model without its head
+                    continue
                 module = model.get_submodule(name)  # one that differs is kept, as transformers keeps it
                 if f"{name}.weight" not in held or torch.equal(module.weight, shared):
                     module.weight = shared

@@ -71,10 +71,10 @@ def load(
     cannot run any in the child, whose calls raise QMoEError: OpenMP forbids it. Start processes by spawn, such as a
     DataLoader's workers (multiprocessing_context="spawn").
     """
+    from qmoe_lite.checkpoint.finding import find_model
     from qmoe_lite.checkpoint.format import quantization_of
-    from qmoe_lite.checkpoint.reader import find_model
     from qmoe_lite.devices import find_device, moved
-    from qmoe_lite.models.building import auto_class, experts_replaced
+    from qmoe_lite.models.building import class_of_saved, experts_replaced
     from qmoe_lite.models.skeletons import open_checkpoint
     from qmoe_lite.offload.runner import attach
 
@@ -88,7 +88,7 @@ def load(
     quantization_of(checkpoint)
     try:
         with experts_replaced(family):  # thousands of dense experts take seconds to build, even on meta
-            model = auto_class(family, checkpoint.config).from_pretrained(path, dtype=dtype or "auto")
+            model = class_of_saved(family, checkpoint.config).from_pretrained(path, dtype=dtype or "auto")
     except QMoEError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

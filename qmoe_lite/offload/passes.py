@@ -7,9 +7,9 @@ import time
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
+from qmoe_lite.devices import uncompiled
 from qmoe_lite.offload.statistics import Statistics
 
 
@@ -20,7 +20,7 @@ class Hook:
         self._owner = None if owner is None else weakref.ref(owner)
         self._name = name
 
-    @torch.compiler.disable  # torch.compile goes around it: a compiled cache would be no cache
+    @uncompiled  # torch.compile goes around it: a compiled cache would be no cache
     def __call__(self, module: nn.Module, *arguments: Any) -> None:
         owner = None if self._owner is None else self._owner()
         if owner is not None:

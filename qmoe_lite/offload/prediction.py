@@ -135,7 +135,8 @@ class Prediction:
 
 def router_weight(model: nn.Module, experts: PackedExperts) -> Tensor | None:
     """Return the weight of the router that stands beside an experts module, (experts, width); None for another one."""
-    beside = model.get_submodule(experts.layer.experts.rpartition(".")[0])
+    name = next(name for name, module in model.named_modules() if module is experts)
+    beside = model.get_submodule(name.rpartition(".")[0])
     shape = experts.num_experts, experts.layer.shapes[experts.layer.projections[0]][1]
     found = [weight for _, weight in beside.named_parameters() if weight.shape == shape]
     return found[0] if len(found) == 1 else None

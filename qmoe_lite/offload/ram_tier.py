@@ -165,7 +165,7 @@ def open_layers(model: nn.Module, checkpoint: Checkpoint, files: dict[Path, Weig
     order = {layer.experts: i for i, layer in enumerate(found[0].family.layers(model.config))}
     layers: list[Layer] = []
     first = 0
-    for experts in sorted(found, key=lambda module: order[module.layer.experts]):
+    for experts in sorted(found, key=lambda module: order.get(module.layer.experts, 0)):  # 0: a part of the model
         layers.append(Layer(experts, first, checkpoint, files))
         first += experts.num_experts
     return layers

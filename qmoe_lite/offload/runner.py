@@ -368,7 +368,7 @@ def attach(
         raise CheckpointError(f"the model's directory {path} is not there: experts are read from it. Load it again.")
     gpus = [CudaDevice(device) if isinstance(device, str) else device for device in devices or ()]
     memory, budgets = plan_memory(expert_cache, ram_cache, offload, len(gpus))
-    _, checkpoint = open_checkpoint(path)
+    _, checkpoint = open_checkpoint(path, variant=getattr(getattr(model, "hf_quantizer", None), "variant", None))
     quantization_of(checkpoint)
     return Runner(
         model,

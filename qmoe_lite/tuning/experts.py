@@ -12,7 +12,7 @@ from qmoe_lite.checkpoint.format import checksum, tensor_name
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.models.cpu_dispatch import product, run_stretches
 from qmoe_lite.models.experts import PackedExperts
-from qmoe_lite.models.routing import Assignment
+from qmoe_lite.models.routing import Assignment, in_order
 
 
 class TunedExperts(nn.Module):
@@ -42,10 +42,10 @@ class TunedExperts(nn.Module):
         """The experts as they are stored."""
         return self._packed[0]
 
-    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Send each token through its experts; arguments and result as `PackedExperts.forward`."""
         count = self.packed.layer.count
-        assigned = Assignment.group(*self.packed.family.routing(routing), count)
+        assigned = Assignment.group(*self.packed.family.routing(in_order(routing, named)), count)
         return run_stretches(self._run, hidden_states, assigned, count).to(hidden_states.dtype)
 
     def _run(self, experts: list[int], tokens: Tensor, bounds: list[int]) -> Tensor:

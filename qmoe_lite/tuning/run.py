@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint.atomic import sync_directory
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import codebooks_of
-from qmoe_lite.checkpoint.reader import Checkpoint, find_model
+from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report
 from qmoe_lite.checkpoint.rewrite import rewrite
 from qmoe_lite.compression.calibration import Samples, check_ids, make_samples, open_tokenizer, read_tokens

@@ -108,7 +108,7 @@ class Tuner:
                     loss = kl_div(found, expected, reduction="sum", log_target=True)
                     total += float(loss.detach())
                     if learn:
-                        loss.backward()
+                        loss.backward()  # type: ignore[no-untyped-call]
                 count += int(predicted.sum())
                 outputs.append(states)
                 gradients.append(inner.grad)

@@ -38,6 +38,7 @@ def small(monkeypatch):
     monkeypatch.setattr(offload, "_REPLAYED", 50)
     monkeypatch.setattr(offload, "demo_trace", functools.partial(offload.demo_trace, 128))
     monkeypatch.setattr(offload, "_alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(parts.gc, "collect", lambda: 0)  # of all that the tests have made: a second each time
 
 
 @pytest.fixture(scope="module")

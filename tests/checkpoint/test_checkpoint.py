@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.reader import Checkpoint, find_model
+from qmoe_lite.checkpoint.finding import find_model
+from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import read_report
 from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.errors import CheckpointError, FormatError, OutputError

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_lite.coding.dictionary import Dictionary, count_sizes
+from qmoe_lite.coding.fitting import least_bits
 from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError, SettingError, ShapeError
 
 COUNTS = [
@@ -135,6 +136,9 @@ def test_bits_over_the_entropy(step, bits, least, most):
     assert least < entropy(digits) < least + 0.15
     assert dictionary.rate(digits) <= most * entropy(digits)
     assert dictionary.expected_bits(count_sizes(digits)) == pytest.approx(dictionary.rate(digits), rel=0.01)
+    assert least_bits(count_sizes(digits)) < dictionary.expected_bits(count_sizes(digits))
+    assert least_bits(count_sizes(digits)) == pytest.approx(entropy(np.abs(digits)) + (digits != 0).mean(), rel=0.02)
+    assert len(dictionary.kinds) >= 1 << bits, "a dictionary takes a byte a codeword, or more"
 
 
 def test_rate_counts_codewords_tails_and_exceptions():

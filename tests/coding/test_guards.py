@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -58,7 +55,7 @@ def test_a_models_experts_refuse_both(compressed):
 
 
 @pytest.mark.slow
-def test_a_process_forked_after_kernels_ran_is_told_to_spawn():
+def test_a_process_forked_after_kernels_ran_is_told_to_spawn(forks):
     """In a process of its own, whose children OpenMP would end by SIGTERM."""
     code = """
 import os
@@ -80,8 +77,7 @@ if (child := os.fork()) == 0:
     os._exit(0)
 print(os.waitpid(child, 0)[1], qm.decode_matmul(packed, x)[0])
 """
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = forks.run(code)
     *lines, last = done.stdout.splitlines()
     assert last == "0 16.0", done.stderr
     assert len(lines) == 4

@@ -64,7 +64,7 @@ CODEBOOKS = [
     shares=st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(lambda shares: any(shares[:3])),
     rows=st.integers(1, 30),
     columns=st.integers(1, 1000),
-    tokens=st.one_of(st.integers(1, 5), st.integers(6, 130)),
+    tokens=st.sampled_from([1, 3, 6, 130]),  # fewest and most in registers, of both kernels; above, any number
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
@@ -276,15 +276,20 @@ def test_codewords_of_any_length_are_cut_where_they_begin(bits, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [1, 2, 4])
-@pytest.mark.parametrize(("codebook", "width"), FORMS, ids=FORM_NAMES)
-def test_columns_walked_in_stretches_give_the_whole_product(codebook, width, tokens, monkeypatch):
+@pytest.mark.parametrize(
+    ("codebook", "width", "columns", "tokens"),
+    # counts of codewords of 8 bits, and once of 16: another variant of the kernel
+    [*((*form, 250, tokens) for form in FORMS for tokens in (1, 2, 4)), (TERNARY, 2, 1000, 1)],
+    ids=[*(f"{name}-{tokens}" for name in FORM_NAMES for tokens in (1, 2, 4)), "ternary-1-wide"],
+)
+def test_columns_walked_in_stretches_give_the_whole_product(codebook, width, columns, tokens, monkeypatch):
     """Rows of very different codeword counts side by side; an odd number of rows; the last task not full."""
     monkeypatch.setattr(matmul, "CACHE_BYTES", 0)
     monkeypatch.setattr(matmul, "CHUNK_BYTES", 1 << 10)
     monkeypatch.setattr(matmul, "CHUNK_COLUMNS", 50)
-    digits, levels, _ = draw(codebook, width, 131, 1000, seed=tokens)
+    digits, levels, _ = draw(codebook, width, 131, columns, seed=tokens)
     digits[1::3], digits[5] = 0, codebook.lowest_digit + codebook.digits - 1
     packed = encode(digits, levels, codebook)
-    x = np.random.default_rng(tokens).standard_normal((tokens, 1000)).astype(np.float32)
+    assert packed.row_codewords.dtype == (torch.uint8 if columns == 250 else torch.uint16)
+    x = np.random.default_rng(tokens).standard_normal((tokens, columns)).astype(np.float32)
     assert_close(decode_matmul(packed, x), naive.matmul(digits, levels, x), digits, levels, x)

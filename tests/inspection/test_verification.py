@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -116,7 +114,7 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_a_note(directory):
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
-def test_a_shard_that_is_cut_while_it_is_looked_at_is_one_finding(directory, kind):
+def test_a_shard_that_is_cut_while_it_is_looked_at_is_one_finding(forks, directory, kind):
     """In a process of its own, which a map would have ended."""
     path = directory()
     name = "model.norm.weight" if kind == "dense" else f"{EXPERTS}.gate_proj_codes"
@@ -132,7 +130,8 @@ verification._Search.look_at_files = cut
 for finding in verification.verify({str(path)!r}):
     print(finding.severity, finding.name, finding.file, finding.message, sep="|")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = forks.run(script)
+    assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
     _, found, where, message = line.split("|")
     assert (found, where) == ("", file.name)

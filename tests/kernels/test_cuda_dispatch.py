@@ -5,8 +5,6 @@ Tensors that say they are stand for the GPU's, and an emulator for the GPU.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,12 +133,14 @@ def test_several_devices_are_named_in_one_line(launched, sample):
 
 
 @pytest.mark.slow
-def test_the_cpu_path_imports_nothing_of_it():
+def test_the_cpu_path_imports_nothing_of_it(forks):
     code = """
-import sys
+import os, sys
+os.chdir(sys.argv[1])
 import torch, qmoe_lite as qm
 packed = qm.encode(torch.zeros(2, 9, dtype=torch.int8), torch.ones(2, 1), qm.Codebook.fit([1, 8, 1]))
 qm.decode(packed), packed.dense(), qm.decode_matmul(packed, torch.ones(9))
 assert not {name for name in sys.modules if name.startswith(("qmoe_lite.cuda", "numba_cuda"))}
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    done = forks.run(code, Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr

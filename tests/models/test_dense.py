@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
-from qmoe_lite.checkpoint.reader import find_model
+from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.errors import CheckpointError
 from qmoe_lite.models.dense import load_dense
 from qmoe_lite.models.skeletons import open_checkpoint
@@ -62,10 +63,27 @@ def truncated_archive(path):
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
 
 
+def zero_filled_archive(path):
+    """A .bin file that was allocated, and not written."""
+    size = path.stat().st_size
+    path.unlink()
+    path.with_name("pytorch_model.bin").write_bytes(bytes(size))
+
+
+def unnamed(path):
+    """A config.json that does not say what model it is of."""
+    place = path.with_name("config.json")
+    config = json.loads(place.read_text())
+    del config["model_type"]
+    place.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (truncated, "is damaged"),
+        (zero_filled_archive, "bin is damaged: it is no file of torch's (it begins with zeros). Fetch the file again."),
+        (unnamed, "config.json lacks model_type: it does not say what model this is."),
         (padded, "is damaged"),
         (zero_filled, "is damaged"),
         (empty, "is damaged"),

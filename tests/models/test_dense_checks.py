@@ -6,8 +6,6 @@ import copy
 import io
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 
@@ -227,7 +225,7 @@ def test_files_that_change_between_loading_and_the_first_use(directory, change):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("used", ["not yet", "before"])
-def test_a_file_cut_before_an_encoder_runs_is_one_line(directory, used):
+def test_a_file_cut_before_an_encoder_runs_is_one_line(forks, directory, used):
     """In a process of its own: a map that is touched behind the file's end would end it. generate begins with it."""
     code = """
 import os, sys, torch, qmoe_lite as qm
@@ -242,8 +240,7 @@ try:
 except qm.QMoEError as error:
     print(type(error).__name__, error)
 """
-    command = [sys.executable, "-c", code, directory("switch_transformers"), used]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forks.run(code, directory("switch_transformers"), used)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("CheckpointError")
     assert "it was truncated while the model ran" in done.stdout

@@ -98,11 +98,18 @@ def test_a_type_that_cannot_be_read_off_is_refused_in_one_true_line(tmp_path, ca
 
 
 def test_experts_that_transformers_does_not_declare_are_refused_by_name(tmp_path, tokenizer):
-    sizes = {"num_local_experts": 4, "intermediate_size": 20, "intermediate_size_mlp": 32, "moe_layers": [0, 1, 2]}
-    config = AutoConfig.for_model("llama4_text", vocab_size=len(tokenizer), **tiny.TEXT, **sizes)
+    sizes = {"num_local_experts": 4, "intermediate_size": 20, "kv_channels": 8}
+    config = AutoConfig.for_model("jetmoe", vocab_size=len(tokenizer), **tiny.TEXT, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(UnsupportedFamilyError, match="Llama4TextExperts is not of transformers' common interface"):
+    with pytest.raises(UnsupportedFamilyError, match="JetMoeParallelExperts is not of transformers' common interface"):
         qm.compress(tmp_path / "m", tmp_path / "out", recipe="nearest", family="auto")
+
+
+def test_llama_4_with_several_experts_a_token_is_refused(tmp_path, causal):
+    """Their inputs are scaled one by one; no published model has them."""
+    path = changed_copy(causal("llama4_text"), tmp_path / "m", num_experts_per_tok=2)
+    with pytest.raises(UnsupportedFamilyError, match="gives a token to 2 experts, each scaled; supported is one"):
+        qm.compress(path, tmp_path / "out", recipe="nearest")
 
 
 @pytest.mark.parametrize(

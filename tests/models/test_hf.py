@@ -6,10 +6,7 @@ import copy
 import importlib.util
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 
@@ -20,10 +17,8 @@ from checks import layers_of, logits_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     SwitchTransformersEncoderModel,
 )
@@ -289,7 +284,7 @@ def test_what_is_checked_is_what_transformers_loads(compressed_causal, tmp_path)
         with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
             load(path)
     save_file(tensors, path / "model.fp16.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="other weight files"):
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
         AutoModelForCausalLM.from_pretrained(path, variant="fp16")
 
 
@@ -314,16 +309,10 @@ def test_gradients_pass_through_the_experts(pair, model_type):
         assert not model(input_ids=ids, **more).logits.requires_grad
 
 
-def test_classes_without_the_models_own_head_are_refused(compressed, compressed_causal):
-    mixtral, switch = compressed_causal("mixtral"), compressed[0]
-    for auto, path, named in (
-        (AutoModel, mixtral, "AutoModelForCausalLM or qmoe_lite.load, not as MixtralModel"),
-        (AutoModelForSequenceClassification, mixtral, "not as MixtralForSequenceClassification"),
-        (AutoModel, switch, "AutoModelForSeq2SeqLM or qmoe_lite.load, not as SwitchTransformersModel"),
-        (SwitchTransformersEncoderModel, switch, "not as SwitchTransformersEncoderModel"),
-    ):
-        with pytest.raises(CheckpointError, match=named):
-            auto.from_pretrained(path)
+def test_a_class_that_lacks_a_part_of_the_experts_is_refused(compressed):
+    named = "AutoModelForSeq2SeqLM or qmoe_lite.load, not as SwitchTransformersEncoderModel"
+    with pytest.raises(CheckpointError, match=named):
+        SwitchTransformersEncoderModel.from_pretrained(compressed[0])
 
 
 def test_models_load_in_several_threads_one_after_another(compressed, compressed_causal, switch, monkeypatch):
@@ -399,12 +388,6 @@ def test_an_unknown_device_is_refused(compressed):
         qm.load(compressed[0], device="banana")
 
 
-def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
@@ -415,7 +398,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
         "import transformers; transformers.AutoModelForCausalLM; import transformers.modeling_utils; import qmoe_lite",
     ],
 )
-def test_importing_the_package_is_enough_in_any_order(compressed_causal, imports):
+def test_importing_the_package_is_enough_in_any_order(forks, compressed_causal, imports):
     code = f"""
 import sys
 {imports}
@@ -424,12 +407,12 @@ assert "numba" not in sys.modules, "registering loaded numba"
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model.model.layers[0].mlp.experts).__name__, [f for f in sys.meta_path if "qmoe" in type(f).__module__])
 """
-    done = run_python(code, compressed_causal("mixtral"))
+    done = forks.run(code, compressed_causal("mixtral"))
     assert done.stdout.split() == ["PackedExperts", "[]"], done.stderr
 
 
 @pytest.mark.slow
-def test_transformers_stays_importable_when_the_quantizer_does_not_fit_it():
+def test_transformers_stays_importable_when_the_quantizer_does_not_fit_it(forks):
     code = """
 import sys, warnings
 import qmoe_lite
@@ -439,12 +422,12 @@ with warnings.catch_warnings(record=True) as caught:
     from transformers import PreTrainedModel
 print([str(w.message) for w in caught if "qmoe" in str(w.message)])
 """
-    done = run_python(code)
+    done = forks.run(code)
     assert "qmoe-lite cannot register with transformers" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
-def test_no_dense_expert_is_ever_allocated(tmp_path, tokenizer):
+def test_no_dense_expert_is_ever_allocated(forks, tmp_path, tokenizer):
     """12.9 GB of dense experts: loading, by either way, adds less than 0.3 GB of anonymous memory."""
     path = tiny.make_large_mixtral(tmp_path / "large", tokenizer)
     code = """
@@ -466,7 +449,7 @@ dense = experts[0].dense(7, "down_proj", torch.bfloat16)
 print(2 * weights, added * 1024, dense.shape == (2048, 5504))
 """
     for way in ("load", "from_pretrained"):
-        done = run_python(code, path, way)
+        done = forks.run(code, path, way)
         size, added, right = done.stdout.split()
         assert int(size) > 12.9e9, done.stderr
         assert int(added) < 0.3e9
@@ -474,7 +457,7 @@ print(2 * weights, added * 1024, dense.shape == (2048, 5504))
 
 
 @pytest.mark.slow
-def test_a_first_import_of_transformers_that_fails_is_not_the_last(compressed_causal):
+def test_a_first_import_of_transformers_that_fails_is_not_the_last(forks, compressed_causal):
     code = """
 import sys
 import qmoe_lite
@@ -488,12 +471,12 @@ for name in [n for n in sys.modules if n.startswith("transformers")]:
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.experts).__name__)
 """
-    done = run_python(code, compressed_causal("mixtral"))
+    done = forks.run(code, compressed_causal("mixtral"))
     assert done.stdout.split() == ["first", "PackedExperts"], done.stderr
 
 
 @pytest.mark.slow
-def test_the_package_can_be_imported_anew(compressed_causal):
+def test_the_package_can_be_imported_anew(forks, compressed_causal):
     code = """
 import sys
 import qmoe_lite, transformers.modeling_utils
@@ -502,7 +485,7 @@ for name in [n for n in sys.modules if n.startswith("qmoe_lite")]:
 import qmoe_lite
 print(type(qmoe_lite.load(sys.argv[1]).model.layers[0].mlp.experts) is qmoe_lite.PackedExperts)
 """
-    done = run_python(code, compressed_causal("mixtral"))
+    done = forks.run(code, compressed_causal("mixtral"))
     assert done.stdout.strip() == "True", done.stderr
 
 

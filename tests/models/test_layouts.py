@@ -124,6 +124,93 @@ def test_fp8_with_block_scales_gives_its_bfloat16_twins_bytes(tmp_path, tokenize
     assert_the_same_comes_out(*fp8_twins(source, tmp_path), tmp_path, text_file)
 
 
+def compressed(kind, **weights):
+    """Return a quantization_config as compressed-tensors writes one."""
+    usual = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 4, "actorder": None}
+    group = {"targets": ["Linear"], "weights": {**usual, **weights}, "input_activations": None, "format": kind}
+    return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
+
+
+def to_integers(weight, bits, size):
+    """Quantise (R, C) by groups of columns; return packed integers, scales, and what they stand for in bfloat16."""
+    size = size or weight.shape[1]
+    scales = (weight.float().unflatten(1, (-1, size)).abs().amax(-1) / ((1 << bits - 1) - 1)).bfloat16()
+    each = scales.repeat_interleave(size, 1)
+    digits = (weight.float() / each.float()).round().clamp(-(1 << bits - 1), (1 << bits - 1) - 1).int()
+    packed = torch.zeros(len(weight), -(-weight.shape[1] * bits // 32), dtype=torch.int32)
+    for column in range(weight.shape[1]):
+        place = column * bits % 32
+        packed[:, column * bits // 32] |= digits[:, column] + (1 << bits - 1) << place
+    return packed, scales, (digits * each.float()).bfloat16()
+
+
+def quantised_twins(source, place, settings, quantise):
+    """Write a model with what `quantise` makes of its projections, and its twin in the bfloat16 that it stands for."""
+    quantised, plain = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if "_proj.weight" in name:
+            parts, plain[name] = quantise(tensor)
+            quantised |= {f"{name}{suffix}": part for suffix, part in parts.items()}
+        else:
+            quantised[name] = plain[name] = tensor
+    return (
+        rewritten(source, place / "quantised", quantised, quantization_config=settings),
+        rewritten(source, place / "plain", plain),
+    )
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 4), pytest.param(8, None, marks=pytest.mark.slow)])
+def test_packed_integers_give_their_bfloat16_twins_bytes(tmp_path, tokenizer, text_file, bits, size):
+    def quantise(weight):
+        packed, scales, plain = to_integers(weight, bits, size)
+        return {"_packed": packed, "_scale": scales, "_shape": torch.tensor(weight.shape)}, plain
+
+    settings = compressed("pack-quantized", num_bits=bits, group_size=size, strategy="group" if size else "channel")
+    source = make(tmp_path / "m", tokenizer, "qwen3_moe", hidden_size=80, moe_intermediate_size=20)
+    assert_the_same_comes_out(*quantised_twins(source, tmp_path, settings, quantise), tmp_path, text_file)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["mixed", *(pytest.param(each, marks=pytest.mark.slow) for each in ("channel", "tensor", "block"))]
+)
+def test_fp8_of_compressed_tensors_gives_its_bfloat16_twins_bytes(tmp_path, tokenizer, text_file, strategy):
+    """By rows, by tensors, by blocks; or attention in FP8 and experts in packed integers, as Kimi has them."""
+
+    def quantise(weight):
+        if strategy == "mixed" and len(weight) == 20:
+            packed, scales, plain = to_integers(weight, 4, 4)
+            return {"_packed": packed, "_scale": scales, "_shape": torch.tensor(weight.shape)}, plain
+        if strategy == "block":
+            values, scales, plain = to_fp8(weight)
+            return {"": values, "_scale": scales}, plain
+        largest = weight.float().abs().amax(None if strategy == "tensor" else (1,), keepdim=True)
+        scales = (largest / 448).reshape(-1, *([] if strategy == "tensor" else [1])).bfloat16()
+        values = (weight.float() / scales.float()).to(torch.float8_e4m3fn)
+        parts = {"": values, "_scale": scales, "_input_scale": torch.ones(1)}
+        return parts, (values.float() * scales.float()).bfloat16()
+
+    eight = {"num_bits": 8, "type": "float", "strategy": strategy, "group_size": None, "block_structure": [16, 24]}
+    settings = compressed("float-quantized", **(eight if strategy != "mixed" else {**eight, "strategy": "channel"}))
+    if strategy == "mixed":
+        settings["config_groups"]["group_1"] = compressed("pack-quantized")["config_groups"]["group_0"]
+        settings["format"] = "mixed-precision"
+    source = make(tmp_path / "m", tokenizer, "qwen3_moe")
+    assert_the_same_comes_out(*quantised_twins(source, tmp_path, settings, quantise), tmp_path, text_file)
+
+
+def test_damaged_packed_integers_are_one_line(tmp_path, tokenizer):
+    def quantise(weight):
+        packed, scales, plain = to_integers(weight, 4, 4)
+        return {"_packed": packed[:, 1:], "_scale": scales, "_shape": torch.tensor(weight.shape)}, plain
+
+    source = make(tmp_path / "m", tokenizer, "qwen3_moe")
+    path, _ = quantised_twins(source, tmp_path, compressed("pack-quantized"), quantise)
+    with pytest.raises(
+        CheckpointError, match=r"weight_packed has 7 columns of 32 bits; config.json says 64 weights of 4"
+    ):
+        qm.compress(path, tmp_path / "out", recipe="nearest")
+
+
 def test_mxfp4_gives_its_bfloat16_twins_bytes(tmp_path, tokenizer, text_file):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -148,7 +235,15 @@ def test_mxfp4_gives_its_bfloat16_twins_bytes(tmp_path, tokenizer, text_file):
     ("settings", "named"),
     [
         ({"quant_method": "awq", "bits": 4}, "quantised by awq"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors .pack-quantized."),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "compressed-tensors .pack-quantized, with",
+        ),
+        (compressed("pack-quantized", symmetric=False), "compressed-tensors .pack-quantized, int4, not symmetric."),
+        (compressed("pack-quantized", actorder="group"), "pack-quantized, int4, its columns in another order"),
+        (compressed("pack-quantized", num_bits=3), "pack-quantized, int3 by group"),
+        (compressed("nvfp4-pack-quantized", type="float"), "nvfp4-pack-quantized, float4 by group"),
+        ({**compressed("pack-quantized"), "quantization_status": "frozen"}, "frozen, not compressed"),
         ({"quant_method": "qmoe"}, "quantised already"),
     ],
 )
@@ -168,6 +263,38 @@ def test_an_unknown_layout_is_named(tmp_path, causal):
     path = rewritten(source, tmp_path / "odd", renamed)
     with pytest.raises(CheckpointError, match=r"holds model.layers.0.mlp.experts.0.w9.weight and not .*: its layout"):
         qm.compress(path, tmp_path / "out", recipe="nearest")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "joined", "made"),
+    [
+        ("kimi_linear", "self_attn.q_conv1d.weight", "self_attn.conv1d.weight"),
+        pytest.param(
+            "sarvam_moe", "attention.query_key_value.weight", "self_attn.q_proj.weight", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_dense_tensors_that_transformers_joins_or_splits_are_made_as_it_does(
+    tmp_path, causal, model_type, joined, made
+):
+    source = causal(model_type)
+    held = load_file(source / "model.safetensors")
+    assert any(name.endswith(joined) for name in held)
+    assert not any(name.endswith(made) for name in held)
+    qm.compress(source, tmp_path / "out", recipe="nearest")
+    model = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    found = {name: t for file in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(file).items()}
+    assert any(name.endswith(made) for name in found)
+    assert all(torch.equal(found[name], model[name]) for name in found if name.endswith(made))
+    qm.load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert [finding for finding in qm.verify(tmp_path / "again") if finding.severity == "error"] == []
+    name = next(name for name in held if name.endswith(joined))
+    less = rewritten(source, tmp_path / "less", {each: tensor for each, tensor in held.items() if each != name})
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor .*{made.rpartition('.')[0]}"):
+        qm.compress(less, tmp_path / "never", recipe="nearest")
+    wrong = rewritten(source, tmp_path / "wrong", {**held, name: held[name][1:]})
+    with pytest.raises(CheckpointError, match="do not make"):
+        qm.compress(wrong, tmp_path / "never", recipe="nearest")
 
 
 def own_memory() -> int:

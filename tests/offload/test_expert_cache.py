@@ -6,8 +6,6 @@ import errno
 import math
 import os
 import resource
-import subprocess
-import sys
 import threading
 
 import naive
@@ -188,7 +186,7 @@ def test_its_memory_counts_as_anonymous():
 
 
 @pytest.mark.slow
-def test_a_forked_process_is_told_to_load_the_model():
+def test_a_forked_process_is_told_to_load_the_model(forks):
     """In a process of its own, which has no other threads."""
     code = """
 import os
@@ -206,8 +204,7 @@ if os.fork() == 0:
 os.wait()
 readers.close()
 """
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = forks.run(code)
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     assert all("was forked" in line and "Load the model in it" in line for line in lines)

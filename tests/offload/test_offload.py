@@ -8,8 +8,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -594,7 +592,7 @@ def test_files_deleted_while_the_model_runs_are_read_on(directory, limited):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["budget", "maps"])
-def test_a_file_cut_while_the_model_runs_is_one_line(directory, way):
+def test_a_file_cut_while_the_model_runs_is_one_line(forks, directory, way):
     """In a process of its own: a map that is touched behind the file's end would end it."""
     path = directory("mixtral")
     code = """
@@ -615,7 +613,7 @@ for use in (lambda: model(input_ids=ids), lambda: inner(input_ids=ids), model.st
     except qm.QMoEError as error:
         print(type(error).__name__, error)
 """
-    done = subprocess.run([sys.executable, "-c", code, path, way], capture_output=True, text=True, check=False)
+    done = forks.run(code, path, way)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 6
@@ -743,21 +741,24 @@ def test_codes_that_do_not_decode_never_reach_a_kernel(directory, limited):
 
 
 @pytest.mark.slow
-def test_two_processes_run_one_directory(directory):
+def test_two_processes_run_one_directory(forks, directory):
     path = directory()
     code = """
-import sys, torch, qmoe_lite as qm
+import os, sys, torch, qmoe_lite as qm
 from qmoe_lite.offload.runner import runner_of
+child = os.fork()
 model = qm.load(sys.argv[1], ram_cache="60KB", dtype=torch.float32)
 ids = torch.randint(3, 15, (1, 9), generator=torch.Generator().manual_seed(0))
 print(model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None).tolist())
 runner_of(model).close()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
 """
-    command = [sys.executable, "-c", code, str(path)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    found = [process.communicate() for process in running]
-    assert [process.returncode for process in running] == [0, 0], found[0][1] + found[1][1]
-    assert found[0][0] == found[1][0]
+    done = forks.run(code, path)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.splitlines()
+    assert len(found) == 2
+    assert found[0] == found[1]
     assert json.loads((path / "expert_counts.json").read_text())["counts"]
 
 

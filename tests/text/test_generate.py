@@ -264,7 +264,12 @@ def test_the_expert_capacity_stays_as_it_is(switch):
 PROMPTS = ["router expert token", "gate", tiny.make_text(5, 12)]
 
 
-@pytest.fixture(params=[*tiny.CAUSAL, "switch"])
+QUICK = {"deepseek_v3", "qwen3_moe", "switch"}  # attention, routing and sides that differ; the others take as long
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in [*tiny.CAUSAL, "switch"]]
+)
 def any_compressed(request, compressed, compressed_causal):
     """A compressed model of each family, in which one word often ends a text early."""
     directory = compressed[0] if request.param == "switch" else compressed_causal(request.param)
