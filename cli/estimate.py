@@ -153,7 +153,8 @@ def _print(found: Estimate) -> None:
     if run.gpu_bytes is not None:
         table.add_row("GPU memory", f"{show_size(run.gpu_bytes)} with everything there")
     if run.tokens_per_second is not None:
-        table.add_row("speed", f"{run.tokens_per_second:.2g} tokens a second")
+        speed = run.tokens_per_second
+        table.add_row("speed", f"{speed:,.0f} tokens a second" if speed >= 10 else f"{speed:.2g} tokens a second")
         for part, seconds in run.parts.items():
             table.add_row("", f"{1000 * seconds:6.2f} ms  {part}")
     print_table(table)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import qmoe_lite as qm
-from qmoe_lite.checkpoint.headers import read_headers
+from qmoe_lite.checkpoint.headers import Held, read_headers
 from qmoe_lite.checkpoint.report import read_report
 from qmoe_lite.compression.choice import grid_and_rate
 from qmoe_lite.compression.settings import Settings
@@ -110,6 +112,28 @@ def test_a_model_on_the_hub_is_known_by_its_headers(causal, tmp_path, monkeypatc
     assert remote.held == local.held
     assert not remote.shards
     assert anatomy_of(remote).expert_bytes == anatomy_of(local).expert_bytes
+
+
+def test_packed_experts_are_counted_by_their_headers(causal):
+    plain = read_headers(causal("qwen3_moe"))
+    held, expected = {}, 0
+    for name, each in plain.held.items():
+        if ".experts." not in name:
+            held[name] = each
+            continue
+        rows, columns = each.shape
+        parts = {"_packed": ((rows, -(-columns // 8)), torch.int32), "_scale": ((rows, columns // 4), torch.bfloat16)}
+        for part, (shape, dtype) in {**parts, "_shape": ((2,), torch.int64)}.items():
+            held[name + part] = Held(name + part, shape, dtype)
+            expected += held[name + part].nbytes
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 4}
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    packed = replace(plain, held=held, config={**plain.config, "quantization_config": settings})
+    found = anatomy_of(packed)
+    assert found.expert_bytes == expected
+    assert found.experts == anatomy_of(plain).experts
+    assert found.kept_bytes == anatomy_of(plain).kept_bytes
 
 
 def test_without_files_their_dtype_is_read_or_said_to_be_assumed(causal, tmp_path):
