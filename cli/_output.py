@@ -48,13 +48,16 @@ def progress_shown(title: str, show: bool = True) -> Iterator[Callable[[Progress
         from rich.progress import Progress as Bar
 
         left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("elapsed"), TimeElapsedColumn())
+        left = (*left, TextColumn("{task.fields[known]}"))
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), *left)
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=None)
+            task = bar.add_task(title, total=None, known="")
 
             def advance(event: Progress) -> None:
                 warn(event)
-                bar.update(task, completed=event.done, total=event.total, description=f"{title}: {event.place}")
+                described = f"{title}: {event.place}"
+                known = figures(event).removeprefix(", ")
+                bar.update(task, completed=event.done, total=event.total, description=described, known=known)
 
             yield advance
     else:
@@ -83,6 +86,20 @@ class _PlainLines:
         if block == self._block and event.done < event.total and now - self._last < 60:
             return
         self._block, self._last = block, now
-        each = (now - self._start) / max(event.done - self._first, 1)
-        left = each * (event.total - event.done)
-        note(f"{self._title}: {event.done} of {event.total} groups ({event.place}), about {duration(left)} left")
+        left = event.seconds_left
+        if left is None:
+            left = (now - self._start) / max(event.done - self._first, 1) * (event.total - event.done)
+        where = f"{event.done} of {event.total} groups ({event.place}), about {duration(left)} left"
+        note(f"{self._title}: {where}{figures(event)}")
+
+
+def figures(event: Progress) -> str:
+    """Format what is known of a group besides its place: speed, error so far, memory."""
+    found = ""
+    if event.tokens_per_second is not None:
+        found += f", {event.tokens_per_second:,.0f} tokens a second"
+    if event.held_out_error is not None:
+        found += f", held-out error {event.held_out_error:.3f}"
+    if event.memory_bytes is not None:
+        found += f", {event.memory_bytes / 1e9:.2f} GB of memory"
+    return found

@@ -12,6 +12,7 @@ from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOptio
 
 if TYPE_CHECKING:
     from qmoe_lite.checkpoint.report import Report
+    from qmoe_lite.cli._beforehand import Beforehand
 
 
 def compress(
@@ -75,7 +76,8 @@ def compress(
 ) -> None:
     """Compress a model's experts to 0.6 to 4 bits a weight, below one bit where the model bears it.
 
-    An interrupted run resumes when the same command is given again.
+    An interrupted run resumes when the same command is given again. OUT.log.jsonl gets a line of JSON for each group of
+    experts.
 
     It ends with the held-out loss of the dense and of the compressed model, and a verdict.
 
@@ -84,6 +86,7 @@ def compress(
     import torch
 
     from qmoe_lite.cli import _output
+    from qmoe_lite.cli._beforehand import Beforehand
     from qmoe_lite.compression.choice import USUAL_RATE
     from qmoe_lite.compression.run import compress as run
     from qmoe_lite.compression.verdict import Verdict
@@ -110,11 +113,15 @@ def compress(
         "seed": seed,
         "device": device,
     }
+    log = out.with_name(f"{out.name}.log.jsonl") if out.name else None
+    progress: Beforehand | None = None
     try:
-        with _output.progress_shown("compressing", show=not json) as progress:
-            report = run(model, out, calibration=calibration, resume=not restart, progress=progress, **settings)
+        with _output.progress_shown("compressing", show=not json) as shown:
+            progress = Beforehand(model, out, settings, shown, show=not json)
+            telling: dict[str, Any] = {"progress": progress, "before": progress.begin, "log": log}
+            report = run(model, out, calibration=calibration, resume=not restart, **telling, **settings)
     except KeyboardInterrupt:
-        _output.note("qmoe: interrupted. Finished layers are kept: rerun the command to resume.")
+        _output.note(f"qmoe: interrupted{_place_of(progress)}. Finished layers are kept: rerun the command to resume.")
         raise typer.Exit(130) from None
     if json:
         _output.print_json(report.to_json())
@@ -125,6 +132,12 @@ def compress(
     elif recipe != "nearest":
         cause = "without validation samples" if validation_samples == 0 else "since no text was left for validation"
         _output.note(f"qmoe: not judged, {cause}.")
+
+
+def _place_of(progress: Beforehand | None) -> str:
+    """Format where a run was, after its last finished group."""
+    last = None if progress is None else progress.last
+    return "" if last is None else f" after {last.place} ({last.done} of {last.total} groups)"
 
 
 def _print(report: Report, out: Path) -> None:

@@ -16,6 +16,7 @@ from qmoe_lite.cli import (
     compress_,
     demo,
     doctor,
+    estimate,
     eval_,
     generate,
     import_qmoe,
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
+app.command("estimate")(estimate.estimate)
 app.command("compress")(compress_.compress)
 app.command("tune")(tune.tune)
 app.command("eval")(eval_.evaluate)

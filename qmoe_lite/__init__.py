@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qmoe_lite.compression.importing import import_qmoe as import_qmoe
     from qmoe_lite.compression.run import compress as compress
     from qmoe_lite.errors import QMoEError as QMoEError
+    from qmoe_lite.inspection.estimation import Estimate as Estimate
+    from qmoe_lite.inspection.estimation import estimate as estimate
     from qmoe_lite.inspection.verification import verify as verify
     from qmoe_lite.models.experts import PackedExperts as PackedExperts
     from qmoe_lite.offload.loading import load as load
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Codebook": "coding.codebook",
     "Dictionary": "coding.dictionary",
+    "Estimate": "inspection.estimation",
     "MinMaxTernary": "quantization.grid",
     "MinMaxTwoBit": "quantization.grid",
     "PackedExperts": "models.experts",
@@ -50,6 +53,7 @@ _HOMES = {
     "decode": "coding.codec",
     "decode_matmul": "coding.matmul",
     "encode": "coding.codec",
+    "estimate": "inspection.estimation",
     "evaluate": "text.evaluation",
     "gptq": "quantization.solver",
     "import_qmoe": "compression.importing",
@@ -63,6 +67,7 @@ _HOMES = {
 __all__ = [  # sorted; a test compares it with _HOMES
     "Codebook",
     "Dictionary",
+    "Estimate",
     "MinMaxTernary",
     "MinMaxTwoBit",
     "PackedExperts",
@@ -75,6 +80,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "decode",
     "decode_matmul",
     "encode",
+    "estimate",
     "evaluate",
     "gptq",
     "import_qmoe",

@@ -27,6 +27,30 @@ def variant_of(file_name: str) -> str | None:
     return None
 
 
+def check_hub_name(name: str | Path) -> str | None:
+    """Return None for a directory with a config.json, else the name, if it can be one on the hub.
+
+    Raises
+    ------
+    CheckpointError
+        As `find_model`, which asks the hub besides.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return None
+            raise CheckpointError(f"{path} is no model: it has no config.json. Name a Hugging Face model directory.")
+        there = path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    # the hub's names have an owner and one slash, and none begins like these
+    if there or str(name).startswith((".", "~", "/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        reason = "it is a file" if there else "there is no such directory"
+        raise CheckpointError(f"{name} is no model directory: {reason}. Give one with config.json and weights.")
+    return str(name)
+
+
 def find_model(name: str | Path) -> Path:
     """Return the directory of a model named by path or by its name on the Hugging Face hub.
 
@@ -36,19 +60,8 @@ def find_model(name: str | Path) -> Path:
         No such directory, or one without config.json or that may not be looked into, or a name that the hub does not
         know.
     """
-    path = Path(name)
-    try:
-        if path.is_dir():
-            if (path / "config.json").is_file():
-                return path
-            raise CheckpointError(f"{path} is no model: it has no config.json. Name a Hugging Face model directory.")
-        there = path.exists()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    # the hub's names have an owner and one slash, and none begins like these
-    if there or str(name).startswith((".", "~", "/")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        reason = "it is a file" if there else "there is no such directory"
-        raise CheckpointError(f"{name} is no model directory: {reason}. Give one with config.json and weights.")
+    if check_hub_name(name) is None:
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     try:

@@ -176,9 +176,11 @@ class Checkpoint:
         CheckpointError
             The index names a tensor, which was not forgotten, that its file lacks; or a file is missing or damaged.
         """
+        named: dict[str, set[str]] = {}
+        for name in self._file_of.keys() - self._forgotten:
+            named.setdefault(self._file_of[name], set()).add(name)
         for file_name in self.files:
-            named = {name for name, holder in self._file_of.items() if holder == file_name} - self._forgotten
-            if lacking := sorted(named - self.stored_in(file_name)):
+            if lacking := sorted(named.get(file_name, set()) - self.stored_in(file_name)):
                 more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
                 text = f"{self.directory / file_name} lacks {lacking[0]}{more}, which the index names."
                 raise CheckpointError(f"{text} Fetch the file again.")

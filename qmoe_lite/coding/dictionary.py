@@ -30,6 +30,7 @@ from qmoe_lite.errors import CodebookError, DigitError, DtypeError, FormatError,
 KIND = "windows"
 _MOST_NODES = 65535  # of all trees: each codeword of 12 bits in four trees has one, and their parents
 _WIDTHS = (8, 16, 32)  # digits of a table's row
+_COUNTED = 1 << 20  # digits counted at a time: each takes 8 bytes meanwhile
 
 
 @dataclass(frozen=True, repr=False)
@@ -329,8 +330,13 @@ class Dictionary:
 
 def count_sizes(digits: ArrayLike) -> NDArray[np.int64]:
     """Count the digits of each absolute value: int64, shape (largest + 1,); errors as for `Dictionary.fit`."""
-    array = np.asarray(digits)
-    return np.bincount(np.abs(checked_digits(array.reshape(1, -1)).ravel()))
+    array = checked_digits(np.asarray(digits).reshape(1, -1)).ravel()
+    found = np.zeros(1, dtype=np.int64)
+    for start in range(0, len(array), _COUNTED):
+        some = np.bincount(np.abs(array[start : start + _COUNTED]), minlength=len(found))
+        some[: len(found)] += found
+        found = some
+    return found
 
 
 def checked_digits(digits: NDArray[Any]) -> NDArray[np.int16]:

@@ -128,7 +128,7 @@ def sentinel_ids(tokenizer: Any) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
-def _noise_counts(length: int, density: float = NOISE_DENSITY, mean_span: float = MEAN_SPAN) -> tuple[int, int]:
+def noise_counts(length: int, density: float = NOISE_DENSITY, mean_span: float = MEAN_SPAN) -> tuple[int, int]:
     """Masked tokens and masked spans of a window, as T5's random_spans_noise_mask counts them."""
     noise = min(max(round(length * density), 1), length - 1)
     spans = max(round(noise / mean_span), 1)
@@ -144,7 +144,7 @@ def window_length(sequence_length: int) -> int:
     """
     length = SHORTEST_WINDOW
     while True:
-        noise, spans = _noise_counts(length + 1)
+        noise, spans = noise_counts(length + 1)
         if length + 1 - noise + spans + 1 > sequence_length:
             return length
         length += 1
@@ -169,7 +169,7 @@ def noise_mask(
     bool array, shape (length,)
         Kept and masked stretches take turns; the first is kept, the last is masked.
     """
-    noise, spans = _noise_counts(length, density, mean_span)
+    noise, spans = noise_counts(length, density, mean_span)
 
     def segments(items: int) -> np.ndarray:
         cuts = np.sort(rng.choice(items - 1, spans - 1, replace=False)) + 1 if spans > 1 else np.empty(0, np.int64)

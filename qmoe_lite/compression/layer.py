@@ -31,7 +31,7 @@ from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
-_TOKENS = 1 << 14  # tokens that go through an expert at a time
+CHUNK_TOKENS = 1 << 14  # tokens that go through an expert at a time
 
 Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
 
@@ -73,7 +73,7 @@ class LayerCompressor:
         return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
 
     def compress(
-        self, layer: MoELayer, number: int, seen: LayerInputs | None, group_done: Callable[[int, int], None]
+        self, layer: MoELayer, number: int, seen: LayerInputs | None, group_done: Callable[[int, float | None], None]
     ) -> LayerResult:
         """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
 
@@ -86,7 +86,7 @@ class LayerCompressor:
         seen : LayerInputs or None
             None rounds to nearest.
         group_done : callable
-            Called with the number of finished groups and of all.
+            Called with the number of finished groups and the held-out error so far, if there is one.
 
         Returns
         -------
@@ -112,9 +112,9 @@ class LayerCompressor:
                 solved = self._solve_at_rate(solve, tallies, layer, group, taken)
             if seen is not None:
                 for place, expert in enumerate(group):
-                    weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                    weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                     found += self.run(layer, expert, weights, seen)
-            group_done(i + 1, len(groups))
+            group_done(i + 1, found[0] / found[2] if found[2] else None)
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():
@@ -198,9 +198,9 @@ class LayerCompressor:
             found = np.zeros(3)
             for place, expert in enumerate(group):
                 rows, gates = seen.assigned.of_expert(expert)
-                rides = seen.validation[rows].nonzero()[:_TOKENS, 0]
+                rides = seen.validation[rows].nonzero()[:CHUNK_TOKENS, 0]
                 x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self.device)
-                weights = {name: solved[name].quantized.weight[place] for name in layer.projections}
+                weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                 both = self._linears(layer, expert, weights), self.truth(layer, expert)
                 found += compared(*(self.expert(x, matrices) * shares for matrices in both))
             energies.append(found[1] / found[2] if found[2] else 0.0)
@@ -264,7 +264,7 @@ class LayerCompressor:
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
             before = [
-                self._linears(layer, expert, {name: solved[name].quantized.weight[place] for name in solved})
+                self._linears(layer, expert, {name: solved[name].quantized.weight_of(place) for name in solved})
                 for place, expert in enumerate(group)
             ]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
@@ -298,7 +298,7 @@ class LayerCompressor:
         hessians = []
         of_layer: Tensor | None = None
         for rows, matrices, few in zip(rows_of, before, starved, strict=False):
-            parts = (self._gather(seen, rows[i : i + _TOKENS]) for i in range(0, len(rows), _TOKENS))
+            parts = (self._gather(seen, rows[i : i + CHUNK_TOKENS]) for i in range(0, len(rows), CHUNK_TOKENS))
             hessian = self._mean_hessian(parts, matrices, len(rows), columns)
             if few:
                 if of_layer is None or matrices:  # in front of the first projection it is the same for all
@@ -325,8 +325,8 @@ class LayerCompressor:
         rows, gates = all_rows[~apart], all_gates[~apart]
         truth: list[Linear] = []
         found = np.zeros(3)
-        for start in range(0, len(rows), _TOKENS):
-            part, weights = rows[start : start + _TOKENS], gates[start : start + _TOKENS, None]
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            part, weights = rows[start : start + CHUNK_TOKENS], gates[start : start + CHUNK_TOKENS, None]
             x, weights = self._gather(seen, part), weights.to(self.device)
             y = self.expert(x, matrices) * weights
             seen.hidden.add(part, y.cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport, Report, stored_bytes, versions
@@ -101,3 +102,8 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def name_of_text(calibration: str | Path | None) -> str | None:
+    """Return what a report calls a text: a file's own name, not where it lay, or a data set's."""
+    return None if calibration is None else Path(calibration).name if Path(calibration).exists() else str(calibration)

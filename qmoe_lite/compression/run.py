@@ -31,7 +31,7 @@ from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import check_free, locked
-from qmoe_lite.compression.notes import make_report
+from qmoe_lite.compression.notes import make_report, name_of_text
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
@@ -39,6 +39,7 @@ from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.state import Unfinished, contents_of, fingerprint_of
 from qmoe_lite.compression.stored import know_layers_before, run_stored
+from qmoe_lite.compression.telling import Teller
 from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import BadResultError, OutputError, SettingError
@@ -79,6 +80,8 @@ def compress(
     stop_when_bad: bool = False,
     check_first: bool = False,
     family: str | None = None,
+    log: str | Path | None = None,
+    before: Callable[[int | None], None] | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -138,6 +141,10 @@ def compress(
     family : str, optional
         "auto" takes a model type that is not among the tested ones too, if its first blocks compute what transformers
         does.
+    log : path, optional
+        File for events as JSON lines; see `compression.telling`.
+    before : callable, optional
+        Called with the number of calibration samples before anything is written; refuses by an exception.
 
     Returns
     -------
@@ -195,16 +202,12 @@ def compress(
     if family not in (None, "auto"):
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     partial = target.with_name(f"{target.name}.partial")
-    with locked(partial) as note, torch.inference_mode():
+    telling = Teller(progress, None if log is None else Path(log), before)
+    with locked(partial) as note, torch.inference_mode(), telling as tell:
         check_free(target)  # once more: another run may have finished it
-        run = _Run(find_model(model), target, partial, grid, options, progress, auto=family == "auto")
+        run = _Run(find_model(model), target, partial, grid, options, tell, auto=family == "auto")
         run.degraded += [] if note is None else [note]
         return run.run(calibration, resume)
-
-
-def _name_of(calibration: str | Path | None) -> str | None:
-    """Return what a report calls a text: a file's own name, not where it lay, or a data set's."""
-    return None if calibration is None else Path(calibration).name if Path(calibration).exists() else str(calibration)
 
 
 class _Run:
@@ -217,7 +220,7 @@ class _Run:
         partial: Path,
         grid: Grid | None,
         settings: Settings,
-        progress: Callable[[Progress], None] | None,
+        tell: Teller,
         auto: bool,
     ) -> None:
         self.started = time.perf_counter()
@@ -241,15 +244,15 @@ class _Run:
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
         if isinstance(self.family, Causal) and self.family.model_type not in FAMILIES:
             check_first_blocks(self.family, self.checkpoint, self.config, self.layers, self.compressor, self.settings)
-        self._progress = progress or (lambda event: None)
+        self._tell = tell
         self._warning: str | None = None
         self.verdict: Verdict | None = None
 
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
         if self.settings.check_first:
-            check_finite(self.checkpoint, self._progress)
+            check_finite(self.checkpoint, self._tell)
         if calibration is None:
-            self._open_partial(None, resume)
+            self._open_partial(None, resume, None)
             for number in range(len(self.layers)):
                 self._finish_layer(number, None)
                 self.unfinished.save()
@@ -258,19 +261,21 @@ class _Run:
             tokenizer = open_tokenizer(self.checkpoint.directory)
             samples = self._samples(calibration, tokenizer)
             check_ids(samples.all, self.config.get_text_config().vocab_size)
-            self._open_partial(samples.all, resume)
+            self._open_partial(samples.all, resume, samples.calibration)
             self._calibrated(samples, hessian_masks(samples.all, tokenizer))
-        return self._write_rest(_name_of(calibration))
+        return self._write_rest(name_of_text(calibration))
 
-    def _open_partial(self, samples: Samples | None, resume: bool) -> None:
+    def _open_partial(self, samples: Samples | None, resume: bool, calibration: int | None) -> None:
+        self._tell.begin(calibration, [len(self.compressor.groups(layer)) for layer in self.layers])
         fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
-        contents = functools.partial(contents_of, self.checkpoint, self._progress)
+        contents = functools.partial(contents_of, self.checkpoint, self._tell)
         self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started, contents)
         self.done = self.unfinished.done
         places = {layer.experts: self.writer.layer_file(number) for number, layer in enumerate(self.layers)}
         if (bad := self.unfinished.check(places)) is not None:
             self.degraded.append(bad)
-            self._progress(Progress(0, 1, "unfinished work", f"{bad}."))
+            self._tell(Progress(0, 1, "unfinished work", f"{bad}."))
+        self._tell.started(list(self.done.held_out_error), samples=calibration)
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> RunSamples:
         wanted = self.settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
@@ -335,16 +340,13 @@ class _Run:
         finished = layer.experts in self.done.held_out_error
         if finished and layer.experts not in self.unfinished.lost:
             if seen is not None:
-                self._progress(Progress(sum(sizes[:number]), sum(sizes), f"{layer.block}, from its file"))
+                self._tell(Progress(sum(sizes[:number]), sum(sizes), f"{layer.block}, from its file"))
                 run_stored(self.compressor, layer, self.writer, number, self.done.codebooks[layer.experts], seen)
             return
         know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate, self.adapts)
 
-        def group_done(done: int, groups: int) -> None:
-            place = f"{layer.block}, expert group {done} of {groups}"
-            self._progress(Progress(sum(sizes[:number]) + done, sum(sizes), place))
-
-        result = self.compressor.compress(layer, number, seen, group_done)
+        tell_of_group = self._tell.layer(number, layer, 0 if seen is None else len(seen.assigned.rows))
+        result = self.compressor.compress(layer, number, seen, tell_of_group)
         self.done.checksums |= self.writer.write_layer(number, result.tensors)
         self.done.files[layer.experts] = files.file_sum(self.writer.layer_file(number))
         if finished:  # all else that is known of it is known already
@@ -362,8 +364,8 @@ class _Run:
                 f"{layer.block} loses {error:.0%} of its experts' output on held-out text: the model will be degraded "
                 "or worse. Choose a higher rate, or other calibration text."
             )
-            last = self.layers[-1].block
-            self._progress(Progress(sum(sizes[: number + 1]), sum(sizes), f"{layer.block} of {last}", self._warning))
+            place = f"{layer.block} of {self.layers[-1].block}"
+            self._tell(Progress(sum(sizes[: number + 1]), sum(sizes), place, self._warning))
 
     def _write_rest(self, text: str | None) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""

@@ -108,9 +108,36 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a compression is: `done` of `total` expert groups, the place in words, and a warning when one comes up."""
+    """Where a compression is.
+
+    Attributes
+    ----------
+    done, total : int
+        Groups of experts.
+    place : str
+        In words.
+    warning : str or None
+        When one comes up.
+    block, group, groups
+        The block, and which of its groups was finished, where one was.
+    tokens_per_second : float or None
+        Through the experts, a token counted for each of its experts, over the run so far.
+    seconds_left : float or None
+        By the groups measured so far.
+    held_out_error : float or None
+        Share of the layer's experts' output lost on held-out text, so far.
+    memory_bytes : int or None
+        Anonymous memory of this process.
+    """
 
     done: int
     total: int
     place: str
     warning: str | None = None
+    block: str | None = None
+    group: int | None = None
+    groups: int | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    held_out_error: float | None = None
+    memory_bytes: int | None = None

@@ -90,6 +90,11 @@ class Quantized:
         """The weights that the digits stand for, float32, the digits' shape; computed anew at each access."""
         return dequantize(self.digits, self.levels, self.column_scales)
 
+    def weight_of(self, expert: int) -> Tensor:
+        """The weights of one matrix of a group, (R, C), without those of the others."""
+        scales = None if self.column_scales is None else self.column_scales[expert]
+        return dequantize(self.digits[expert], self.levels[expert], scales)
+
 
 AnyGrid = MinMaxTernary | MinMaxTwoBit | UniformGrid
 GRIDS: tuple[type[AnyGrid], ...] = (MinMaxTernary, MinMaxTwoBit, UniformGrid)

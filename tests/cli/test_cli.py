@@ -138,7 +138,7 @@ def test_an_interrupted_run_says_how_to_resume(run, tmp_path, switch, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["compress"], ["eval"], ["generate"], ["inspect"], ["verify"], ["doctor"]]
+    "command", [[], ["demo"], ["estimate"], ["compress"], ["eval"], ["generate"], ["inspect"], ["verify"], ["doctor"]]
 )
 def test_every_command_has_help_and_an_example(run, command):
     code, printed, _ = run(*command, "--help")

@@ -157,6 +157,13 @@ def test_sizes():
     assert count_sizes(np.int8([-128])).tolist() == [0] * 128 + [1]
 
 
+def test_digits_are_counted_a_piece_at_a_time(monkeypatch):
+    digits = np.int16([[0, -2, 1, 5, 0, 1], [7, 0, 0, -1, 0, 3]])
+    whole = count_sizes(digits)
+    monkeypatch.setattr("qmoe_lite.coding.dictionary._COUNTED", 4)
+    assert count_sizes(digits).tolist() == whole.tolist() == [5, 3, 1, 1, 0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_config_brings_back_the_same_dictionary(counts):
     dictionary = Dictionary.fit_counts(counts, bits=9)

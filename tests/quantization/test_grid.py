@@ -210,3 +210,12 @@ def test_values_and_results_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MinMaxTernary().level_dtype = torch.float16
     assert hash(MinMaxTernary()) == hash(MinMaxTernary())
+
+
+def test_a_group_s_matrices_are_made_one_by_one():
+    digits, levels = torch.tensor([[[0, 1], [2, -1]], [[3, 0], [0, -2]]]).to(torch.int16), torch.rand(2, 2, 1)
+    nothing = torch.zeros(2)
+    for scales in (None, torch.rand(2, 2)):
+        group = Quantized(digits, levels, nothing, nothing > 0, ("own", "own"), scales)
+        for expert in range(2):
+            assert torch.equal(group.weight_of(expert), group.weight[expert])

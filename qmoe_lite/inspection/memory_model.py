@@ -1,0 +1,264 @@
+"""What compressing a model holds in memory and on disk, by the sizes of what the driver keeps.
+
+`compression.run` takes one block at a time: its dense part, then its experts a group at a time, while the samples'
+activations wait in list buffers. Each function here says what one of these stages holds; the peak is the largest stage
+on top of what all of them hold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qmoe_lite.compression.calibration import noise_counts, window_length
+from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
+from qmoe_lite.compression.losses import SLICE_VALUES
+from qmoe_lite.compression.run import LAYER_SAMPLE, SAMPLES_PER_EXPERT
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.inspection.anatomy import Anatomy, BlockParts
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.quantization.grid import Grid, UniformGrid
+
+TENSOR_BYTES = 2000  # of names, places and checks of one tensor of the dense model
+_DENSE_SHARD = 2 << 30
+_LOGITS = 4  # tensors of a slice of logits: products, logits, their softmax, what becomes of it
+_HEAD_ROWS = 1 << 14  # of the head that are made float32 at a time
+_ROUTING_BYTES = 12  # of a token's place and weight at one of its experts
+_GROUPING_BYTES = 60  # of the same while tokens are grouped by expert
+_SAMPLE_DIGITS = 1 << 22
+_LEAST = 0.8  # share of the rate that the experts take in any case
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many samples a run has, and their tokens in each stack.
+
+    Attributes
+    ----------
+    samples : int
+        For Hessians.
+    all : int
+        With those for validation, which go through the model twice.
+    tokens : list of int
+        Of a sample, by stack.
+    """
+
+    samples: int
+    all: int
+    tokens: list[int]
+
+    @property
+    def validation(self) -> int:
+        return self.all - self.samples
+
+
+def rows_of(anatomy: Anatomy, settings: Settings) -> Rows:
+    """Return the samples that a run takes, if the text is long enough."""
+    usual = max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in anatomy.layers)
+    samples = settings.samples or usual
+    kept = min(settings.validation_samples, (samples + settings.validation_samples) // 8)
+    tokens = [settings.sequence_length]
+    if anatomy.family.seq2seq:
+        length = window_length(settings.sequence_length)
+        masked, spans = noise_counts(length)
+        tokens = [length - masked + spans + 1, masked + spans + 1]
+    return Rows(samples, samples + 2 * kept, tokens)
+
+
+def compressed_bytes(anatomy: Anatomy, bits: float) -> tuple[int, int]:
+    """Return the bytes of experts and of all others in a compressed model."""
+    return math.ceil(anatomy.experts * bits / 8), anatomy.kept_bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a compression needs.
+
+    Attributes
+    ----------
+    always : dict, part to bytes
+        Held from the first block to the last.
+    stages : dict, stage to (part to bytes)
+        Held in it besides; the largest decides.
+    certain : int
+        Bytes of memory that are touched in any case.
+    disk : int
+        Bytes at OUT.
+    certain_disk : int
+        Bytes of them in any case.
+    gpu : int or None
+        Bytes on the GPU.
+    """
+
+    always: dict[str, int]
+    stages: dict[str, dict[str, int]]
+    certain: int
+    disk: int
+    certain_disk: int
+    gpu: int | None
+
+    @property
+    def stage(self) -> str:
+        """The one that takes most."""
+        return max(self.stages, key=lambda name: sum(self.stages[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What the peak is made of."""
+        return self.always | self.stages[self.stage]
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak, beyond what the program itself takes."""
+        return sum(self.parts.values())
+
+
+def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Need:
+    """Work out what a compression needs.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        Of the dense model.
+    settings, grid
+        As `choice.grid_and_rate` resolved them.
+    bits : float
+        Stored bits a weight that the experts will take.
+    """
+    calibrated, rows = settings.recipe != "nearest", rows_of(anatomy, settings)
+    cpu = settings.device == "cpu"
+    always = {"names and places of tensors": TENSOR_BYTES * anatomy.tensors}
+    stages: dict[str, dict[str, int]] = {}
+    group = max((_group(anatomy, layer, settings, grid, bits) for layer in anatomy.layers), key=lambda g: g[1])
+    writing = max(_layer_codes(layer, grid, bits) for layer in anatomy.layers)
+    device_parts: list[int] = []
+    certain = group[0] if cpu else 0
+    if calibrated:
+        always["outside the blocks, float32"] = 4 * anatomy.outside
+        buffers = _buffers(anatomy, settings, rows)
+        always["activations of all samples"] = buffers
+        always["routing of all samples"] = _routing(anatomy, rows)
+        certain += _buffers(anatomy, settings, replace(rows, all=rows.samples)) + 4 * anatomy.outside
+        blocks = [
+            (_dense(anatomy, block, settings, rows, number), block)
+            for number, stack in enumerate(anatomy.stacks)
+            for block in stack
+        ]
+        (weights, passing, grouping), _ = max(blocks, key=lambda each: sum(each[0]))
+        stages["a block's dense part"] = {"grouping of tokens by expert": grouping}
+        if cpu:
+            stages["a block's dense part"] |= {"block in float32": weights, "one batch in it": passing}
+        device_parts.append(weights + passing)
+        stages["logits of validation samples"] = {"logits": _logits(anatomy, rows)}
+    stages["a group of experts"] = {"codes of the layer": writing[0]} | ({"the group": group[1]} if cpu else {})
+    stages["writing a layer"] = {"codes of the layer, and what they are put together from": writing[1]}
+    stages["writing what is not in experts"] = {"tensors": min(_DENSE_SHARD, anatomy.kept_bytes)}
+    device_parts.append(group[1])
+    experts, others = compressed_bytes(anatomy, bits)
+    saved = _saved(anatomy, settings, rows) if calibrated else 0
+    least = min(bits, _LEAST * (settings.rate or 0.2))
+    return Need(
+        always,
+        stages,
+        certain,
+        experts + others + saved,
+        compressed_bytes(anatomy, least)[0] + others,
+        None if cpu else max(device_parts),
+    )
+
+
+def _width(settings: Settings) -> int:
+    return 4 if settings.activations == "float32" else 2
+
+
+def _buffers(anatomy: Anatomy, settings: Settings, rows: Rows) -> int:
+    """Bytes of the list buffers at their largest: hidden states, experts' inputs, the encoder's output."""
+    most = before = 0
+    for stack, tokens in zip(anatomy.stacks, rows.tokens, strict=True):
+        of_each = rows.all * tokens * _width(settings)
+        inputs = max((_columns(block.layer) for block in stack if block.layer is not None), default=0)
+        hidden = of_each * anatomy.hidden
+        most, before = max(most, before + hidden + of_each * inputs), before + hidden
+    return most
+
+
+def _columns(layer: MoELayer) -> int:
+    return layer.shapes[layer.projections[0]][1]
+
+
+def _pairs(anatomy: Anatomy, rows: Rows) -> int:
+    """Pairs of a token and one of its experts, in one layer."""
+    return rows.all * max(rows.tokens) * max(layer.top_k for layer in anatomy.layers)
+
+
+def _routing(anatomy: Anatomy, rows: Rows) -> int:
+    flags = 3 * rows.all * max(rows.tokens)
+    return _ROUTING_BYTES * _pairs(anatomy, rows) + flags
+
+
+def _logits(anatomy: Anatomy, rows: Rows) -> int:
+    values = min(SLICE_VALUES, rows.tokens[-1] * anatomy.vocabulary)
+    return 4 * (_LOGITS * values + min(_HEAD_ROWS, anatomy.vocabulary) * anatomy.hidden)
+
+
+def _saved(anatomy: Anatomy, settings: Settings, rows: Rows) -> int:
+    """Bytes of the activations that a run resumes from: two blocks' while the older ones are replaced."""
+    first, *others = (rows.all * tokens * anatomy.hidden * _width(settings) for tokens in rows.tokens)
+    return max([2 * first, *(first + 2 * other for other in others)])
+
+
+def _dense(anatomy: Anatomy, block: BlockParts, settings: Settings, rows: Rows, stack: int) -> tuple[int, int, int]:
+    """Bytes of a block in float32; of one batch while it passes through; of grouping all tokens afterwards."""
+    passing = batch_bytes(anatomy, block, settings, rows, stack)
+    top_k = 0 if block.layer is None else block.layer.top_k
+    return 4 * block.weights, passing, _GROUPING_BYTES * rows.all * rows.tokens[stack] * top_k
+
+
+def batch_bytes(anatomy: Anatomy, block: BlockParts, settings: Settings, rows: Rows, stack: int) -> int:
+    """Bytes that one batch takes while it passes through a block without its experts."""
+    samples, tokens = min(settings.batch_size, rows.all), rows.tokens[stack]
+    of_batch = samples * tokens
+    passing = 4 * of_batch * (10 * anatomy.hidden + 3 * block.widest)
+    if getattr(anatomy.config.get_text_config(), "_attn_implementation", None) == "eager":
+        passing += 3 * 4 * samples * anatomy.heads * tokens * max(rows.tokens[: stack + 1])
+    if block.layer is not None:  # logits and shares of all experts; a one-hot row of int64 for each token of a Switch
+        passing += of_batch * block.layer.count * (32 if anatomy.family.seq2seq else 12)
+    return passing
+
+
+def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings, grid: Grid, bits: float) -> tuple[int, int]:
+    """Bytes that solving a group of experts takes in any case, and at its peak."""
+    compressor = LayerCompressor(anatomy.family, anatomy.config, None, grid, settings)  # type: ignore[arg-type]
+    experts = len(compressor.groups(layer)[0])
+    first, last = layer.stages
+    columns, inner = _columns(layer), layer.shapes[last[0]][1]
+    one, two = (sum(layer.shapes[name][0] * layer.shapes[name][1] for name in stage) for stage in (first, last))
+    wide = max(layer.shapes[name][0] * layer.shapes[name][1] for name in layer.projections)
+    digit, calibrated = 2 if isinstance(grid, UniformGrid) else 1, settings.recipe != "nearest"
+    chunk = 4 * CHUNK_TOKENS * (columns + 2 * sum(layer.shapes[name][0] for name in first)) if calibrated else 0
+    if not calibrated:
+        return 4 * experts * wide, experts * ((4 + digit) * (one + two) + 4 * wide) + 16 * wide
+    kept = 8 * columns * columns if settings.rate is not None else 0  # the first stage's factors, for another solve
+    stage_one = 8 * columns * columns + (4 + digit) * one + 4 * max(layer.shapes[name][0] for name in first) * columns
+    stage_two = kept + (8 + digit) * one + 8 * inner * inner + (8 + digit) * two
+    again = (digit * (one + two) + (one + two) * bits / 8) if settings.rate is not None else 0
+    peak = experts * (max(stage_one, stage_two) + again) + chunk + 24 * wide + 4 * LAYER_SAMPLE * columns
+    of_inputs = 1 if layer.top_k >= layer.count else experts  # experts that all get every token share a Hessian
+    sure = 4 * experts * one + max(8 * columns * columns * of_inputs, 8 * inner * inner * experts)
+    return sure, int(peak)
+
+
+def _layer_codes(layer: MoELayer, grid: Grid, bits: float) -> tuple[int, int]:
+    """Bytes of a layer's digits or codes when its last group is done, and while the layer is put together."""
+    codes = layer.weights * bits / 8
+    widest = layer.count * max(rows * columns for rows, columns in layer.shapes.values()) * bits / 8
+    if isinstance(grid, UniformGrid):
+        return int(codes), int(codes + widest)
+    digits = layer.weights / (5 if grid.alphabet == 3 else 4)  # so many of them in a byte
+    return int(digits), int(max(digits + min(layer.weights, len(layer.shapes) * _SAMPLE_DIGITS), 0) + widest + codes)
+
+
+def folder_of(out: Path) -> Path:
+    """Return the folder that is there of those in which OUT is to be made."""
+    return next(each for each in (out.resolve(), *out.resolve().parents) if each.is_dir())

@@ -1,0 +1,357 @@
+"""How fast this machine does what compressing and running a model consist of: a few seconds of measuring.
+
+Experts are measured through `LayerCompressor` itself, on drawn weights and tokens of this model's shapes, or of smaller
+ones where those would take too long.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_lite.checkpoint import atomic as files
+from qmoe_lite.checkpoint.weight_file import WeightFile, page_memory, room
+from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.codec import encode
+from qmoe_lite.coding.dictionary import Dictionary, count_sizes
+from qmoe_lite.coding.matmul import decode_matmul
+from qmoe_lite.coding.packed import PackedMatrix
+from qmoe_lite.coding.windows_product import USUAL_BITS
+from qmoe_lite.compression.dictionaries import Dictionaries
+from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.layer_parts import LayerInputs
+from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.rate import first_step
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.inspection.anatomy import Anatomy
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.routing import Assignment
+from qmoe_lite.quantization.digits import count
+from qmoe_lite.quantization.grid import Grid, UniformGrid
+from qmoe_lite.quantization.solver import gptq
+
+_WORK = 8e9  # operations of an expert's solve that are worth measuring
+_FEW, _MANY = 32, 1056  # tokens of an expert
+_SOME, _TINY = 3, 9  # experts of a layer, of this model's shape and of small ones
+_SECONDS = 1.0  # that a group of experts may take
+_DISK_BYTES = 64 << 20
+_PIECE = 8 << 20
+_SAVED_BYTES = 16 << 20
+_MATRIX_BYTES = 64 << 20  # beyond the caches
+_PRODUCT_WEIGHTS = 4 << 20
+_ROW_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured.
+
+    Attributes
+    ----------
+    multiply : float
+        Operations a second of a float32 product of many tokens (two for each weight and token).
+    start : float
+        Seconds until the kernels were there.
+    layer : float
+        Seconds that a layer takes whatever its experts: to choose its codes, above all.
+    expert_fixed : float
+        Seconds that an expert takes to solve, encode and write, whatever its size.
+    expert : float
+        The same of one of the measured shape.
+    expert_token : float
+        Seconds of a token in it: its share in the Hessians, and its way through the quantised expert.
+    shape : dict, projection to (rows, columns)
+        Measured.
+    encode : float
+        Seconds a weight to encode.
+    codes : float
+        Seconds a weight of a product of one token from codes.
+    bits : float
+        Stored bits a weight of what was multiplied there, drawn digits.
+    vector : float
+        Bytes of dense weights a second in the product of one token.
+    disk : float
+        Bytes a second read, past the page cache where the file system allows it.
+    disk_file : str
+        What was read.
+    save : float
+        Bytes of activations a second, compressed and written as a run saves them.
+    """
+
+    multiply: float
+    start: float
+    layer: float
+    expert_fixed: float
+    expert: float
+    expert_token: float
+    shape: dict[str, tuple[int, int]]
+    encode: float
+    codes: float
+    bits: float
+    vector: float
+    disk: float
+    disk_file: str
+    save: float
+
+
+def solve_work(shapes: dict[str, tuple[int, int]]) -> float:
+    """Operations of an expert's solve: two for each weight and column, and those of the two factorisations."""
+    of_columns = {columns for _, columns in shapes.values()}
+    return sum(2.0 * r * c * c for r, c in shapes.values()) + sum(1.0 * c**3 for c in of_columns)
+
+
+def token_work(shapes: dict[str, tuple[int, int]]) -> float:
+    """Operations of a token of an expert: in the Hessians of both stages, and through the matrices, twice."""
+    names = list(shapes)
+    columns, inner = shapes[names[0]][1], shapes[names[-1]][1]
+    weights = sum(r * c for r, c in shapes.values())
+    last = shapes[names[-1]][0] * inner
+    return 2.0 * (columns * columns + inner * inner + 2 * weights - last)
+
+
+def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path], folder: Path) -> Speeds:
+    """Measure for a few seconds.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        Of the dense model.
+    settings, grid
+        As `choice.grid_and_rate` resolved them.
+    shards : list of Path
+        Files that are read to measure the disk; none: one is written into `folder` for it, and removed.
+    folder : Path
+        A directory.
+    """
+    device = torch.device(settings.device)
+    layer = max(anatomy.layers, key=lambda each: each.weights)
+    names, tiny = layer.projections, {name: (64, 64) for name in layer.projections}
+    shapes = _affordable(layer.shapes)
+    rows, columns = layer.shapes[names[0]]
+    code = _coded(max(_ROW_BLOCK, min(rows, _PRODUCT_WEIGHTS // columns)), columns, grid, settings)
+    packed = code.packed
+    run = _Experts(anatomy, settings, grid)
+    begun = time.perf_counter()
+    run.seconds(tiny, 1, _FEW)  # kernels are compiled, or fetched
+    start = time.perf_counter() - begun
+    fixed = _mean(run, tiny, _TINY, _FEW) - _mean(run, tiny, 1, _FEW)
+    one = _mean(run, shapes, 1, _FEW)
+    expert = max(run.seconds(shapes, _SOME, _FEW) - one, 0.0) / (_SOME - 1)
+    several = max(1, min(settings.group_size, int(_SECONDS / max(expert, 1e-3))))
+    few = run.seconds(shapes, several, _FEW)  # a whole group's memory is not in the caches
+    many = _mean(run, shapes, several, _MANY) if settings.recipe != "nearest" else few
+    if several > _SOME:
+        expert = max(few - one, 0.0) / (several - 1)
+    choosing = len(names) * code.choosing if isinstance(grid, UniformGrid) else max(one - expert, 0.0)
+    x = torch.randn(columns)
+    weights = packed.shape[0] * packed.columns
+    disk, disk_file = _disk(shards, folder)
+    return Speeds(
+        _multiply(min(max(anatomy.hidden, 256), 1024), device),
+        start,
+        choosing,
+        min(max(fixed, 0.0) / (_TINY - 1), expert),
+        expert,
+        max(many - few, 0.0) / (several * (_MANY - _FEW)),
+        shapes,
+        code.encoding / weights,
+        _median(lambda: decode_matmul(packed, x), device) / weights,
+        packed.bits_per_weight,
+        _vector(anatomy.dtype, device),
+        disk,
+        disk_file,
+        _save(folder),
+    )
+
+
+def _median(call: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
+    """Median of several calls after a first one, for about so many seconds."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
+        begun = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return sorted(times)[len(times) // 2]
+
+
+def _affordable(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Return shapes of the same proportions whose solve takes not much more than `_WORK`."""
+    share = min(1.0, (_WORK / solve_work(shapes)) ** (1 / 3))
+    if share == 1.0:
+        return dict(shapes)
+    return {name: (_rounded(rows * share), _rounded(columns * share)) for name, (rows, columns) in shapes.items()}
+
+
+def _rounded(size: float) -> int:
+    return max(128, round(size / 64) * 64)
+
+
+class _Drawn:
+    """Stands for a checkpoint whose experts' weights are drawn."""
+
+    directory = Path("drawn")
+
+    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._of = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the same matrix for each expert."""
+        return self._of[name.split(".")[-2]]
+
+
+class _Chosen(Dictionaries):
+    """Takes the first dictionary for all digits: choosing is measured apart."""
+
+    def choose(self, sizes: NDArray[np.int64]) -> Dictionary:
+        """Return the one that is known, or one for these digits."""
+        return self.known[0] if self.known else super().choose(sizes)
+
+
+class _Experts:
+    """Compresses drawn experts by the code that a run uses."""
+
+    def __init__(self, anatomy: Anatomy, settings: Settings, grid: Grid) -> None:
+        # one solve an expert: of a rate that is aimed at, some groups are solved several times, which is counted apart
+        self._settings = replace(settings, rate=None, blend_tokens=0, validation_samples=0)
+        step = first_step(0.95 * (settings.rate or 2.0))
+        self._grid = replace(grid, step=step) if isinstance(grid, UniformGrid) else grid
+        self._anatomy, self._dictionaries = anatomy, _Chosen(USUAL_BITS)
+
+    def seconds(self, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
+        """Seconds for a layer of experts of this shape that get so many tokens each."""
+        family, config = self._anatomy.family, self._anatomy.config
+        layer = MoELayer("drawn.experts", "drawn", experts, shapes)
+        drawn: Any = _Drawn(shapes)
+        compressor = LayerCompressor(family, config, drawn, self._grid, self._settings)
+        if isinstance(self._grid, UniformGrid):
+            compressor.dictionaries = self._dictionaries
+        seen = None if self._settings.recipe == "nearest" else _seen(shapes, experts, tokens)
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            compressor.compress(layer, 0, seen, lambda *progress: None)
+        return time.perf_counter() - begun
+
+
+def _mean(run: _Experts, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
+    """Return the mean of two times: a run meets what else the machine does too."""
+    return sum(run.seconds(shapes, experts, tokens) for _ in range(2)) / 2
+
+
+def _seen(shapes: dict[str, tuple[int, int]], experts: int, tokens_of_each: int) -> LayerInputs:
+    names, tokens = list(shapes), experts * tokens_of_each
+    inputs = ListBuffer(1, tokens, shapes[names[0]][1])
+    inputs.rows.normal_(generator=torch.Generator().manual_seed(1))
+    outputs = ListBuffer(1, tokens, shapes[names[-1]][0])
+    outputs.rows.zero_()
+    assigned = Assignment.group(torch.arange(tokens)[:, None] % experts, torch.ones(tokens, 1), experts)
+    none = torch.zeros(tokens, dtype=torch.bool)
+    return LayerInputs(inputs, assigned, ~none, none, none, inputs.rows[:1], outputs)
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A drawn matrix in the code that the experts get, and the seconds to choose that and to write it."""
+
+    packed: PackedMatrix
+    choosing: float
+    encoding: float
+
+
+def _coded(rows: int, columns: int, grid: Grid, settings: Settings) -> _Code:
+    drawn = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2))
+    if isinstance(grid, UniformGrid):
+        grid = replace(grid, step=first_step(0.95 * (settings.rate or 2.0)))
+    found = gptq(drawn, None, grid)
+    digits = found.digits.numpy()
+    levels, scales = found.levels.to(grid.level_dtype or torch.float32), found.column_scales
+    bits, choosing = settings.codeword_bits or USUAL_BITS, 0.0
+    if isinstance(grid, UniformGrid):
+        sizes = count_sizes(digits)
+        book: Any = Dictionary.fit_counts(sizes, bits)
+        begun = time.perf_counter()
+        Dictionary.fit_counts(sizes, bits)
+        choosing = time.perf_counter() - begun
+    else:
+        counts = count(np.ascontiguousarray(digits), grid.alphabet).tolist()
+        book = Codebook.paper() if settings.recipe == "paper" else Codebook.fit(counts, bits)
+    seconds = _median(lambda: encode(digits, levels, book, scales), torch.device("cpu"), 0.1)
+    return _Code(encode(digits, levels, book, scales), choosing, seconds)
+
+
+def _multiply(width: int, device: torch.device) -> float:
+    x, weight = torch.randn(1024, width, device=device), torch.randn(width, width, device=device)
+    return 2.0 * 1024 * width * width / _median(lambda: x @ weight.T, device)
+
+
+def _vector(dtype: torch.dtype, device: torch.device) -> float:
+    rows = _MATRIX_BYTES // (2048 * dtype.itemsize)
+    weight, x = (
+        torch.full((rows, 2048), 0.5, dtype=dtype, device=device),
+        torch.ones(1, 2048, dtype=dtype, device=device),
+    )
+    return _MATRIX_BYTES / _median(lambda: torch.nn.functional.linear(x, weight), device)
+
+
+def _disk(shards: list[Path], folder: Path) -> tuple[float, str]:
+    if shards:
+        largest = max(shards, key=lambda path: path.stat().st_size)
+        return _read(largest), str(largest.name)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".qmoe-estimate-") as file:
+        file.write(os.urandom(_PIECE) * (_DISK_BYTES // _PIECE))
+        file.flush()
+        os.fsync(file.fileno())
+        return _read(Path(file.name)), f"a file written for it in {folder}"
+
+
+def _save(folder: Path) -> float:
+    buffer = ListBuffer(1, _SAVED_BYTES // 4096, 1024)
+    buffer.rows.normal_()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".qmoe-estimate-") as place:
+        begun = time.perf_counter()
+        files.write_atomically(Path(place) / "rows", buffer.save)
+        return buffer.nbytes / (time.perf_counter() - begun)
+
+
+def _read(path: Path) -> float:
+    file = WeightFile(path)
+    size = min(file.size, _DISK_BYTES)
+    start = (file.size - size) // 2
+    memory = page_memory(room(_PIECE))
+    begun, done = time.perf_counter(), 0
+    try:
+        for offset in range(start, start + size, _PIECE):
+            length = min(_PIECE, start + size - offset)
+            file.read_into(memory, offset, length)
+            done += length
+            if time.perf_counter() - begun > 1.0:
+                break
+        return done / max(time.perf_counter() - begun, 1e-6)
+    finally:
+        file.close()
+
+
+def scaled_expert(speeds: Speeds, shapes: dict[str, tuple[int, int]]) -> tuple[float, float]:
+    """Return the seconds of an expert of another shape without tokens, and of each token.
+
+    What is measured of the solve grows with its operations, what is measured of the encoder with the weights.
+    """
+    small, full = (sum(math.prod(shape) for shape in each.values()) for each in (speeds.shape, shapes))
+    solve = speeds.expert - speeds.expert_fixed - speeds.encode * small
+    solve = max(solve, 0.0) * solve_work(shapes) / solve_work(speeds.shape)
+    token = speeds.expert_token * token_work(shapes) / token_work(speeds.shape)
+    return speeds.expert_fixed + solve + speeds.encode * full, token

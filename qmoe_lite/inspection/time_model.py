@@ -1,0 +1,188 @@
+"""How long compressing and running take, by what was measured of this machine and the work that there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qmoe_lite.checkpoint.headers import Headers
+from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.run import LAYER_SAMPLE
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.inspection.anatomy import Anatomy
+from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_of
+from qmoe_lite.inspection.speeds import Speeds, scaled_expert
+from qmoe_lite.quantization.grid import Grid
+
+_START = 3.0  # seconds: the skeleton, the tokenizer, the text
+_AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
+_SECOND_STAGE = 0.4  # of a token's work that such a solve does again: the last projection's Hessian
+_CHECKSUM = 1.5e9  # bytes a second
+_BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
+
+
+@dataclass(frozen=True)
+class Running:
+    """What the compressed model takes to run, a token at a time.
+
+    Attributes
+    ----------
+    budget_bytes : int
+        Memory for experts.
+    memory_bytes : int
+        With everything else, without the keys and values of a context.
+    resident : float
+        Share of the experts that fits the budget.
+    gpu_bytes : int or None
+        On a GPU, with all experts there.
+    tokens_per_second : float or None
+    parts : dict, part to seconds
+        Of a token.
+    """
+
+    budget_bytes: int
+    memory_bytes: int
+    resident: float
+    gpu_bytes: int | None
+    tokens_per_second: float | None
+    parts: dict[str, float]
+
+
+def seconds_of(
+    anatomy: Anatomy,
+    settings: Settings,
+    grid: Grid,
+    headers: Headers,
+    speeds: Speeds,
+    memory: int,
+    assumed: list[str],
+) -> dict[str, float]:
+    """Return the seconds of each phase of a compression.
+
+    Parameters
+    ----------
+    anatomy, settings, grid, headers, speeds
+        What is compressed, and where.
+    memory : int
+        Bytes that there are: files that fit are read from the disk once.
+    assumed : list of str
+        Takes a line for each assumption.
+    """
+    rows = rows_of(anatomy, settings)
+    size = anatomy.expert_bytes + anatomy.other_bytes
+    times = 1 if size < memory // 2 else 2
+    phases = {"start": _START + speeds.start, "reading": times * size / speeds.disk + size / _CHECKSUM}
+    assumed.append(f"{_START:.0f} s to start besides kernels; checksums of {_CHECKSUM / 1e9:g} GB/s")
+    assumed.append(f"the dense files are read from the disk {'once' if times == 1 else 'twice'}")
+    calibrated = settings.recipe != "nearest"
+    if calibrated:
+        phases["dense parts"] = _dense(anatomy, settings, rows, speeds)
+    solving = tokens = 0.0
+    compressor = LayerCompressor(anatomy.family, anatomy.config, None, grid, settings)  # type: ignore[arg-type]
+    for number, stack in enumerate(anatomy.stacks):
+        for layer in (block.layer for block in stack if block.layer is not None):
+            own, of_token = scaled_expert(speeds, layer.shapes)
+            solving += layer.count * own
+            if calibrated:
+                pairs = rows.all * rows.tokens[number] * layer.top_k
+                starved = rows.samples * rows.tokens[number] * layer.top_k / layer.count < max(
+                    columns for _, columns in layer.shapes.values()
+                )
+                if starved and settings.blend_tokens:  # the layer's Hessian, once more for each expert
+                    pairs += layer.count * LAYER_SAMPLE // 2
+                tokens += pairs * of_token
+    groups = [len(compressor.groups(layer)) for layer in anatomy.layers]
+    codes = sum(1 + (several > 1) for several in groups)
+    if calibrated and settings.rate is not None:
+        layer, again = anatomy.layers[0], min(_AGAIN, 2 + 2 * len(groups))
+        group, (own, of_token) = len(compressor.groups(layer)[0]), scaled_expert(speeds, layer.shapes)
+        seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count
+        solving += again * group * (own + _SECOND_STAGE * seen * of_token)
+        codes += again
+        assumed.append(f"{again} groups of experts are solved once more for the rate")
+    phases["layers: choosing codes"] = codes * speeds.layer
+    phases["experts: Hessians and outputs"] = tokens
+    phases["experts: solving and encoding"] = solving
+    if calibrated:
+        saved = sum(
+            rows.all
+            * count
+            * anatomy.hidden
+            * (4 if settings.activations == "float32" else 2)
+            * sum(block.layer is not None for block in stack)
+            for stack, count in zip(anatomy.stacks, rows.tokens, strict=True)
+        )
+        phases["saving activations"] = saved / speeds.save
+        head = 2.0 * rows.validation * rows.tokens[-1] * anatomy.head
+        phases["judging"] = head / speeds.multiply
+    return {name: seconds for name, seconds in phases.items() if seconds}
+
+
+def _dense(anatomy: Anatomy, settings: Settings, rows: Rows, speeds: Speeds) -> float:
+    """Seconds of all samples' way through the blocks without their experts."""
+    seconds = 0.0
+    for number, stack in enumerate(anatomy.stacks):
+        tokens = rows.tokens[number]
+        of_all = rows.all * tokens
+        for block in stack:
+            work = 2.0 * of_all * block.weights + 4.0 * of_all * tokens * anatomy.hidden
+            moved = 2.0 * batch_bytes(anatomy, block, settings, rows, number) * rows.all / settings.batch_size
+            seconds += work / speeds.multiply + moved / speeds.vector
+    return seconds
+
+
+def running(
+    anatomy: Anatomy,
+    experts: int,
+    others: int,
+    budget: int | None,
+    memory: int,
+    device: str,
+    speeds: Speeds | None,
+    program: int,
+    assumed: list[str],
+) -> Running:
+    """Work out what the compressed model takes to run, a token at a time.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        Of the dense model.
+    experts, others : int
+        Bytes of the compressed model.
+    budget : int or None
+        Memory for experts; None takes what they need, or what there is.
+    memory : int
+        Bytes that there are.
+    device : str
+        Where it runs.
+    speeds : Speeds or None
+        Of this machine.
+    program : int
+        Bytes that a program takes anyway.
+    assumed : list of str
+        Takes a line for each assumption.
+    """
+    budget = max(min(experts, memory - others - program), 0) if budget is None else budget
+    resident = min(1.0, budget / experts) if experts else 1.0
+    parts: dict[str, float] = {}
+    if speeds is not None and device == "cpu":
+        stack = anatomy.stacks[-1]
+        width = anatomy.dtype.itemsize
+        parts["dense parts"] = (sum(block.weights for block in stack) + anatomy.head) * width / speeds.vector
+        parts["transformers' own code"] = _TOKEN_OVERHEAD + _BLOCK_OVERHEAD * len(stack)
+        used = sum(b.layer.top_k * b.layer.weights / b.layer.count for b in stack if b.layer is not None)
+        bits = 8 * experts / anatomy.experts  # codewords are walked: what was measured had others
+        parts["experts from codes"] = used * speeds.codes * max(bits / speeds.bits, 0.5)
+        if resident < 1.0:
+            parts["experts from disk"] = used * bits / 8 * (1 - resident) / speeds.disk
+            assumed.append("routing is even, the worst case for a cache, and nothing is read ahead")
+        own = f"{1000 * _BLOCK_OVERHEAD:g} ms of a block and {1000 * _TOKEN_OVERHEAD:g} ms of a token"
+        assumed.append(f"{own} in transformers' own code")
+    elif speeds is not None:
+        assumed.append("the speed of running on a GPU is not estimated")
+    assumed.append("keys and values of a context are not counted")
+    seconds = sum(parts.values())
+    gpu = None if device == "cpu" else experts + others
+    return Running(
+        budget, min(budget, experts) + others + program, resident, gpu, 1 / seconds if seconds else None, parts
+    )

@@ -1,0 +1,226 @@
+"""`qmoe estimate`: sizes against what compress wrote, models that are not here, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import qmoe_lite as qm
+from qmoe_lite.checkpoint.headers import Held, read_headers
+from qmoe_lite.checkpoint.report import read_report
+from qmoe_lite.compression.choice import grid_and_rate
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.inspection import estimation
+from qmoe_lite.inspection.anatomy import anatomy_of
+from qmoe_lite.inspection.fitting import Room, doubts, obstacles
+from qmoe_lite.inspection.memory_model import need_of, rows_of
+from qmoe_lite.inspection.speeds import Speeds, scaled_expert, solve_work, token_work
+
+C_2048 = {  # flaxformer/t5x/configs/moe/models/switch_c.gin
+    "model_type": "switch_transformers",
+    "architectures": ["SwitchTransformersForConditionalGeneration"],
+    "d_model": 2080,
+    "d_ff": 6144,
+    "d_kv": 64,
+    "num_heads": 30,
+    "num_layers": 15,
+    "num_decoder_layers": 15,
+    "num_sparse_encoder_layers": 15,
+    "num_sparse_decoder_layers": 15,
+    "encoder_sparse_step": 1,
+    "decoder_sparse_step": 1,
+    "num_experts": 2048,
+    "vocab_size": 32128,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+SPEEDS = Speeds(1e11, 0.1, 0.2, 1e-3, 1e-2, 1e-5, {"a": (64, 32), "b": (32, 64)}, 1e-8, 1e-10, 1.0, 1e10, 1e9, "x", 1e8)
+
+
+@pytest.fixture
+def c_2048(tmp_path):
+    (tmp_path / "c-2048").mkdir()
+    (tmp_path / "c-2048" / "config.json").write_text(json.dumps(C_2048))
+    return tmp_path / "c-2048"
+
+
+def test_the_paper_s_largest_model_by_its_configuration_alone(c_2048):
+    found = qm.estimate(c_2048, rate=0.8, measuring=False)
+    experts = 30 * 2048 * 2 * 2080 * 6144
+    assert found.parameters["experts"] == experts == 1_570_347_417_600
+    assert found.compressed_bytes["experts"] == experts // 10
+    assert 158e9 < sum(found.compressed_bytes.values()) < 160e9
+    assert found.dense_bytes["experts"] == 2 * experts
+    assert found.compressing.samples == 80 * 2048
+    assert "config.json" in found.read
+    assert not found.measured
+    assert found.compressing.seconds is None
+    (memory, disk) = found.compressing.obstacles
+    assert "It would fit with --samples" in memory
+    assert "Give OUT on another disk, or a lower --rate." in disk
+
+
+@pytest.mark.parametrize("model_type", ["switch_transformers", "qwen3_moe", "gpt_oss"])
+def test_sizes_are_those_that_compress_reports(request, model_type):
+    if model_type == "switch_transformers":
+        model, made = request.getfixturevalue("switch"), request.getfixturevalue("compressed")[0]
+    else:
+        model = request.getfixturevalue("causal")(model_type)
+        made = request.getfixturevalue("compressed_causal")(model_type)
+    report, anatomy = read_report(made), anatomy_of(read_headers(model))
+    assert anatomy.expert_bytes == report.sizes["dense_expert_bytes"]
+    assert anatomy.other_bytes == report.sizes["dense_other_bytes"]
+    assert anatomy.kept_bytes == report.sizes["other_bytes"]
+    assert anatomy.experts == report.expert_weights
+
+
+def test_rows_are_those_of_a_run(switch, tokenizer, text_file):
+    from qmoe_lite.compression.run_samples import RunSamples
+
+    settings = Settings(samples=24, sequence_length=32, validation_samples=2)
+    samples, _ = RunSamples.make(text_file, tokenizer, 24, True, settings)
+    rows = rows_of(anatomy_of(read_headers(switch)), settings)
+    assert (rows.samples, rows.all) == (samples.calibration, len(samples.all))
+    assert rows.tokens == [samples.all.input_ids.shape[1], samples.all.labels.shape[1]]
+
+
+def test_a_model_on_the_hub_is_known_by_its_headers(causal, tmp_path, monkeypatch):
+    model = causal("qwen3_moe")
+    local = read_headers(model)
+    assert local.held
+    shutil.copy(model / "config.json", tmp_path)
+    tensors = {
+        name: SimpleNamespace(shape=list(each.shape), dtype={2: "BF16", 4: "F32"}[each.dtype.itemsize])
+        for name, each in local.held.items()
+    }
+    answer = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
+    fetched = []
+
+    def download(name, file):
+        fetched.append(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.get_safetensors_metadata", lambda api, name: answer)
+    remote = read_headers("some/model")
+    assert fetched == ["config.json"]
+    assert remote.held == local.held
+    assert not remote.shards
+    assert anatomy_of(remote).expert_bytes == anatomy_of(local).expert_bytes
+
+
+def test_packed_experts_are_counted_by_their_headers(causal):
+    plain = read_headers(causal("qwen3_moe"))
+    held, expected = {}, 0
+    for name, each in plain.held.items():
+        if ".experts." not in name:
+            held[name] = each
+            continue
+        rows, columns = each.shape
+        parts = {"_packed": ((rows, -(-columns // 8)), torch.int32), "_scale": ((rows, columns // 4), torch.bfloat16)}
+        for part, (shape, dtype) in {**parts, "_shape": ((2,), torch.int64)}.items():
+            held[name + part] = Held(name + part, shape, dtype)
+            expected += held[name + part].nbytes
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 4}
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    packed = replace(plain, held=held, config={**plain.config, "quantization_config": settings})
+    found = anatomy_of(packed)
+    assert found.expert_bytes == expected
+    assert found.experts == anatomy_of(plain).experts
+    assert found.kept_bytes == anatomy_of(plain).kept_bytes
+
+
+def test_without_files_their_dtype_is_read_or_said_to_be_assumed(causal, tmp_path):
+    config = json.loads((causal("qwen3_moe") / "config.json").read_text())
+    for name in ("dtype", "torch_dtype"):
+        config.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = anatomy_of(read_headers(tmp_path))
+    assert found.expert_bytes == 2 * found.experts
+    assert found.assumed == ["weights of bfloat16: there are no files, and config.json names no dtype"]
+
+
+def test_missing_shards_and_damaged_headers(causal, tmp_path):
+    shutil.copy(causal("qwen3_moe") / "config.json", tmp_path)
+    index = {"metadata": {"total_size": 10**6}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = anatomy_of(read_headers(tmp_path))
+    assert found.expert_bytes + found.other_bytes == 10**6
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(qm.QMoEError, match="has a damaged header"):
+        read_headers(tmp_path)
+
+
+def test_what_cannot_fit_is_told_from_what_may_not(switch):
+    anatomy = anatomy_of(read_headers(switch))
+    grid, settings = grid_and_rate(None, Settings(samples=4000, sequence_length=128), "switch_transformers")
+    need = need_of(anatomy, settings, grid, 1.0)
+    assert need.certain < need.memory
+    assert need.certain_disk < need.disk
+    what = anatomy, settings, grid
+    plenty = Room(10**12, 10**12)
+    assert not [*obstacles(need, 0, plenty, *what), *doubts(need, 0, plenty, *what)]
+    tight = Room(need.certain - 1, 10**12)
+    (text,) = obstacles(need, 0, tight, *what)
+    assert "It would fit with --activations bfloat16 or --samples " in text
+    samples = int(text.rpartition(" ")[2].rstrip("."))
+    assert 3000 < samples < 4000
+    assert not list(doubts(need, 0, tight, *what))
+    unsure = Room(need.certain, 10**12)
+    assert not list(obstacles(need, 0, unsure, *what))
+    (text,) = doubts(need, 0, unsure, *what)
+    assert text.startswith("about ")
+    (text,) = obstacles(need, 0, Room(10**12, need.certain_disk - 1), *what)
+    assert text.endswith("Give OUT on another disk.")
+
+
+@pytest.mark.parametrize("room", [Room(10**6, 10**12), Room(10**12, 10)])
+def test_compress_refuses_before_it_writes(run, tmp_path, switch, text_file, monkeypatch, room):
+    monkeypatch.setattr(estimation, "room_for", lambda out: room)
+    code, printed, noted = run(
+        "compress", switch, tmp_path / "out", "--calibration", text_file, "--sequence-length", 32
+    )
+    assert (code, printed) == (1, "")
+    assert noted.startswith(f"qmoe: {tmp_path}/out cannot be made here: at least ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_at_most_80_columns_and_says_what_it_rests_on(run, c_2048, monkeypatch):
+    monkeypatch.setattr(estimation, "measure", lambda *args: SPEEDS)
+    code, printed, noted = run("estimate", c_2048, "--rate", 0.8, "--expert-cache", "16GiB")
+    assert (code, noted) == (0, "")
+    assert max(map(len, printed.splitlines())) <= 80
+    for heading in ("parameters", "memory", "disk", "time", "speed", "read", "measured", "assumed"):
+        assert f"\n{heading} " in printed
+    assert "1,570,347,417,600 x 0.8 bits / 8" in printed
+    code, printed, _ = run("estimate", c_2048, "--json", "--no-measure", "--rate", 0.8)
+    found = json.loads(printed)
+    assert found["measured"] == {}
+    assert found["compressed_bytes"]["experts"] == 157_034_741_760
+
+
+def test_times_grow_with_the_work():
+    small, large = {"a": (64, 32), "b": (32, 64)}, {"a": (128, 64), "b": (64, 128)}
+    assert solve_work(large) == 8 * solve_work(small)
+    assert token_work(large) == 4 * token_work(small)
+    own, token = scaled_expert(SPEEDS, small)
+    assert own == pytest.approx(SPEEDS.expert)
+    assert token == pytest.approx(SPEEDS.expert_token)
+    assert scaled_expert(SPEEDS, large)[0] > 5 * own
+    assert scaled_expert(SPEEDS, large)[1] == pytest.approx(4 * token)
+
+
+@pytest.mark.slow
+def test_a_machine_is_measured(switch):
+    found = qm.estimate(switch, samples=24, sequence_length=32)
+    assert found.compressing.seconds > 0
+    assert found.running.tokens_per_second > 0
+    for name in ("multiply", "expert", "encode", "codes", "vector", "disk", "save"):
+        assert found.measured[name] > 0
+    assert found.running.resident == 1.0
