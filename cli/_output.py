@@ -48,8 +48,8 @@ def progress_shown(title: str, show: bool = True) -> Iterator[Callable[[Progress
         from rich.progress import Progress as Bar
 
         left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("elapsed"), TimeElapsedColumn())
-        left = (*left, TextColumn("{task.fields[known]}"))
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), *left)
+        known_too = TextColumn("{task.fields[known]}")
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), *left, known_too)
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=None, known="")
 
