@@ -91,7 +91,8 @@ def test_the_same_seed_gives_the_same_bytes(rated, tuned, causal, text_file, tmp
 
 @pytest.mark.slow
 def test_an_encoder_decoder_is_tuned_too(compressed, switch, text_file, tmp_path):
-    report = tune(compressed[0], tmp_path / "out", dense=switch, calibration=text_file, **SETTINGS)
+    given = SETTINGS | {"learning_rate": 0.002}
+    report = tune(compressed[0], tmp_path / "out", dense=switch, calibration=text_file, **given)
     assert report.after < report.before
     assert not verify(tmp_path / "out")
 
