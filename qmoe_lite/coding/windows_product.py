@@ -21,7 +21,7 @@ from qmoe_lite.coding.window_parts import dictionary_of, exceptions_of, scales_o
 from qmoe_lite.errors import NotFiniteError
 
 FEW_TOKENS = (1, 2, 4)  # tokens that a codeword's digits are multiplied by in one walk
-JOB_TOKENS = 512  # that share a decoded tile
+JOB_TOKENS = 256  # that share a decoded tile
 USUAL_BITS = 10
 LAID_BYTES = 32 << 20  # of x laid out for the kernels at a time
 # tokens of a panel: rows at a time, so that the sums fit the registers: 32 of 512 bits, or 16 of 256 and fewer
