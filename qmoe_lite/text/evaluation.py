@@ -250,17 +250,20 @@ def _samples(
     models: list[Any], heads: list[Head], drawn: Samples, batch: slice
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Run a batch; yield the labels (T,) of each sample, and of each model the states (T, C) that predict them."""
-    ids = torch.from_numpy(drawn.input_ids[batch])
-    labels = ids[:, 1:] if drawn.labels is None else torch.from_numpy(drawn.labels[batch])
-    states = []
-    for model, head in zip(models, heads, strict=True):
-        if drawn.labels is None:
-            states.append(head.states(input_ids=ids.to(model.device), use_cache=False)[:, :-1])
-        else:  # transformers would hand use_cache to the encoder, which refuses it
-            given = model.prepare_decoder_input_ids_from_labels(labels)
-            states.append(head.states(input_ids=ids.to(model.device), decoder_input_ids=given.to(model.device)))
-    for row, of_sample in enumerate(labels):
-        yield of_sample, [each[row] for each in states]
+    found = [states_of(model, head, drawn, batch) for model, head in zip(models, heads, strict=True)]
+    for row, of_sample in enumerate(found[0][0]):
+        yield of_sample, [states[row] for _, states in found]
+
+
+def states_of(model: Any, head: Head, drawn: Samples, rows: slice | list[int]) -> tuple[Tensor, Tensor]:
+    """Run some samples; return their labels (B, T) and the states (B, T, C) that a model's head predicts them from."""
+    ids = torch.from_numpy(drawn.input_ids[rows])
+    if drawn.labels is None:
+        return ids[:, 1:], head.states(input_ids=ids.to(model.device), use_cache=False)[:, :-1]
+    labels = torch.from_numpy(drawn.labels[rows])
+    given = model.prepare_decoder_input_ids_from_labels(labels)
+    # transformers would hand use_cache to the encoder, which refuses it
+    return labels, head.states(input_ids=ids.to(model.device), decoder_input_ids=given.to(model.device))
 
 
 def _token_bytes(config: Any, length: int) -> int:

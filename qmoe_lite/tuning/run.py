@@ -20,7 +20,7 @@ from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report
 from qmoe_lite.checkpoint.rewrite import rewrite
 from qmoe_lite.compression.calibration import Samples, check_ids, make_samples, open_tokenizer, read_tokens
 from qmoe_lite.compression.documents import read_text
-from qmoe_lite.compression.lock import locked
+from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.losses import IGNORED, Gap, paired_gap, slices, summed_loss
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import MOST
@@ -31,7 +31,8 @@ from qmoe_lite.models.building import read_config
 from qmoe_lite.models.dense import load_dense
 from qmoe_lite.models.skeletons import capacity_lifted, open_checkpoint
 from qmoe_lite.offload.loading import load
-from qmoe_lite.tuning.train import Step, Tuner, run_dense, states_of
+from qmoe_lite.text.evaluation import states_of
+from qmoe_lite.tuning.train import Step, Tuner, run_dense
 
 VALIDATION = 8  # samples from the text's end that nothing is trained on
 
@@ -140,7 +141,7 @@ def tune(
     if min(samples, epochs, batch_size) < 1 or not 0 < learning_rate <= 0.1:
         raise SettingError("samples, epochs and batch size are at least 1, the learning rate more than 0, at most 0.1.")
     begun, target = time.perf_counter(), Path(out)
-    _check_free(target)
+    check_free(target)
     source, reference = find_model(compressed), find_model(dense)
     checkpoint = _check_pair(source, reference)
     drawn, kept = _draw(calibration, reference, samples, sequence_length, seed)
@@ -154,6 +155,11 @@ def tune(
         tell(Progress(runs + step.number, whole, place))
 
     with locked(partial):
+        check_free(target)
+        if partial.exists() or partial.is_symlink():
+            raise OutputError(
+                f"{partial} exists: unfinished work, maybe of a compression. Move it, or choose another OUT."
+            )
         model = load_dense(reference, *open_checkpoint(reference), torch.float32)
         states = run_dense(model, drawn, lambda done: tell(Progress(done, whole, f"dense model, sample {done}")))
         wanted = run_dense(
@@ -192,11 +198,6 @@ def tune(
         )
         _write(checkpoint, partial, target, tuner.stored(), report, gap, sum(tokens))
     return report
-
-
-def _check_free(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise OutputError(f"{target} exists already. Name another directory, or remove it.")
 
 
 def _check_pair(source: Path, reference: Path) -> Checkpoint:
@@ -247,9 +248,8 @@ def _losses(tuner: Tuner, drawn: Samples) -> list[float]:
     """Return the summed cross-entropy of each sample."""
     with capacity_lifted(tuner.model):
         return [
-            _loss(tuner, states, labels)
-            for row in range(len(drawn))
-            for labels, states in states_of(tuner.model, tuner.head, drawn, [row])
+            _loss(tuner, states[0], labels[0])
+            for labels, states in (states_of(tuner.model, tuner.head, drawn, [row]) for row in range(len(drawn)))
         ]
 
 
@@ -271,7 +271,6 @@ def _write(
     contents: dict[str, Any] = {}
     if (found := read_report(checkpoint.directory)) is not None:
         contents[FILE_NAME] = _tuned(found, report, gap, tokens, checkpoint)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         rewrite(checkpoint, partial, changed, contents)

@@ -7,8 +7,7 @@ away; what its head was given is kept, so that both models are never in memory a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.heads import Head
 from qmoe_lite.models.skeletons import capacity_lifted
+from qmoe_lite.text.evaluation import states_of
 from qmoe_lite.tuning.experts import TunedExperts
 
 _BETAS = (0.9, 0.95)  # of Adam; there are few steps
@@ -38,25 +38,13 @@ class Step:
     divergence: float
 
 
-def states_of(model: Any, head: Head, drawn: Samples, rows: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run samples; return of each the labels (T,) and the states (T, C) that its head predicts them from."""
-    ids = torch.from_numpy(drawn.input_ids[rows])
-    if drawn.labels is None:
-        labels, states = ids[:, 1:], head.states(input_ids=ids, use_cache=False)[:, :-1]
-    else:
-        labels = torch.from_numpy(drawn.labels[rows])
-        states = head.states(input_ids=ids, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels))
-    return zip(labels, states, strict=True)
-
-
 @torch.no_grad()
 def run_dense(model: Any, drawn: Samples, progress: Callable[[int], None] | None = None) -> list[Tensor]:
     """Return what the dense model's head is given for each sample, (T, C) in the model's dtype, on the CPU."""
     head, found = Head(model), []
-    with ExitStack() as stack:
-        stack.enter_context(capacity_lifted(model))
+    with capacity_lifted(model):
         for row in range(len(drawn)):
-            found += [states.clone() for _, states in states_of(model, head, drawn, [row])]
+            found.append(states_of(model, head, drawn, [row])[1][0].clone())
             if progress is not None:
                 progress(row + 1)
     return found
@@ -98,7 +86,9 @@ class Tuner:
         total, count = 0.0, 0
         outputs, gradients = [], []
         with torch.set_grad_enabled(learn):
-            for row, (labels, states) in zip(rows, states_of(self.model, self.head, drawn, rows), strict=True):
+            for row, (labels, states) in zip(
+                rows, zip(*states_of(self.model, self.head, drawn, rows), strict=True), strict=True
+            ):
                 inner = states.detach().requires_grad_(learn)
                 predicted = labels != IGNORED
                 for part in slices(len(labels), self.head.vocabulary):
