@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,11 @@ from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dead_zone import USUAL, DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
+from qmoe_lite.compression.groups import Group, GroupFiles
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
 from qmoe_lite.compression.settings import Settings
-from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally
+from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally, add_group, windows_of
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
@@ -73,7 +74,12 @@ class LayerCompressor:
         return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
 
     def compress(
-        self, layer: MoELayer, number: int, seen: LayerInputs | None, group_done: Callable[[int, float | None], None]
+        self,
+        layer: MoELayer,
+        number: int,
+        seen: LayerInputs | None,
+        group_done: Callable[[int, float | None, bool], None],
+        kept: GroupFiles | None = None,
     ) -> LayerResult:
         """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
 
@@ -86,7 +92,11 @@ class LayerCompressor:
         seen : LayerInputs or None
             None rounds to nearest.
         group_done : callable
-            Called with the number of finished groups and the held-out error so far, if there is one.
+            Called with the number of finished groups, the held-out error so far, if there is one, and whether the
+            group was solved now.
+        kept : GroupFiles, optional
+            Groups that an interrupted run solved; those that are solved now are added. Not used where weights are
+            rounded to nearest, which takes no longer than to read what came of it.
 
         Returns
         -------
@@ -97,24 +107,19 @@ class LayerCompressor:
         found = np.zeros(3)
         taken = Taken()
         for i, group in enumerate(groups):
-            solve: Solver
-            if seen is None:
-                solve = partial(self._nearest, layer, group)
+            known = None if seen is None or kept is None else kept.read(number, group, self.device)
+            if known is not None:
+                solved = known.solved
+                taken = self._take_up(known, tallies)
             else:
-                solve = partial(self._solve, layer, group, number, seen, {})
-            if self.rate is None:
-                solved = solve(self._grid)
-                for name, result in solved.items():
-                    tallies[name].add(result)
-            else:
-                if seen is not None:
-                    self._begin_dead_zone(solve, layer, group, seen)
-                solved = self._solve_at_rate(solve, tallies, layer, group, taken)
+                solved = self._solve_group(layer, number, group, seen, tallies, taken)
+                if seen is not None and kept is not None:
+                    kept.write(number, group, Group(solved, self._known(taken)))
             if seen is not None:
                 for place, expert in enumerate(group):
                     weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                     found += self.run(layer, expert, weights, seen)
-            group_done(i + 1, found[0] / found[2] if found[2] else None)
+            group_done(i + 1, found[0] / found[2] if found[2] else None, known is None)
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():
@@ -130,6 +135,43 @@ class LayerCompressor:
         if self.dead_zone is not None and self.dead_zone.known and right:
             self.dead_zone.finish_layer(energy / right)
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
+
+    def _solve_group(
+        self,
+        layer: MoELayer,
+        number: int,
+        group: range,
+        seen: LayerInputs | None,
+        tallies: dict[str, Tally],
+        taken: Taken,
+    ) -> dict[str, Solved]:
+        """Quantise a group, and add it to the tallies."""
+        solve: Solver
+        if seen is None:
+            solve = partial(self._nearest, layer, group)
+        else:
+            solve = partial(self._solve, layer, group, number, seen, {})
+        if self.rate is not None:
+            if seen is not None:
+                self._begin_dead_zone(solve, layer, group, seen)
+            return self._solve_at_rate(solve, tallies, layer, group, taken)
+        solved = solve(self._grid)
+        add_group(tallies, solved)
+        return solved
+
+    def _known(self, taken: Taken) -> dict[str, Any]:
+        """Return what is known after a group, as plain values."""
+        rate, zone = self.rate, self.dead_zone
+        return {"taken": asdict(taken), "rate": rate and rate.to_json(), "dead_zone": zone and zone.to_json()}
+
+    def _take_up(self, known: Group, tallies: dict[str, Tally]) -> Taken:
+        """Go on after a group that was solved before, as if it had been solved now; return what the groups took."""
+        add_group(tallies, known.solved, together=self.rate is not None)
+        if self.rate is not None:
+            self.rate = RateControl(**known.after["rate"])
+        if self.dead_zone is not None:
+            self.dead_zone = DeadZone(**known.after["dead_zone"])
+        return Taken(**known.after["taken"])
 
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
         if isinstance(self._grid, UniformGrid):
@@ -157,7 +199,7 @@ class LayerCompressor:
         assert isinstance(grid, UniformGrid)
         if self.dead_zone is not None:
             grid = replace(grid, dead_zone=self.dead_zone.width)
-        windows = {name: tally for name, tally in tallies.items() if isinstance(tally, WindowTally)}
+        windows = windows_of(tallies)
         decides = rate.first or rate.done_weights + layer.weights == rate.weights
         weights = len(group) * layer.weights // layer.count
         left = layer.weights - taken.weights

@@ -16,6 +16,7 @@ from torch import Tensor
 from qmoe_lite.errors import FormatError, ShapeError
 
 _CHUNK = 1 << 26  # bytes copied or compressed at a time
+_HEADER = 18  # bytes of a frame's header, at most
 
 
 class ListBuffer:
@@ -77,22 +78,26 @@ class ListBuffer:
         import zstandard  # here, since experts run where it is not installed
 
         flat = self.rows.view(torch.uint8).view(-1)
-        with file.open("wb") as raw, zstandard.ZstdCompressor(level=1, write_checksum=True).stream_writer(raw) as out:
+        packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
+        with file.open("wb") as raw, packer.stream_writer(raw, size=len(flat)) as out:
             for start in range(0, len(flat), _CHUNK):
                 out.write(flat[start : start + _CHUNK].numpy().data)
 
     @staticmethod
     def whole(file: Path) -> bool:
-        """Return whether a file holds what `save` wrote; all of it is read."""
+        """Return whether a file holds one frame of zstandard to its end, as `save` writes; all of it is read."""
         import zstandard
 
+        found = 0
         try:
             with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as source:
-                while source.read(_CHUNK):
-                    pass
+                expected = zstandard.frame_content_size(raw.read(_HEADER))
+                raw.seek(0)
+                while piece := source.read(_CHUNK):
+                    found += len(piece)
         except (OSError, zstandard.ZstdError):
             return False
-        return True
+        return found == expected  # the reader ends quietly where a file does
 
     def load(self, file: Path) -> None:
         """Read what `save` wrote.

@@ -20,13 +20,14 @@ from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.checkpoint.report import FILE_NAME, Report, versions
+from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report, versions
 from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import as_used, grid_and_rate
 from qmoe_lite.compression.finite import check_finite
+from qmoe_lite.compression.identity import contents_of, fingerprint_of
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
@@ -37,10 +38,10 @@ from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
-from qmoe_lite.compression.state import Unfinished, contents_of, fingerprint_of
+from qmoe_lite.compression.state import Unfinished
 from qmoe_lite.compression.stored import know_layers_before, run_stored
 from qmoe_lite.compression.telling import Teller
-from qmoe_lite.compression.verdict import BAD_LAYER, Verdict
+from qmoe_lite.compression.verdict import Verdict, bad_layer
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import BadResultError, OutputError, SettingError
 from qmoe_lite.models.building import read_config, skeleton
@@ -262,7 +263,8 @@ class _Run:
             samples = self._samples(calibration, tokenizer)
             check_ids(samples.all, self.config.get_text_config().vocab_size)
             self._open_partial(samples.all, resume, samples.calibration)
-            self._calibrated(samples, hessian_masks(samples.all, tokenizer))
+            if not self.unfinished.finished:
+                self._calibrated(samples, hessian_masks(samples.all, tokenizer))
         return self._write_rest(name_of_text(calibration))
 
     def _open_partial(self, samples: Samples | None, resume: bool, calibration: int | None) -> None:
@@ -346,7 +348,7 @@ class _Run:
         know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate, self.adapts)
 
         tell_of_group = self._tell.layer(number, layer, 0 if seen is None else len(seen.assigned.rows))
-        result = self.compressor.compress(layer, number, seen, tell_of_group)
+        result = self.compressor.compress(layer, number, seen, tell_of_group, self.unfinished.groups)
         self.done.checksums |= self.writer.write_layer(number, result.tensors)
         self.done.files[layer.experts] = files.file_sum(self.writer.layer_file(number))
         if finished:  # all else that is known of it is known already
@@ -358,17 +360,16 @@ class _Run:
             self.done.rates[layer.experts] = self.compressor.rate.to_json()
         if self.compressor.dead_zone is not None:
             self.done.dead_zones[layer.experts] = self.compressor.dead_zone.to_json()
-        error = result.held_out_error
-        if error is not None and error > BAD_LAYER and self._warning is None:
-            self._warning = (
-                f"{layer.block} loses {error:.0%} of its experts' output on held-out text: the model will be degraded "
-                "or worse. Choose a higher rate, or other calibration text."
-            )
+        if self._warning is None and (warning := bad_layer(layer.block, result.held_out_error)) is not None:
+            self._warning = warning
             place = f"{layer.block} of {self.layers[-1].block}"
             self._tell(Progress(sum(sizes[: number + 1]), sum(sizes), place, self._warning))
 
     def _write_rest(self, text: str | None) -> Report:
         """Write dense tensors, index, configuration and report; give the directory its name."""
+        if self.unfinished.finished and (known := read_report(self.partial)) is not None:
+            self.unfinished.become(self.out)
+            return known
         matrices = sum(p.experts for p in self.done.projections)
         promised = sum(layer.matrices for layer in self.layers)
         if matrices != promised:

@@ -1,14 +1,13 @@
 """Unfinished work: the directory OUT.partial, and what an interrupted run resumes from.
 
 `state.json` claims the directory: it names the work by a fingerprint, and lists the finished layers and what was found
-of them. Beside it lie the finished layers' tensors, the activations after the last finished block, and the
-encoder's output.
+of them. Beside it lie the finished layers' tensors, the activations after the last finished block, the encoder's
+output, and in `groups` the finished groups of the layer under way.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import io
 import json
 import shutil
 import time
@@ -22,78 +21,15 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.checkpoint.format import FORMAT
-from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.checkpoint.report import ProjectionReport
-from qmoe_lite.compression.calibration import Samples
+from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport
+from qmoe_lite.compression.groups import GroupFiles
+from qmoe_lite.compression.identity import difference
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.settings import Progress, Settings
-from qmoe_lite.errors import FormatError, OutputError, ResumeError, unreadable
+from qmoe_lite.errors import FormatError, OutputError, ResumeError
 from qmoe_lite.models.blocks import Mark
-from qmoe_lite.quantization.grid import Grid
 
 STATE_FILE = "state.json"
-_NOT_DECISIVE = ("stop_when_bad", "check_first", "batch_size")
-_SIZES_OF_GROUPS = ("group_size", "group_bytes")
-_LARGE = 1 << 30  # bytes of a model that take a while to read
-
-
-def fingerprint_of(checkpoint: Checkpoint, settings: Settings, grid: Grid, samples: Samples | None) -> str:
-    """Return a digest of all that decides what a compression writes: model, settings, grid and calibration samples."""
-    ignored = {*_NOT_DECISIVE, *(_SIZES_OF_GROUPS if settings.rate is None else ())}  # a rate's steps go by groups
-    decisive = {name: value for name, value in asdict(settings).items() if name not in ignored}
-    sizes = [(name, (checkpoint.directory / name).stat().st_size) for name in checkpoint.files]
-    known = [FORMAT, checkpoint.config, sizes, decisive, grid.to_config()]
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    if samples is not None:
-        digest.update(samples.input_ids.tobytes())
-        digest.update(b"" if samples.labels is None else samples.labels.tobytes())
-    return digest.hexdigest()
-
-
-def contents_of(
-    checkpoint: Checkpoint, progress: Callable[[Progress], None], known: dict[str, list[int]] | None = None
-) -> dict[str, list[int]]:
-    """Return time of change, size and CRC-32 of each weight file of a model.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        The dense model.
-    progress : callable
-        Told of each file of a large model.
-    known : dict, file to its figures
-        What an earlier call returned: a file of the same time and size is not read again.
-
-    Raises
-    ------
-    CheckpointError
-        A file cannot be read.
-    """
-    found: dict[str, list[int]] = {}
-    large = sum((checkpoint.directory / name).stat().st_size for name in checkpoint.files) > _LARGE
-    for name in checkpoint.files:
-        path = checkpoint.directory / name
-        try:
-            status = path.stat()
-            found[name] = (known or {}).get(name, [])
-            if found[name][:2] != [status.st_mtime_ns, status.st_size]:
-                if large:
-                    progress(Progress(0, 1, f"reading {name}, to know it again if the run is interrupted"))
-                found[name] = [status.st_mtime_ns, *files.file_sum(path)]
-        except OSError as error:
-            raise unreadable(path, error, "read") from error
-    return found
-
-
-def remove_state(directory: Path) -> None:
-    """Remove what only a run that resumes needs, once the work is finished."""
-    for left in [
-        *directory.glob("*.zst"),
-        *directory.glob("handed-*.pt"),
-        directory / STATE_FILE,
-    ]:  # the state last: until here a run could resume
-        left.unlink(missing_ok=True)
+GROUPS = "groups"
 
 
 @dataclass
@@ -123,13 +59,16 @@ class Unfinished:
     block : int or None
         Its last block that is finished; None for none.
     model : dict, file to figures
-        Of the dense model: see `contents_of`.
+        Of the dense model: see `identity.contents_of`.
     lost : list of str
         Finished layers whose files are missing or damaged.
+    groups : GroupFiles
+        Finished groups of the layer under way.
     """
 
-    def __init__(self, directory: Path, fingerprint: str, started: float) -> None:
+    def __init__(self, directory: Path, fingerprint: dict[str, Any], started: float) -> None:
         self.directory, self.fingerprint = directory, fingerprint
+        self.groups = GroupFiles(directory / GROUPS)
         self.done = Done()
         self.model: dict[str, list[int]] = {}
         self.lost: list[str] = []
@@ -141,7 +80,7 @@ class Unfinished:
     def open(
         cls,
         directory: Path,
-        fingerprint: str,
+        fingerprint: dict[str, Any],
         resume: bool,
         started: float,
         contents: Callable[[dict[str, list[int]] | None], dict[str, list[int]]],
@@ -152,14 +91,14 @@ class Unfinished:
         ----------
         directory : Path
             OUT.partial.
-        fingerprint : str
-            Of the work: see `fingerprint_of`.
+        fingerprint : dict
+            Of the work: see `identity.fingerprint_of`.
         resume : bool
             False discards what the directory holds.
         started : float
             When this run began, by `time.perf_counter`.
         contents : callable
-            Returns what `contents_of` does, given what is known.
+            Returns what `identity.contents_of` does, given what is known.
 
         Raises
         ------
@@ -193,10 +132,10 @@ class Unfinished:
             self.done.projections = [ProjectionReport(**row) for row in state.pop("projections")]
         except (ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"{file} is damaged. Start over with --restart.") from error
-        if found != self.fingerprint:
+        if (other := difference(found, self.fingerprint)) is not None:
             raise ResumeError(
-                f"{self.directory} holds unfinished work of another model, text or setting. Use the same ones, or "
-                f"start over with --restart."
+                f"{self.directory} holds unfinished work of another model, text or setting: {other}. Use the same "
+                f"ones, or start over with --restart."
             )
         self._position = state
         self.model = contents(known)
@@ -210,7 +149,8 @@ class Unfinished:
     def check(self, layer_files: dict[str, Path]) -> str | None:
         """Compare all that is kept with its checksums; where some of it is bad, begin again with the first block.
 
-        Finished layers are then read from their files, and those in `lost` computed again.
+        Finished layers are then read from their files, and those in `lost` computed again. Where a group of the layer
+        under way is bad, it alone is solved again.
 
         Parameters
         ----------
@@ -234,12 +174,18 @@ class Unfinished:
         ]
         if (handed := self._position.get("handed")) and not _is_whole(self.directory / handed, self._position["sum"]):
             bad.append(self.directory / handed)
-        if not bad:
-            return None
-        self._known_until = self.stack, -1 if self.block is None else self.block
-        self._position = {}
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        if self.finished and not (self.directory / FILE_NAME).is_file():
+            bad.append(self.directory / FILE_NAME)
         again = f"{len(self.lost)} of {len(self.done.held_out_error)} finished layers" if self.lost else "activations"
+        groups = self.groups.discard_damaged()
+        if bad:
+            self._known_until = self.stack, -1 if self.block is None else self.block
+            self._position = {}
+        elif groups:
+            bad, again = groups, f"{len(groups)} groups of experts"
+        else:
+            return None
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         return f"missing or damaged in unfinished work: {bad[0]}{more}; {again} computed again"
 
     @property
@@ -249,6 +195,11 @@ class Unfinished:
     @property
     def block(self) -> int | None:
         return self._position.get("block")
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything is written, and the directory only lacks its name."""
+        return bool(self._position.get("finished"))
 
     @property
     def seconds(self) -> float:
@@ -286,6 +237,7 @@ class Unfinished:
         Nothing is written of a block before the one that was finished when the run began.
         """
         if (stack, block) < self._known_until:
+            self.groups.clear()
             return
         old, self._position = self._position, {"stack": stack, "block": block, "hidden": f"hidden-{stack}-{block}.zst"}
         files.write_atomically(self.directory / self._position["hidden"], hidden.save)
@@ -298,28 +250,38 @@ class Unfinished:
             plain = {
                 n: {(mark.block, mark.number): value for mark, value in each.items()} for n, each in handed.items()
             }
-            files.write_atomically(self.directory / self._position["handed"], functools.partial(torch.save, plain))
+            whole = io.BytesIO()
+            torch.save(plain, whole)  # not to the file: on a full disk torch fails in its own words
+            files.write_atomically(
+                self.directory / self._position["handed"], lambda file: file.write_bytes(whole.getbuffer())
+            )
             self._position["sum"] = files.file_sum(self.directory / self._position["handed"])
         self.save()
+        self.groups.clear()
         for stale in (old.get(name) for name in ("hidden", "handed") if old.get(name) != self._position.get(name)):
             if stale is not None:
                 (self.directory / stale).unlink(missing_ok=True)
 
     def become(self, out: Path) -> None:
-        """Give the finished directory its name.
+        """Give the finished directory its name; before, remove what only a run that resumes needs.
 
         Raises
         ------
         OutputError
             It cannot have it; the work is kept.
         """
+        self._position = {"finished": True}
+        self.save()
+        self.groups.clear()
+        for left in (*self.directory.glob("*.zst"), *self.directory.glob("handed-*.pt")):
+            left.unlink(missing_ok=True)
         try:
             self.directory.rename(out)
             files.sync_directory(out.parent.resolve())
         except OSError as error:
             text = f"{self.directory} is finished but cannot become {out}: {error.strerror}. "
             raise OutputError(text + "Move the existing directory, then rerun.") from error
-        remove_state(out)
+        (out / STATE_FILE).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write the state."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -229,3 +229,30 @@ class WindowTally:
         """Return what the report says of the projection, once it is finished."""
         assert self._report is not None
         return self._report
+
+
+def windows_of(tallies: Mapping[str, Tally]) -> dict[str, WindowTally]:
+    """Return the tallies of digits of any size."""
+    return {name: tally for name, tally in tallies.items() if isinstance(tally, WindowTally)}
+
+
+def add_group(tallies: Mapping[str, Tally], solved: Mapping[str, Solved], *, together: bool = False) -> None:
+    """Take over all projections of a group of experts.
+
+    Parameters
+    ----------
+    tallies : dict, projection to tally
+        Of the layer.
+    solved : dict, projection to Solved
+        Of the group.
+    together : bool
+        Encode all of them before any of their dictionaries is taken note of, as a group does that is solved at a rate.
+    """
+    if not together:
+        for name, result in solved.items():
+            tallies[name].add(result)
+        return
+    windows = windows_of(tallies)
+    packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
+    for name, tally in windows.items():
+        tally.keep(solved[name], packed[name])

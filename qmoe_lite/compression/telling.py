@@ -74,7 +74,7 @@ class Teller:
         self.write("start", resumed=len(resumed), layers=len(self._groups), groups=sum(self._groups), **facts)
         self._mark = time.perf_counter()
 
-    def layer(self, number: int, layer: MoELayer, tokens: int) -> Callable[[int, float | None], None]:
+    def layer(self, number: int, layer: MoELayer, tokens: int) -> Callable[[int, float | None, bool], None]:
         """Note that the dense part that leads to a layer is done.
 
         Parameters
@@ -89,20 +89,22 @@ class Teller:
         Returns
         -------
         callable
-            Tells of a finished group: to be called with their number and the held-out error so far.
+            Tells of a finished group: to be called with their number, the held-out error so far, and whether the group
+            was solved now, or before the run was interrupted.
         """
         self._between.append(self._lap())
         return partial(self._group, number, layer, tokens)
 
-    def _group(self, number: int, layer: MoELayer, tokens: int, done: int, error: float | None) -> None:
+    def _group(self, number: int, layer: MoELayer, tokens: int, done: int, error: float | None, solved: bool) -> None:
         groups, seconds = self._groups[number], self._lap()
-        self._known.append(seconds)
-        self._tokens, self._spent = self._tokens + tokens / groups, self._spent + seconds
+        if solved:
+            self._known.append(seconds)
+            self._tokens, self._spent = self._tokens + tokens / groups, self._spent + seconds
         finished = sum(self._groups[:number]) + done
         event = Progress(
             finished,
             sum(self._groups),
-            f"{layer.block}, expert group {done} of {groups}",
+            f"{layer.block}, expert group {done} of {groups}{'' if solved else ', solved before'}",
             block=layer.block,
             group=done,
             groups=groups,
@@ -123,8 +125,10 @@ class Teller:
         before, self._mark = self._mark, time.perf_counter()
         return self._mark - before
 
-    def _left(self, finished: int, number: int) -> float:
-        """Seconds that are left: as many as the recent groups took, and the blocks in between."""
+    def _left(self, finished: int, number: int) -> float | None:
+        """Seconds that are left: as many as the recent groups took, and the blocks in between; None before any."""
+        if not self._known:
+            return None
         others = self._known[1:] or self._known  # the first one of a run is solved several times
         layers = len(self._groups) - number - 1
         between = mean(self._between) if self._between else 0.0

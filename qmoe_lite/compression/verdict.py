@@ -89,6 +89,14 @@ def judge(dense_loss: float, gap: Gap, tokens: int, vocabulary: int, rate: float
     return Verdict(word, dense_loss, loss, gap.nats, gap.standard_error, tokens, _advice(word, rate, most))
 
 
+def bad_layer(block: str, error: float | None) -> str | None:
+    """Return a warning where a layer's held-out error says that the model will be bad."""
+    if error is None or error <= BAD_LAYER:
+        return None
+    text = f"{block} loses {error:.0%} of its experts' output on held-out text: the model will be degraded or worse"
+    return f"{text}. Choose a higher rate, or other calibration text."
+
+
 def _advice(word: str, rate: float | None, most: float) -> str:
     if word == BOUNDS[0][0]:
         return ""

@@ -50,8 +50,8 @@ def test_what_is_left_is_told_by_measured_groups(monkeypatch):
     tell.begin(7, [3, 3])
     tell.started([])
     group_done = tell.layer(0, layer, 300)  # 2 s for the dense part
-    group_done(1, None)  # 10 s
-    group_done(2, 0.5)  # 5 s
+    group_done(1, None, True)  # 10 s
+    group_done(2, 0.5, True)  # 5 s
     assert samples == [7]
     assert [event.seconds_left for event in events] == [5 * 10 + 2, 4 * 5 + 2]
     assert events[0].tokens_per_second == 10

@@ -242,7 +242,7 @@ def test_the_verdict_is_of_the_two_models_losses(made, text_file):
 
 
 def test_a_layer_that_goes_wrong_is_told_of_at_once(made, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("qmoe_lite.compression.run.BAD_LAYER", 0.01)
+    monkeypatch.setattr("qmoe_lite.compression.verdict.BAD_LAYER", 0.01)
     dense = made()[0]
     settings = {"calibration": text_file, "rate": 0.6, **TEXT}
     warnings = []

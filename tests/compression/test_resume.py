@@ -1,0 +1,235 @@
+"""Runs that end in the middle of a layer: what was solved is not solved again, and every byte is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import tiny
+import torch
+from checks import Killed
+
+import qmoe_lite as qm
+from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.errors import OutputError, ResumeError
+
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1}
+SETTINGS = {
+    "ternary": {**SMALL, "grid": qm.MinMaxTernary(torch.bfloat16)},
+    "rate": {**SMALL, "rate": 2.0},
+    "uniform": {**SMALL, "grid": qm.UniformGrid(1.0, level_dtype=torch.bfloat16)},
+}
+
+
+def everything_of(directory):
+    """SHA-256 of each file; of the report all but the time."""
+    found = {file.name: file.read_bytes() for file in directory.iterdir()}
+    report = json.loads(found.pop("qmoe_report.json"))
+    del report["seconds"]
+    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()} | {"report": report}
+
+
+@pytest.fixture(scope="module")
+def whole(made_once, switch, text_file):
+    """Give a function: settings' name -> the settings, and what a run without interruption writes."""
+
+    def get(name):
+        settings = {"calibration": text_file, **SETTINGS[name]}
+        made = made_once(f"resume-{name}", lambda place: qm.compress(switch, place, **settings))
+        return settings, everything_of(made)
+
+    return get
+
+
+@pytest.fixture
+def solves(monkeypatch):
+    """The first expert of each group that is solved, in order."""
+    found, solve = [], LayerCompressor._solve
+
+    def counted(self, layer, group, *rest):
+        found.append((layer.block.split(".")[0], group.start))
+        return solve(self, layer, group, *rest)
+
+    monkeypatch.setattr(LayerCompressor, "_solve", counted)
+    return found
+
+
+def stop_after(groups):
+    """Return a callable that ends a run when so many groups are done."""
+
+    def kill(event):
+        if event.done == groups:
+            raise Killed
+
+    return kill
+
+
+@pytest.mark.parametrize("name", ["ternary", pytest.param("rate", marks=pytest.mark.slow), "uniform"])
+def test_a_run_goes_on_after_the_last_finished_group(tmp_path, switch, whole, solves, name):
+    settings, expected = whole(name)
+    solves.clear()
+    for groups in (2, 7):
+        with pytest.raises(Killed):
+            qm.compress(switch, tmp_path / "out", progress=stop_after(groups), **settings)
+        kept = sorted(path.name for path in (tmp_path / "out.partial" / "groups").iterdir())
+        layer, done = divmod(groups, 4)
+        assert kept == [f"{layer}-{expert}-{expert + 1}.zst" for expert in range(done)]
+    events = []
+    qm.compress(switch, tmp_path / "out", progress=events.append, **settings)
+    assert everything_of(tmp_path / "out") == expected
+    assert [event.place.endswith(", solved before") for event in events] == [True] * 3 + [False]
+    assert [event.seconds_left is None for event in events] == [True] * 3 + [False]
+    if name != "rate":  # which solves some groups several times
+        assert solves == [(stack, expert) for stack in ("encoder", "decoder") for expert in range(4)]
+
+
+def test_groups_that_are_damaged_are_solved_again(tmp_path, switch, whole, solves):
+    settings, expected = whole("ternary")
+    with pytest.raises(Killed):
+        qm.compress(switch, tmp_path / "out", progress=stop_after(3), **settings)
+    groups = tmp_path / "out.partial" / "groups"
+    data = bytearray((groups / "0-1-2.zst").read_bytes())
+    data[len(data) // 2] ^= 1
+    (groups / "0-1-2.zst").write_bytes(data)
+    os.truncate(groups / "0-2-3.zst", 10)
+    solves.clear()
+    report = qm.compress(switch, tmp_path / "out", **settings)
+    assert [expert for stack, expert in solves if stack == "encoder"] == [1, 2, 3]
+    note = f"missing or damaged in unfinished work: {groups}/0-1-2.zst and 1 more; 2 groups of experts computed again"
+    assert report.degraded[0] == note
+    found = everything_of(tmp_path / "out")
+    assert {**found, "report": None} == {**expected, "report": None}
+
+
+def test_groups_of_other_sizes_are_not_taken_for_these(tmp_path, switch, whole, solves):
+    settings, expected = whole("ternary")
+    with pytest.raises(Killed):
+        qm.compress(switch, tmp_path / "out", progress=stop_after(3), **settings)
+    solves.clear()
+    qm.compress(switch, tmp_path / "out", **{**settings, "group_size": 2})
+    assert [expert for stack, expert in solves if stack == "encoder"] == [0, 2]
+    found = everything_of(tmp_path / "out")
+    assert {**found, "report": None} == {**expected, "report": None}
+
+
+def test_a_disk_that_fills_while_a_group_is_kept_is_one_line(tmp_path, switch, whole, monkeypatch):
+    settings, expected = whole("ternary")
+    write_bytes = type(tmp_path).write_bytes
+
+    def full(self, data):
+        if self.name.startswith(".1-2-"):
+            raise OSError(28, "No space left on device")
+        return write_bytes(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "write_bytes", full)
+        with pytest.raises(OutputError, match=r"groups/1-2-3.zst cannot be written: No space left on device. Finished"):
+            qm.compress(switch, tmp_path / "out", **settings)
+    assert sorted(path.name for path in (tmp_path / "out.partial" / "groups").iterdir()) == ["1-0-1.zst", "1-1-2.zst"]
+    qm.compress(switch, tmp_path / "out", **settings)
+    assert everything_of(tmp_path / "out") == expected
+
+
+def test_a_run_that_ends_before_its_directory_has_its_name_only_gives_it(tmp_path, switch, whole, monkeypatch):
+    settings, expected = whole("ternary")
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", lambda self, target: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            qm.compress(switch, tmp_path / "out", **settings)
+    assert {path.name for path in (tmp_path / "out.partial").iterdir()} == {
+        "state.json",
+        "qmoe_report.json",
+        *(name for name in expected if name != "report"),
+    }
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "other.partial")
+    monkeypatch.setattr("qmoe_lite.compression.run.BlockRunner", None)
+    report = qm.compress(switch, tmp_path / "out", **settings)
+    assert everything_of(tmp_path / "out") == expected
+    assert report.verdict is not None
+    with pytest.raises(ResumeError, match=r"dampening is 0.2, and was 0.1. Use the same ones, or start over"):
+        qm.compress(switch, tmp_path / "other", **{**settings, "dampening": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"seed": 1}, "seed is 1, and was 0"),
+        ({"grid": qm.MinMaxTernary()}, "grid is .*, and was .*bfloat16.*"),
+        ({"samples": 23}, "samples is 23, and was 24"),
+        ({"calibration": "other.txt"}, "the calibration text is another"),
+        ({"model": "other"}, "the model's config.json is another"),
+    ],
+)
+def test_the_setting_that_differs_is_named(tmp_path, switch, whole, monkeypatch, changes, difference):
+    settings, _ = whole("ternary")
+    begun = tmp_path / "out"
+    with pytest.raises(Killed):
+        qm.compress(switch, begun, progress=stop_after(1), **settings)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text(tiny.make_text(seed=1, words=4000), encoding="utf-8")
+    model = switch
+    if "model" in changes:
+        model = shutil.copytree(switch, tmp_path / "other")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "dropout_rate": 0.2}))
+    changed = {**settings, **{name: value for name, value in changes.items() if name != "model"}}
+    with pytest.raises(ResumeError, match=f"of another model, text or setting: {difference}. Use the same ones"):
+        qm.compress(model, begun, **changed)
+
+
+KILLS = """
+import os, random, signal, sys
+os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  # which may be forked
+import torch
+import qmoe_lite as qm
+
+model, text, place, seed = sys.argv[1:]
+settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1, "rate": 2.0}
+sync, calls, moment = os.fsync, 0, None
+
+
+def counted(handle):  # of a file that has no name yet, or of a directory where one has got its name
+    global calls
+    calls += 1
+    if calls == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(handle)
+
+
+def run(out, killed_at):
+    global calls, moment
+    child = os.fork()
+    if child == 0:
+        calls, moment = 0, killed_at
+        qm.compress(model, out, calibration=text, **settings)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+torch.set_num_threads(1)
+os.fsync = counted
+qm.compress(model, place + "/whole", calibration=text, **settings)  # here: the forks have its kernels
+total = calls
+draws = random.Random(int(seed))
+moments = sorted(draws.sample(range(2, total), 5))
+for number, moment in enumerate(moments):
+    out = f"{place}/out{number}"
+    assert run(out, moment) == -signal.SIGKILL, moment
+    if number == 2:
+        assert run(out, draws.randint(1, 4)) == -signal.SIGKILL
+    assert run(out, None) == 0, moment
+print(total, moments)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_the_files_are_the_same(tmp_path, forks, switch, text_file):
+    done = forks.run(KILLS, switch, text_file, tmp_path, 11)
+    assert done.returncode == 0, done.stderr
+    expected = everything_of(tmp_path / "whole")
+    for number in range(5):
+        assert everything_of(tmp_path / f"out{number}") == expected, done.stdout
+    assert not list(tmp_path.glob("*.partial"))
