@@ -121,7 +121,7 @@ def compress(
             telling: dict[str, Any] = {"progress": progress, "before": progress.begin, "log": log}
             report = run(model, out, calibration=calibration, resume=not restart, **telling, **settings)
     except KeyboardInterrupt:
-        _output.note(f"qmoe: interrupted{_place_of(progress)}. Finished layers are kept: rerun the command to resume.")
+        _output.note(f"qmoe: interrupted{_place_of(progress)}. Finished groups are kept: rerun the command to resume.")
         raise typer.Exit(130) from None
     if json:
         _output.print_json(report.to_json())

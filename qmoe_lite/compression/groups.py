@@ -20,8 +20,10 @@ from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.tally import Solved
 from qmoe_lite.errors import FormatError
-from qmoe_lite.quantization.grid import Quantized, UniformGrid, grid_from_config
+from qmoe_lite.quantization.digits import squeeze, unsqueeze
+from qmoe_lite.quantization.grid import Quantized, grid_from_config
 
+_FEW = 4  # digits of an alphabet that are kept several to a byte
 _TENSORS = ("levels", "error", "fallback", "column_scales")
 
 
@@ -90,12 +92,12 @@ class GroupFiles:
         file = self._file(layer, group)
         try:
             with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as source:
-                known = torch.load(io.BytesIO(source.read()), weights_only=True, map_location=device)
+                known = torch.load(io.BytesIO(source.read()), weights_only=True)
         except FileNotFoundError:
             return None
         except (OSError, zstandard.ZstdError, RuntimeError) as error:
             raise FormatError(f"{file} is damaged. Run the same command again.") from error
-        return Group({name: _solved(plain) for name, plain in known["solved"].items()}, known["after"])
+        return Group({name: _solved(plain, device) for name, plain in known["solved"].items()}, known["after"])
 
     def discard_damaged(self) -> list[Path]:
         """Remove the files that are not what was written; return them."""
@@ -113,25 +115,32 @@ class GroupFiles:
 
 
 def _plain(solved: Solved) -> dict[str, Any]:
-    """Return tensors and plain values, digits as int8 where that holds them."""
+    """Return tensors and plain values; the digits as few bytes as are quickly made."""
     found, grid = solved.quantized, solved.grid
-    digits = found.digits
-    if digits.numel() and digits.abs().max() <= torch.iinfo(torch.int8).max:
+    assert grid is not None
+    digits = found.digits.cpu()
+    if grid.alphabet <= _FEW:
+        digits = torch.from_numpy(squeeze(digits.numpy(), grid.alphabet))
+    elif digits.abs().max() <= torch.iinfo(torch.int8).max:
         digits = digits.to(torch.int8)
     tensors: dict[str, Tensor | None] = {name: getattr(found, name) for name in _TENSORS}
     return {
-        "digits": digits.cpu(),
+        "digits": digits,
+        "shape": tuple(found.digits.shape),
         **{name: None if tensor is None else tensor.cpu() for name, tensor in tensors.items()},
-        "hessian_class": list(found.hessian_class),
+        "hessian_class": found.hessian_class,
         "tokens": solved.tokens,
         "classes": solved.classes,
-        "grid": None if grid is None else grid.to_config(),
+        "grid": grid.to_config(),
     }
 
 
-def _solved(plain: Mapping[str, Any]) -> Solved:
-    grid = None if plain["grid"] is None else grid_from_config(plain["grid"])
-    digits = plain["digits"].to(torch.int16 if isinstance(grid, UniformGrid) else torch.int8)
-    tensors = {name: plain[name] for name in _TENSORS}
-    quantized = Quantized(digits, hessian_class=tuple(plain["hessian_class"]), **tensors)
+def _solved(plain: Mapping[str, Any], device: torch.device) -> Solved:
+    grid, digits = grid_from_config(plain["grid"]), plain["digits"]
+    if grid.alphabet <= _FEW:
+        digits = torch.from_numpy(unsqueeze(digits.numpy(), plain["shape"], grid.alphabet))
+    else:
+        digits = digits.to(torch.int16)
+    tensors = {name: None if plain[name] is None else plain[name].to(device) for name in _TENSORS}
+    quantized = Quantized(digits.to(device), hessian_class=plain["hessian_class"], **tensors)
     return Solved(quantized, plain["tokens"], plain["classes"], grid)

@@ -50,7 +50,7 @@ def room_for(out: Path | None) -> Room:
     folder = folder_of(Path() if out is None else out.parent)
     disk = shutil.disk_usage(folder).free
     if out is not None and (partial := out.with_name(f"{out.name}.partial")).is_dir():
-        disk += sum(file.stat().st_size for file in partial.iterdir() if file.is_file())
+        disk += sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     return Room(memory, disk)
 
 

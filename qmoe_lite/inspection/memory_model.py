@@ -27,6 +27,7 @@ _HEAD_ROWS = 1 << 14  # of the head that are made float32 at a time
 _ROUTING_BYTES = 12  # of a token's place and weight at one of its experts
 _GROUPING_BYTES = 60  # of the same while tokens are grouped by expert
 _SAMPLE_DIGITS = 1 << 22
+_KEPT = 1.3  # bytes of a layer's groups on disk, over those of its codes in memory
 _LEAST = 0.8  # share of the rate that the experts take in any case
 
 
@@ -156,7 +157,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Ne
     stages["writing what is not in experts"] = {"tensors": min(_DENSE_SHARD, anatomy.kept_bytes)}
     device_parts.append(group[1])
     experts, others = compressed_bytes(anatomy, bits)
-    saved = _saved(anatomy, settings, rows) if calibrated else 0
+    saved = _saved(anatomy, settings, rows) + int(_KEPT * writing[0]) if calibrated else 0
     least = min(bits, _LEAST * (settings.rate or 0.2))
     return Need(
         always,
