@@ -51,21 +51,26 @@ SHAPE = {
 }
 
 
-def make_model(directory: Path) -> Path:
-    """Make a small random Qwen3-MoE that ends no text, and compress it."""
+def make_dense(directory: Path, **shape: Any) -> Path:
+    """Make a small random Qwen3-MoE that ends no text, `SHAPE` but for what is given."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from qmoe_lite import compress
-
     core = Tokenizer(models.WordLevel({f"w{i}" if i else "a": i for i in range(WORDS)}, unk_token="a"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", vocab_size=WORDS, **SHAPE))
-    model.save_pretrained(directory / "dense")
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="a").save_pretrained(directory / "dense")
-    compress(directory / "dense", directory / "packed", recipe="nearest")
+    config = AutoConfig.for_model("qwen3_moe", vocab_size=WORDS, **{**SHAPE, **shape})
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="a").save_pretrained(directory)
+    return directory
+
+
+def make_model(directory: Path) -> Path:
+    """Make such a model, and compress it."""
+    from qmoe_lite import compress
+
+    compress(make_dense(directory / "dense"), directory / "packed", recipe="nearest")
     return directory / "packed"
 
 

@@ -78,10 +78,11 @@ class ListBuffer:
         import zstandard  # here, since experts run where it is not installed
 
         flat = self.rows.view(torch.uint8).view(-1)
-        packer = zstandard.ZstdCompressor(level=1, write_checksum=True)
-        with file.open("wb") as raw, packer.stream_writer(raw, size=len(flat)) as out:
+        frame = zstandard.ZstdCompressor(level=1, write_checksum=True).compressobj(size=len(flat))
+        with file.open("wb") as out:
             for start in range(0, len(flat), _CHUNK):
-                out.write(flat[start : start + _CHUNK].numpy().data)
+                out.write(frame.compress(flat[start : start + _CHUNK].numpy().data))
+            out.write(frame.flush())
 
     @staticmethod
     def whole(file: Path) -> bool:
