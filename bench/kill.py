@@ -29,9 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  # which may be forked
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 from qmoe_lite.bench._parts.common import machine_line
 from qmoe_lite.bench._show.text import print_rows
 
@@ -271,6 +268,7 @@ def main() -> None:
     parser.add_argument("--disks", type=int, default=10, help="that fill, and as many limits of a file's size")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  # which may be forked
     draws, begun = random.Random(options.seed), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qmoe-kill-") as place:
         runs = prepare(Path(place), options.seed)

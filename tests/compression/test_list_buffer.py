@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -65,6 +67,13 @@ def test_damaged_activations_are_refused(tmp_path, damage):
     target = ListBuffer(3, 5, 8 if damage == "other size" else 9)
     with pytest.raises(FormatError, match="--restart"):
         target.load(file)
+
+
+def test_a_full_disk_is_told_of_as_the_system_says_it():
+    buffer = ListBuffer(3, 5, 9)
+    buffer.rows.zero_()
+    with pytest.raises(OSError, match="No space left on device"):
+        buffer.save(Path("/dev/full"))
 
 
 def test_tokens_are_grouped_by_expert_in_order_without_dropped_ones():
