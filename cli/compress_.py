@@ -59,6 +59,12 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="How activations are kept: float32, or bfloat16 at half the memory.")
     ] = "float32",
+    spill: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder on a disk that holds the activations of all samples in place of memory.", metavar="DIR"
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
     family: Annotated[
@@ -110,6 +116,7 @@ def compress(
         "validation_samples": validation_samples,
         "batch_size": batch_size,
         "activations": activations,
+        "spill": spill,
         "seed": seed,
         "device": device,
     }

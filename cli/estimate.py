@@ -137,6 +137,8 @@ def _print(found: Estimate) -> None:
     if work.gpu_bytes is not None:
         table.add_row("GPU memory", show_size(work.gpu_bytes))
     table.add_row("disk", f"{show_size(work.disk_bytes)} at OUT, with what a run resumes from")
+    if work.activation_bytes:
+        table.add_row("", f"{show_size(work.activation_bytes)} of activations there instead of in memory: --spill DIR")
     if work.seconds is not None:
         table.add_row("time", _time(work.seconds))
         for part, seconds in sorted(work.phases.items(), key=lambda each: -each[1]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,8 @@ class BlockRunner:
         For the batch size, the dtype of activations and the device.
     apart : int, optional
         First sample that shares no batch with those before it.
+    spill : Path, optional
+        Folder for the activations, which are else in memory.
     """
 
     def __init__(
@@ -127,8 +130,9 @@ class BlockRunner:
         layers: list[MoELayer],
         settings: Settings,
         apart: int | None = None,
+        spill: Path | None = None,
     ) -> None:
-        self._apart = apart
+        self._apart, self._spill = apart, spill
         self._model, self._family, self._checkpoint, self._settings = model, family, checkpoint, settings
         self._layer_of = {layer.block: layer for layer in layers}
         self._device = torch.device(settings.device)
@@ -152,7 +156,7 @@ class BlockRunner:
     def buffer(self, shape: tuple[int, ...], width: int | None = None) -> ListBuffer:
         dtype = torch.float32 if self._settings.activations == "float32" else torch.bfloat16
         width = self._model.config.get_text_config().hidden_size if width is None else width
-        return ListBuffer(shape[0], shape[1], width, dtype)
+        return ListBuffer(shape[0], shape[1], width, dtype, self._spill)
 
     def batches(self, samples: int) -> Iterator[slice]:
         first = samples if self._apart is None else self._apart
@@ -251,7 +255,7 @@ class BlockRunner:
                 again = functools.partial(self._through, stack, block_index, module, part, read, calls)
                 if part.start == 0 and not self._adds(again, catcher, given, out):
                     outputs = self.buffer(hidden.shape, layer.shapes[layer.projections[-1]][0])
-                    outputs.rows.zero_()
+                    outputs.zero()
             if outputs is None:
                 hidden.write(part, out)
         if inputs is None or layer is None:

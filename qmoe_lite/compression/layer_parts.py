@@ -12,9 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.report import ProjectionReport
+from qmoe_lite.compression.block_runner import Caught
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.routing import Assignment
+
+LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 
 
 def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
@@ -59,6 +62,12 @@ class LayerInputs:
     reference: Tensor
     sample: Tensor
     hidden: ListBuffer
+
+    @classmethod
+    def of(cls, caught: Caught, flags: tuple[Tensor, ...], *seed: int) -> LayerInputs:
+        """Put together what a block's experts were given, and the flags of its tokens as they stand here."""
+        rows = draw(torch.nonzero(flags[0])[:, 0], LAYER_SAMPLE, *seed)
+        return cls(caught.inputs, caught.assigned, *flags, caught.inputs.gather(rows), caught.outputs)
 
 
 @dataclass(frozen=True)

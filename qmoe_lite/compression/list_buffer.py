@@ -1,4 +1,4 @@
-"""Activations of all samples in one CPU tensor, addressed by sample and by expert.
+"""Activations of all samples, addressed by sample and by expert, in CPU memory or on disk.
 
 QMoE, section 3.1: layer after layer is calibrated on all samples, so the activations between two blocks must be kept,
 and each expert gathers its own tokens from among all of them. One big buffer makes both a slice or an index. With
@@ -7,16 +7,39 @@ samples of equal length, sample i is rows [i * tokens, (i + 1) * tokens).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from qmoe_lite.compression.spill import SpilledRows
 from qmoe_lite.errors import FormatError, ShapeError
 
 _CHUNK = 1 << 26  # bytes copied or compressed at a time
 _HEADER = 18  # bytes of a frame's header, at most
+
+
+class _Rows(Protocol):
+    """Where the rows of a buffer are, all of one width and dtype."""
+
+    def get(self, where: slice | Tensor) -> Tensor:
+        """Return some rows, by a span or by their numbers."""
+
+    def put(self, where: slice | Tensor, values: Tensor) -> None:
+        """Store some rows."""
+
+
+class _RowsInMemory:
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        self._all = torch.empty(rows, width, dtype=dtype)
+
+    def get(self, where: slice | Tensor) -> Tensor:
+        return self._all[where]
+
+    def put(self, where: slice | Tensor, values: Tensor) -> None:
+        self._all[where] = values
 
 
 class ListBuffer:
@@ -28,60 +51,76 @@ class ListBuffer:
         Samples, tokens of each, values of a token.
     dtype : torch dtype
         float32, or bfloat16 at half the memory.
-    file : path, optional
-        Keep the buffer in this file, mapped into memory, instead of in RAM.
+    spill : path, optional
+        Keep the rows on disk, in this folder, instead of in memory.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Samples, tokens of each, values of a token.
+    dtype : torch dtype
+        Of a value.
     """
 
     def __init__(
-        self, samples: int, tokens: int, width: int, dtype: torch.dtype = torch.float32, file: Path | None = None
+        self, samples: int, tokens: int, width: int, dtype: torch.dtype = torch.float32, spill: Path | None = None
     ) -> None:
-        size = samples * tokens * width
-        if file is None:
-            flat = torch.empty(size, dtype=dtype)
-        else:
-            flat = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
-        self.rows = flat.view(samples * tokens, width)
-        self._samples = flat.view(samples, tokens, width)
+        self.shape, self.dtype = (samples, tokens, width), dtype
+        size = samples * tokens, width, dtype
+        self._rows: _Rows = _RowsInMemory(*size) if spill is None else SpilledRows(spill, *size)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self.shape[0]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Samples, tokens of each, values of a token."""
-        return tuple(self._samples.shape)
+    def rows(self) -> Tensor:
+        """All rows, (samples * tokens, width): the memory itself, or a copy of what is on disk."""
+        return self._rows.get(slice(0, self.shape[0] * self.shape[1]))
 
     @property
     def nbytes(self) -> int:
-        return self.rows.numel() * self.rows.element_size()
+        return self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
 
     def read(self, samples: slice, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return some samples' activations, shape (samples, tokens, width); a copy unless the dtypes agree."""
-        return self._samples[samples].to(dtype)
+        start, stop, _ = samples.indices(len(self))
+        return self._rows.get(self._span(start, stop)).view(stop - start, *self.shape[1:]).to(dtype)
 
     def write(self, samples: slice, values: Tensor) -> None:
         """Store some samples' activations, shape (samples, tokens, width)."""
-        if values.shape != self._samples[samples].shape:
-            raise ShapeError(f"values {tuple(values.shape)} do not fit {tuple(self._samples[samples].shape)}.")
-        self._samples[samples] = values.to(self.rows.dtype)
+        start, stop, _ = samples.indices(len(self))
+        if tuple(values.shape) != (stop - start, *self.shape[1:]):
+            raise ShapeError(f"values {tuple(values.shape)} do not fit {(stop - start, *self.shape[1:])}.")
+        self._rows.put(self._span(start, stop), values.reshape(-1, self.shape[2]).to("cpu", self.dtype))
+
+    def _span(self, start: int, stop: int) -> slice:
+        return slice(start * self.shape[1], stop * self.shape[1])
 
     def gather(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the activations of some tokens, by row number; shape (len(rows), width)."""
-        return self.rows[rows].to(dtype)
+        return self._rows.get(rows).to(dtype)
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Add to the activations of some tokens; no row may occur twice."""
-        self.rows[rows] = (self.rows[rows].float() + values).to(self.rows.dtype)
+        self._rows.put(rows, (self._rows.get(rows).float() + values).to(self.dtype))
+
+    def zero(self) -> None:
+        """Set all to 0."""
+        for part in self._chunks():
+            self._rows.put(part, torch.zeros(part.stop - part.start, self.shape[2], dtype=self.dtype))
+
+    def _chunks(self) -> Iterator[slice]:
+        rows, step = self.shape[0] * self.shape[1], max(1, _CHUNK // max(1, self.shape[2] * self.dtype.itemsize))
+        return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def save(self, file: Path) -> None:
         """Write all rows, compressed by zstandard, to a file object's path (no rename, no fsync)."""
         import zstandard  # here, since experts run where it is not installed
 
-        flat = self.rows.view(torch.uint8).view(-1)
-        frame = zstandard.ZstdCompressor(level=1, write_checksum=True).compressobj(size=len(flat))
+        frame = zstandard.ZstdCompressor(level=1, write_checksum=True).compressobj(size=self.nbytes)
         with file.open("wb") as out:
-            for start in range(0, len(flat), _CHUNK):
-                out.write(frame.compress(flat[start : start + _CHUNK].numpy().data))
+            for part in self._chunks():
+                out.write(frame.compress(self._rows.get(part).view(torch.uint8).view(-1).numpy().data))
             out.write(frame.flush())
 
     @staticmethod
@@ -110,17 +149,15 @@ class ListBuffer:
         """
         import zstandard
 
-        flat = self.rows.view(torch.uint8).view(-1).numpy()
-        filled = 0
         try:
             with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as source:
-                while piece := source.read(_CHUNK):
-                    if filled + len(piece) > len(flat):
+                for part in self._chunks():
+                    values = torch.empty(part.stop - part.start, self.shape[2], dtype=self.dtype)
+                    if source.readinto(values.view(torch.uint8).view(-1).numpy().data) != values.nbytes:
                         break
-                    flat[filled : filled + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
-                    filled += len(piece)
+                    self._rows.put(part, values)
                 else:
-                    if filled == len(flat):
+                    if not source.read(1):
                         return
         except (OSError, zstandard.ZstdError) as error:
             raise FormatError(f"{file} is damaged ({error}). Start over with --restart.") from error

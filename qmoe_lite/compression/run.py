@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.finding import find_model
@@ -23,13 +22,13 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report, versions
 from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
-from qmoe_lite.compression.block_runner import BlockRunner, Caught
+from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import as_used, grid_and_rate
 from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.identity import contents_of, fingerprint_of
 from qmoe_lite.compression.layer import LayerCompressor
-from qmoe_lite.compression.layer_parts import LayerInputs, draw
+from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.notes import make_report, name_of_text
@@ -38,6 +37,7 @@ from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
+from qmoe_lite.compression.spill import check_folder
 from qmoe_lite.compression.state import Unfinished
 from qmoe_lite.compression.stored import know_layers_before, run_stored
 from qmoe_lite.compression.telling import Teller
@@ -51,7 +51,6 @@ from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promi
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
-LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 
 
 def compress(
@@ -83,6 +82,7 @@ def compress(
     family: str | None = None,
     log: str | Path | None = None,
     before: Callable[[int | None], None] | None = None,
+    spill: str | Path | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -146,6 +146,9 @@ def compress(
         File for events as JSON lines; see `compression.telling`.
     before : callable, optional
         Called with the number of calibration samples before anything is written; refuses by an exception.
+    spill : path, optional
+        Folder on a disk, best not a network's, that holds the activations of all samples in place of memory. The
+        result is the same, and nothing is left there.
 
     Returns
     -------
@@ -202,11 +205,13 @@ def compress(
         raise SettingError(f"recipe {options.recipe} {text}.")
     if family not in (None, "auto"):
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
+    check_folder(spill)
     partial = target.with_name(f"{target.name}.partial")
     telling = Teller(progress, None if log is None else Path(log), before)
     with locked(partial) as note, torch.inference_mode(), telling as tell:
         check_free(target)  # once more: another run may have finished it
         run = _Run(find_model(model), target, partial, grid, options, tell, auto=family == "auto")
+        run.spill = None if spill is None else Path(spill)
         run.degraded += [] if note is None else [note]
         return run.run(calibration, resume)
 
@@ -248,6 +253,7 @@ class _Run:
         self._tell = tell
         self._warning: str | None = None
         self.verdict: Verdict | None = None
+        self.spill: Path | None = None
 
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
         if self.settings.check_first:
@@ -287,7 +293,8 @@ class _Run:
 
     def _calibrated(self, samples: RunSamples, masks: tuple[np.ndarray, np.ndarray | None]) -> None:
         self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
-        runner = BlockRunner(self.model, self.family, self.checkpoint, self.layers, self.settings, samples.reference)
+        what = self.model, self.family, self.checkpoint, self.layers, self.settings
+        runner = BlockRunner(*what, samples.reference, self.spill)
         ids = [samples.all.input_ids]
         if samples.all.labels is not None:
             ids.append(samples.decoder_input(self.config))
@@ -313,7 +320,7 @@ class _Run:
                     caught = runner.run(stack, i, hidden, memory, calls)
                     if caught is not None:
                         sparse = self.number_of[stack.blocks[i]]
-                        self._finish_layer(sparse, self._seen(sparse, caught, flags))
+                        self._finish_layer(sparse, LayerInputs.of(caught, flags, self.settings.seed, sparse))
                         caught.finish()
                         self.unfinished.keep(number, i, hidden, memory, runner.handed)
                         if self._warning is not None and self.settings.stop_when_bad:
@@ -323,17 +330,6 @@ class _Run:
                 memory = hidden
             assert memory is not None
             self.verdict = samples.judge(memory, *self.family.head(self.model, self.checkpoint), self.settings.rate)
-
-    def _seen(
-        self,
-        number: int,
-        caught: Caught,
-        flags: tuple[Tensor, ...],
-    ) -> LayerInputs:
-        eligible, validation, reference = flags
-        rows = draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, self.settings.seed, number)
-        sample = caught.inputs.gather(rows)
-        return LayerInputs(caught.inputs, caught.assigned, eligible, validation, reference, sample, caught.outputs)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
         """Compress and write one sparse layer; or run it from its file, where it was finished before."""

@@ -16,6 +16,7 @@ from qmoe_lite.checkpoint.headers import read_headers
 from qmoe_lite.compression.choice import grid_and_rate
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.spill import check_folder
 from qmoe_lite.devices import find_device
 from qmoe_lite.inspection.anatomy import Anatomy, anatomy_of, directory_of
 from qmoe_lite.inspection.fitting import anonymous_bytes, doubts, obstacles, room_for
@@ -47,6 +48,8 @@ class Compressing:
         At OUT, at most.
     gpu_bytes : int or None
         At most; None on the CPU.
+    activation_bytes : int
+        Of all samples; part of the memory, or with --spill on a disk.
     seconds : float or None
         None where nothing was measured.
     phases : dict, phase to seconds
@@ -62,6 +65,7 @@ class Compressing:
     stage: str
     disk_bytes: int
     gpu_bytes: int | None
+    activation_bytes: int
     seconds: float | None
     phases: dict[str, float]
     obstacles: list[str]
@@ -126,6 +130,7 @@ def estimate(
     device: str | torch.device = "auto",
     expert_cache: int | str | None = None,
     out: str | Path | None = None,
+    spill: str | Path | None = None,
     family: str | None = None,
     measuring: bool = True,
 ) -> Estimate:
@@ -142,6 +147,8 @@ def estimate(
         Memory for experts when the model runs, such as "4GiB"; by default what they take, or what there is.
     out : path or str, optional
         Where it is to be written; by default in the current directory.
+    spill : path or str, optional
+        Folder for the activations, as `compress` takes it.
     measuring : bool
         Measure this machine's speed for a few seconds; else there are no times.
 
@@ -165,6 +172,7 @@ def estimate(
         device=str(find_device(device)),
     )
     settings.check()
+    check_folder(spill)
     headers = read_headers(model)
     anatomy = anatomy_of(headers, family == "auto")
     grid, settings = grid_and_rate(grid, settings.resolved(), anatomy.family.model_type)
@@ -180,8 +188,8 @@ def estimate(
     else:
         program = before + KERNEL_BYTES
         assumed.append(f"compiled kernels take {KERNEL_BYTES / 1e6:.0f} MB")
-    need = need_of(anatomy, settings, grid, bits)
-    room = room_for(target)
+    need = need_of(anatomy, settings, grid, bits, spill is not None)
+    room = room_for(target, None if spill is None else Path(spill))
     assumed.append("the text is long enough, and its tokens spread evenly over the experts")
     if settings.recipe != "nearest":
         assumed.append("blocks add their experts' outputs, as most families do")
@@ -227,6 +235,7 @@ def _compressing(
         need.stage,
         need.disk,
         need.gpu,
+        need.activations,
         math.fsum(phases.values()) if phases else None,
         phases,
         stops,

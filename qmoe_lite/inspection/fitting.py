@@ -27,10 +27,13 @@ class Room:
         Bytes that a program could take now, swap among them.
     disk : int
         Bytes free where OUT is to be, with those of its unfinished work.
+    spill : int or None
+        Bytes free in the folder for activations; None where they are to be in memory.
     """
 
     memory: int
     disk: int
+    spill: int | None = None
 
 
 def anonymous_bytes() -> int:
@@ -38,8 +41,16 @@ def anonymous_bytes() -> int:
     return _field(Path("/proc/self/status"), "RssAnon")
 
 
-def room_for(out: Path | None) -> Room:
-    """Look at how much memory and disk there is; `out` is the directory to be made, None for the current one."""
+def room_for(out: Path | None, spill: Path | None = None) -> Room:
+    """Look at how much memory and disk there is.
+
+    Parameters
+    ----------
+    out : Path or None
+        The directory to be made; None for the current one.
+    spill : Path, optional
+        Folder for activations.
+    """
     info = Path("/proc/meminfo")
     memory = _field(info, "MemAvailable") + _field(info, "SwapFree")
     with suppress(OSError, ValueError):  # a container's limit, where there is one
@@ -51,7 +62,7 @@ def room_for(out: Path | None) -> Room:
     disk = shutil.disk_usage(folder).free
     if out is not None and (partial := out.with_name(f"{out.name}.partial")).is_dir():
         disk += sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    return Room(memory, disk)
+    return Room(memory, disk, None if spill is None else shutil.disk_usage(spill).free)
 
 
 def _field(file: Path, name: str) -> int:
@@ -83,7 +94,7 @@ def obstacles(need: Need, program: int, room: Room, anatomy: Anatomy, settings: 
     """
     if room.memory and need.certain > room.memory:
         text = f"at least {show_size(need.certain)} of memory are needed, {show_size(room.memory)} are there"
-        yield f"{text}. {_smaller(anatomy, settings, grid, room.memory)}"
+        yield f"{text}. {_smaller(anatomy, settings, grid, room.memory, room.spill is not None)}"
     if need.certain_disk > room.disk:
         text = f"at least {show_size(need.certain_disk)} are needed on the disk of OUT, {show_size(room.disk)} are free"
         yield f"{text}. Give OUT on another disk{', or a lower --rate' if settings.rate is not None else ''}."
@@ -93,21 +104,29 @@ def doubts(need: Need, program: int, room: Room, anatomy: Anatomy, settings: Set
     """Yield what may make it impossible, as `obstacles` does; nothing of what that yields."""
     if room.memory and need.certain <= room.memory < need.memory + program:
         text = f"about {show_size(need.memory + program)} of memory will be taken, {show_size(room.memory)} are there"
-        yield f"{text}. {_smaller(anatomy, settings, grid, room.memory - program, certain=False)}"
+        yield f"{text}. {_smaller(anatomy, settings, grid, room.memory - program, room.spill is not None, False)}"
     if need.certain_disk <= room.disk < need.disk:
         yield f"about {show_size(need.disk)} will be taken on the disk of OUT, {show_size(room.disk)} are free."
+    if room.spill is not None and need.activations > room.spill:
+        text = (
+            f"about {show_size(need.activations)} of activations go to the folder of --spill, {show_size(room.spill)}"
+        )
+        yield f"{text} are free. Name one on another disk."
 
 
-def _smaller(anatomy: Anatomy, settings: Settings, grid: Grid, memory: int, certain: bool = True) -> str:
+def _smaller(anatomy: Anatomy, settings: Settings, grid: Grid, memory: int, spilled: bool, certain: bool = True) -> str:
     """Say which options make a compression fit into so many bytes."""
     if settings.recipe == "nearest":
         return "Use a machine with more memory."
 
-    def takes(**changes: object) -> int:
-        need = need_of(anatomy, replace(settings, **changes), grid, settings.rate or 1.0)  # type: ignore[arg-type]
+    def takes(spilled: bool = spilled, **changes: object) -> int:
+        changed = replace(settings, **changes)  # type: ignore[arg-type]
+        need = need_of(anatomy, changed, grid, settings.rate or 1.0, spilled)
         return need.certain if certain else need.memory
 
     found = []
+    if not spilled and takes(spilled=True) <= memory:
+        found.append("--spill DIR")
     if settings.activations == "float32" and takes(activations="bfloat16") <= memory:
         found.append("--activations bfloat16")
     if not certain and takes(batch_size=1) <= memory:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from qmoe_lite.compression.calibration import noise_counts, window_length
 from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
+from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.losses import SLICE_VALUES
-from qmoe_lite.compression.run import LAYER_SAMPLE, SAMPLES_PER_EXPERT
+from qmoe_lite.compression.run import SAMPLES_PER_EXPERT
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy, BlockParts
 from qmoe_lite.models.blocks import MoELayer
@@ -90,6 +91,8 @@ class Need:
         Bytes of them in any case.
     gpu : int or None
         Bytes on the GPU.
+    activations : int
+        Bytes of the activations of all samples, in memory or in the folder of --spill.
     """
 
     always: dict[str, int]
@@ -98,6 +101,7 @@ class Need:
     disk: int
     certain_disk: int
     gpu: int | None
+    activations: int
 
     @property
     def stage(self) -> str:
@@ -115,7 +119,7 @@ class Need:
         return sum(self.parts.values())
 
 
-def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Need:
+def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float, spilled: bool = False) -> Need:
     """Work out what a compression needs.
 
     Parameters
@@ -126,6 +130,8 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Ne
         As `choice.grid_and_rate` resolved them.
     bits : float
         Stored bits a weight that the experts will take.
+    spilled : bool
+        The activations of all samples are on a disk.
     """
     calibrated, rows = settings.recipe != "nearest", rows_of(anatomy, settings)
     cpu = settings.device == "cpu"
@@ -135,12 +141,14 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Ne
     writing = max(_layer_codes(layer, grid, bits) for layer in anatomy.layers)
     device_parts: list[int] = []
     certain = group[0] if cpu else 0
+    buffers = _buffers(anatomy, settings, rows) if calibrated else 0
     if calibrated:
         always["outside the blocks, float32"] = 4 * anatomy.outside
-        buffers = _buffers(anatomy, settings, rows)
-        always["activations of all samples"] = buffers
+        if not spilled:
+            always["activations of all samples"] = buffers
+            certain += _buffers(anatomy, settings, replace(rows, all=rows.samples))
         always["routing of all samples"] = _routing(anatomy, rows)
-        certain += _buffers(anatomy, settings, replace(rows, all=rows.samples)) + 4 * anatomy.outside
+        certain += 4 * anatomy.outside
         blocks = [
             (_dense(anatomy, block, settings, rows, number), block)
             for number, stack in enumerate(anatomy.stacks)
@@ -166,6 +174,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float) -> Ne
         experts + others + saved,
         compressed_bytes(anatomy, least)[0] + others,
         None if cpu else max(device_parts),
+        buffers,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qmoe_lite.checkpoint.headers import Headers
 from qmoe_lite.compression.layer import LayerCompressor
-from qmoe_lite.compression.run import LAYER_SAMPLE
+from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy
 from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_of

@@ -12,9 +12,9 @@ from qmoe_lite.errors import FormatError, ShapeError
 from qmoe_lite.models.routing import Assignment
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "disk"])
 def place(request, tmp_path):
-    return None if request.param == "memory" else tmp_path / "buffer.bin"
+    return None if request.param == "memory" else tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,7 +30,7 @@ def test_what_is_written_by_sample_is_read_by_row(place, dtype):
 
 
 def test_adding_touches_the_named_rows_only(place):
-    buffer = ListBuffer(2, 4, 3, file=place)
+    buffer = ListBuffer(2, 4, 3, spill=place)
     buffer.write(slice(0, 2), torch.ones(2, 4, 3))
     buffer.add(torch.tensor([6, 1]), torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
     expected = torch.ones(8, 3)

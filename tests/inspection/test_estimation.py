@@ -61,7 +61,7 @@ def test_the_paper_s_largest_model_by_its_configuration_alone(c_2048):
     assert not found.measured
     assert found.compressing.seconds is None
     (memory, disk) = found.compressing.obstacles
-    assert "It would fit with --samples" in memory
+    assert "It would fit with --spill DIR or --samples" in memory
     assert "Give OUT on another disk, or a lower --rate." in disk
 
 
@@ -168,7 +168,7 @@ def test_what_cannot_fit_is_told_from_what_may_not(switch):
     assert not [*obstacles(need, 0, plenty, *what), *doubts(need, 0, plenty, *what)]
     tight = Room(need.certain - 1, 10**12)
     (text,) = obstacles(need, 0, tight, *what)
-    assert "It would fit with --activations bfloat16 or --samples " in text
+    assert "It would fit with --spill DIR or --activations bfloat16 or --samples " in text
     samples = int(text.rpartition(" ")[2].rstrip("."))
     assert 3000 < samples < 4000
     assert not list(doubts(need, 0, tight, *what))
@@ -178,11 +178,18 @@ def test_what_cannot_fit_is_told_from_what_may_not(switch):
     assert text.startswith("about ")
     (text,) = obstacles(need, 0, Room(10**12, need.certain_disk - 1), *what)
     assert text.endswith("Give OUT on another disk.")
+    spilled = need_of(anatomy, settings, grid, 1.0, spilled=True)
+    assert need.memory - spilled.memory == need.activations == spilled.activations
+    assert not list(obstacles(spilled, 0, Room(need.certain - 1, 10**12, need.activations), *what))
+    (text,) = doubts(spilled, 0, Room(10**12, 10**12, need.activations - 1), *what)
+    assert text.endswith(" are free. Name one on another disk.")
+    (text,) = obstacles(spilled, 0, Room(spilled.certain - 1, 10**12, 10**12), *what)
+    assert "--spill" not in text
 
 
 @pytest.mark.parametrize("room", [Room(10**6, 10**12), Room(10**12, 10)])
 def test_compress_refuses_before_it_writes(run, tmp_path, switch, text_file, monkeypatch, room):
-    monkeypatch.setattr(estimation, "room_for", lambda out: room)
+    monkeypatch.setattr(estimation, "room_for", lambda out, spill: room)
     code, printed, noted = run(
         "compress", switch, tmp_path / "out", "--calibration", text_file, "--sequence-length", 32
     )
