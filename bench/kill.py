@@ -146,9 +146,8 @@ def where(out: Path) -> str:
     partial = out.with_name(f"{out.name}.partial")
     if not partial.is_dir():
         return "nothing written"
-    groups, layers = partial / "groups", list(partial.glob("model-*.safetensors"))
-    inside = len(list(groups.glob("[0-9]*.zst"))) if groups.is_dir() else 0
-    return f"{len(layers)} layers and {inside} groups written"
+    kept = sum(file.stat().st_size for file in partial.glob("groups-*.log"))
+    return f"{len(list(partial.glob('model-*.safetensors')))} layers and {kept} bytes of groups written"
 
 
 def killed(runs: Runs, draws: random.Random, kills: int) -> None:
@@ -160,7 +159,7 @@ def killed(runs: Runs, draws: random.Random, kills: int) -> None:
             shutil.rmtree(out, ignore_errors=True)
             continue
         place = where(out)
-        runs.found["killed between two groups", ""] += place.endswith("groups written") and " 0 groups" not in place
+        runs.found["killed between two groups", ""] += " bytes of groups" in place and " 0 bytes" not in place
         if draws.random() < AGAIN and runs.kill(out, draws, kind):
             kind, place = "killed twice", f"{place}, then {where(out)}"
         if out.exists():  # the second kill came too late
@@ -214,7 +213,7 @@ def read_only(runs: Runs, draws: random.Random, most: int) -> None:
     """Kill a run, make its disk read-only, where it must be refused and change nothing; make it writable and go on."""
     kind = "read-only"
     with small_disk(runs.scratch / "read-only", 20 * most) as (out, _, _):
-        while not runs.kill(out, draws, kind) or " 0 groups" in where(out):
+        while not runs.kill(out, draws, kind) or " 0 bytes of groups" in where(out):
             shutil.rmtree(out, ignore_errors=True)
         place, partial = where(out), out.with_name("out.partial")
         before = {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()}

@@ -57,13 +57,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         sync_directory(path.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OutputError(
-            f"{path} cannot be written: {reason}. Finished work is kept: free some space, then rerun."
-        ) from error
+        raise unwritable(path, error) from error
     except BaseException:  # what `write` ran into, or Ctrl-C
         temporary.unlink(missing_ok=True)
         raise
+
+
+def unwritable(path: Path, error: Exception) -> OutputError:
+    """Word why a file cannot be written."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return OutputError(f"{path} cannot be written: {reason}. Finished work is kept: free some space, then rerun.")
 
 
 def _umask() -> int:

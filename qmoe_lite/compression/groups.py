@@ -1,28 +1,28 @@
 """Finished groups of the layer under way: what was solved is kept, so that a run that was killed solves only the rest.
 
-A group's file holds its digits, and what the layer's compressor knew after it. The group's outputs are computed from
+A group's record has its digits, and what the layer's compressor knew after it. The group's outputs are computed from
 the digits once more, by the same code and in the same order, so that a resumed run ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import io
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmoe_lite.checkpoint import atomic as files
-from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.checkpoint.atomic import unwritable
 from qmoe_lite.compression.tally import Solved
-from qmoe_lite.errors import FormatError
 from qmoe_lite.quantization.digits import squeeze, unsqueeze
 from qmoe_lite.quantization.grid import Quantized, grid_from_config
 
+_LENGTH = Struct("<Q")  # bytes of a record, which follows
 _FEW = 4  # digits of an alphabet that are kept several to a byte
 _TENSORS = ("levels", "error", "fallback", "column_scales")
 
@@ -43,24 +43,27 @@ class Group:
     after: dict[str, Any]
 
 
-class GroupFiles:
-    """The finished groups of the layer that is under way, a file each.
+class GroupLog:
+    """The finished groups of a layer, one record after another in a file of its own.
 
     Parameters
     ----------
     directory : Path
-        Is made with the first file.
+        OUT.partial.
 
     Notes
     -----
-    A file is named by the layer and the group's experts: where a resumed run forms other groups, they are solved anew.
+    A record is a frame of zstandard with its checksum. Nothing waits for the disk: a killed process loses no record,
+    and of what a power cut takes the checksum tells. Groups are read, then written, in their order: what follows a
+    record that is not whole is given up.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._done: dict[int, int] = {}  # bytes of a layer's file that were read or written
 
     def write(self, layer: int, group: range, found: Group) -> None:
-        """Keep a group.
+        """Keep a group, in the place of what the file holds after the last one that was read or written.
 
         Raises
         ------
@@ -70,48 +73,74 @@ class GroupFiles:
         import zstandard
 
         plain = {name: _plain(solved) for name, solved in found.solved.items()}
-        whole = io.BytesIO()
-        torch.save({"solved": plain, "after": found.after}, whole)  # not to the file: on a full disk torch aborts
-
-        def fill(file: Path) -> None:
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(zstandard.ZstdCompressor(level=1, write_checksum=True).compress(whole.getbuffer()))
-
-        files.write_atomically(self._file(layer, group), fill)
+        whole, begin = io.BytesIO(), self._done.get(layer, 0)
+        torch.save({"experts": (group.start, group.stop), "solved": plain, "after": found.after}, whole)
+        record = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(whole.getbuffer())
+        try:
+            _append(self._file(layer), begin, record)
+        except OSError as error:
+            with suppress(OSError), self._file(layer).open("r+b") as file:
+                file.truncate(begin)
+            raise unwritable(self._file(layer), error) from error
+        self._done[layer] = begin + _LENGTH.size + len(record)
 
     def read(self, layer: int, group: range, device: torch.device) -> Group | None:
-        """Return a group that was kept, its tensors on a device; None where there is none.
-
-        Raises
-        ------
-        FormatError
-            The file was damaged since `discard_damaged` looked at it.
-        """
-        import zstandard
-
-        file = self._file(layer, group)
+        """Return the next group, its tensors on a device; None where it was not kept, or other groups were formed."""
+        begin = self._done.get(layer, 0)
         try:
-            with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as source:
-                known = torch.load(io.BytesIO(source.read()), weights_only=True)
-        except FileNotFoundError:
+            whole, end = next(_records(self._file(layer), begin), (None, begin))
+        except ValueError:
             return None
-        except (OSError, zstandard.ZstdError, RuntimeError) as error:
-            raise FormatError(f"{file} is damaged. Run the same command again.") from error
+        known = None if whole is None else torch.load(io.BytesIO(whole), weights_only=True)
+        if known is None or known["experts"] != (group.start, group.stop):
+            return None
+        self._done[layer] = end
         return Group({name: _solved(plain, device) for name, plain in known["solved"].items()}, known["after"])
 
-    def discard_damaged(self) -> list[Path]:
-        """Remove the files that are not what was written; return them."""
-        damaged = [file for file in sorted(self._directory.glob("*.zst")) if not ListBuffer.whole(file)]
-        for file in damaged:
-            file.unlink()
-        return damaged
+    def damaged(self) -> list[Path]:
+        """Return the files that hold a damaged record; what was being written when a run was killed is none."""
+        found = []
+        for file in sorted(self._directory.glob("groups-*.log")):
+            try:
+                for _ in _records(file, 0):
+                    pass
+            except ValueError:
+                found.append(file)
+        return found
 
-    def clear(self) -> None:
-        """Remove all: the layer is finished."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+    def clear(self, layer: int) -> None:
+        """Remove the groups of a finished layer."""
+        self._file(layer).unlink(missing_ok=True)
 
-    def _file(self, layer: int, group: range) -> Path:
-        return self._directory / f"{layer}-{group.start}-{group.stop}.zst"
+    def _file(self, layer: int) -> Path:
+        return self._directory / f"groups-{layer}.log"
+
+
+def _append(path: Path, begin: int, record: bytes) -> None:
+    """Write a record where the file is to go on."""
+    with path.open("r+b" if begin else "wb") as file:
+        file.truncate(begin)
+        file.seek(begin)
+        file.write(_LENGTH.pack(len(record)) + record)
+
+
+def _records(path: Path, begin: int) -> Iterator[tuple[bytes, int]]:
+    """Yield what records hold, and where each ends, up to half a one; ValueError for one that is damaged."""
+    import zstandard
+
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(begin)
+        while len(head := file.read(_LENGTH.size)) == _LENGTH.size:
+            (length,) = _LENGTH.unpack(head)
+            if file.tell() + length > path.stat().st_size:
+                return
+            try:
+                whole = zstandard.ZstdDecompressor().decompress(file.read(length))
+            except (OSError, MemoryError, zstandard.ZstdError) as error:
+                raise ValueError(f"{path} is damaged") from error
+            yield whole, file.tell()
 
 
 def _plain(solved: Solved) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dead_zone import USUAL, DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
-from qmoe_lite.compression.groups import Group, GroupFiles
+from qmoe_lite.compression.groups import Group, GroupLog
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
 from qmoe_lite.compression.settings import Settings
@@ -79,7 +79,7 @@ class LayerCompressor:
         number: int,
         seen: LayerInputs | None,
         group_done: Callable[[int, float | None, bool], None],
-        kept: GroupFiles | None = None,
+        kept: GroupLog | None = None,
     ) -> LayerResult:
         """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
 
@@ -94,7 +94,7 @@ class LayerCompressor:
         group_done : callable
             Called with the number of finished groups, the held-out error so far, if there is one, and whether the
             group was solved now.
-        kept : GroupFiles, optional
+        kept : GroupLog, optional
             Groups that an interrupted run solved; those that are solved now are added. Not used where weights are
             rounded to nearest, which takes no longer than to read what came of it.
 

@@ -323,6 +323,7 @@ class _Run:
                         self._finish_layer(sparse, LayerInputs.of(caught, flags, self.settings.seed, sparse))
                         caught.finish()
                         self.unfinished.keep(number, i, hidden, memory, runner.handed)
+                        self.unfinished.groups.clear(sparse)
                         if self._warning is not None and self.settings.stop_when_bad:
                             raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
                     del caught  # its buffer is as large as `hidden`, and the next block makes another

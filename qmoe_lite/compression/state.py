@@ -2,7 +2,7 @@
 
 `state.json` claims the directory: it names the work by a fingerprint, and lists the finished layers and what was found
 of them. Beside it lie the finished layers' tensors, the activations after the last finished block, the encoder's
-output, and in `groups` the finished groups of the layer under way.
+output, and the finished groups of the layer under way.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport
-from qmoe_lite.compression.groups import GroupFiles
+from qmoe_lite.compression.groups import GroupLog
 from qmoe_lite.compression.identity import difference
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.errors import FormatError, OutputError, ResumeError
 from qmoe_lite.models.blocks import Mark
 
 STATE_FILE = "state.json"
-GROUPS = "groups"
 
 
 @dataclass
@@ -62,13 +61,13 @@ class Unfinished:
         Of the dense model: see `identity.contents_of`.
     lost : list of str
         Finished layers whose files are missing or damaged.
-    groups : GroupFiles
+    groups : GroupLog
         Finished groups of the layer under way.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any], started: float) -> None:
         self.directory, self.fingerprint = directory, fingerprint
-        self.groups = GroupFiles(directory / GROUPS)
+        self.groups = GroupLog(directory)
         self.done = Done()
         self.model: dict[str, list[int]] = {}
         self.lost: list[str] = []
@@ -177,12 +176,12 @@ class Unfinished:
         if self.finished and not (self.directory / FILE_NAME).is_file():
             bad.append(self.directory / FILE_NAME)
         again = f"{len(self.lost)} of {len(self.done.held_out_error)} finished layers" if self.lost else "activations"
-        groups = self.groups.discard_damaged()
+        groups = self.groups.damaged()
         if bad:
             self._known_until = self.stack, -1 if self.block is None else self.block
             self._position = {}
         elif groups:
-            bad, again = groups, f"{len(groups)} groups of experts"
+            bad, again = groups, "groups of experts"
         else:
             return None
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -237,7 +236,6 @@ class Unfinished:
         Nothing is written of a block before the one that was finished when the run began.
         """
         if (stack, block) < self._known_until:
-            self.groups.clear()
             return
         old, self._position = self._position, {"stack": stack, "block": block, "hidden": f"hidden-{stack}-{block}.zst"}
         files.write_atomically(self.directory / self._position["hidden"], hidden.save)
@@ -257,7 +255,6 @@ class Unfinished:
             )
             self._position["sum"] = files.file_sum(self.directory / self._position["handed"])
         self.save()
-        self.groups.clear()
         for stale in (old.get(name) for name in ("hidden", "handed") if old.get(name) != self._position.get(name)):
             if stale is not None:
                 (self.directory / stale).unlink(missing_ok=True)
@@ -272,9 +269,9 @@ class Unfinished:
         """
         self._position = {"finished": True}
         self.save()
-        self.groups.clear()
-        for left in (*self.directory.glob("*.zst"), *self.directory.glob("handed-*.pt")):
-            left.unlink(missing_ok=True)
+        for pattern in ("*.zst", "handed-*.pt", "groups-*.log"):
+            for left in self.directory.glob(pattern):
+                left.unlink(missing_ok=True)
         try:
             self.directory.rename(out)
             files.sync_directory(out.parent.resolve())

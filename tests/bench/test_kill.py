@@ -37,7 +37,7 @@ def test_what_is_neither_done_nor_refused_in_one_line_is_wrong(tmp_path):
 
 def test_how_far_unfinished_work_is(tmp_path):
     assert where(tmp_path / "out") == "nothing written"
-    (tmp_path / "out.partial" / "groups").mkdir(parents=True)
-    for name in ("model-00001-of-00002.safetensors", "groups/1-0-2.zst", "groups/.1-2-4.zst.tmp"):
-        (tmp_path / "out.partial" / name).touch()
-    assert where(tmp_path / "out") == "1 layers and 1 groups written"
+    (tmp_path / "out.partial").mkdir()
+    for name in ("model-00001-of-00002.safetensors", "groups-1.log", ".state.json.tmp"):
+        (tmp_path / "out.partial" / name).write_bytes(b"123")
+    assert where(tmp_path / "out") == "1 layers and 3 bytes of groups written"

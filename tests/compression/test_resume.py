@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from checks import Killed
 
 import qmoe_lite as qm
+from qmoe_lite.compression import groups
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.errors import OutputError, ResumeError
 
@@ -71,12 +71,10 @@ def stop_after(groups):
 def test_a_run_goes_on_after_the_last_finished_group(tmp_path, switch, whole, solves, name):
     settings, expected = whole(name)
     solves.clear()
-    for groups in (2, 7):
+    for done in (2, 7):
         with pytest.raises(Killed):
-            qm.compress(switch, tmp_path / "out", progress=stop_after(groups), **settings)
-        kept = sorted(path.name for path in (tmp_path / "out.partial" / "groups").iterdir())
-        layer, done = divmod(groups, 4)
-        assert kept == [f"{layer}-{expert}-{expert + 1}.zst" for expert in range(done)]
+            qm.compress(switch, tmp_path / "out", progress=stop_after(done), **settings)
+        assert [path.name for path in (tmp_path / "out.partial").glob("groups*")] == [f"groups-{done // 4}.log"]
     events = []
     qm.compress(switch, tmp_path / "out", progress=events.append, **settings)
     assert everything_of(tmp_path / "out") == expected
@@ -86,20 +84,27 @@ def test_a_run_goes_on_after_the_last_finished_group(tmp_path, switch, whole, so
         assert solves == [(stack, expert) for stack in ("encoder", "decoder") for expert in range(4)]
 
 
-def test_groups_that_are_damaged_are_solved_again(tmp_path, switch, whole, solves):
+def flipped(data):
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "solved", "noted"),
+    [(flipped, [1, 2, 3], True), (lambda data: data[:-1], [2, 3], False), (lambda data: data + b"abc", [3], False)],
+    ids=["flipped", "half a record", "half a length"],
+)
+def test_groups_that_are_damaged_are_solved_again(tmp_path, switch, whole, solves, damage, solved, noted):
+    """Of what was being written when a run was killed nothing is said."""
     settings, expected = whole("ternary")
     with pytest.raises(Killed):
         qm.compress(switch, tmp_path / "out", progress=stop_after(3), **settings)
-    groups = tmp_path / "out.partial" / "groups"
-    data = bytearray((groups / "0-1-2.zst").read_bytes())
-    data[len(data) // 2] ^= 1
-    (groups / "0-1-2.zst").write_bytes(data)
-    os.truncate(groups / "0-2-3.zst", 10)
+    file = tmp_path / "out.partial" / "groups-0.log"
+    file.write_bytes(damage(file.read_bytes()))
     solves.clear()
     report = qm.compress(switch, tmp_path / "out", **settings)
-    assert [expert for stack, expert in solves if stack == "encoder"] == [1, 2, 3]
-    note = f"missing or damaged in unfinished work: {groups}/0-1-2.zst and 1 more; 2 groups of experts computed again"
-    assert report.degraded[0] == note
+    assert [expert for stack, expert in solves if stack == "encoder"] == solved
+    note = f"missing or damaged in unfinished work: {file}; groups of experts computed again"
+    assert [line for line in report.degraded if "unfinished" in line] == [note] * noted
     found = everything_of(tmp_path / "out")
     assert {**found, "report": None} == {**expected, "report": None}
 
@@ -117,18 +122,23 @@ def test_groups_of_other_sizes_are_not_taken_for_these(tmp_path, switch, whole, 
 
 def test_a_disk_that_fills_while_a_group_is_kept_is_one_line(tmp_path, switch, whole, monkeypatch):
     settings, expected = whole("ternary")
-    write_bytes = type(tmp_path).write_bytes
+    append = groups._append
 
-    def full(self, data):
-        if self.name.startswith(".1-2-"):
+    def full(path, begin, record):
+        if path.name == "groups-1.log" and begin:
+            append(path, begin, record[:5])
             raise OSError(28, "No space left on device")
-        return write_bytes(self, data)
+        append(path, begin, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "write_bytes", full)
-        with pytest.raises(OutputError, match=r"groups/1-2-3.zst cannot be written: No space left on device. Finished"):
+        patch.setattr(groups, "_append", full)
+        with pytest.raises(
+            OutputError, match=r"groups-1.log cannot be written: No space left on device. Finished work"
+        ):
             qm.compress(switch, tmp_path / "out", **settings)
-    assert sorted(path.name for path in (tmp_path / "out.partial" / "groups").iterdir()) == ["1-0-1.zst", "1-1-2.zst"]
+    file = tmp_path / "out.partial" / "groups-1.log"
+    assert len(list(groups._records(file, 0))) == 1
+    assert [end for _, end in groups._records(file, 0)] == [file.stat().st_size]
     qm.compress(switch, tmp_path / "out", **settings)
     assert everything_of(tmp_path / "out") == expected
 
@@ -185,18 +195,32 @@ import os, random, signal, sys
 os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  # which may be forked
 import torch
 import qmoe_lite as qm
+from qmoe_lite.compression import groups
 
 model, text, place, seed = sys.argv[1:]
 settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1, "rate": 2.0}
-sync, calls, moment = os.fsync, 0, None
+sync, append, calls, moment = os.fsync, groups._append, 0, None
 
 
-def counted(handle):  # of a file that has no name yet, or of a directory where one has got its name
+def count():
     global calls
     calls += 1
     if calls == moment:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(handle):  # of a file that has no name yet, or of a directory where one has got its name
+    count()
     sync(handle)
+
+
+def in_pieces(path, begin, record):
+    count()
+    with path.open("ab" if begin else "wb") as file:
+        file.write(b"1234")
+    count()
+    append(path, begin, record)
+    count()
 
 
 def run(out, killed_at):
@@ -210,7 +234,7 @@ def run(out, killed_at):
 
 
 torch.set_num_threads(1)
-os.fsync = counted
+os.fsync, groups._append = counted, in_pieces
 qm.compress(model, place + "/whole", calibration=text, **settings)  # here: the forks have its kernels
 total = calls
 draws = random.Random(int(seed))
