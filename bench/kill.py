@@ -2,6 +2,7 @@
 
 Each is begun again by the same call, some are killed again then, and all must end with the bytes of a run that nothing
 befell: every file, but for the time in the report. What is not killed must end by itself or in one line of QMoEError.
+Every second one has its activations on disk (`spill`), where nothing may be left.
 
     python bench/kill.py --kills 30                     # a small random model, made for it
 
@@ -61,6 +62,8 @@ class Runs:
         Of a run that nothing befell.
     seconds : float
         That one takes.
+    begun : int
+        Compressions so far.
     found : Counter
         How runs ended, by what befell them.
     wrong : list of str
@@ -72,11 +75,13 @@ class Runs:
     scratch: Path
     expected: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    begun: int = 0
     found: Counter[tuple[str, str]] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
     def begin(self, out: Path, limit: int | None = None) -> int:
         """Start a compression, of whose files none may be larger than `limit`; return the process."""
+        self.begun += 1
         process = os.fork()
         if process:
             return process
@@ -95,7 +100,7 @@ class Runs:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            compress(self.model, out, calibration=self.text, **SETTINGS)
+            compress(self.model, out, calibration=self.text, spill=self.spill if self.begun % 2 else None, **SETTINGS)
         except QMoEError as error:
             code, said = REFUSED, str(error)
         except BaseException as error:
@@ -112,6 +117,11 @@ class Runs:
         elif code not in (0, REFUSED, -signal.SIGKILL):
             self.wrong.append(f"{kind}: exit code {code}: {self.said}")
         return code
+
+    @property
+    def spill(self) -> Path:
+        """Folder for activations."""
+        return self.scratch / "spill"
 
     @property
     def said(self) -> str:
@@ -249,6 +259,7 @@ def prepare(scratch: Path, seed: int) -> Runs:
     text = scratch / "text.txt"
     text.write_text(" ".join(f"w{draws.randrange(1, WORDS)}" for _ in range(4000)))
     runs = Runs(make_dense(scratch / "dense", **SHAPE), text, scratch)
+    runs.spill.mkdir()
     compress(runs.model, scratch / "whole", calibration=text, **SETTINGS)
     runs.expected = everything_of(scratch / "whole")
     begun = time.monotonic()
@@ -277,6 +288,8 @@ def main() -> None:
         if mounts := may_mount(runs.scratch):
             refused(runs, draws, options.disks, 2 * sum(sizes), "small disk", small_disk)
             read_only(runs, draws, sum(sizes))
+        if left := [*runs.spill.iterdir()]:
+            runs.wrong.append(f"left in the folder for activations: {left[0].name}")
     print(machine_line("torch", "transformers"))
     rows = [[kind, outcome, str(count)] for (kind, outcome), count in sorted(runs.found.items())]
     print_rows(f"a run takes {runs.seconds:.2f} s; seed {options.seed}", ("what befell it", "and then", "runs"), rows)
