@@ -47,7 +47,9 @@ class RunSamples:
     ) -> tuple[RunSamples, list[str]]:
         """Draw the samples from a text; return them, and what is less than was asked for, in words."""
         window = window_length(settings.sequence_length) if seq2seq else settings.sequence_length
-        tokens = read_tokens(read_text(text), tokenizer, (wanted + settings.validation_samples) * window)
+        tokens = read_tokens(
+            read_text(text), tokenizer, (wanted + settings.validation_samples) * window, seq2seq=seq2seq
+        )
         # validation text is the end of the text, at most an eighth of it, so that no Hessian sees a word of it
         kept = min(settings.validation_samples, len(tokens) // window // 8)
         cut = len(tokens) - kept * window
