@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qmoe_lite.bench._show.text import duration, megabytes, print_table, print_text
+from qmoe_lite.bench._show.text import duration, megabytes, print_rows, print_table, print_text
 from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def _print(report: Report, out: Path) -> None:
             "" if held_out is None else f"{held_out:.4f}",
         )
     print_table(table)
+    _print_tokens(report)
     sizes = report.sizes
     print_text(
         f"experts {megabytes(sizes['dense_expert_bytes'])} -> {megabytes(sizes['expert_bytes'])} MB "
@@ -165,6 +166,26 @@ def _print(report: Report, out: Path) -> None:
     )
     for line in report.degraded:
         print_text(f"note: {line}")
+
+
+def _print_tokens(report: Report) -> None:
+    """Print how the text fell on the experts: on all of them, and on the layer with the most that are starved."""
+    layers, together = report.tokens_of_layers, report.tokens_of_all
+    if together is None:
+        return
+    worst = max(layers, key=lambda name: (layers[name].starved, -layers[name].fewest))
+    shown = {f"all {together.experts} experts": together}
+    if len(layers) > 1:
+        shown[worst.removesuffix(".experts").removesuffix(".mlp")] = layers[worst]
+    print_rows(
+        "Tokens behind each expert's Hessian; starved: fewer than a matrix has columns",
+        ("", "fewest", "median", "most", "starved", "with twice the text"),
+        [
+            [name, f"{t.fewest:,}", f"{t.median:,.0f}", f"{t.most:,}", f"{t.starved:,}", f"{t.starved_at_twice:,.1f}"]
+            for name, t in shown.items()
+        ],
+        text=1,
+    )
 
 
 def sum_of(sizes: dict[str, int], prefix: str) -> int:

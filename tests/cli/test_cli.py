@@ -24,6 +24,9 @@ def test_compress_then_eval(run, tmp_path, switch, text_file):
     assert code == 0, noted
     assert "bits a weight" in printed
     assert "encoder.block.1" in printed
+    assert "Tokens behind each expert's Hessian" in printed
+    assert "all 8 experts" in printed
+    assert len(json.loads((out / "qmoe_report.json").read_text())["tokens_per_expert"]) == 2
     assert max(map(len, printed.splitlines()[:-1])) <= 80
     assert "compressing: 2 of 2 groups" in noted
     code, printed, _ = run("eval", out, "--text", text_file, "--sequence-length", 32, "--samples", 8, "--json")
