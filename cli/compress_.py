@@ -20,7 +20,10 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     calibration: Annotated[
         str | None,
-        typer.Option(help="UTF-8 text, .jsonl with a text field, a directory of them, or a data set's name."),
+        typer.Option(
+            help="UTF-8 text, .jsonl with text or messages, a directory of them, or a data set: NAME[:CONFIG[:SPLIT]]. "
+            "[default: a small text in the package, of Python's documentation and sources]"
+        ),
     ] = None,
     recipe: Annotated[
         str,
@@ -42,7 +45,11 @@ def compress(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Calibration samples. [default: 80 x experts / experts per token]", min=1),
+        typer.Option(
+            help="Calibration samples. [default: 80 x experts / experts per token, so that an expert gets 80 samples' "
+            "tokens on average]",
+            min=1,
+        ),
     ] = None,
     sequence_length: SequenceLengthOption = 512,
     codeword_bits: Annotated[

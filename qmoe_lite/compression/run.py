@@ -26,6 +26,7 @@ from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import as_used, grid_and_rate
+from qmoe_lite.compression.documents import DEFAULT_TEXT
 from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, draw
@@ -92,7 +93,8 @@ def compress(
     out : path or str
         Directory to make; it appears when everything is done. Until then the work is in `OUT.partial`.
     calibration : path or str, optional
-        Text file, .jsonl file, directory of them, or data set name; needed unless `recipe="nearest"`.
+        Text file, .jsonl file of texts or messages, directory of them, or data set name; by default a small text in
+        the package, of Python's documentation and sources. None for `recipe="nearest"`.
     grid : grid, optional
         Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)` for a Switch Transformer and
         the recipes "paper" and "nearest", and for other families a `UniformGrid` at a rate of 2.
@@ -196,9 +198,10 @@ def compress(
     options = options.resolved()
     target = Path(out)
     check_free(target)
-    if (options.recipe == "nearest") != (calibration is None):
-        text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
-        raise SettingError(f"recipe {options.recipe} {text}.")
+    if options.recipe == "nearest" and calibration is not None:
+        raise SettingError("recipe nearest needs no calibration text.")
+    if options.recipe != "nearest" and calibration is None:
+        calibration = DEFAULT_TEXT
     if family not in (None, "auto"):
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     partial = target.with_name(f"{target.name}.partial")

@@ -45,6 +45,14 @@ def test_compress_then_eval(run, tmp_path, switch, text_file):
     assert "misses" in noted
 
 
+def test_without_text_the_package_s_own_is_taken_and_named(run, tmp_path, switch):
+    code, printed, noted = run("compress", switch, tmp_path / "out", *SMALL)
+    assert code == 0, noted
+    assert "note: calibrated on the package's default text, Python's documentation and sources (PSF" in printed
+    report = json.loads((tmp_path / "out" / "qmoe_report.json").read_text())
+    assert report["settings"]["calibration"] == "the package's default text"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_a_causal_model_from_its_directory_to_its_text(run, tmp_path, model_type):
@@ -84,7 +92,6 @@ def test_compress_prints_one_json_document(run, tmp_path, switch):
         (["compress", "{tmp}/missing", "{tmp}/out", "--recipe", "nearest"], "is no model directory"),
         (["verify", "./missing"], "/missing is no model directory: there is no such directory"),
         (["compress", "{tmp}", "{tmp}/out", "--recipe", "nearest"], "it has no config.json"),
-        (["compress", "{switch}", "{tmp}/out"], "needs calibration text"),
         (["compress", "{switch}", "{tmp}", "--recipe", "nearest"], "exists already"),
         (["compress", "{switch}", "{tmp}/out", "--calibration", "{tmp}/none.txt"], "none.txt does not exist"),
         (["compress", "{switch}", "{tmp}/out", "--calibration", "{tmp}/empty.txt"], "empty or too short"),

@@ -15,7 +15,7 @@ import tiny
 
 from qmoe_lite.compression import documents
 from qmoe_lite.compression.calibration import read_tokens
-from qmoe_lite.compression.documents import Conversation, read_text
+from qmoe_lite.compression.documents import DEFAULT_TEXT, Conversation, read_text
 from qmoe_lite.errors import TextError
 
 gzipped = functools.partial(gzip.compress, mtime=0)  # the same bytes in every worker
@@ -264,3 +264,15 @@ def test_a_json_line_longer_than_can_be_parsed_is_refused(tmp_path, monkeypatch)
         (tmp_path / name).write_text(json.dumps({"text": "expert " * 20}))
         with pytest.raises(TextError, match=problem):
             list(read_text(tmp_path / name))
+
+
+def test_the_default_text_is_small_and_holds_prose_and_sources():
+    assert DEFAULT_TEXT.stat().st_size <= 300_000
+    assert {"LICENSE", "NOTICE"} <= {path.name for path in DEFAULT_TEXT.parent.iterdir()}
+    found = list(read_text(DEFAULT_TEXT))
+    code = [text for text in found if "\nimport " in text or "\ndef " in text]
+    assert sum(map(len, found)) > 1e6
+    assert 0.3 < sum(map(len, code)) / sum(map(len, found)) < 0.7
+    held_out = DEFAULT_TEXT.with_name("evaluation.txt").read_text(encoding="utf-8").split("\n\n")
+    whole = "\n".join(found)
+    assert not [text for text in held_out if len(text) > 60 and text.strip() in whole]
