@@ -209,11 +209,9 @@ def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[str | Conversation]
             continue
         try:
             record = json.loads(line.lstrip("\ufeff"))  # files that were joined have marks inside
-            content = _content_of(record, f"{path} line {number}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            problem = f"{path} line {number} is no JSON object {_HOLDING}."
-            raise TextError(f"{problem} Fix the line, or use a plain .txt file.") from error
-        yield from _pieces(content) if isinstance(content, str) else [content]
+        except (ValueError, RecursionError):
+            record = None
+        yield from _of_record(record, f"{path} line {number}", "Fix the line, or use a plain .txt file.")
 
 
 def _json_document(file: io.TextIOBase, path: Path) -> Iterator[str | Conversation]:
@@ -227,12 +225,16 @@ def _json_document(file: io.TextIOBase, path: Path) -> Iterator[str | Conversati
         yield from _json_lines(io.StringIO(content), path)
         return
     for number, record in enumerate(found if isinstance(found, list) else [found], 1):
-        try:
-            content = _content_of(record, f"{path} record {number}")
-        except (KeyError, TypeError) as error:
-            problem = f"{path} record {number} is no JSON object {_HOLDING}."
-            raise TextError(f"{problem} Fix it, or use a plain .txt file.") from error
-        yield from _pieces(content) if isinstance(content, str) else [content]
+        yield from _of_record(record, f"{path} record {number}", "Fix it, or use a plain .txt file.")
+
+
+def _of_record(record: Any, place: str, remedy: str) -> Iterator[str | Conversation]:
+    """Yield a record's text in pieces, or its conversation; raise TextError where it has neither."""
+    try:
+        content = _content_of(record, place)
+    except (KeyError, TypeError) as error:
+        raise TextError(f"{place} is no JSON object {_HOLDING}. {remedy}") from error
+    yield from _pieces(content) if isinstance(content, str) else [content]
 
 
 def _content_of(record: Any, place: str) -> str | Conversation:
@@ -272,18 +274,8 @@ def _read_hub(name: str, configuration: str | None, split: str | None) -> Iterat
                 columns = ", ".join(row)
                 raise TextError(f"data set {name} has no column {_HOLDING}; it has: {columns}. Export it to .jsonl.")
             if any(row.get(field) for field in _FIELDS):  # a row without text says nothing
-                yield from _of_row(row, f"data set {name}, row {number}")
+                yield from _of_record(row, f"data set {name}, row {number}", "Export it to .jsonl, and fix it there.")
     except TextError:
         raise
     except Exception as error:  # datasets raises its own, requests' and the file system's exceptions
         raise TextError(f"{name} is no file and no readable data set: {first_line(error)}. Check the name.") from error
-
-
-def _of_row(row: dict[str, Any], place: str) -> Iterator[str | Conversation]:
-    try:
-        content = _content_of(row, place)
-    except (KeyError, TypeError) as error:
-        raise TextError(
-            f"{place} has no text or messages that can be read. Export it to .jsonl and mend it."
-        ) from error
-    yield from _pieces(content) if isinstance(content, str) else [content]

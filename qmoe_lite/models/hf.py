@@ -64,6 +64,8 @@ class QMoEConfig(QuantizationConfigMixin):
 class QMoEQuantizer(HfQuantizer):
     """Puts PackedExperts into a model that from_pretrained loads."""
 
+    pre_quantized: bool
+    quantization_config: QMoEConfig
     variant: str | None = None  # of the weight files, as from_pretrained was told
     _placed_by: str | None = None  # a device_map that lets transformers choose devices
 

@@ -115,7 +115,7 @@ def test_a_data_set_without_text_is_refused(hub):
     with pytest.raises(TextError, match='data set a/b has no column with "text" or "messages"; it has: content, id'):
         list(read_text("a/b"))
     hub({"text": "a"}, {"text": ["a"]})
-    with pytest.raises(TextError, match="data set a/b, row 2 has no text or messages that can be read"):
+    with pytest.raises(TextError, match="data set a/b, row 2 is no JSON object"):
         list(read_text("a/b"))
 
 
