@@ -89,12 +89,16 @@ def test_compression_and_evaluation_draw_such_windows(tmp_path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     settings = Settings(sequence_length=32, validation_samples=2)
     samples, _ = RunSamples.make(path, tokenizer, 40, False, settings)
-    eligible, *_ = samples.flags(cal.hessian_masks(samples.all, tokenizer)[0])
+    eligible, validation, reference = samples.flags(cal.hessian_masks(samples.all, tokenizer)[0])
     special = np.isin(samples.all.input_ids, [tokenizer.bos_token_id, tokenizer.eos_token_id])
     assert special[:, 0].all()
     assert special[:, 1:].any()
     used = eligible.numpy().reshape(special.shape)[: samples.calibration]
     assert np.array_equal(used, ~special[: samples.calibration])
+    rides = slice(samples.calibration, samples.reference)
+    assert np.array_equal(validation.numpy().reshape(special.shape)[rides], ~special[rides])
+    assert int(validation.sum()) == int((~special[rides]).sum())
+    assert reference.numpy().reshape(special.shape)[samples.reference :].all(), "each goes through the dense experts"
     model = type("Model", (), {"config": AutoConfig.for_model("mixtral", vocab_size=len(tokenizer))})
     assert (_draw(model, tokenizer, path, None, 32, 1, 1).input_ids[:, 0] == tokenizer.bos_token_id).all()
 
