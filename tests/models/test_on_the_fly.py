@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -24,10 +23,9 @@ def same_files(one: Path, other: Path) -> bool:
     return names[0] == names[1] and all((one / name).read_bytes() == (other / name).read_bytes() for name in compared)
 
 
-def check(dense, directory, auto, text, out):
-    settings = qm.QMoEConfig(dataset=str(text), out=out, grid=qm.MinMaxTernary(torch.bfloat16), **SMALL)
-    model = auto.from_pretrained(dense, quantization_config=settings)
-    assert same_files(out, directory)
+def check(auto, model, written, directory):
+    """The files that were written, and what is loaded of them, are those of `compress`."""
+    assert same_files(written, directory)
     expected, found = auto.from_pretrained(directory), model.state_dict()
     assert expected.state_dict().keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.state_dict().items())
@@ -35,32 +33,33 @@ def check(dense, directory, auto, text, out):
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_it_does_what_compress_does(switch, compressed, text_file, tmp_path):
-    check(switch, compressed[0], AutoModelForSeq2SeqLM, text_file, tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_it_does_so_for_causal_models_in_another_dtype(causal, compressed_causal, text_file, tmp_path):
-    dense = causal("mixtral")
-    check(dense, compressed_causal("mixtral"), AutoModelForCausalLM, text_file, tmp_path / "out")
-    settings = qm.QMoEConfig(dataset=str(text_file), out=tmp_path / "other", rate=2.0, **SMALL)
-    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=settings, dtype=torch.bfloat16)
-    assert model.dtype == torch.bfloat16
-    qm.compress(dense, tmp_path / "direct", calibration=text_file, rate=2.0, **SMALL)
-    assert same_files(tmp_path / "other", tmp_path / "direct")
-
-
-def test_without_out_the_files_go_with_the_model_and_texts_may_be_a_list(switch, tmp_path, monkeypatch):
+def test_it_does_what_compress_does_and_without_out_the_files_go_with_the_model(
+    switch, compressed, text_file, tmp_path, monkeypatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
-    settings = qm.QMoEConfig(dataset=[tiny.make_text(seed, 400) for seed in range(4)], **SMALL)
+    settings = qm.QMoEConfig(dataset=[text_file.read_text()], grid=qm.MinMaxTernary(torch.bfloat16), **SMALL)
     model = AutoModelForSeq2SeqLM.from_pretrained(switch, quantization_config=settings)
-    assert len(list((tmp_path / "scratch").glob("qmoe-*/model/config.json"))) == 1
+    [written] = (tmp_path / "scratch").glob("qmoe-*/model")
+    check(AutoModelForSeq2SeqLM, model, written, compressed[0])
     model.save_pretrained(tmp_path / "kept")
     del model
     gc.collect()
     assert not list((tmp_path / "scratch").glob("qmoe-*"))
     assert qm.load(tmp_path / "kept").config.quantization_config.quant_method == "qmoe"
+
+
+@pytest.mark.slow
+def test_with_out_they_stay_and_causal_models_come_in_any_dtype(causal, compressed_causal, text_file, tmp_path):
+    dense, out = causal("mixtral"), tmp_path / "out"
+    settings = qm.QMoEConfig(dataset=str(text_file), out=out, grid=qm.MinMaxTernary(torch.bfloat16), **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=settings)
+    check(AutoModelForCausalLM, model, out, compressed_causal("mixtral"))
+    settings = qm.QMoEConfig(dataset=str(text_file), out=tmp_path / "other", rate=2.0, **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=settings, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    qm.compress(dense, tmp_path / "direct", calibration=text_file, rate=2.0, **SMALL)
+    assert same_files(tmp_path / "other", tmp_path / "direct")
 
 
 @pytest.mark.parametrize(
