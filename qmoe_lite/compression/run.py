@@ -26,7 +26,6 @@ from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner, Caught
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import as_used, grid_and_rate
-from qmoe_lite.compression.documents import DEFAULT_TEXT
 from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, draw
@@ -36,7 +35,7 @@ from qmoe_lite.compression.notes import make_report, name_of_text
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
-from qmoe_lite.compression.run_samples import RunSamples
+from qmoe_lite.compression.run_samples import RunSamples, text_for
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.state import Unfinished, contents_of, fingerprint_of
 from qmoe_lite.compression.stored import know_layers_before, run_stored
@@ -198,10 +197,7 @@ def compress(
     options = options.resolved()
     target = Path(out)
     check_free(target)
-    if options.recipe == "nearest" and calibration is not None:
-        raise SettingError("recipe nearest needs no calibration text.")
-    if options.recipe != "nearest" and calibration is None:
-        calibration = DEFAULT_TEXT
+    calibration = text_for(options.recipe, calibration)
     if family not in (None, "auto"):
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     partial = target.with_name(f"{target.name}.partial")

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.compression.calibration import Samples, make_samples, read_tokens, window_length
-from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.documents import DEFAULT_TEXT, read_text
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
 from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.verdict import Verdict, judge
+from qmoe_lite.errors import SettingError
+
+
+def text_for(recipe: str, calibration: str | Path | None) -> str | Path | None:
+    """Return the text that a recipe takes: the one that was named, the package's own, or none for rounding."""
+    if recipe == "nearest" and calibration is not None:
+        raise SettingError("recipe nearest needs no calibration text.")
+    return calibration if recipe == "nearest" or calibration is not None else DEFAULT_TEXT
 
 
 @dataclass(frozen=True)
