@@ -221,7 +221,7 @@ def window_kernel(product: str) -> tuple[launch.Kernel, str]:
 @functools.lru_cache(maxsize=256)
 def compiled(kernel: launch.Kernel, signature: str, capability: tuple[int, int]) -> Compiled:
     """Compile and link one kernel, once in a process; needs no GPU."""
-    ptx = kernel.ptx(signature, capability)
+    ptx = kernel.ptx(signature)
     return Compiled(launch.entry_name(ptx), ptx, bytes(launch.link(ptx, capability).code))
 
 

@@ -130,7 +130,7 @@ def start_well(model: Any) -> None:
 
 
 def held_out_loss(model: torch.nn.Module, tokenizer: Any) -> float:
-    tokens = read_tokens(read_text(TEXT / "evaluation.txt"), tokenizer)
+    tokens = read_tokens(read_text(TEXT / "evaluation.txt"), tokenizer, seq2seq=True)
     samples = make_samples(tokens, tokenizer, seq2seq=True, count=160, sequence_length=SEQUENCE, seed=1)
     model.eval()
     with torch.no_grad():
@@ -229,9 +229,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("stages"), help="where each stage's model is kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    text = "".join(read_text(TEXT / "train.txt"))
+    text = (TEXT / "train.txt").read_text(encoding="utf-8")
     tokenizer = train_tokenizer(text)
-    tokens = read_tokens([text], tokenizer)
+    tokens = read_tokens([text], tokenizer, seq2seq=True)
     torch.manual_seed(SEED)
     model, log = new_model(), []
     for number, stage in enumerate(STAGES, 1):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qmoe_lite.bench._show.text import duration, megabytes, print_table, print_text
+from qmoe_lite.bench._show.text import duration, megabytes, print_rows, print_table, print_text
 from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     calibration: Annotated[
         str | None,
-        typer.Option(help="UTF-8 text, .jsonl with a text field, a directory of them, or a data set's name."),
+        typer.Option(
+            help="UTF-8 text, .jsonl with text or messages, a directory of them, or a data set: NAME[:CONFIG[:SPLIT]]. "
+            "[default: a small text in the package, of Python's documentation and sources]"
+        ),
     ] = None,
     recipe: Annotated[
         str,
@@ -42,7 +45,11 @@ def compress(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Calibration samples. [default: 80 x experts / experts per token]", min=1),
+        typer.Option(
+            help="Calibration samples. [default: 80 x experts / experts per token, so that an expert gets 80 samples' "
+            "tokens on average]",
+            min=1,
+        ),
     ] = None,
     sequence_length: SequenceLengthOption = 512,
     codeword_bits: Annotated[
@@ -164,6 +171,7 @@ def _print(report: Report, out: Path) -> None:
             "" if held_out is None else f"{held_out:.4f}",
         )
     print_table(table)
+    _print_tokens(report)
     sizes = report.sizes
     print_text(
         f"experts {megabytes(sizes['dense_expert_bytes'])} -> {megabytes(sizes['expert_bytes'])} MB "
@@ -172,6 +180,26 @@ def _print(report: Report, out: Path) -> None:
     )
     for line in report.degraded:
         print_text(f"note: {line}")
+
+
+def _print_tokens(report: Report) -> None:
+    """Print how the text fell on the experts: on all of them, and on the layer with the most that are starved."""
+    layers, together = report.tokens_of_layers, report.tokens_of_all
+    if together is None:
+        return
+    worst = max(layers, key=lambda name: (layers[name].starved, -layers[name].fewest))
+    shown = {f"all {together.experts} experts": together}
+    if len(layers) > 1:
+        shown[worst.removesuffix(".experts").removesuffix(".mlp")] = layers[worst]
+    print_rows(
+        "Tokens behind each expert's Hessian; starved: fewer than a matrix has columns",
+        ("", "fewest", "median", "most", "starved", "with twice the text"),
+        [
+            [name, f"{t.fewest:,}", f"{t.median:,.0f}", f"{t.most:,}", f"{t.starved:,}", f"{t.starved_at_twice:,.1f}"]
+            for name, t in shown.items()
+        ],
+        text=1,
+    )
 
 
 def sum_of(sizes: dict[str, int], prefix: str) -> int:

@@ -117,7 +117,7 @@ def fill(model: Any, tokenizer: Any, text: Path) -> tuple[str, str, str]:
     from qmoe_lite.compression.documents import read_text
     from qmoe_lite.models.skeletons import capacity_lifted
 
-    tokens = read_tokens(read_text(text), tokenizer)
+    tokens = read_tokens(read_text(text), tokenizer, seq2seq=True)
     samples = make_samples(tokens, tokenizer, seq2seq=True, count=None, sequence_length=SEQUENCE, seed=1)
     window, gap = SHOWN[0] % len(samples), SHOWN[1]
     with torch.inference_mode(), capacity_lifted(model):

@@ -174,14 +174,14 @@ class Kernel:
             assert all(kind.endswith("*") for kind in signature.split(", ")[: self._arrays]), "arrays come first"
         self._ready: dict[tuple[Any, ...], _Ready] = {}  # by the tensors' dtypes, and their device
 
-    def ptx(self, signature: str, capability: tuple[int, int]) -> str:
-        """Compile for a compute capability; needs no GPU."""
+    def ptx(self, signature: str) -> str:
+        """Compile for all GPUs from the oldest on, whose machine code `link` makes of it; needs no GPU."""
         types: Any = importlib.import_module("numba.core.types")
         kinds = [getattr(types, kind.rstrip("*")) for kind in signature.split(", ")]
         pointers = [kind.endswith("*") for kind in signature.split(", ")]
         arguments = tuple(types.CPointer(kind) if p else kind for kind, p in zip(kinds, pointers, strict=True))
-        with _compiling_for(capability):
-            return str(cuda.compile_ptx(self.py_func, arguments, cc=capability, launch_bounds=self.bounds)[0])
+        with _compiling_for(_OLDEST):
+            return str(cuda.compile_ptx(self.py_func, arguments, cc=_OLDEST, launch_bounds=self.bounds)[0])
 
     def launch(self, blocks: int | tuple[int, int], threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
         """Run on torch's current stream of the arrays' GPU, without waiting.
@@ -274,7 +274,7 @@ class Kernel:
         name = cubin_key(self.py_func, signature, capability, self.bounds)
         kept = None if name is None else load_cubin(name)
         if kept is None:
-            ptx = self.ptx(signature, capability)
+            ptx = self.ptx(signature)
             kept = entry_name(ptx), bytes(link(ptx, capability).code)
             if name is not None:
                 store_cubin(name, *kept)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qmoe_lite.inspection.estimation import estimate as estimate
     from qmoe_lite.inspection.verification import verify as verify
     from qmoe_lite.models.experts import PackedExperts as PackedExperts
+    from qmoe_lite.models.hf import QMoEConfig as QMoEConfig
     from qmoe_lite.offload.loading import load as load
     from qmoe_lite.quantization.grid import MinMaxTernary as MinMaxTernary
     from qmoe_lite.quantization.grid import MinMaxTwoBit as MinMaxTwoBit
@@ -45,6 +46,7 @@ _HOMES = {
     "MinMaxTwoBit": "quantization.grid",
     "PackedExperts": "models.experts",
     "PackedMatrix": "coding.packed",
+    "QMoEConfig": "models.hf",
     "QMoEError": "errors",
     "Quantized": "quantization.grid",
     "Report": "checkpoint.report",
@@ -72,6 +74,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "MinMaxTwoBit",
     "PackedExperts",
     "PackedMatrix",
+    "QMoEConfig",
     "QMoEError",
     "Quantized",
     "Report",

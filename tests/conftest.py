@@ -36,8 +36,8 @@ def _compiled_once() -> None:
     from numba.core.dispatcher import Dispatcher
 
     sharing.compile_once(Dispatcher)
-    if (kernels := sys.modules.get("qmoe_lite.bench.kernels")) is not None:  # whoever uses it has imported it by now
-        sharing.keep_machine_code(kernels)
+    if (launch := sys.modules.get("qmoe_lite.cuda.launch")) is not None:  # whoever compiles kernels has imported it
+        sharing.keep_ptx(launch.Kernel)
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from qmoe_lite.checkpoint.expert_tokens import ExpertTokens
 from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.checkpoint.reader import Checkpoint, of_experts
 from qmoe_lite.errors import FormatError, unreadable
 
 FILE_NAME = "qmoe_report.json"
+_MOST_COUNTED = 1 << 53  # tokens or columns; a float holds every number below it
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,27 @@ class Report:
     def zeros(self) -> float:
         return sum(p.zeros * p.weights for p in self.projections) / self.expert_weights
 
+    @property
+    def tokens_of_layers(self) -> dict[str, ExpertTokens]:
+        """How the calibration text fell on each layer's experts; empty where there was none."""
+        return {layer: ExpertTokens.of(experts) for layer, experts in self._experts().items()}
+
+    @property
+    def tokens_of_all(self) -> ExpertTokens | None:
+        """The same of all layers together."""
+        experts = [each for of_layer in self._experts().values() for each in of_layer]
+        return ExpertTokens.of(experts) if experts else None
+
+    def _experts(self) -> dict[str, list[tuple[int, int]]]:
+        """Return each expert's tokens and the columns of its widest matrix, by layer."""
+        if not any(any(row.tokens) for row in self.projections):
+            return {}
+        columns: dict[str, int] = {}
+        for row in self.projections:
+            columns[row.layer] = max(row.columns, columns.get(row.layer, 0))
+        rows = [row for row in self.projections if row.tokens]
+        return {row.layer: [(count, columns[row.layer]) for count in row.tokens] for row in rows}
+
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         totals = {
@@ -133,7 +156,8 @@ class Report:
             "expert_weights": self.expert_weights,
             "matrices": self.matrices,
         }
-        return {"totals": totals, **asdict(self)}
+        tokens = {layer: found.to_json() for layer, found in self.tokens_of_layers.items()}
+        return {"totals": totals, "tokens_per_expert": tokens, **asdict(self)}
 
 
 def read_report(directory: Path) -> Report | None:
@@ -182,6 +206,9 @@ def _check_types(report: Report) -> None:
         numbers += [report.verdict["standard_error"] or 0.0]
         texts += [report.verdict["word"], report.verdict["advice"]]
     if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
+        raise TypeError
+    counted = [count for row in report.projections for count in (row.columns, *row.tokens)]
+    if not all(isinstance(count, int) and 0 <= count < _MOST_COUNTED for count in counted):
         raise TypeError
     if not isinstance(report.settings, dict) or {"dense_expert_bytes", "dense_other_bytes"} - set(report.sizes):
         raise TypeError

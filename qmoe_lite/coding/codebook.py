@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from qmoe_lite.coding.alphabet import ALPHABETS, Alphabet
 from qmoe_lite.coding.automaton import Automaton, Steps, build_automaton, walk_steps
 from qmoe_lite.coding.gather import STEP_IN_BYTES
+from qmoe_lite.coding.guards import enter_kernels
 from qmoe_lite.coding.strings import (
     PAPER_BITS,
     PAPER_COUNTS,
@@ -318,6 +319,7 @@ class Codebook:
         int64 array, shape (R,)
         """
         digits_bytes = digit_bytes(digits)
+        enter_kernels()
         rows, columns = digits.shape
         counts = np.empty(rows, dtype=np.int64)
         _count_codewords_kernel(digits_bytes, columns, self.lowest_digit, self.digits, *self.steps, counts)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.decode_kernels import decode_rows
 from qmoe_lite.coding.dictionary import Dictionary, checked_digits
-from qmoe_lite.coding.guards import check_process
+from qmoe_lite.coding.guards import enter_kernels
 from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS
@@ -79,7 +79,7 @@ def encode(digits: Any, levels: Any, codebook: Code, column_scales: Any = None) 
     >>> decode(encode(digits, np.float32([[-0.5, 0.25]]), Codebook.fit([1, 8, 1])))[0].tolist()
     [[0, 0, 1, -1, 0]]
     """
-    check_process()
+    enter_kernels()
     if isinstance(codebook, Dictionary):
         return _encode_windows(digits, levels, codebook, column_scales)
     if column_scales is not None:

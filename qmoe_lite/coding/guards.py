@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+import numba
 import torch
 from torch.autograd import forward_ad
 
@@ -13,6 +14,7 @@ from qmoe_lite.errors import QMoEError, SettingError
 
 EXPORTED = "torch.export cannot hold the experts' kernels. Save the model, or use torch.compile."
 _forked = False  # from a process that has OpenMP's threads
+_started = False
 
 
 def _note_fork() -> None:
@@ -25,8 +27,23 @@ def _note_fork() -> None:
 os.register_at_fork(after_in_child=_note_fork)
 
 
-def check_process() -> None:
-    """Raise QMoEError in a process that was forked from one that ran kernels: OpenMP would end it."""
+def enter_kernels() -> None:
+    """Start Numba's threads before a process's first kernel, and leave torch its own number of them.
+
+    Starting them sets OpenMP's number of threads, which torch goes by from then on: its sums would come out otherwise
+    before a process's first kernel than after it.
+
+    Raises
+    ------
+    QMoEError
+        This process was forked from one that ran kernels: OpenMP would end it.
+    """
+    global _started
+    if not _started:
+        threads = torch.get_num_threads()
+        numba.get_num_threads()
+        torch.set_num_threads(threads)
+        _started = True
     if _forked:
         raise QMoEError(
             "this process was forked from one that had run kernels, which OpenMP forbids. Start processes by spawn: "

@@ -21,7 +21,7 @@ from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.decode_kernels import decode_rows, slot_values
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.gather import gather_kernel
-from qmoe_lite.coding.guards import check_process, check_recording
+from qmoe_lite.coding.guards import check_recording, enter_kernels
 from qmoe_lite.coding.jobs import expand_kernel
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import codebook_of
@@ -172,7 +172,7 @@ def grouped_matmul(
     -----
     Nothing else is checked. A group's result does not depend on the other groups.
     """
-    check_process()
+    enter_kernels()
     windows = [stack for stack in stacks if isinstance(stack, WindowStack)]
     if windows:
         return multiply_windows(windows, x, experts, bounds)

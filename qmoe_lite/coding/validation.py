@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.entry import entry_length
-from qmoe_lite.coding.guards import check_process
+from qmoe_lite.coding.guards import enter_kernels
 from qmoe_lite.coding.parts import LEVEL_DTYPES, MAX_COLUMNS, MatrixParts
 from qmoe_lite.coding.stream import PADDING_BYTES, load_word, row_starts, stream_bytes
 from qmoe_lite.coding.window_parts import check_windows
@@ -32,7 +32,7 @@ def prepare(packed: MatrixParts) -> None:
     QMoEError
         This process was forked from one that had run kernels.
     """
-    check_process()
+    enter_kernels()
     if not packed._validated:
         validate(packed)
     _check_device(packed)
@@ -55,7 +55,7 @@ def validate(packed: MatrixParts) -> None:
     one on a GPU a copy on the CPU is looked at.
     """
     _check_device(packed)
-    check_process()
+    enter_kernels()
     if packed.device.type != "cpu":
         validate(packed.to("cpu"))
         object.__setattr__(packed, "_validated", True)

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.exceptions import Exceptions, add_exceptions, block_rows, find_exceptions
+from qmoe_lite.coding.guards import enter_kernels
 from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.stream import PADDING_BYTES, load_word, row_starts
 from qmoe_lite.coding.vectors import address_of
@@ -60,6 +61,7 @@ def encode(
     -----
     O(R C), the same bytes for any thread count.
     """
+    enter_kernels()
     rows, columns = digits.shape
     counts = np.empty(rows, dtype=np.int64)
     codes = np.empty((-(-rows // _TASK), _TASK * columns), dtype=np.uint16)
@@ -76,6 +78,7 @@ def count_codewords(
     digits: NDArray[np.int16], clip: int, entries: NDArray[np.uint64], tails: NDArray[np.uint16]
 ) -> NDArray[np.int64]:
     """Return the codewords that `encode` would write for each row: int64, shape (R,)."""
+    enter_kernels()
     counts = np.empty(len(digits), dtype=np.int64)
     _encode_kernel(digits, clip, entries, tails, counts, np.empty((0, 0), dtype=np.uint16), False)
     return counts

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from qmoe_lite.compression.documents import Continued, Conversation
+from qmoe_lite.compression.marks import conversation_ids, marks_of, special_ids
 from qmoe_lite.errors import CheckpointError, SettingError, TextError, first_line, unreadable
 
 NOISE_DENSITY = 0.15  # T5: share of the tokens that are masked
@@ -79,17 +81,21 @@ def check_ids(samples: Samples, vocabulary: int) -> None:
         raise SettingError(text)
 
 
-def read_tokens(documents: Iterable[str], tokenizer: Any, wanted: int | None = None) -> np.ndarray:
-    """Tokenise documents, without special tokens, one after another.
+def read_tokens(
+    documents: Iterable[str | Conversation], tokenizer: Any, wanted: int | None = None, *, seq2seq: bool = False
+) -> np.ndarray:
+    """Tokenise documents, one after another.
 
     Parameters
     ----------
-    documents : iterable of str
+    documents : iterable of str and Conversation
         What `read_text` yields.
     tokenizer : transformers tokenizer
         The model's own.
     wanted : int, optional
         Stop reading when there are this many tokens; by default everything is read.
+    seq2seq : bool
+        Put no marks between documents, as T5 does not; else those that the tokenizer has (see `marks.Marks`).
 
     Returns
     -------
@@ -98,13 +104,20 @@ def read_tokens(documents: Iterable[str], tokenizer: Any, wanted: int | None = N
     Raises
     ------
     TextError
-        All that was read is white space.
+        All that was read is white space, or messages that the tokenizer's chat template does not take.
     """
+    begin, end = ([], []) if seq2seq else marks_of(tokenizer)
     pieces: list[np.ndarray] = []
     count, blank = 0, True
+    before: list[int] = []  # what ends the document that was read last
     for text in documents:
-        blank = blank and not text.strip()
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if isinstance(text, Conversation):
+            ids, before, blank = [*before, *conversation_ids(text, tokenizer)], [], False
+        else:
+            blank = blank and not text.strip()
+            ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if not isinstance(text, Continued):
+                ids, before = [*before, *begin, *ids], end
         pieces.append(np.asarray(ids, dtype=np.int64))
         count += len(ids)
         if wanted is not None and count >= wanted:
@@ -247,7 +260,8 @@ def make_samples(
     tokens : int64 array, shape (tokens,)
         What `read_tokens` gives.
     tokenizer : transformers tokenizer
-        For its sentinels and its </s>.
+        For its sentinels and its </s>; of a causal model for what begins a text, which takes the place of a window's
+        first tokens. None: nothing does.
     seq2seq : bool
         Span corruption (True) or plain causal windows (False).
     count : int or None
@@ -283,7 +297,11 @@ def make_samples(
         rounds = -(-count // len(windows)) if seq2seq else 1
         order = np.concatenate([rng.permutation(len(windows)) for _ in range(rounds)])[:count]
     if not seq2seq:
-        return Samples(windows[order], None, len(windows))
+        drawn = windows[order]
+        if tokenizer is not None:
+            begin = marks_of(tokenizer).begin
+            drawn[:, : len(begin)] = begin
+        return Samples(drawn, None, len(windows))
     if tokenizer.eos_token_id is None:
         raise SettingError("the tokenizer has no end-of-text token (</s>). Use this model's own tokenizer.")
     sentinels = sentinel_ids(tokenizer)
@@ -297,7 +315,7 @@ def hessian_masks(samples: Samples, tokenizer: Any) -> tuple[np.ndarray, np.ndar
     Returns
     -------
     encoder : bool array, shape (N, S)
-        False at sentinels.
+        False at sentinels; for a causal model at all special tokens, such as those that begin and end documents.
     decoder : bool array, shape (N, T), or None for a causal model
         False just before a sentinel, where the model predicts nothing but the sentinel.
 
@@ -306,6 +324,6 @@ def hessian_masks(samples: Samples, tokenizer: Any) -> tuple[np.ndarray, np.ndar
     QMoE, section 3.2 and table 2: without the mask the ternary base128 loses 2.16 instead of 1.99.
     """
     if samples.labels is None:
-        return np.ones(samples.input_ids.shape, dtype=bool), None
+        return ~np.isin(samples.input_ids, special_ids(tokenizer)), None
     sentinels = sentinel_ids(tokenizer)
     return ~np.isin(samples.input_ids, sentinels), ~np.isin(samples.labels, sentinels)

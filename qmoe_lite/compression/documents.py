@@ -14,6 +14,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,28 +42,58 @@ _REFUSED = {  # what a file begins with: what it is, what to do
 }
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _LONE = re.compile("[\ud800-\udfff]")  # halves of a pair: no character, and nothing that a tokenizer takes
+_HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]*))?(?::([\w.-]+))?")  # name, configuration, split
+_FIELDS = ("text", "messages", "conversations")  # of a record: the first that it has
+_HOLDING = 'with "text" or "messages"'
+_SHAREGPT = {"human": "user", "gpt": "assistant"}  # roles as "conversations" name them
+
+DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "text" / "default.jsonl.xz"
+DEFAULT_NAME = "the package's default text"  # what reports call it
 
 
-def read_text(source: str | Path) -> Iterator[str]:
-    """Yield the documents of a text source; a long one in pieces.
+class Continued(str):
+    """Text that goes on with the document of the piece before it; other text begins one."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that a model's chat template makes text of.
+
+    Attributes
+    ----------
+    messages : list of dict
+        As chat templates take them: "role", "content", and what else a record has.
+    place : str
+        Where they stand, in words.
+    """
+
+    messages: list[dict[str, Any]]
+    place: str
+
+
+def read_text(source: str | Path) -> Iterator[str | Conversation]:
+    """Yield the documents of a text source; a long one in pieces, all but the first of them `Continued`.
 
     Parameters
     ----------
     source : path or str
         A text file, UTF-8 or with a byte order mark that says otherwise; JSON with a "text" field in each line
-        (.jsonl, .ndjson) or in each object of a list (.json); any of these compressed by gzip, bzip2 or xz; a directory
-        of .txt, .md, .jsonl and .ndjson files, in which hidden ones are passed over; or the name of a data set on the
-        Hugging Face hub (needs the `datasets` package).
+        (.jsonl, .ndjson) or in each object of a list (.json), or with "messages", or "conversations" as ShareGPT has
+        them; any of these compressed by gzip, bzip2 or xz; a directory of .txt, .md, .jsonl and .ndjson files, in which
+        hidden ones are passed over; or the name of a data set on the Hugging Face hub, NAME[:CONFIGURATION[:SPLIT]]
+        with the same fields for columns (needs the `datasets` package).
 
     Yields
     ------
-    str
+    str or Conversation
         At most about a million characters. A line or record that is longer is cut before white space.
 
     Raises
     ------
     TextError
-        The source is missing, no text, damaged, or a JSON record has no "text".
+        The source is missing, no text, damaged, or a JSON record has neither "text" nor messages.
     """
     if not str(source).strip():
         raise TextError("the name of the text is empty. Give a UTF-8 .txt or .jsonl file, or a directory of them.")
@@ -72,8 +103,8 @@ def read_text(source: str | Path) -> Iterator[str]:
             yield from _read_file(file)
     elif path.exists():
         yield from _read_file(path)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and path.suffix.lower() not in _NOT_HUB:
-        yield from _read_hub(str(source))
+    elif (named := _HUB_NAME.fullmatch(str(source))) and path.suffix.lower() not in _NOT_HUB:
+        yield from _read_hub(*named.groups())
     else:
         raise TextError(f"text {path} does not exist. Give a UTF-8 .txt or .jsonl file, or a directory of them.")
 
@@ -98,7 +129,7 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in _PACKED else suffix
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path) -> Iterator[str | Conversation]:
     try:
         with path.open("rb") as raw:
             head = raw.peek(64)  # type: ignore[attr-defined]  # of a pipe too
@@ -116,7 +147,7 @@ def _read_file(path: Path) -> Iterator[str]:
         raise TextError(f"{path} cannot be read: {error.strerror or first_line(error)}.") from error
 
 
-def _read_stream(raw: IO[bytes], path: Path) -> Iterator[str]:
+def _read_stream(raw: IO[bytes], path: Path) -> Iterator[str | Conversation]:
     """Yield the texts of a file that is not compressed any more."""
     head = raw.peek(64)  # type: ignore[attr-defined]
     for start, (what, remedy) in _REFUSED.items():
@@ -135,15 +166,16 @@ def _read_stream(raw: IO[bytes], path: Path) -> Iterator[str]:
 
 
 def _plain(file: io.TextIOBase) -> Iterator[str]:
-    kept = ""
+    kept, begun = "", False
     while chunk := file.read(_CHUNK):
         rest = file.readline(_LINE)
         piece = kept + chunk + rest
         cut = len(piece) if len(rest) < _LINE or rest.endswith("\n") else _place_to_cut(piece)
         kept = piece[cut:]
-        yield piece[:cut]
+        yield Continued(piece[:cut]) if begun else piece[:cut]
+        begun = True
     if kept:
-        yield kept
+        yield Continued(kept)
 
 
 def _place_to_cut(text: str) -> int:
@@ -161,12 +193,13 @@ def _pieces(text: str) -> Iterator[str]:
     while len(text) - start > _CHUNK + _LINE:
         piece = text[start : start + _CHUNK]
         piece = piece[: _place_to_cut(piece)]
+        yield Continued(piece) if start else piece
         start += len(piece)
-        yield piece
-    yield text[start:] + "\n"
+    rest = text[start:] + "\n"
+    yield Continued(rest) if start else rest
 
 
-def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[str]:
+def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[str | Conversation]:
     number = 0
     while line := file.readline(_RECORD):
         number += 1
@@ -175,14 +208,13 @@ def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[str]:
         if not line.strip("\ufeff \t\r\n"):
             continue
         try:
-            text = _text_of(json.loads(line.lstrip("\ufeff")))  # files that were joined have marks inside
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            problem = f'{path} line {number} is no JSON object with a "text" field.'
-            raise TextError(f"{problem} Fix the line, or use a plain .txt file.") from error
-        yield from _pieces(text)
+            record = json.loads(line.lstrip("\ufeff"))  # files that were joined have marks inside
+        except (ValueError, RecursionError):
+            record = None
+        yield from _of_record(record, f"{path} line {number}", "Fix the line, or use a plain .txt file.")
 
 
-def _json_document(file: io.TextIOBase, path: Path) -> Iterator[str]:
+def _json_document(file: io.TextIOBase, path: Path) -> Iterator[str | Conversation]:
     """Yield the texts of an object, of a list of them, or of one in each line, which is called .json too."""
     content = file.read(_RECORD)
     if len(content) == _RECORD:
@@ -193,23 +225,40 @@ def _json_document(file: io.TextIOBase, path: Path) -> Iterator[str]:
         yield from _json_lines(io.StringIO(content), path)
         return
     for number, record in enumerate(found if isinstance(found, list) else [found], 1):
-        try:
-            text = _text_of(record)
-        except (KeyError, TypeError) as error:
-            problem = f'{path} record {number} is no JSON object with a "text" field.'
-            raise TextError(f"{problem} Fix it, or use a plain .txt file.") from error
-        yield from _pieces(text)
+        yield from _of_record(record, f"{path} record {number}", "Fix it, or use a plain .txt file.")
 
 
-def _text_of(record: Any) -> str:
-    """Return a record's text; raise KeyError or TypeError where it has none."""
-    text = record["text"]
-    if not isinstance(text, str):
+def _of_record(record: Any, place: str, remedy: str) -> Iterator[str | Conversation]:
+    """Yield a record's text in pieces, or its conversation; raise TextError where it has neither."""
+    try:
+        content = _content_of(record, place)
+    except (KeyError, TypeError) as error:
+        raise TextError(f"{place} is no JSON object {_HOLDING}. {remedy}") from error
+    yield from _pieces(content) if isinstance(content, str) else [content]
+
+
+def _content_of(record: Any, place: str) -> str | Conversation:
+    """Return a record's text or conversation; raise KeyError or TypeError where it has neither."""
+    if not isinstance(record, dict):
         raise TypeError
-    return text
+    field = next((name for name in _FIELDS if record.get(name) is not None), _FIELDS[0])
+    content = record[field]
+    if field == "text" and isinstance(content, str):
+        return content
+    if field == "text" or not isinstance(content, list) or not content:
+        raise TypeError
+    return Conversation([_message_of(each) for each in content], place)
 
 
-def _read_hub(name: str) -> Iterator[str]:
+def _message_of(record: Any) -> dict[str, Any]:
+    """Return a message as chat templates take it; raise KeyError or TypeError where it is none."""
+    if "role" not in record:
+        record = {"role": _SHAREGPT.get(record["from"], record["from"]), "content": record["value"]}
+    content = record.get("content")
+    return {**record, "content": _LONE.sub("\ufffd", content) if isinstance(content, str) else content}
+
+
+def _read_hub(name: str, configuration: str | None, split: str | None) -> Iterator[str | Conversation]:
     try:
         import datasets
     except ImportError as error:
@@ -217,11 +266,15 @@ def _read_hub(name: str) -> Iterator[str]:
             f"{name} is no file, and reading it from the Hugging Face hub needs the datasets package. "
             f"Check the path, or run: pip install 'qmoe-lite[calibration]'"
         ) from error
+    options = {"name": configuration} if configuration else {}
     try:
-        for row in datasets.load_dataset(name, split="train", streaming=True):
-            if "text" not in row:
-                raise TextError(f'data set {name} has no "text" column; it has: {", ".join(row)}. Export it to .jsonl.')
-            yield from _pieces(row["text"] or "")
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True, **options)
+        for number, row in enumerate(rows, 1):
+            if not set(_FIELDS).intersection(row):
+                columns = ", ".join(row)
+                raise TextError(f"data set {name} has no column {_HOLDING}; it has: {columns}. Export it to .jsonl.")
+            if any(row.get(field) for field in _FIELDS):  # a row without text says nothing
+                yield from _of_record(row, f"data set {name}, row {number}", "Export it to .jsonl, and fix it there.")
     except TextError:
         raise
     except Exception as error:  # datasets raises its own, requests' and the file system's exceptions

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport, Report, stored_bytes, versions
+from qmoe_lite.compression.documents import DEFAULT_NAME, DEFAULT_TEXT
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.state import Done
 from qmoe_lite.compression.verdict import Verdict
@@ -53,6 +54,11 @@ def make_report(
         Name of the calibration text.
     """
     notes = list(degraded)
+    if text == DEFAULT_NAME:
+        notes.append(
+            f"calibrated on {text}, Python's documentation and sources (PSF licence); --calibration with text of the "
+            "kind that the model is to read serves better"
+        )
     nearest = sum(p.hessian_classes.get("nearest", 0) for p in done.projections)
     if nearest and settings.recipe != "nearest":
         notes.append(f"{nearest} matrices had no usable Hessian and were rounded to nearest")
@@ -105,5 +111,9 @@ def ranges(numbers: list[int]) -> str:
 
 
 def name_of_text(calibration: str | Path | None) -> str | None:
-    """Return what a report calls a text: a file's own name, not where it lay, or a data set's."""
-    return None if calibration is None else Path(calibration).name if Path(calibration).exists() else str(calibration)
+    """Return what a report calls a text: a file's own name, not where it lay, or a data set's, or what it is."""
+    if calibration is None:
+        return None
+    if calibration == DEFAULT_TEXT:
+        return DEFAULT_NAME
+    return Path(calibration).name if Path(calibration).exists() else str(calibration)

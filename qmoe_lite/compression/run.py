@@ -35,7 +35,7 @@ from qmoe_lite.compression.notes import make_report, name_of_text
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
-from qmoe_lite.compression.run_samples import RunSamples
+from qmoe_lite.compression.run_samples import RunSamples, text_for
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.spill import check_folder
 from qmoe_lite.compression.state import Unfinished
@@ -93,7 +93,8 @@ def compress(
     out : path or str
         Directory to make; it appears when everything is done. Until then the work is in `OUT.partial`.
     calibration : path or str, optional
-        Text file, .jsonl file, directory of them, or data set name; needed unless `recipe="nearest"`.
+        Text file, .jsonl file of texts or messages, directory of them, or data set name; by default a small text in
+        the package, of Python's documentation and sources. None for `recipe="nearest"`.
     grid : grid, optional
         Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)` for a Switch Transformer and
         the recipes "paper" and "nearest", and for other families a `UniformGrid` at a rate of 2.
@@ -200,9 +201,7 @@ def compress(
     options = options.resolved()
     target = Path(out)
     check_free(target)
-    if (options.recipe == "nearest") != (calibration is None):
-        text = "needs no calibration text" if calibration is not None else "needs calibration text: name a file of it"
-        raise SettingError(f"recipe {options.recipe} {text}.")
+    calibration = text_for(options.recipe, calibration)
     if family not in (None, "auto"):
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     check_folder(spill)

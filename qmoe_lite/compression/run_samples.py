@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.compression.calibration import Samples, make_samples, read_tokens, window_length
-from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.documents import DEFAULT_TEXT, read_text
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
 from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.verdict import Verdict, judge
+from qmoe_lite.errors import SettingError
+
+
+def text_for(recipe: str, calibration: str | Path | None) -> str | Path | None:
+    """Return the text that a recipe takes: the one that was named, the package's own, or none for rounding."""
+    if recipe == "nearest" and calibration is not None:
+        raise SettingError("recipe nearest needs no calibration text.")
+    return calibration if recipe == "nearest" or calibration is not None else DEFAULT_TEXT
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,9 @@ class RunSamples:
     ) -> tuple[RunSamples, list[str]]:
         """Draw the samples from a text; return them, and what is less than was asked for, in words."""
         window = window_length(settings.sequence_length) if seq2seq else settings.sequence_length
-        tokens = read_tokens(read_text(text), tokenizer, (wanted + settings.validation_samples) * window)
+        tokens = read_tokens(
+            read_text(text), tokenizer, (wanted + settings.validation_samples) * window, seq2seq=seq2seq
+        )
         # validation text is the end of the text, at most an eighth of it, so that no Hessian sees a word of it
         kept = min(settings.validation_samples, len(tokens) // window // 8)
         cut = len(tokens) - kept * window
@@ -88,7 +98,9 @@ class RunSamples:
         """
         found = mask.copy(), np.zeros_like(mask), np.zeros_like(mask)
         found[0][self.calibration :] = False
-        found[1][self.calibration : self.reference] = True
+        rides = slice(self.calibration, self.reference)
+        # what experts make of a causal model's BOS is larger by orders and would decide every comparison alone
+        found[1][rides] = mask[rides] if self.all.labels is None else True
         found[2][self.reference :] = True
         return tuple(torch.from_numpy(flag.reshape(-1)) for flag in found)
 

@@ -5,6 +5,9 @@ experts module is replaced by a `PackedExperts` with empty buffers, and from_pre
 files. transformers fills what a checkpoint lacks with random numbers and only warns, so names and shapes are compared
 first; checksums when a tensor is first used (see `dense_checks`).
 
+A dense model is compressed first. transformers calls its hooks under a default device and dtype of its own, with parts
+of torch and of itself replaced; `update_weight_conversions` comes when all that is undone and no weight is read yet.
+
 Imported by transformers' own import (see `_hook`), so numba and the kernels wait until a compressed model is loaded.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -34,7 +38,22 @@ AUTO_QUANTIZER_MAPPING.pop("qmoe", None)
 
 @register_quantization_config("qmoe")
 class QMoEConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compressed model's config.json: every entry is an attribute."""
+    """How a model is compressed, or to be compressed: every entry is an attribute.
+
+    Of a compressed model it is the `quantization_config` of config.json. Given to from_pretrained with a dense model,
+    it has that one compressed first, as GPTQConfig does: what `qmoe_lite.compress` writes is then loaded.
+
+    Parameters
+    ----------
+    dataset : path, str or list of str
+        Calibration text: what `qmoe_lite.compress` takes as `calibration`, or the texts themselves. By default the
+        package's own.
+    out : path, optional
+        Directory for the compressed model, which stays; an interrupted run resumes there. By default a temporary one,
+        which goes with the model: save_pretrained keeps it.
+    rate, samples, sequence_length, ..
+        All else that `qmoe_lite.compress` takes by name.
+    """
 
     def __init__(self, **settings: Any) -> None:
         self.quant_method = "qmoe"  # type: ignore[assignment]
@@ -45,7 +64,8 @@ class QMoEConfig(QuantizationConfigMixin):
 class QMoEQuantizer(HfQuantizer):
     """Puts PackedExperts into a model that from_pretrained loads."""
 
-    requires_calibration = True  # a dense model cannot be compressed by from_pretrained
+    pre_quantized: bool
+    quantization_config: QMoEConfig
     variant: str | None = None  # of the weight files, as from_pretrained was told
     _placed_by: str | None = None  # a device_map that lets transformers choose devices
 
@@ -72,6 +92,34 @@ class QMoEQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
+        if self.pre_quantized:
+            self._replace_experts(model, checkpoint_files)
+        else:
+            self._dense_files = checkpoint_files
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Compress a dense model, once nothing of torch is replaced; the result's files are loaded in place of its own.
+
+        The list of files is the one that from_pretrained goes on to read.
+        """
+        if not self.pre_quantized:
+            from qmoe_lite.models.compressing import compress_for
+            from qmoe_lite.models.skeletons import open_checkpoint
+
+            files = self._dense_files
+            del self._dense_files
+            settings = {name: value for name, value in vars(self.quantization_config).items() if name != "quant_method"}
+            _, checkpoint = open_checkpoint(compress_for(model, Path(files[0]), settings))
+            files[:] = [str(checkpoint.directory / name) for name in checkpoint.files]
+            self.quantization_config = QMoEConfig(**checkpoint.config["quantization_config"])
+            self.pre_quantized = True
+            with torch.device("meta"):
+                self._replace_experts(model, files)
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def _replace_experts(self, model: Any, checkpoint_files: list[str]) -> None:
         from qmoe_lite.checkpoint.finding import variant_of
         from qmoe_lite.models.building import read_config
         from qmoe_lite.models.experts import empty_experts
@@ -79,8 +127,6 @@ class QMoEQuantizer(HfQuantizer):
         from qmoe_lite.models.skeletons import check_dense, open_checkpoint
         from qmoe_lite.models.within import Within
 
-        if not checkpoint_files:
-            raise CheckpointError("a compressed model is loaded from its directory, not from a state_dict.")
         first = Path(checkpoint_files[0])
         self.variant = variant_of(first.name)
         family, checkpoint = open_checkpoint(first.parent, variant=self.variant)

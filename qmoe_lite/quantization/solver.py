@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qmoe_lite.coding.guards import enter_kernels
 from qmoe_lite.errors import ShapeError
 from qmoe_lite.quantization.arguments import Array, check_hessian, check_settings, check_weight
 from qmoe_lite.quantization.columns import block_kernel, lost_kernel, uniform_kernel
@@ -188,6 +189,7 @@ def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor,
         from qmoe_lite.cuda import solver as twin
 
         return twin.solve_block(block, factor, table)
+    enter_kernels()
     errors = torch.empty(block.mT.shape, dtype=torch.float32).copy_(block.mT)
     digits = torch.empty(errors.shape, dtype=table.digit_dtype)
     lower = factor.cpu().mT.contiguous().numpy()

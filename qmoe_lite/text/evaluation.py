@@ -193,10 +193,11 @@ def compare(
 def _draw(
     model: Any, tokenizer: Any, text: str | Path, samples: int | None, sequence_length: int, passes: int, seed: int
 ) -> Samples:
+    seq2seq = bool(model.config.is_encoder_decoder)
     drawn = make_samples(
-        read_tokens(read_text(text), tokenizer),
+        read_tokens(read_text(text), tokenizer, seq2seq=seq2seq),
         tokenizer,
-        seq2seq=bool(model.config.is_encoder_decoder),
+        seq2seq=seq2seq,
         count=samples,
         sequence_length=sequence_length,
         seed=seed,

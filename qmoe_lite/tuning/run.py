@@ -21,7 +21,7 @@ from qmoe_lite.checkpoint.rewrite import rewrite
 from qmoe_lite.compression.calibration import Samples, check_ids, make_samples, open_tokenizer, read_tokens
 from qmoe_lite.compression.documents import read_text
 from qmoe_lite.compression.lock import check_free, locked
-from qmoe_lite.compression.losses import IGNORED, Gap, paired_gap, slices, summed_loss
+from qmoe_lite.compression.losses import Gap, paired_gap
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Progress
@@ -29,9 +29,8 @@ from qmoe_lite.compression.verdict import judge
 from qmoe_lite.errors import CheckpointError, OutputError, SettingError
 from qmoe_lite.models.building import read_config
 from qmoe_lite.models.dense import load_dense
-from qmoe_lite.models.skeletons import capacity_lifted, open_checkpoint
+from qmoe_lite.models.skeletons import open_checkpoint
 from qmoe_lite.offload.loading import load
-from qmoe_lite.text.evaluation import states_of
 from qmoe_lite.tuning.train import Step, Tuner, run_dense
 
 VALIDATION = 8  # samples from the text's end that nothing is trained on
@@ -167,23 +166,21 @@ def tune(
         )
         del model
         tuner = Tuner(load(source, dtype=torch.float32))
-        before, loss_before = tuner.measure(kept, wanted), sum(_losses(tuner, kept))
+        before = tuner.measure(kept, wanted)
         tuner.train(drawn, states, epochs=epochs, batch=batch_size, rate=learning_rate, seed=seed, progress=show)
         after = tuner.measure(kept, wanted)
-        if not after < before:
+        if not after.divergence < before.divergence:
             raise OutputError(
-                f"training won nothing ({before:.4f} to {after:.4f} nats from the dense model on validation samples): "
-                f"{target} was not written. Use more samples, or a lower learning rate."
+                f"training won nothing ({before.divergence:.4f} to {after.divergence:.4f} nats from the dense model on "
+                f"validation samples): {target} was not written. Use more samples, or a lower learning rate."
             )
-        labels = _labels(kept)
-        tokens = [int((each != IGNORED).sum()) for each in labels]
-        dense_losses = [_loss(tuner, *each) for each in zip(wanted, labels, strict=True)]
-        gap = paired_gap(_losses(tuner, kept), dense_losses, tokens)
-        dense_loss = sum(dense_losses) / sum(tokens)
+        tokens = sum(after.tokens)
+        gap = paired_gap(after.losses, after.dense_losses, after.tokens)
+        dense_loss = sum(after.dense_losses) / tokens
         report = TuneReport(
-            before=before,
-            after=after,
-            loss_before=loss_before / sum(tokens),
+            before=before.divergence,
+            after=after.divergence,
+            loss_before=sum(before.losses) / tokens,
             loss=dense_loss + gap.nats,
             dense_loss=dense_loss,
             gap=gap.nats,
@@ -196,7 +193,7 @@ def tune(
             learning_rate=learning_rate,
             seconds=time.perf_counter() - begun,
         )
-        _write(checkpoint, partial, target, tuner.stored(), report, gap, sum(tokens))
+        _write(checkpoint, partial, target, tuner.stored(), report, gap, tokens)
     return report
 
 
@@ -222,7 +219,7 @@ def _draw(
     """Return samples to train on, and those of the text's end, at most an eighth of it, to validate with."""
     config, tokenizer = read_config(str(reference)), open_tokenizer(reference)
     check_window(config, sequence_length)
-    tokens = read_tokens(read_text(calibration), tokenizer)
+    tokens = read_tokens(read_text(calibration), tokenizer, seq2seq=bool(config.is_encoder_decoder))
     split = len(tokens) - min(len(tokens) // 8, VALIDATION * sequence_length)
     parts = []
     for some, count in ((tokens[:split], samples), (tokens[split:], VALIDATION)):
@@ -237,26 +234,6 @@ def _draw(
         check_ids(made, config.get_text_config().vocab_size)
         parts.append(made)
     return parts[0], parts[1]
-
-
-def _labels(drawn: Samples) -> list[Tensor]:
-    return list(torch.from_numpy(drawn.input_ids[:, 1:] if drawn.labels is None else drawn.labels))
-
-
-@torch.no_grad()
-def _losses(tuner: Tuner, drawn: Samples) -> list[float]:
-    """Return the summed cross-entropy of each sample."""
-    with capacity_lifted(tuner.model):
-        return [
-            _loss(tuner, states[0], labels[0])
-            for labels, states in (states_of(tuner.model, tuner.head, drawn, [row]) for row in range(len(drawn)))
-        ]
-
-
-@torch.no_grad()
-def _loss(tuner: Tuner, states: Tensor, labels: Tensor) -> float:
-    parts = slices(len(labels), tuner.head.vocabulary)
-    return sum(summed_loss(tuner.head.logits(states[part]), labels[part]) for part in parts)
 
 
 def _write(

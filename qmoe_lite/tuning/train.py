@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from qmoe_lite.compression.calibration import Samples
-from qmoe_lite.compression.losses import IGNORED, slices
+from qmoe_lite.compression.losses import IGNORED, slices, summed_divergence, summed_loss
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.heads import Head
@@ -36,6 +36,26 @@ class Step:
     number: int
     steps: int
     divergence: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's predictions of some samples.
+
+    Attributes
+    ----------
+    divergence : float
+        Mean KL(dense || model), in nats.
+    losses, dense_losses : list of float
+        Summed cross-entropy of each sample: the model's, and the dense one's.
+    tokens : list of int
+        Predicted tokens of each sample.
+    """
+
+    divergence: float
+    losses: list[float]
+    dense_losses: list[float]
+    tokens: list[int]
 
 
 @torch.no_grad()
@@ -78,32 +98,33 @@ class Tuner:
             groups.append({"params": [norm], "lr": rate * max(float(norm.detach().abs().mean()), 1e-3)})
         return groups
 
-    def divergence(self, drawn: Samples, dense: list[Tensor], rows: list[int], learn: bool) -> tuple[float, int]:
-        """Return the summed KL(dense || model) of some samples' predictions, in nats, and how many there are.
+    def learn(self, drawn: Samples, dense: list[Tensor], rows: list[int]) -> tuple[float, int]:
+        """Add the gradients of the summed KL(dense || model) of some samples' predictions to what is trained.
 
-        With `learn` its gradients are added to what is trained, a slice of tokens' logits at a time.
+        Returns
+        -------
+        divergence : float
+            That sum, in nats.
+        predictions : int
+            How many they are. A slice of tokens' logits is in memory at a time.
         """
         total, count = 0.0, 0
         outputs, gradients = [], []
-        with torch.set_grad_enabled(learn):
-            for row, (labels, states) in zip(
-                rows, zip(*states_of(self.model, self.head, drawn, rows), strict=True), strict=True
-            ):
-                inner = states.detach().requires_grad_(learn)
-                predicted = labels != IGNORED
-                for part in slices(len(labels), self.head.vocabulary):
-                    with torch.no_grad():
-                        expected = self.head.logits(dense[row][part].float()).log_softmax(-1)[predicted[part]]
-                    found = self.head.logits(inner[part]).log_softmax(-1)[predicted[part]]
-                    loss = kl_div(found, expected, reduction="sum", log_target=True)
-                    total += float(loss.detach())
-                    if learn:
-                        loss.backward()  # type: ignore[no-untyped-call]
-                count += int(predicted.sum())
-                outputs.append(states)
-                gradients.append(inner.grad)
-            if learn:
-                torch.autograd.backward(outputs, gradients)
+        of_rows = zip(*states_of(self.model, self.head, drawn, rows), strict=True)
+        for row, (labels, states) in zip(rows, of_rows, strict=True):
+            inner = states.detach().requires_grad_()
+            predicted = labels != IGNORED
+            for part in slices(len(labels), self.head.vocabulary):
+                with torch.no_grad():
+                    expected = self.head.logits(dense[row][part].float()).log_softmax(-1)[predicted[part]]
+                found = self.head.logits(inner[part]).log_softmax(-1)[predicted[part]]
+                loss = kl_div(found, expected, reduction="sum", log_target=True)
+                total += float(loss.detach())
+                loss.backward()  # type: ignore[no-untyped-call]
+            count += int(predicted.sum())
+            outputs.append(states)
+            gradients.append(inner.grad)
+        torch.autograd.backward(outputs, gradients)
         return total, count
 
     def train(
@@ -146,7 +167,7 @@ class Tuner:
         with capacity_lifted(self.model):
             for number, part in enumerate(order, 1):
                 optimizer.zero_grad()
-                total, count = self.divergence(drawn, dense, part, learn=True)
+                total, count = self.learn(drawn, dense, part)
                 if not math.isfinite(total):
                     raise NotFiniteError("the models' predictions are NaN or infinite. Compress at a higher rate.")
                 for group in optimizer.param_groups:
@@ -158,11 +179,24 @@ class Tuner:
                 if progress is not None:
                     progress(Step(number, len(order), total / count))
 
-    def measure(self, drawn: Samples, dense: list[Tensor]) -> float:
-        """Return the mean divergence of some samples' predictions, in nats."""
+    @torch.no_grad()
+    def measure(self, drawn: Samples, dense: list[Tensor]) -> Measured:
+        """Compare some samples' predictions with the dense model's, and with the text; `dense` as for `train`."""
+        divergences, losses, dense_losses, tokens = [], [], [], []
         with capacity_lifted(self.model):
-            found = [self.divergence(drawn, dense, [row], learn=False) for row in range(len(drawn))]
-        return math.fsum(total for total, _ in found) / sum(count for _, count in found)
+            for row, expected in enumerate(dense):
+                labels, states = (each[0] for each in states_of(self.model, self.head, drawn, [row]))
+                predicted, own, wanted = labels != IGNORED, 0.0, 0.0
+                for part in slices(len(labels), self.head.vocabulary):
+                    logits = self.head.logits(states[part])
+                    reference = self.head.logits(expected[part].float())
+                    divergences.append(summed_divergence(logits[predicted[part]], reference[predicted[part]])[0])
+                    own += summed_loss(logits, labels[part])
+                    wanted += summed_loss(reference, labels[part])
+                losses.append(own)
+                dense_losses.append(wanted)
+                tokens.append(int(predicted.sum()))
+        return Measured(math.fsum(divergences) / sum(tokens), losses, dense_losses, tokens)
 
     def stored(self) -> dict[str, Tensor]:
         """Return all tensors that training changed, as they are stored, by the model's names."""

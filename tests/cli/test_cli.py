@@ -24,6 +24,9 @@ def test_compress_then_eval(run, tmp_path, switch, text_file):
     assert code == 0, noted
     assert "bits a weight" in printed
     assert "encoder.block.1" in printed
+    assert "Tokens behind each expert's Hessian" in printed
+    assert "all 8 experts" in printed
+    assert len(json.loads((out / "qmoe_report.json").read_text())["tokens_per_expert"]) == 2
     assert max(map(len, printed.splitlines()[:-1])) <= 80
     assert "compressing: 2 of 2 groups" in noted
     code, printed, _ = run("eval", out, "--text", text_file, "--sequence-length", 32, "--samples", 8, "--json")
@@ -40,6 +43,14 @@ def test_compress_then_eval(run, tmp_path, switch, text_file):
     assert code == 0
     assert json.loads(printed) == packed
     assert "misses" in noted
+
+
+def test_without_text_the_package_s_own_is_taken_and_named(run, tmp_path, switch):
+    code, printed, noted = run("compress", switch, tmp_path / "out", *SMALL)
+    assert code == 0, noted
+    assert "note: calibrated on the package's default text, Python's documentation and sources (PSF" in printed
+    report = json.loads((tmp_path / "out" / "qmoe_report.json").read_text())
+    assert report["settings"]["calibration"] == "the package's default text"
 
 
 @pytest.mark.slow
@@ -81,7 +92,6 @@ def test_compress_prints_one_json_document(run, tmp_path, switch):
         (["compress", "{tmp}/missing", "{tmp}/out", "--recipe", "nearest"], "is no model directory"),
         (["verify", "./missing"], "/missing is no model directory: there is no such directory"),
         (["compress", "{tmp}", "{tmp}/out", "--recipe", "nearest"], "it has no config.json"),
-        (["compress", "{switch}", "{tmp}/out"], "needs calibration text"),
         (["compress", "{switch}", "{tmp}", "--recipe", "nearest"], "exists already"),
         (["compress", "{switch}", "{tmp}/out", "--calibration", "{tmp}/none.txt"], "none.txt does not exist"),
         (["compress", "{switch}", "{tmp}/out", "--calibration", "{tmp}/empty.txt"], "empty or too short"),

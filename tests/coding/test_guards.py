@@ -82,3 +82,28 @@ print(os.waitpid(child, 0)[1], qm.decode_matmul(packed, x)[0])
     assert last == "0 16.0", done.stderr
     assert len(lines) == 4
     assert all("forked" in line and "spawn" in line for line in lines)
+
+
+FIRST_KERNELS = {
+    "the solver": "qm.gptq(np.ones((2, 8), dtype=np.float32), np.eye(8, dtype=np.float32), qm.UniformGrid(1.0))",
+    "a codebook": "qm.Codebook.fit([1, 4, 1]).rate(np.ones((2, 8), dtype=np.int8))",
+    "a dictionary": "qm.Dictionary.fit([9, 3, 1], bits=9).rate(np.ones((2, 8), dtype=np.int16))",
+    "encoding": "qm.encode(np.ones((2, 8), dtype=np.int8), np.float32([[-1, 1]] * 2), qm.Codebook.fit([1, 4, 1]))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", FIRST_KERNELS.values(), ids=FIRST_KERNELS)
+def test_a_process_s_first_kernel_leaves_torch_its_threads(forks, call):
+    """Numba's OpenMP would set them to its own number: torch's sums would come out otherwise from then on."""
+    code = f"""
+import os
+os.environ["NUMBA_NUM_THREADS"] = "2"
+import numpy as np, torch
+torch.set_num_threads(1)
+import qmoe_lite as qm
+{call}
+import numba
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    assert forks.run(code).stdout.split() == ["1", "2"]

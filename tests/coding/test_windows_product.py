@@ -16,14 +16,21 @@ from qmoe_lite.errors import NotFiniteError
 PADDING_BYTES = 8
 
 
-def draw_tables(seed, bits=10, longest=8, clip=5):
-    """Any string of 1 to `longest` digits for each window: what the kernels need of a dictionary."""
+def read_only(array):
+    array.flags.writeable = False  # as a dictionary's: another type to numba, and another variant of each kernel
+    return array
+
+
+def draw_tables(seed, bits=10, longest=8, clip=5, held=32):
+    """Any string of 1 to `longest` digits for each window, zeros behind `held`: what kernels need of a dictionary."""
     rng = np.random.default_rng(seed)
     width = next(width for width in (8, 16, 32) if longest <= width)
     lengths = rng.integers(1, longest + 1, 4 << bits).astype(np.uint8)
     digits = rng.integers(-clip, clip + 1, (4 << bits, width)).astype(np.int8)
-    digits[np.arange(width) >= lengths[:, None]] = 0
-    return SimpleNamespace(bits=bits, digits_table=digits, heads_table=digits, lengths=lengths)
+    digits[np.arange(width) >= np.minimum(lengths, held)[:, None]] = 0
+    heads = digits if held >= width else np.ascontiguousarray(digits[:, : max(8, held)])
+    digits, heads, lengths = map(read_only, (digits, heads, lengths))
+    return SimpleNamespace(bits=bits, digits_table=digits, heads_table=heads, lengths=lengths)
 
 
 def draw_codewords(rng, tables, rows, columns):
@@ -146,9 +153,8 @@ def test_product_equals_the_dense_one(tables, columns, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_few_tokens_skip_the_zeros_behind_heads(tokens):
-    tables = draw_tables(4, longest=16, clip=2)
-    tables.digits_table[:, 8:] = 0
-    tables.heads_table = np.ascontiguousarray(tables.digits_table[:, :8])
+    tables = draw_tables(4, longest=16, clip=2, held=8)
+    assert tables.heads_table.shape[1] < tables.digits_table.shape[1]
     stack, weights = draw_stack(tables, 1, 13, 1000)
     x = draw_x(tokens, 1000)
     assert_close(multiply_windows([stack], x, [0], [0, tokens])[0], weights[0], x)
@@ -181,9 +187,7 @@ def test_other_widths_of_codewords(bits, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_rows_of_zeros(tokens):
-    tables = draw_tables(3)
-    tables.digits_table[:] = 0
-    stack, _ = draw_stack(tables, 1, 9, 300, exceptions=0)
+    stack, _ = draw_stack(draw_tables(3, held=0), 1, 9, 300, exceptions=0)
     assert not multiply_windows([stack], draw_x(tokens, 300), [0], [0, tokens])[0].any()
 
 

@@ -147,4 +147,4 @@ def test_reading_stops_when_there_are_enough_tokens(tokenizer):
         while True:
             yield "expert router token " * 10
 
-    assert len(cal.read_tokens(endless(), tokenizer, wanted=100)) == 120
+    assert len(cal.read_tokens(endless(), tokenizer, wanted=100, seq2seq=True)) == 120

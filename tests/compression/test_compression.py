@@ -329,8 +329,6 @@ def test_outputs_that_exist_and_impossible_options_are_refused(tmp_path, switch,
     (tmp_path / "there").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         qm.compress(switch, tmp_path / "there", recipe="nearest")
-    with pytest.raises(SettingError, match="needs calibration text"):
-        qm.compress(switch, tmp_path / "out")
     with pytest.raises(SettingError, match="needs no calibration text"):
         qm.compress(switch, tmp_path / "out", recipe="nearest", calibration=text_file)
     with pytest.raises(SettingError, match="codeword_bits is 7"):

@@ -15,7 +15,7 @@ import tiny
 
 from qmoe_lite.compression import documents
 from qmoe_lite.compression.calibration import read_tokens
-from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.documents import DEFAULT_TEXT, Conversation, read_text
 from qmoe_lite.errors import TextError
 
 gzipped = functools.partial(gzip.compress, mtime=0)  # the same bytes in every worker
@@ -75,6 +75,57 @@ def test_hub_data_sets_are_streamed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert list(read_text("allenai/c4")) == ["one\n", "two\n"]
     assert calls == [("allenai/c4", {"split": "train", "streaming": True})]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Give a function: rows -> each data set has these."""
+    fake = types.ModuleType("datasets")
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+
+    def hold(*rows):
+        fake.load_dataset = lambda *_, **__: iter(rows)
+
+    return hold
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("a/b:en", {"name": "en", "split": "train"}),
+        ("a/b:en:validation", {"name": "en", "split": "validation"}),
+        ("b::train_sft", {"split": "train_sft"}),
+    ],
+)
+def test_a_name_may_say_which_configuration_and_split(hub, source, options):
+    calls = []
+    sys.modules["datasets"].load_dataset = lambda path, **options: calls.append((path, options)) or [{"text": "a"}]
+    assert list(read_text(source)) == ["a\n"]
+    assert calls == [(source.split(":")[0], {**options, "streaming": True})]
+
+
+def test_rows_of_a_data_set_may_hold_messages_or_nothing(hub):
+    said = [{"role": "user", "content": "expert"}]
+    hub({"text": None, "messages": said}, {"text": "", "messages": None}, {"text": "row", "messages": None})
+    assert list(read_text("some/chat")) == [Conversation(said, "data set some/chat, row 1"), "row\n"]
+
+
+def test_a_data_set_without_text_is_refused(hub):
+    hub({"content": "a", "id": 1})
+    with pytest.raises(TextError, match='data set a/b has no column with "text" or "messages"; it has: content, id'):
+        list(read_text("a/b"))
+    hub({"text": "a"}, {"text": ["a"]})
+    with pytest.raises(TextError, match="data set a/b, row 2 is no JSON object"):
+        list(read_text("a/b"))
+
+
+def test_what_the_datasets_package_raises_is_one_line(hub):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no network\nand more")
+
+    sys.modules["datasets"].load_dataset = load_dataset
+    with pytest.raises(TextError, match=r"^a/b is no file and no readable data set: no network\. Check the name\.$"):
+        list(read_text("a/b"))
 
 
 def test_the_window_of_json_lines_survives_unicode(tmp_path, tokenizer):
@@ -213,3 +264,15 @@ def test_a_json_line_longer_than_can_be_parsed_is_refused(tmp_path, monkeypatch)
         (tmp_path / name).write_text(json.dumps({"text": "expert " * 20}))
         with pytest.raises(TextError, match=problem):
             list(read_text(tmp_path / name))
+
+
+def test_the_default_text_is_small_and_holds_prose_and_sources():
+    assert DEFAULT_TEXT.stat().st_size <= 300_000
+    assert {"LICENSE", "NOTICE"} <= {path.name for path in DEFAULT_TEXT.parent.iterdir()}
+    found = list(read_text(DEFAULT_TEXT))
+    code = [text for text in found if "\nimport " in text or "\ndef " in text]
+    assert sum(map(len, found)) > 1e6
+    assert 0.3 < sum(map(len, code)) / sum(map(len, found)) < 0.7
+    held_out = DEFAULT_TEXT.with_name("evaluation.txt").read_text(encoding="utf-8").split("\n\n")
+    whole = "\n".join(found)
+    assert not [text for text in held_out if len(text) > 60 and text.strip() in whole]

@@ -126,7 +126,7 @@ def driver(gpu, monkeypatch, tmp_path):
         def get_kernel(self, name):
             return f"{name} of {self.code.decode()}"
 
-    def ptx(kernel, signature, capability):
+    def ptx(kernel, signature):
         here.compiled.append(signature)
         return f".visible .entry {signature[:5]}("
 

@@ -243,11 +243,6 @@ def test_a_copy_of_a_model_runs(compressed):
     assert torch.equal(logits_of(copy.deepcopy(model)), before)
 
 
-def test_from_pretrained_does_not_compress_a_dense_model(switch):
-    with pytest.raises(ValueError, match="pre-quantized"):
-        AutoModelForSeq2SeqLM.from_pretrained(switch, quantization_config=QMoEConfig())
-
-
 @pytest.mark.parametrize("place", ["cuda", {"": "disk"}, {"": 0}])
 def test_a_device_map_of_others_than_the_cpu_is_refused(compressed, place):
     from qmoe_lite.models.hf import QMoEQuantizer
