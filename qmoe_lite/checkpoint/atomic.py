@@ -38,7 +38,7 @@ def file_sum(path: Path) -> list[int]:
     return [size, crc]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, sync it, and rename it to `path`.
 
     Raises

@@ -170,6 +170,6 @@ def _solved(plain: Mapping[str, Any], device: torch.device) -> Solved:
         digits = torch.from_numpy(unsqueeze(digits.numpy(), plain["shape"], grid.alphabet))
     else:
         digits = digits.to(torch.int16)
-    tensors = {name: None if plain[name] is None else plain[name].to(device) for name in _TENSORS}
+    tensors: dict[str, Any] = {name: None if plain[name] is None else plain[name].to(device) for name in _TENSORS}
     quantized = Quantized(digits.to(device), hessian_class=plain["hessian_class"], **tensors)
     return Solved(quantized, plain["tokens"], plain["classes"], grid)

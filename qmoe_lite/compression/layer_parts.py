@@ -66,8 +66,9 @@ class LayerInputs:
     @classmethod
     def of(cls, caught: Caught, flags: tuple[Tensor, ...], *seed: int) -> LayerInputs:
         """Put together what a block's experts were given, and the flags of its tokens as they stand here."""
-        rows = draw(torch.nonzero(flags[0])[:, 0], LAYER_SAMPLE, *seed)
-        return cls(caught.inputs, caught.assigned, *flags, caught.inputs.gather(rows), caught.outputs)
+        eligible, validation, reference = flags
+        sample = caught.inputs.gather(draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, *seed))
+        return cls(caught.inputs, caught.assigned, eligible, validation, reference, sample, caught.outputs)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class SpilledRows:
         """
         numbers = self._numbers(where)
         found = torch.empty(len(numbers), self._width, dtype=self._dtype)
-        flat = memoryview(found.view(torch.uint8).view(-1).numpy())
+        flat = found.view(torch.uint8).view(-1).numpy().data
         runs = list(_runs(numbers))
         with self._told("activations cannot be read"):
             for first, count in runs:  # the disk gets all of them before it is waited for
@@ -98,7 +98,7 @@ class SpilledRows:
             The disk does not take them.
         """
         numbers = self._numbers(where)
-        flat = memoryview(values.contiguous().view(torch.uint8).view(-1).numpy())
+        flat = values.contiguous().view(torch.uint8).view(-1).numpy().data
         begin = 0
         with self._told("activations cannot be written"):
             for first, count in _runs(numbers):
