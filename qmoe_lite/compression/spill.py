@@ -24,6 +24,8 @@ from torch import Tensor
 
 from qmoe_lite.errors import FormatError, OutputError, SettingError
 
+_ASKED = 1 << 17  # bytes that the system is asked to read ahead at a time: of more it takes what it reads at once
+
 
 def check_folder(spill: str | Path | None) -> None:
     """Raise SettingError unless a folder for activations is there, or none is asked for."""
@@ -115,7 +117,9 @@ class SpilledRows:
 
     def _ask_for(self, first: int, count: int) -> None:
         """Let the system read rows ahead, as far as there are so many."""
-        os.posix_fadvise(self._file, first * self._bytes, count * self._bytes, os.POSIX_FADV_WILLNEED)
+        end = (first + count) * self._bytes
+        for offset in range(first * self._bytes, end, _ASKED):
+            os.posix_fadvise(self._file, offset, min(_ASKED, end - offset), os.POSIX_FADV_WILLNEED)
 
     def _read(self, into: memoryview, offset: int) -> None:
         while into:

@@ -154,13 +154,23 @@ def test_a_run_that_ends_before_its_directory_has_its_name_only_gives_it(tmp_pat
         "qmoe_report.json",
         *(name for name in expected if name != "report"),
     }
-    shutil.copytree(tmp_path / "out.partial", tmp_path / "other.partial")
+    for other in ("other", "older", "damaged"):
+        shutil.copytree(tmp_path / "out.partial", tmp_path / f"{other}.partial")
+    file = tmp_path / "damaged.partial" / "model-00001-of-00003.safetensors"
+    file.write_bytes(flipped(file.read_bytes()))
+    report = qm.compress(switch, tmp_path / "damaged", **settings)
+    assert report.degraded[0].endswith(f"{file}; 1 of 2 finished layers computed again")
+    assert {**everything_of(tmp_path / "damaged"), "report": None} == {**expected, "report": None}
     monkeypatch.setattr("qmoe_lite.compression.run.BlockRunner", None)
     report = qm.compress(switch, tmp_path / "out", **settings)
     assert everything_of(tmp_path / "out") == expected
     assert report.verdict is not None
     with pytest.raises(ResumeError, match=r"dampening is 0.2, and was 0.1. Use the same ones, or start over"):
         qm.compress(switch, tmp_path / "other", **{**settings, "dampening": 0.2})
+    state = json.loads((tmp_path / "older.partial" / "state.json").read_text())
+    (tmp_path / "older.partial" / "state.json").write_text(json.dumps({**state, "fingerprint": "0123abcd"}))
+    with pytest.raises(ResumeError, match=r"or setting: it is of another version of qmoe-lite. Use"):
+        qm.compress(switch, tmp_path / "older", **settings)
 
 
 @pytest.mark.parametrize(
