@@ -26,7 +26,7 @@ from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.compression.verdict import judge
-from qmoe_lite.errors import CheckpointError, OutputError, SettingError
+from qmoe_lite.errors import BadResultError, CheckpointError, OutputError, SettingError
 from qmoe_lite.models.building import read_config
 from qmoe_lite.models.dense import load_dense
 from qmoe_lite.models.skeletons import open_checkpoint
@@ -131,11 +131,13 @@ def tune(
         The text is missing, or too short to train on and to validate with.
     NotFiniteError
         Predictions are NaN or infinite.
+    BadResultError
+        Training won nothing on the validation samples.
 
     Notes
     -----
     The dense model's final states are kept, not its logits, and the two models are in memory one after the other, in
-    float32. Where the validation samples say that nothing was won, `out` is not written: an OutputError says so.
+    float32. Where the validation samples say that nothing was won, `out` is not written: a BadResultError says so.
     """
     if min(samples, epochs, batch_size) < 1 or not 0 < learning_rate <= 0.1:
         raise SettingError("samples, epochs and batch size are at least 1, the learning rate more than 0, at most 0.1.")
@@ -170,7 +172,7 @@ def tune(
         tuner.train(drawn, states, epochs=epochs, batch=batch_size, rate=learning_rate, seed=seed, progress=show)
         after = tuner.measure(kept, wanted)
         if not after.divergence < before.divergence:
-            raise OutputError(
+            raise BadResultError(
                 f"training won nothing ({before.divergence:.4f} to {after.divergence:.4f} nats from the dense model on "
                 f"validation samples): {target} was not written. Use more samples, or a lower learning rate."
             )
