@@ -19,7 +19,7 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report
 from qmoe_lite.checkpoint.rewrite import rewrite
 from qmoe_lite.compression.calibration import Samples, check_ids, make_samples, open_tokenizer, read_tokens
-from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.documents import DEFAULT_TEXT, read_text
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.losses import Gap, paired_gap
 from qmoe_lite.compression.positions import check_window
@@ -78,7 +78,7 @@ def tune(
     out: str | Path,
     *,
     dense: str | Path,
-    calibration: str | Path,
+    calibration: str | Path | None = None,
     samples: int = 256,
     sequence_length: int = 512,
     epochs: int = 1,
@@ -97,8 +97,8 @@ def tune(
         Directory to make; it appears when everything is done.
     dense : path or str
         The model that it was made of: a directory, or a name on the hub.
-    calibration : path or str
-        Text, as `compress` takes it; its last samples are for validation.
+    calibration : path or str, optional
+        Text, as `compress` takes it, its default too; its last samples are for validation.
     samples : int
         Samples to train on.
     sequence_length : int
@@ -145,7 +145,7 @@ def tune(
     check_free(target)
     source, reference = find_model(compressed), find_model(dense)
     checkpoint = _check_pair(source, reference)
-    drawn, kept = _draw(calibration, reference, samples, sequence_length, seed)
+    drawn, kept = _draw(calibration or DEFAULT_TEXT, reference, samples, sequence_length, seed)
     partial = target.with_name(f"{target.name}.partial")
     tell = progress or (lambda event: None)
     runs = len(drawn) + len(kept)
