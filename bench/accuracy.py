@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from qmoe_lite.bench._parts.common import machine_line
-from qmoe_lite.errors import SettingError
+from qmoe_lite.checkpoint.report import read_report
+from qmoe_lite.errors import BadResultError, SettingError
 
 RATES = (0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0)
 DENSE, NEAREST, PAPER = "dense", "round to nearest", "paper's recipe"
@@ -53,7 +54,7 @@ class Point:
     verdict : str or None
         Word in the compression's own report.
     seconds : float
-        For compressing.
+        For compressing, or for tuning afterwards.
     """
 
     name: str
@@ -89,6 +90,7 @@ def measure(
     *,
     rates: Iterable[float] = RATES,
     baselines: bool = True,
+    tuned: bool = False,
     samples: int | None = None,
     sequence_length: int = 512,
     held_out: int | None = None,
@@ -106,6 +108,8 @@ def measure(
         Stored bits an expert weight.
     baselines : bool
         Measure rounding to nearest and the paper's recipe too.
+    tuned : bool
+        Measure each variant that was calibrated once more after `tune` with the same text.
     samples, sequence_length : int
         Of calibration; `sequence_length` of the evaluation too.
     held_out : int, optional
@@ -124,6 +128,7 @@ def measure(
     """
     from qmoe_lite.compression.rate import check_rate
     from qmoe_lite.compression.run import compress
+    from qmoe_lite.tuning.run import tune
 
     tell = progress or (lambda line: None)
     options: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length}
@@ -139,18 +144,32 @@ def measure(
     dense, vocabulary = _evaluated(model, text, sequence_length, held_out)
     points = [Point(DENSE, 16.0, dense.loss, 0.0, 0.0)]
     tell(f"{DENSE}: loss {dense.loss:.4f} on {dense.tokens:,} tokens")
+
+    def add(name: str, out: Path, begun: float) -> None:
+        seconds, report = time.perf_counter() - begun, read_report(out)
+        assert report is not None
+        found, _ = _evaluated(out, text, sequence_length, held_out)
+        gap = found.gap(dense)
+        verdict = report.verdict["word"] if report.verdict else None
+        points.append(Point(name, report.bits_per_weight, found.loss, gap.nats, gap.standard_error, verdict, seconds))
+        bits = f"{report.bits_per_weight:.4f} bits"
+        tell(f"{name}: {bits}, gap {gap.nats:.4f} +- {gap.standard_error:.4f}, {seconds:.0f} s")
+
     with tempfile.TemporaryDirectory(prefix="qmoe-accuracy-", dir=directory) as scratch:
+        out, better = Path(scratch) / "model", Path(scratch) / "tuned"
         for name, chosen in variants:
-            out = Path(scratch) / "model"
             begun = time.perf_counter()
-            report = compress(model, out, **chosen)
-            seconds = time.perf_counter() - begun
-            found, _ = _evaluated(out, text, sequence_length, held_out)
-            gap = found.gap(dense)
-            verdict = report.verdict["word"] if report.verdict else None
-            point = Point(name, report.bits_per_weight, found.loss, gap.nats, gap.standard_error, verdict, seconds)
-            points.append(point)
-            tell(f"{name}: {point.bits:.4f} bits, gap {gap.nats:.4f} +- {gap.standard_error:.4f}, {seconds:.0f} s")
+            compress(model, out, **chosen)
+            add(name, out, begun)
+            if tuned and "calibration" in chosen:
+                begun = time.perf_counter()
+                given: dict[str, Any] = {} if samples is None else {"samples": samples}
+                try:
+                    tune(out, better, dense=model, calibration=calibration, sequence_length=sequence_length, **given)
+                    add(f"{name}, tuned", better, begun)
+                except BadResultError as error:
+                    tell(f"{name}, tuned: {error}")
+                shutil.rmtree(better, ignore_errors=True)
             shutil.rmtree(out)
     peers = LLAMA_CPP if vocabulary == REAL_MODEL else ()
     machine = machine_line("torch", "transformers", "numba")

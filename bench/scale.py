@@ -170,8 +170,10 @@ def show_sizes(sizes: list[Size]) -> None:
         add("compressed, MB", f"{took.bytes / 1e6:,.1f}", f"{size.output_bytes / 1e6:,.1f}")
         add("bits of a weight", f"{took.bits:.3f}")
         add("seconds", f"{took.seconds:,.1f}", f"{size.seconds:,.1f}")
+        add("  of all processors", f"{took.processor_seconds:,.1f}")
         add("memory at the peak, GB", f"{took.peak_bytes / 1e9:.3f}", f"{size.memory_bytes / 1e9:.3f}")
         add("  over the imports, GB", f"{(took.peak_bytes - took.import_bytes) / 1e9:.3f}")
+        add("  in the phase", took.peak_phase)
         for way, moved in took.moved.items():
             add(f"{way}, GB", f"{moved / 1e9:.3f}")
     print_rows("Two sizes", headings, [[name, *cells] for name, cells in rows.items()], text=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,6 +76,9 @@ def compress(
             help="Folder on a disk that holds the activations of all samples in place of memory.", metavar="DIR"
         ),
     ] = None,
+    tune_epochs: Annotated[
+        int, typer.Option(help="Train steps and norms against the dense model afterwards, as qmoe tune does.", min=0)
+    ] = 0,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
     family: Annotated[
@@ -103,10 +108,12 @@ def compress(
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._beforehand import Beforehand
     from qmoe_lite.compression.choice import USUAL_RATE
-    from qmoe_lite.compression.run import compress as run
+    from qmoe_lite.compression.run import compress
     from qmoe_lite.compression.verdict import Verdict
     from qmoe_lite.quantization.grid import UniformGrid, grid_of_word
+    from qmoe_lite.tuning.compressing import compress_and_tune
 
+    run: Callable[..., Report] = partial(compress_and_tune, epochs=tune_epochs) if tune_epochs else compress
     chosen = None if grid is None else grid_of_word(grid)(level_dtype=torch.bfloat16)
     if isinstance(chosen, UniformGrid):  # its step follows from the rate
         chosen, rate = None, rate or USUAL_RATE
@@ -209,6 +216,9 @@ def _print(report: Report, out: Path) -> None:
         f"({report.bits_per_weight:.3f} bits a weight), all {megabytes(sum_of(sizes, 'dense_'))} -> "
         f"{megabytes(sum_of(sizes, ''))} MB, {duration(report.seconds)}"
     )
+    if report.tuning is not None:
+        before, after, took = (report.tuning[name] for name in ("before", "after", "seconds"))
+        print_text(f"tuned: KL divergence from the dense model {before:.4f} -> {after:.4f} nats, {duration(took)}")
     for line in report.degraded:
         print_text(f"note: {line}")
 

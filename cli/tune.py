@@ -19,8 +19,12 @@ def tune(
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     dense: Annotated[str, typer.Option(help="The dense model that it was made of: a directory, or a name on the hub.")],
     calibration: Annotated[
-        str, typer.Option(help="UTF-8 text, .jsonl with a text field, a directory of them, or a data set's name.")
-    ],
+        str | None,
+        typer.Option(
+            help="UTF-8 text, .jsonl with text or messages, a directory of them, or a data set: NAME[:CONFIG[:SPLIT]]. "
+            "[default: a small text in the package, of Python's documentation and sources]"
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Samples to train on.", min=1)] = 256,
     sequence_length: SequenceLengthOption = 512,
     epochs: Annotated[int, typer.Option(help="How often each sample is seen.", min=1)] = 1,

@@ -41,6 +41,7 @@ def test_without_a_place_a_process_gets_one_of_its_own_that_goes_with_it(tmp_pat
     assert not Path(directory).exists()
 
 
+@pytest.mark.slow
 def test_numba_that_was_imported_before_is_told(tmp_path):
     after = "from qmoe_lite.coding.codebook import _count_codewords_kernel as k; print(k.stats.cache_path)"
     script = "import numba\n" + SCRIPT + after

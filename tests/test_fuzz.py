@@ -27,6 +27,7 @@ def original(made_once):
     return functools.cache(lambda name: judge.original_of(name, base / name))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers' about a configuration that is out of order
 @pytest.mark.parametrize("batch", range(4))
 @pytest.mark.parametrize("code", CODES)

@@ -32,10 +32,15 @@ class Stopwatch:
         self._phases = [OTHER]
         self._mark = time.perf_counter()
 
+    @property
+    def phase(self) -> str:
+        """The one that runs."""
+        return self._phases[-1]
+
     def lap(self) -> None:
         """Give the time since the last lap to the phase that runs."""
         now = time.perf_counter()
-        self.seconds[self._phases[-1]] += now - self._mark
+        self.seconds[self.phase] += now - self._mark
         self._mark = now
 
     def around(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,15 +105,23 @@ def watched() -> Iterator[Stopwatch]:
 class MemoryPeak:
     """The most anonymous memory that this process has inside a block, looked at 50 times a second.
 
+    Parameters
+    ----------
+    watch : Stopwatch
+        Knows which phase runs.
+
     Attributes
     ----------
     before, most : int
         Bytes when it began, and at most.
+    phase : str
+        That ran when it was most.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Stopwatch) -> None:
         from qmoe_lite.compression.telling import resident_bytes
 
+        self._watch, self.phase = watch, watch.phase
         self._now = lambda: resident_bytes() or 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -116,7 +129,8 @@ class MemoryPeak:
 
     def _look(self) -> None:
         while not self._ended.wait(_PAUSE):
-            self.most = max(self.most, self._now())
+            if (now := self._now()) > self.most:
+                self.most, self.phase = now, self._watch.phase
 
     def __enter__(self) -> MemoryPeak:
         self._thread.start()
@@ -147,10 +161,13 @@ class Compressed:
         Stored, of one of them.
     bytes : int
         Of the directory that was written.
-    seconds : float
+    seconds, processor_seconds : float
+        By the clock, and of all processors.
     phases : dict, phase to seconds
     import_bytes, peak_bytes : int
         Anonymous memory after the imports, and at most.
+    peak_phase : str
+        That ran then.
     moved : dict, way to bytes
         By calls of the system; a mapped file is not among them.
     """
@@ -159,9 +176,11 @@ class Compressed:
     bits: float
     bytes: int
     seconds: float
+    processor_seconds: float
     phases: dict[str, float]
     import_bytes: int
     peak_bytes: int
+    peak_phase: str
     moved: dict[str, int]
 
 
@@ -177,10 +196,10 @@ def compress_watched(model: Path, out: Path, settings: dict[str, Any]) -> Compre
     """
     from qmoe_lite.compression.run import compress
 
-    before, begun = moved_bytes(), time.perf_counter()
-    with watched() as watch, MemoryPeak() as memory:
+    before, begun, used = moved_bytes(), time.perf_counter(), time.process_time()
+    with watched() as watch, MemoryPeak(watch) as memory:
         report = compress(model, out, **settings)
-    seconds, moved = time.perf_counter() - begun, moved_bytes()
-    size = sum(file.stat().st_size for file in out.iterdir())
-    found = (report.expert_weights, report.bits_per_weight, size, seconds, dict(watch.seconds))
-    return Compressed(*found, memory.before, memory.most, dict(moved - before))
+    took = time.perf_counter() - begun, time.process_time() - used
+    size, moved = sum(file.stat().st_size for file in out.iterdir()), dict(moved_bytes() - before)
+    peak = memory.before, memory.most, memory.phase
+    return Compressed(report.expert_weights, report.bits_per_weight, size, *took, dict(watch.seconds), *peak, moved)

@@ -37,10 +37,11 @@ def draw_accuracy(report: AccuracyReport, file: Path) -> None:
     """
     figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
-    rates = sorted((p.bits, p.gap, p.standard_error) for p in report.points if p.name.startswith("--rate"))
-    if rates:
-        bits, gaps, errors = zip(*rates, strict=True)
-        axes.errorbar(bits, gaps, yerr=errors, fmt="o-", markersize=4, linewidth=1.2, label="qmoe compress --rate")
+    for label, tuned in (("qmoe compress --rate", False), ("the same, then qmoe tune", True)):
+        rated = [p for p in report.points if p.name.startswith("--rate") and p.name.endswith("tuned") == tuned]
+        if rated:
+            bits, gaps, errors = zip(*sorted((p.bits, p.gap, p.standard_error) for p in rated), strict=True)
+            axes.errorbar(bits, gaps, yerr=errors, fmt="o-", markersize=4, linewidth=1.2, label=label)
     for point in report.points[1:]:
         if not point.name.startswith("--rate"):
             axes.plot([point.bits], [point.gap], "s", markersize=5, label=point.name)

@@ -19,14 +19,14 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report
 from qmoe_lite.checkpoint.rewrite import rewrite
 from qmoe_lite.compression.calibration import Samples, check_ids, make_samples, open_tokenizer, read_tokens
-from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.documents import DEFAULT_TEXT, read_text
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.losses import Gap, paired_gap
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.compression.verdict import judge
-from qmoe_lite.errors import CheckpointError, OutputError, SettingError
+from qmoe_lite.errors import BadResultError, CheckpointError, OutputError, SettingError
 from qmoe_lite.models.building import read_config
 from qmoe_lite.models.dense import load_dense
 from qmoe_lite.models.skeletons import open_checkpoint
@@ -78,7 +78,7 @@ def tune(
     out: str | Path,
     *,
     dense: str | Path,
-    calibration: str | Path,
+    calibration: str | Path | None = None,
     samples: int = 256,
     sequence_length: int = 512,
     epochs: int = 1,
@@ -97,8 +97,8 @@ def tune(
         Directory to make; it appears when everything is done.
     dense : path or str
         The model that it was made of: a directory, or a name on the hub.
-    calibration : path or str
-        Text, as `compress` takes it; its last samples are for validation.
+    calibration : path or str, optional
+        Text, as `compress` takes it, its default too; its last samples are for validation.
     samples : int
         Samples to train on.
     sequence_length : int
@@ -131,11 +131,13 @@ def tune(
         The text is missing, or too short to train on and to validate with.
     NotFiniteError
         Predictions are NaN or infinite.
+    BadResultError
+        Training won nothing on the validation samples.
 
     Notes
     -----
     The dense model's final states are kept, not its logits, and the two models are in memory one after the other, in
-    float32. Where the validation samples say that nothing was won, `out` is not written: an OutputError says so.
+    float32. Where the validation samples say that nothing was won, `out` is not written: a BadResultError says so.
     """
     if min(samples, epochs, batch_size) < 1 or not 0 < learning_rate <= 0.1:
         raise SettingError("samples, epochs and batch size are at least 1, the learning rate more than 0, at most 0.1.")
@@ -143,7 +145,7 @@ def tune(
     check_free(target)
     source, reference = find_model(compressed), find_model(dense)
     checkpoint = _check_pair(source, reference)
-    drawn, kept = _draw(calibration, reference, samples, sequence_length, seed)
+    drawn, kept = _draw(calibration or DEFAULT_TEXT, reference, samples, sequence_length, seed)
     partial = target.with_name(f"{target.name}.partial")
     tell = progress or (lambda event: None)
     runs = len(drawn) + len(kept)
@@ -170,7 +172,7 @@ def tune(
         tuner.train(drawn, states, epochs=epochs, batch=batch_size, rate=learning_rate, seed=seed, progress=show)
         after = tuner.measure(kept, wanted)
         if not after.divergence < before.divergence:
-            raise OutputError(
+            raise BadResultError(
                 f"training won nothing ({before.divergence:.4f} to {after.divergence:.4f} nats from the dense model on "
                 f"validation samples): {target} was not written. Use more samples, or a lower learning rate."
             )

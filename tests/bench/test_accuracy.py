@@ -10,7 +10,7 @@ import tiny
 from qmoe_lite.bench import rate_codes, rate_matmul
 from qmoe_lite.bench._show.accuracy import draw_accuracy, print_accuracy
 from qmoe_lite.bench._show.tables import print_rate_codes, print_rate_matmul
-from qmoe_lite.bench.accuracy import DENSE, LLAMA_CPP, NEAREST, AccuracyReport, Point, measure
+from qmoe_lite.bench.accuracy import DENSE, LLAMA_CPP, NEAREST, PAPER, AccuracyReport, Point, measure
 from qmoe_lite.bench.real_model import plain, write_text
 from qmoe_lite.errors import SettingError
 
@@ -21,10 +21,15 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_experts": 4, "moe_inter
 def test_a_model_is_measured_at_its_rates(tmp_path, tokenizer, text_file, capsys):
     model = tiny.make_causal(tmp_path / "m", tokenizer, "qwen3_moe", **SIZES, mlp_only_layers=[], intermediate_size=48)
     settings = {"rates": (2.5, 4.0), "samples": 24, "sequence_length": 32, "held_out": 6, "directory": tmp_path}
-    report = measure(model, text_file, text_file, **settings, settings={"validation_samples": 2})
+    report = measure(model, text_file, text_file, **settings, tuned=True, settings={"validation_samples": 2})
     names = [point.name for point in report.points]
-    assert names == [DENSE, NEAREST, "paper's recipe", "--rate 2.5", "--rate 4"]
-    assert [p.bits for p in report.points[3:]] == pytest.approx([2.5, 4.0], rel=0.01)
+    assert [name for name in names if "tuned" not in name] == [DENSE, NEAREST, PAPER, "--rate 2.5", "--rate 4"]
+    assert f"{PAPER}, tuned" in names
+    before, after = (next(p for p in report.points if p.name == name) for name in (PAPER, f"{PAPER}, tuned"))
+    assert after.bits == before.bits
+    assert after.loss != before.loss
+    bits = {point.name: point.bits for point in report.points}
+    assert (bits["--rate 2.5"], bits["--rate 4"]) == pytest.approx((2.5, 4.0), rel=0.01)
     for point in report.points[1:]:
         assert point.gap == pytest.approx(point.loss - report.points[0].loss)
     assert (report.tokens, report.peers) == (6 * 31, ())

@@ -205,6 +205,7 @@ def test_what_does_not_fit_the_time_is_named(emulated):
         assert all(list(row) == ["skipped"] for row in rows)
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_that_is_wrong(emulated, monkeypatch):
     right = matmul.decode_matmul
     monkeypatch.setattr(matmul, "decode_matmul", lambda packed, x: 1.1 * right(packed, x))

@@ -70,17 +70,19 @@ def test_seconds_go_to_the_innermost_phase_of_one_thread(monkeypatch):
 
 
 def test_the_peak_is_what_was_there_for_a_moment():
-    with MemoryPeak() as memory:
-        held = torch.ones(30_000_000)
-        time.sleep(0.1)
+    watch = Stopwatch()
+    with MemoryPeak(watch) as memory:
+        held = watch.around("solve", lambda: (torch.ones(30_000_000), time.sleep(0.1)))()
         del held
+        time.sleep(0.1)
     assert memory.most - memory.before == pytest.approx(120e6, rel=0.2)
+    assert memory.phase == "solve"
 
 
 def test_tables_fit_into_80_columns(capsys):
     phases = {phase: 1234.5 for phase in ("read", "factor", "solve", "experts' outputs", "dense forward")}
     moved = dict.fromkeys(("read", "written", "from the disk", "to the disk"), 10**12)
-    took = Compressed(10**10, 2.0, 10**9, 6e4, phases, 3 * 10**8, 10**10, moved)
+    took = Compressed(10**10, 2.0, 10**9, 6e4, 6e4, phases, 3 * 10**8, 10**10, "dense forward", moved)
     show_sizes([Size(2 * 10**10, took, 10**10, 10**9, 6e4)] * 2)
     show_groups(dict.fromkeys((1, 4, 16), took))
     show_projected([Projected(name, 10**12, 10**10, 0.8, 10**11, 10**10, 10**10, 10**12, 9, 5e6) for name in LARGE], 1)

@@ -168,6 +168,7 @@ def test_shards_and_bin_files_are_read_alike(tmp_path, compressed, switch, text_
     assert all(torch.equal(ours[n].view(torch.uint8), reference[n].view(torch.uint8)) for n in ours if ours[n].dim())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse_layers", [1, 2])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, tokenizer, text_file, sparse_layers):
     source = tiny.make_switch(

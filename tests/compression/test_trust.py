@@ -130,6 +130,7 @@ def at_a_rate(made_once, four_layers, text_file):
     return made_once("at-a-rate", make), settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "damage", "note"),
     [
@@ -161,6 +162,7 @@ def test_damaged_unfinished_work_is_found_and_computed_again(tmp_path, four_laye
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])  # gates with scales that are shared; biases
 def test_gated_experts_run_from_their_files_as_they_were_compressed(tmp_path, tokenizer, text_file, model_type):
     model = tiny.make_causal(tmp_path / "model", tokenizer, model_type)
@@ -184,6 +186,7 @@ def test_a_run_killed_while_it_repairs_goes_on_from_there(tmp_path, four_layers,
     assert bytes_of(tmp_path / "out") == bytes_of(made / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [MinMaxTernary(torch.bfloat16), None])
 def test_layers_rounded_to_nearest_are_repaired_by_themselves(tmp_path, four_layers, grid):
     settings = {"recipe": "nearest", "rate": 2.0 if grid is None else None, "grid": grid}

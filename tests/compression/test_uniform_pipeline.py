@@ -61,6 +61,7 @@ def logits(model, seed=0):
         return model(ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1.6, 2.5, 4.0])
 def test_the_experts_take_the_bits_that_were_asked_for(made, rate):
     _, out, report = made(rate=rate)
@@ -79,6 +80,7 @@ def with_experts(directory, target, change):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [1, 2])
 def test_groups_that_differ_take_the_bits_together(made, text_file, tmp_path, group_size):
     def other(name, tensor):
@@ -186,6 +188,7 @@ def test_a_group_that_is_solved_again_keeps_the_hessians_of_its_inputs(made, tex
     assert bytes_of(tmp_path / "out").keys() == bytes_of(whole).keys()
 
 
+@pytest.mark.slow
 def test_experts_that_see_the_same_tokens_share_a_hessian(tokenizer, text_file, tmp_path, monkeypatch):
     every = {**MODELS["mixtral"], "num_experts_per_tok": 4}
     dense = tiny.make_causal(tmp_path / "dense", tokenizer, "mixtral", **every)
@@ -204,6 +207,7 @@ def test_experts_that_see_the_same_tokens_share_a_hessian(tokenizer, text_file, 
     assert shared == alone
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(made, text_file, tmp_path):
     dense, out, _ = made()
     settings = {"calibration": text_file, "rate": 2.5, **TEXT}

@@ -104,6 +104,7 @@ def test_every_weight_is_its_digit_s_level(emulated, codebook, width, dtype):
 WIDER = [Codebook.fit([115, 1770, 115]), Codebook.fit([9, 9, 9, 9], bits=12), Codebook.paper()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codebook", WIDER, ids=repr)
 @pytest.mark.parametrize("columns", [29, 1000])
 def test_wider_codewords_give_the_cpu_s_bytes_and_digits(emulated, codebook, columns):
@@ -170,6 +171,7 @@ def shuffled(request, monkeypatch):
     emulator.install(monkeypatch, seed=request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(GRIDS))
 @pytest.mark.parametrize(("rows", "columns", "block"), [(1, 1, 128), (33, 27, 8), (2, 28, 28), (3, 63, 29)])
 def test_every_digit_is_the_slow_reference_s(shuffled, monkeypatch, name, rows, columns, block):
@@ -182,6 +184,7 @@ def test_every_digit_is_the_slow_reference_s(shuffled, monkeypatch, name, rows, 
     np.testing.assert_allclose(result.weight.numpy()[same], values[same], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(GRIDS))
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 29), (1, 33, 64), (2, 1, 128)], ids=str)
 def test_a_block_has_the_bits_of_the_cpu_s(shuffled, name, shape):
@@ -194,6 +197,7 @@ def test_a_block_has_the_bits_of_the_cpu_s(shuffled, name, shape):
     assert torch.equal(weight, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 29), (1, 33, 64), (2, 1, 128)], ids=str)
 def test_a_uniform_block_has_the_bits_of_the_cpu_s(shuffled, shape):
     weight, factor, _ = block_problem(*shape, "ternary")
@@ -230,6 +234,7 @@ def test_values_and_thresholds_may_be_any(shuffled, kinds):
         assert torch.equal(ours, cpu)
 
 
+@pytest.mark.slow
 def test_errors_are_rounded_as_quotients(shuffled):
     """A column has no products, so that nothing but the division is left: over many mantissas and some exponents."""
     generator = torch.Generator().manual_seed(0)

@@ -58,6 +58,7 @@ def on_the_cpu(experts, hidden, index, weights):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_the_gpu_s_forward_is_the_cpu_s(emulated, experts, tokens):
     inputs = drawn(experts, tokens)
@@ -66,6 +67,7 @@ def test_the_gpu_s_forward_is_the_cpu_s(emulated, experts, tokens):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["many pairs", "many tokens", "stretches", "a wide layer", "no tokens"])
 def test_any_way_through_the_experts_gives_the_same(emulated, monkeypatch, experts, reason):
     hidden, index, weights = drawn(experts, 0 if reason == "no tokens" else 3)
@@ -96,6 +98,7 @@ def test_any_way_through_the_experts_gives_the_same(emulated, monkeypatch, exper
         assert set(decoded) == set((sizes > 1).nonzero().flatten().tolist())
 
 
+@pytest.mark.slow
 def test_few_tokens_take_two_launches_however_many_experts(emulated, monkeypatch, experts):
     launched = []
     launch = launcher.Kernel.launch
@@ -109,6 +112,7 @@ def test_few_tokens_take_two_launches_however_many_experts(emulated, monkeypatch
     assert len(launched) == 2
 
 
+@pytest.mark.slow
 def test_a_pair_s_bits_do_not_depend_on_the_others(emulated, monkeypatch, experts):
     """Tokens one by one, or all in groups of four, some experts in a turn of their own."""
     hidden, index, weights = drawn(experts, 9)
@@ -132,6 +136,7 @@ def test_gate_and_up_with_column_scales_of_their_own(emulated, compressed_causal
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-6)
 
 
+@pytest.mark.slow
 def test_an_activation_that_the_kernel_lacks_is_torch_s(emulated, experts):
     hidden, index, weights = drawn(experts, 2)
     experts.activation = torch.nn.Tanh()
@@ -140,6 +145,7 @@ def test_an_activation_that_the_kernel_lacks_is_torch_s(emulated, experts):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-6)
 
 
+@pytest.mark.slow
 def test_packets_are_made_once_and_anew_after_a_move(emulated, monkeypatch, experts):
     inputs = drawn(experts, 1)
     first = experts._forward_on_gpu(*inputs)

@@ -138,6 +138,7 @@ def in_slots(matrices, size, order):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
@@ -271,6 +272,7 @@ def draw_routing(tokens, slots):
     return index, torch.rand(tokens, slots, generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "tokens", "slots", "dtype"),
     [

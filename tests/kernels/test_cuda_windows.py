@@ -144,6 +144,7 @@ def test_weights_are_digits_times_steps_times_scales(emulated, width, scaled, dt
         assert torch.equal(part, expected[1:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 2, 4, 7])
 @pytest.mark.parametrize("width", [8, 16, 32])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES, ids=str)
@@ -227,6 +228,7 @@ def test_digits_of_zero_and_one_value(emulated, width):
         case.assert_product(windows_product.multiply(case.packets, 0, x), 0, x)
 
 
+@pytest.mark.slow
 def test_exceptions_fill_rows_and_add_up(emulated):
     """Rows fill several blocks of exceptions, and one digit takes many of them."""
     digits = draw_digits(8, 2, 3, 33000, rare=0)
@@ -252,6 +254,7 @@ def test_groups_name_experts_and_their_places(emulated):
     assert (y[[2, 4]] == 77).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["silu", "gelu", None])
 @pytest.mark.parametrize("widths", [(8, 8), (8, 32), (16, 8)])
 def test_two_matrices_meet_x_in_one_launch(emulated, widths, activation):

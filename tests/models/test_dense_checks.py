@@ -65,6 +65,7 @@ def reads(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_each_dense_tensor_is_compared_once_and_only_when_the_model_runs(directory, reads, model_type):
     path = directory(model_type)

@@ -117,6 +117,7 @@ def test_a_mixture_of_layouts_over_shards_is_read(tmp_path, tokenizer, text_file
     assert_the_same_comes_out(split, mixed, tmp_path, text_file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
 def test_fp8_with_block_scales_gives_its_bfloat16_twins_bytes(tmp_path, tokenizer, text_file, model_type, own):

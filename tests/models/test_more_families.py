@@ -100,6 +100,7 @@ def test_uniform_digits_resume_and_run_within_a_quarter_of_the_experts(tmp_path,
         runner_of(limited).close()
 
 
+@pytest.mark.slow
 @each_of(tiny.MORE)
 def test_both_of_transformers_layouts_are_read(tmp_path, causal, model_type):
     """As checkpoints were published, and as transformers itself holds a layer's experts."""

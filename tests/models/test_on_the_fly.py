@@ -62,6 +62,7 @@ def test_with_out_they_stay_and_causal_models_come_in_any_dtype(causal, compress
     assert same_files(tmp_path / "other", tmp_path / "direct")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -35,6 +35,7 @@ def picture(model_type: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "own"),
     [

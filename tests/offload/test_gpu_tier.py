@@ -185,6 +185,7 @@ def test_too_little_memory_at_the_start_makes_a_smaller_cache(directory, on_devi
         on_devices(path, [FakeDevice(memory=size - 1)], 8)
 
 
+@pytest.mark.slow
 def test_budgets_that_do_not_fit_are_refused(directory):
     path = directory()
     model = qm.load(path, dtype=torch.float32)
@@ -260,6 +261,7 @@ def test_the_kernels_multiply_from_slots_what_the_naive_experts_do(directory, on
         assert torch.equal(y, own._forward_on_gpu(x, index, weights)), "the bits of a model that is there as a whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS)
 def test_many_tokens_of_an_expert_meet_its_decoded_matrix_in_the_slot(
     directory, on_devices, emulated, monkeypatch, model_type
@@ -290,6 +292,7 @@ class Operations(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS)
 def test_a_layer_waits_for_the_gpu_once(directory, on_devices, emulated, monkeypatch, model_type):
     """What would wait for a GPU's numbers is asked for once, as the layer begins: which experts there are."""

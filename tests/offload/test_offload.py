@@ -66,6 +66,7 @@ def test_the_default_dtype_changes_nothing(directory, limited, dtype):
     assert all(torch.equal(*pair) for pair in zip(found, products, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_are_the_same_bits_at_every_budget(directory, limited, model_type):
     path = directory(model_type)
@@ -83,6 +84,7 @@ def test_logits_are_the_same_bits_at_every_budget(directory, limited, model_type
             assert found.cache_bytes == min(slots, len(runner._ram.cache.uses)) * runner._ram.slot_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"prefetch": False}, {"half_life": 0.0}, {"remember": True}])
 def test_no_option_changes_a_bit(directory, limited, options):
     path = directory()
@@ -439,6 +441,7 @@ def test_a_new_trace_follows_an_old_one(directory, limited, tmp_path):
         assert [line["pass"] for line in lines] == [n for n in range(first, first + 4) for _ in runner._layers]
 
 
+@pytest.mark.slow
 def test_a_forgotten_model_ends_its_threads_and_closes_its_files(directory):
     def open_now():
         gc.collect()

@@ -595,6 +595,7 @@ def test_an_interrupt_before_the_first_word_prints_nothing(run, endless, opened)
     assert run("generate", endless, "--prompt", "x") == (130, "", "qmoe: interrupted.\n")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly(endless):
     """The text also arrives while the model is still at work: this one would go on for minutes."""
     command = [sys.executable, "-m", "qmoe_lite", "generate", endless, "--prompt", "x", "--max-new-tokens", "1000000"]

@@ -10,7 +10,7 @@ import torch
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.errors import CheckpointError, OutputError, SettingError
+from qmoe_lite.errors import BadResultError, CheckpointError, OutputError, SettingError
 from qmoe_lite.inspection.verification import verify
 from qmoe_lite.tuning.run import tune
 from qmoe_lite.tuning.train import Tuner
@@ -134,7 +134,7 @@ def test_what_is_not_compressed_and_what_exists_are_refused(causal, rated, text_
 
 def test_training_that_wins_nothing_writes_nothing(rated, causal, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(Tuner, "train", lambda *_, **__: None)
-    with pytest.raises(OutputError, match="training won nothing"):
+    with pytest.raises(BadResultError, match="training won nothing"):
         tune(rated, tmp_path / "out", dense=causal("qwen3_moe"), calibration=text_file, **SETTINGS)
     assert not list(tmp_path.iterdir())
 
