@@ -18,7 +18,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -176,7 +176,7 @@ def show_sizes(sizes: list[Size]) -> None:
         add("  in the phase", took.peak_phase)
         for way, moved in took.moved.items():
             add(f"{way}, GB", f"{moved / 1e9:.3f}")
-    print_rows("Two sizes", headings, [[name, *cells] for name, cells in rows.items()], text=1)
+    print_rows("What it took", headings, [[name, *cells] for name, cells in rows.items()], text=1)
     phases = sorted(sizes[-1].took.phases, key=lambda phase: -sizes[-1].took.phases[phase])
     print_rows(
         "Time by phase, each without those inside it",
@@ -266,7 +266,7 @@ def main() -> None:
         projected = [] if options.no_projection else list(project(scratch))
     machine = machine_line("torch", "transformers", "numba")
     if options.json:
-        parts = {"sizes": sizes, "projected": projected}
+        parts: dict[str, Sequence[Any]] = {"sizes": sizes, "projected": projected}
         found: dict[str, Any] = {name: [asdict(each) for each in part] for name, part in parts.items()}
         found |= {"machine": machine, "groups": {group: asdict(took) for group, took in groups.items()}}
         print(json.dumps(found, indent=2))

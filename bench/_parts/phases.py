@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class Stopwatch:
 
     Attributes
     ----------
-    seconds : Counter
+    seconds : defaultdict
         By phase; `OTHER` for what is in none.
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._thread = threading.get_ident()
         self._phases = [OTHER]
         self._mark = time.perf_counter()
@@ -61,8 +61,8 @@ class Stopwatch:
         return timed
 
 
-def _watched() -> Iterator[tuple[Any, str, str]]:
-    """Yield what runs in each phase: where it is found, its name there, and the phase."""
+def _watched() -> Iterator[tuple[str, Any, str]]:
+    """Yield what runs in each phase: the phase, where it is found, and its name there."""
     from qmoe_lite.checkpoint.reader import Checkpoint
     from qmoe_lite.checkpoint.writer import Writer
     from qmoe_lite.compression import layer, run
@@ -73,22 +73,22 @@ def _watched() -> Iterator[tuple[Any, str, str]]:
     from qmoe_lite.compression.state import Unfinished
     from qmoe_lite.compression.tally import CodebookTally, WindowTally
 
-    for owner, name in ((Checkpoint, "tensor"), (LayerCompressor, "_weights")):  # mapped there, read here
-        yield owner, name, "read"
-    yield run, "contents_of", "checksums"
-    for name in ("enter", "run", "leave"):
-        yield BlockRunner, name, "dense forward"
-    yield LayerCompressor, "_gather", "gather"
-    yield LayerCompressor, "_hessians", "Hessian"
-    yield layer, "factorise_all", "factor"
-    for name in ("gptq_shared", "gptq"):
-        yield layer, name, "solve"
-    for owner, name in ((WindowTally, "encode"), (WindowTally, "finish"), (CodebookTally, "finish")):
-        yield owner, name, "encode"
-    yield LayerCompressor, "run", "experts' outputs"
-    yield RunSamples, "judge", "judge"
-    for owner, name in ((Writer, "write_layer"), (Writer, "write_rest"), (GroupLog, "write"), (Unfinished, "keep")):
-        yield owner, name, "write"
+    places: dict[str, list[tuple[Any, str]]] = {
+        "read": [(Checkpoint, "tensor"), (LayerCompressor, "_weights")],  # mapped by one, touched by the other
+        "checksums": [(run, "contents_of")],
+        "dense forward": [(BlockRunner, name) for name in ("enter", "run", "leave")],
+        "gather": [(LayerCompressor, "_gather")],
+        "Hessian": [(LayerCompressor, "_hessians")],
+        "factor": [(layer, "factorise_all")],
+        "solve": [(layer, "gptq_shared"), (layer, "gptq")],
+        "encode": [(WindowTally, "encode"), (WindowTally, "finish"), (CodebookTally, "finish")],
+        "experts' outputs": [(LayerCompressor, "run")],
+        "judge": [(RunSamples, "judge")],
+        "write": [(Writer, "write_layer"), (Writer, "write_rest"), (GroupLog, "write"), (Unfinished, "keep")],
+    }
+    for phase, calls in places.items():
+        for owner, name in calls:
+            yield phase, owner, name
 
 
 @contextmanager
@@ -96,10 +96,17 @@ def watched() -> Iterator[Stopwatch]:
     """Count the seconds of each phase of what is compressed inside the block."""
     watch = Stopwatch()
     with ExitStack() as stack:
-        for owner, name, phase in _watched():
+        for phase, owner, name in _watched():
             stack.enter_context(patch.object(owner, name, watch.around(phase, getattr(owner, name))))
         yield watch
         watch.lap()
+
+
+def _now() -> int:
+    """Bytes of anonymous memory of this process."""
+    from qmoe_lite.compression.telling import resident_bytes
+
+    return resident_bytes() or 0
 
 
 class MemoryPeak:
@@ -119,17 +126,14 @@ class MemoryPeak:
     """
 
     def __init__(self, watch: Stopwatch) -> None:
-        from qmoe_lite.compression.telling import resident_bytes
-
         self._watch, self.phase = watch, watch.phase
-        self._now = lambda: resident_bytes() or 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self.before = self.most = self._now()
+        self.before = self.most = _now()
 
     def _look(self) -> None:
         while not self._ended.wait(_PAUSE):
-            if (now := self._now()) > self.most:
+            if (now := _now()) > self.most:
                 self.most, self.phase = now, self._watch.phase
 
     def __enter__(self) -> MemoryPeak:
@@ -200,6 +204,14 @@ def compress_watched(model: Path, out: Path, settings: dict[str, Any]) -> Compre
     with watched() as watch, MemoryPeak(watch) as memory:
         report = compress(model, out, **settings)
     took = time.perf_counter() - begun, time.process_time() - used
-    size, moved = sum(file.stat().st_size for file in out.iterdir()), dict(moved_bytes() - before)
-    peak = memory.before, memory.most, memory.phase
-    return Compressed(report.expert_weights, report.bits_per_weight, size, *took, dict(watch.seconds), *peak, moved)
+    return Compressed(
+        report.expert_weights,
+        report.bits_per_weight,
+        sum(file.stat().st_size for file in out.iterdir()),
+        *took,
+        dict(watch.seconds),
+        memory.before,
+        memory.most,
+        memory.phase,
+        dict(moved_bytes() - before),
+    )
