@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,8 +96,8 @@ def compress(
 ) -> None:
     """Compress a model's experts to 0.6 to 4 bits a weight, below one bit where the model bears it.
 
-    An interrupted run resumes when the same command is given again. OUT.log.jsonl gets a line of JSON for each group of
-    experts.
+    An interrupted run resumes when the same command is given again: Ctrl-C finishes the group of experts under way, a
+    second one ends at once. OUT.log.jsonl gets a line of JSON for each group of experts.
 
     It ends with the held-out loss of the dense and of the compressed model, and a verdict.
 
@@ -140,6 +142,7 @@ def compress(
         with _output.progress_shown("compressing", show=not json) as shown:
             progress = Beforehand(model, out, settings, shown, show=not json)
             telling: dict[str, Any] = {"progress": progress, "before": progress.begin, "log": log}
+            telling["each_group"] = _FinishedFirst()
             report = run(model, out, calibration=calibration, resume=not restart, **telling, **settings)
     except KeyboardInterrupt:
         _output.note(f"qmoe: interrupted{_place_of(progress)}. Finished groups are kept: rerun the command to resume.")
@@ -153,6 +156,34 @@ def compress(
     elif recipe != "nearest":
         cause = "without validation samples" if validation_samples == 0 else "since no text was left for validation"
         _output.note(f"qmoe: not judged, {cause}.")
+
+
+class _FinishedFirst:
+    """Holds Ctrl-C back while a group of experts is under way; a second one ends at once, as one does elsewhere.
+
+    A context for each group. Where Ctrl-C does not raise KeyboardInterrupt, in a shell's background, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if signal.getsignal(signal.SIGINT) == self._ask:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._asked and kind is None:
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: object) -> None:
+        from qmoe_lite.cli import _output
+
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with suppress(RuntimeError):  # the signal came in the middle of another line
+            _output.note("qmoe: this group of experts will be finished first; Ctrl-C once more ends at once.")
 
 
 def _place_of(progress: Beforehand | None) -> str:

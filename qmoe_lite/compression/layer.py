@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -60,6 +61,7 @@ class LayerCompressor:
         self.device = torch.device(settings.device)
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
         self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
+        self.each_group: AbstractContextManager[Any] = nullcontext()  # is entered for it, and left when it is kept
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
 
@@ -107,19 +109,20 @@ class LayerCompressor:
         found = np.zeros(3)
         taken = Taken()
         for i, group in enumerate(groups):
-            known = None if seen is None or kept is None else kept.read(number, group, self.device)
-            if known is not None:
-                solved = known.solved
-                taken = self._take_up(known, tallies)
-            else:
-                solved = self._solve_group(layer, number, group, seen, tallies, taken)
-                if seen is not None and kept is not None:
-                    kept.write(number, group, Group(solved, self._known(taken)))
-            if seen is not None:
-                for place, expert in enumerate(group):
-                    weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
-                    found += self.run(layer, expert, weights, seen)
-            group_done(i + 1, found[0] / found[2] if found[2] else None, known is None)
+            with nullcontext() if seen is None else self.each_group:
+                known = None if seen is None or kept is None else kept.read(number, group, self.device)
+                if known is not None:
+                    solved = known.solved
+                    taken = self._take_up(known, tallies)
+                else:
+                    solved = self._solve_group(layer, number, group, seen, tallies, taken)
+                    if seen is not None and kept is not None:
+                        kept.write(number, group, Group(solved, self._known(taken)))
+                if seen is not None:
+                    for place, expert in enumerate(group):
+                        weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
+                        found += self.run(layer, expert, weights, seen)
+                group_done(i + 1, found[0] / found[2] if found[2] else None, known is None)
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def compress(
     log: str | Path | None = None,
     before: Callable[[int | None], None] | None = None,
     spill: str | Path | None = None,
+    each_group: AbstractContextManager[Any] | None = None,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -148,8 +150,9 @@ def compress(
     before : callable, optional
         Called with the number of calibration samples before anything is written; refuses by an exception.
     spill : path, optional
-        Folder on a disk, best not a network's, that holds the activations of all samples in place of memory. The
-        result is the same, and nothing is left there.
+        Folder on a disk, best not a network's, for the activations in place of memory; the result is the same.
+    each_group : context manager, optional
+        Entered for each group of experts, and left when it is kept; not for "nearest", which keeps layers alone.
 
     Returns
     -------
@@ -211,6 +214,7 @@ def compress(
         check_free(target)  # once more: another run may have finished it
         run = _Run(find_model(model), target, partial, grid, options, tell, auto=family == "auto")
         run.spill = None if spill is None else Path(spill)
+        run.compressor.each_group = each_group or nullcontext()
         run.degraded += [] if note is None else [note]
         return run.run(calibration, resume)
 

@@ -235,7 +235,7 @@ class _Experts:
     def seconds(self, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
         """Seconds for a layer of experts of this shape that get so many tokens each."""
         family, config = self._anatomy.family, self._anatomy.config
-        layer = MoELayer("drawn.experts", "drawn", experts, shapes)
+        layer = MoELayer(self._anatomy.layers[0].experts, "drawn", experts, shapes)  # a name that has an activation
         drawn: Any = _Drawn(shapes)
         compressor = LayerCompressor(family, config, drawn, self._grid, self._settings)
         if isinstance(self._grid, UniformGrid):

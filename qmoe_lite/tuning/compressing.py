@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ def compress_and_tune(
     progress: Callable[[Progress], None] | None = None,
     log: str | Path | None = None,
     before: Callable[[int | None], None] | None = None,
+    each_group: AbstractContextManager[Any] | None = None,
     **settings: Any,
 ) -> Report:
     """Compress a model, and train the steps, scales and norms of the result against it.
 
     Parameters
     ----------
-    model, out, calibration, resume, progress, log, before, **settings
+    model, out, calibration, resume, progress, log, before, each_group, **settings
         As for `compress`.
     epochs : int
         As for `tune`, which takes the same text, sequence length and seed, and as many samples where they were named.
@@ -64,7 +66,7 @@ def compress_and_tune(
     else:
         request.parent.mkdir(parents=True, exist_ok=True)
         write_json(request, asked)
-        telling: dict[str, Any] = {"progress": progress, "log": log, "before": before}
+        telling: dict[str, Any] = {"progress": progress, "log": log, "before": before, "each_group": each_group}
         compress(model, untuned, calibration=calibration, resume=resume, **telling, **settings)
     shared = {name: settings[name] for name in ("samples", "sequence_length", "seed") if settings.get(name) is not None}
     try:

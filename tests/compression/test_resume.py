@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ import torch
 from checks import Killed
 
 import qmoe_lite as qm
+from qmoe_lite.cli.compress_ import _FinishedFirst
 from qmoe_lite.compression import groups
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.errors import OutputError, ResumeError
@@ -82,6 +84,57 @@ def test_a_run_goes_on_after_the_last_finished_group(tmp_path, switch, whole, so
     assert [event.seconds_left is None for event in events] == [True] * 3 + [False]
     if name != "rate":  # which solves some groups several times
         assert solves == [(stack, expert) for stack in ("encoder", "decoder") for expert in range(4)]
+
+
+def test_ctrl_c_finishes_the_group_under_way(tmp_path, switch, run, text_file, monkeypatch, compressed):
+    solve, presses = LayerCompressor._solve_group, [signal.SIGINT]
+
+    def pressed(*args):
+        if presses:
+            signal.raise_signal(presses.pop())
+        return solve(*args)
+
+    monkeypatch.setattr(LayerCompressor, "_solve_group", pressed)
+    out, log = tmp_path / "out", tmp_path / "out.log.jsonl"
+    command = ["compress", switch, out, "--calibration", text_file, "--samples", 24, "--sequence-length", 32]
+    command += ["--validation-samples", 2, "--grid", "minmax"]
+    code, _, noted = run(*command)
+    assert code == 130
+    assert "finished first; Ctrl-C once more ends at once" in noted
+    assert "after encoder.block.1, expert group 1 of 1 (1 of 2 groups). Finished groups are kept: rerun" in noted
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events == ["start", "group", "layer", "stopped"]
+    assert len(list(groups._records(tmp_path / "out.partial" / "groups-0.log", 0))) == 1
+    assert run(*command)[0] == 0
+    assert everything_of(out) == everything_of(compressed[0])
+
+
+def test_a_second_ctrl_c_ends_at_once_and_none_is_held_back_between_groups(capsys):
+    reached = []
+
+    def group():
+        with _FinishedFirst():
+            for press in (1, 2):
+                signal.raise_signal(signal.SIGINT)
+                reached.append(press)
+
+    with pytest.raises(KeyboardInterrupt):
+        group()
+    assert reached == [1]
+    assert capsys.readouterr().err.count("finished first") == 1
+    with _FinishedFirst():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _FinishedFirst():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def flipped(data):
@@ -205,6 +258,7 @@ import os, random, signal, sys
 os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  # which may be forked
 import torch
 import qmoe_lite as qm
+from qmoe_lite.cli.compress_ import _FinishedFirst
 from qmoe_lite.compression import groups
 
 model, text, place, seed = sys.argv[1:]

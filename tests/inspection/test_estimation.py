@@ -19,7 +19,7 @@ from qmoe_lite.inspection import estimation
 from qmoe_lite.inspection.anatomy import anatomy_of
 from qmoe_lite.inspection.fitting import Room, doubts, obstacles
 from qmoe_lite.inspection.memory_model import need_of, rows_of
-from qmoe_lite.inspection.speeds import Speeds, scaled_expert, solve_work, token_work
+from qmoe_lite.inspection.speeds import Speeds, _Experts, scaled_expert, solve_work, token_work
 
 C_2048 = {  # flaxformer/t5x/configs/moe/models/switch_c.gin
     "model_type": "switch_transformers",
@@ -221,6 +221,12 @@ def test_times_grow_with_the_work():
     assert token == pytest.approx(SPEEDS.expert_token)
     assert scaled_expert(SPEEDS, large)[0] > 5 * own
     assert scaled_expert(SPEEDS, large)[1] == pytest.approx(4 * token)
+
+
+def test_experts_of_a_decoder_are_measured_with_its_own_activation(causal):
+    anatomy = anatomy_of(read_headers(causal("qwen3_moe")))
+    run = _Experts(anatomy, Settings(sequence_length=32), qm.MinMaxTernary(torch.bfloat16))
+    assert run.seconds(anatomy.layers[0].shapes, 2, 8) > 0
 
 
 @pytest.mark.slow

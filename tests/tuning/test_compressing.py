@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_a_run_that_is_interrupted_while_it_tunes_goes_on_there(asked, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(compressing, "tune", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            compress_and_tune(out=tmp_path / "out", **given)
+            compress_and_tune(out=tmp_path / "out", **given, each_group=nullcontext())
     assert names(tmp_path) == ["out.untuned", "out.untuned.json"]
     with pytest.raises(ResumeError, match=r"out\.untuned was compressed with rate 1\.6, not 2"):
         compress_and_tune(out=tmp_path / "out", **given | {"rate": 2})
