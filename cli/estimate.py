@@ -35,6 +35,9 @@ def estimate(
     validation_samples: Annotated[int, typer.Option(help="Samples that measure the error.", min=0)] = 8,
     batch_size: Annotated[int, typer.Option(help="Samples per pass through a block.", min=1)] = 16,
     activations: Annotated[str, typer.Option(help="How activations are kept: float32, or bfloat16.")] = "float32",
+    spill: Annotated[
+        Path | None, typer.Option(help="Folder for activations, as compress takes it.", metavar="DIR")
+    ] = None,
     device: DeviceOption = "auto",
     expert_cache: Annotated[
         str | None,
@@ -77,6 +80,7 @@ def estimate(
         samples=samples,
         sequence_length=sequence_length,
         validation_samples=validation_samples,
+        spill=spill,
         batch_size=batch_size,
         activations=activations,
         device=device,

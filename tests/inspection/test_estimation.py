@@ -198,7 +198,7 @@ def test_compress_refuses_before_it_writes(run, tmp_path, switch, text_file, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_prints_at_most_80_columns_and_says_what_it_rests_on(run, c_2048, monkeypatch):
+def test_the_command_prints_at_most_80_columns_and_says_what_it_rests_on(run, c_2048, tmp_path, monkeypatch):
     monkeypatch.setattr(estimation, "measure", lambda *args: SPEEDS)
     code, printed, noted = run("estimate", c_2048, "--rate", 0.8, "--expert-cache", "16GiB")
     assert (code, noted) == (0, "")
@@ -210,6 +210,10 @@ def test_the_command_prints_at_most_80_columns_and_says_what_it_rests_on(run, c_
     found = json.loads(printed)
     assert found["measured"] == {}
     assert found["compressed_bytes"]["experts"] == 157_034_741_760
+    code, printed, _ = run("estimate", c_2048, "--json", "--no-measure", "--rate", 0.8, "--spill", tmp_path)
+    spilled = json.loads(printed)["compressing"]
+    saved = found["compressing"]["memory_bytes"] - spilled["memory_bytes"]
+    assert saved == pytest.approx(spilled["activation_bytes"], rel=1e-3)
 
 
 def test_times_grow_with_the_work():
