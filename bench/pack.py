@@ -87,7 +87,8 @@ def untar(file: Path, directory: Path) -> None:
         zstandard.ZstdDecompressor().stream_reader(opened) as large,
         tarfile.open(fileobj=large, mode="r|", bufsize=1 << 20) as tar,
     ):
-        tar.extractall(directory, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+        tar.extractall(directory)
 
 
 def timed(work: Callable[[], object], made: Path) -> float:

