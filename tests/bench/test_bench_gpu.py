@@ -374,6 +374,7 @@ def test_every_test_is_in_one_share(shares):
     assert max(map(len, shared)) - min(map(len, shared)) <= 3
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_and_the_rest_is_skipped(driver):
     begun = time.monotonic()
     hang = f"import time\nprint('{ROW}', flush=True)\ntime.sleep(100)"

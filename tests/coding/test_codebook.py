@@ -106,6 +106,7 @@ def chosen_by_rule(rates):
     return min((12, 13), key=rates.__getitem__) if chosen == 12 else chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zeros", [0.3, 0.5, 0.7, 0.8, 0.85, 0.885, 0.92, 0.93, 0.95, 0.97, 0.99])
 def test_the_code_nearest_to_10_bits_within_2_percent_of_the_smallest_rate_is_chosen(zeros):
     counts = ternary_counts(zeros)

@@ -26,6 +26,7 @@ PAPER = Codebook.paper()
 PUBLISHED = "c09862c453fe122634070a475357ff81a679aff65829d84a56f806c02a54ed45"
 
 
+@pytest.mark.slow
 def test_the_table_has_the_published_bytes():
     strings = naive.strings_of(PAPER.table.tolist(), 3)
     assert hashlib.sha256(naive.published_table(strings)).hexdigest() == PUBLISHED
@@ -125,6 +126,7 @@ def test_a_fitted_codebook_expects_more_bits_of_digits_it_was_not_fitted_to():
         codebook.expected_bits_per_weight([7, 1, 1, 1])
 
 
+@pytest.mark.slow
 def test_the_dictionary_is_built_once_and_in_less_than_two_seconds():
     started = time.process_time()
     strings = paper_strings()

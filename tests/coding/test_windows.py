@@ -93,6 +93,7 @@ def test_the_widest_matrix(dictionary):
     assert (read(stream, dictionary, 65535) == digits).all()
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_any_digits_come_back(data):

@@ -45,6 +45,7 @@ def routed(layer, x, *routing):
     return of_expert.sum(0), index, torch.ones(index.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [

@@ -92,6 +92,7 @@ def test_groups_that_differ_take_the_bits_together(made, text_file, tmp_path, gr
     assert report.bits_per_weight == pytest.approx(2.5, rel=0.02)
 
 
+@pytest.mark.slow
 def test_experts_of_zeros_take_no_others_bits(made, text_file, tmp_path):
     dense = with_experts(made()[0], tmp_path / "dense", lambda name, t: t * 0 if ".layers.0." in name else t)
     report = qm.compress(dense, tmp_path / "out", calibration=text_file, rate=2.5, **TEXT)
@@ -101,11 +102,13 @@ def test_experts_of_zeros_take_no_others_bits(made, text_file, tmp_path):
     assert qm.verify(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_more_bits_lose_less(made):
     errors = [sum(made(rate=rate)[2].held_out_error.values()) for rate in (1.6, 2.5, 4.0)]
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODELS)
 def test_logits_are_those_of_the_dequantised_experts(made, model_type):
     dense, out, _ = made(model_type)
@@ -164,6 +167,7 @@ def test_verify_and_inspect_know_the_code(made, run):
     assert (code, "times the root mean square of a row" in printed, f"{steps[0]:.3f}" in printed) == (0, True, True)
 
 
+@pytest.mark.slow
 def test_a_grid_without_column_steps_is_stored_with_scales_of_one(made, text_file, tmp_path):
     grid = qm.UniformGrid(level_dtype=torch.bfloat16, column_steps=False)
     qm.compress(made()[0], tmp_path / "out", calibration=text_file, rate=2.5, grid=grid, **TEXT)
@@ -171,6 +175,7 @@ def test_a_grid_without_column_steps_is_stored_with_scales_of_one(made, text_fil
     assert torch.isfinite(logits(qm.load(tmp_path / "out"))).all()
 
 
+@pytest.mark.slow
 def test_a_group_that_is_solved_again_keeps_the_hessians_of_its_inputs(made, text_file, tmp_path, monkeypatch):
     dense, whole, _ = made()
     stages, solves = [], []
@@ -245,6 +250,7 @@ def test_the_verdict_is_of_the_two_models_losses(made, text_file):
     assert verdict.gap == pytest.approx(verdict.loss - verdict.dense_loss)
 
 
+@pytest.mark.slow
 def test_a_layer_that_goes_wrong_is_told_of_at_once(made, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("qmoe_lite.compression.verdict.BAD_LAYER", 0.01)
     dense = made()[0]

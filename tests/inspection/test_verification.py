@@ -113,6 +113,7 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_a_note(directory):
     assert found.message.endswith("no text is generated or evaluated without a tokenizer.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_a_shard_that_is_cut_while_it_is_looked_at_is_one_finding(forks, directory, kind):
     """In a process of its own, which a map would have ended."""

@@ -120,6 +120,7 @@ def test_wider_codewords_give_the_cpu_s_bytes_and_digits(emulated, codebook, col
     assert (np.abs(difference.numpy()) <= 1e-5 * (sizes @ np.abs(x.numpy()))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [None, 3, 5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("codebook", "width"), [(TERNARY, 1), (EVEN, 2), (TWO_BIT, 3)], ids=NAMES)
@@ -220,6 +221,7 @@ def test_every_uniform_digit_is_the_slow_reference_s(shuffled, monkeypatch):
     assert (result.digits.numpy() == digits).mean() >= 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [1, 2, 3, 4])
 def test_values_and_thresholds_may_be_any(shuffled, kinds):
     generator = torch.Generator().manual_seed(kinds)

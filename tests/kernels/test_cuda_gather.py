@@ -63,6 +63,7 @@ def assert_close(y, digits, levels, x):
     assert (np.abs(y.numpy() - reference) <= 1e-5 * (np.abs(x.numpy()) @ sizes.T)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [96 << 10, 8 << 10], ids=["table and x held", "x held"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", list(CODEBOOKS))

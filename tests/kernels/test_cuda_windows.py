@@ -101,6 +101,7 @@ class Case:
 SHAPES = [(1, 1), (7, 1), (1, 63), (5, 63), (3, 1000), (70, 9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [8, 16, 32])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES, ids=str)
 def test_packets_and_digits_are_those_of_the_slow_reference(emulated, rows, columns, width):
@@ -131,6 +132,7 @@ def test_other_widths_of_codewords(emulated, bits, width):
     case.assert_product(windows_product.multiply(case.packets, 0, x), 0, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("width", [8, 16, 32])
@@ -157,6 +159,7 @@ def test_product_is_the_naive_one(emulated, rows, columns, width, tokens):
     case.assert_product(half, 1, x.bfloat16(), 2**-7)  # x times its scale, and the result, are rounded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [2, 4, 8, 16, 32])
 def test_any_number_of_lanes_may_share_a_row(emulated, monkeypatch, lanes):
     monkeypatch.setattr(windows_product, "choose_lanes", lambda *_: lanes)

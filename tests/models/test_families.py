@@ -112,6 +112,7 @@ def test_llama_4_with_several_experts_a_token_is_refused(tmp_path, causal):
         qm.compress(path, tmp_path / "out", recipe="nearest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -207,6 +208,7 @@ def test_a_mixtral_with_the_models_own_names_is_read_too(tmp_path, causal, compr
         qm.compress(path, tmp_path / "twice", recipe="nearest")
 
 
+@pytest.mark.slow
 def test_a_killed_causal_run_goes_on_and_ends_with_the_same_bytes(tmp_path, causal, text_file):
     settings = {"calibration": text_file, "batch_size": 5, **SMALL}
     qm.compress(causal("mixtral"), tmp_path / "whole", **settings)

@@ -93,6 +93,7 @@ def test_generation_gives_the_same_tokens(pair, tmp_path, model_type):
         assert torch.equal(model.generate(ids, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("model_type", ["switch_transformers", "mixtral", "qwen3_moe"])
 def test_a_missing_or_renamed_code_tensor_raises(pair, tmp_path, model_type, part):

@@ -79,6 +79,7 @@ def assert_the_same_comes_out(first, second, place, text_file):
     assert settings["quant_method"] == "qmoe"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "lfm2_moe", "nemotron_h"])
 def test_split_and_fused_give_the_same_bytes(tmp_path, tokenizer, text_file, model_type):
     changes = (

@@ -49,6 +49,7 @@ def loss_of(model, text_file, tokenizer):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
+@pytest.mark.slow
 @each_of(tiny.MORE)
 def test_logits_tokens_and_losses_are_those_of_the_dequantised_model(
     tmp_path, causal, text_file, tokenizer, model_type

@@ -33,6 +33,7 @@ def check(auto, model, written, directory):
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.slow
 def test_it_does_what_compress_does_and_without_out_the_files_go_with_the_model(
     switch, compressed, text_file, tmp_path, monkeypatch
 ):

@@ -121,6 +121,7 @@ def test_shares_are_as_the_budgets():
     assert share_layers(layers[:2], [1, 1, 1]) == [0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", [(1,), (7,), (8, 20), (2, 3)])
 def test_out_of_memory_in_the_middle_goes_on_with_a_smaller_cache(directory, on_devices, everything_there, fails_at):
     path = directory()

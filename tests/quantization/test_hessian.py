@@ -115,6 +115,7 @@ def test_the_factor_is_the_upper_triangle_whose_square_is_the_inverse(factorise,
         np.testing.assert_allclose(product.numpy(), np.eye(columns), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "block"), [(29, 1), (29, 8), (63, 29), (100, 64), (500, 128), (450, 449)])
 def test_the_blocks_of_the_factor_give_the_hessian_back(factorise, columns, block):
     hessian = torch.from_numpy(naive.gram(inputs(columns // 4, columns))).float()

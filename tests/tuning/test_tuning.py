@@ -83,6 +83,7 @@ def test_stored_factors_are_those_that_were_trained(rated):
     assert set(columns) == {"gate_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(rated, tuned, causal, text_file, tmp_path):
     tune(rated, tmp_path / "again", dense=causal("qwen3_moe"), calibration=text_file, **SETTINGS)
     for file in sorted(tuned.glob("*.safetensors*")):
