@@ -33,9 +33,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once() -> None:
+    from numba.core.caching import IndexDataCacheFile
     from numba.core.dispatcher import Dispatcher
 
-    sharing.compile_once(Dispatcher)
+    sharing.compile_once(Dispatcher, IndexDataCacheFile)
     if (launch := sys.modules.get("qmoe_lite.cuda.launch")) is not None:  # whoever compiles kernels has imported it
         sharing.keep_ptx(launch.Kernel)
 

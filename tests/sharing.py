@@ -86,11 +86,11 @@ def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
     return place
 
 
-def compile_once(dispatcher: Any) -> None:
-    """Let one process at a time compile a numba function that is kept on disk: the others find it there.
+def compile_once(dispatcher: Any, cache_file: Any) -> None:
+    """Let one process at a time compile a signature of a numba function that is kept: the others find it on disk.
 
-    Without that all workers compile all kernels; and numba's index of two signatures that are written at once may name
-    one's file for the other.
+    Without that all workers compile all kernels. And one at a time reads or writes a function's index, of
+    `IndexDataCacheFile`: two that write at once may name one signature's file for the other's.
     """
     from numba.core.compiler_lock import global_compiler_lock
 
@@ -102,11 +102,22 @@ def compile_once(dispatcher: Any) -> None:
         if folder is None:
             return compile_(self, signature)
         os.makedirs(folder, exist_ok=True)
+        name = f"{self.py_func.__qualname__}-{hashlib.sha256(str(signature).encode()).hexdigest()[:16]}"
         # numba's own lock first: another thread that holds it may wait for ours
-        with global_compiler_lock, _locked(Path(folder) / f"{self.py_func.__qualname__}.lock"):
+        with global_compiler_lock, _locked(Path(folder) / f"{name}.lock"):
             return compile_(self, signature)
 
+    def one_at_a_time(method: Any) -> Any:
+        @functools.wraps(method)
+        def locked(self: Any, *arguments: Any) -> Any:
+            os.makedirs(self._cache_path, exist_ok=True)
+            with _locked(Path(f"{self._index_path}.lock")):
+                return method(self, *arguments)
+
+        return locked
+
     dispatcher.compile = locked
+    cache_file.save, cache_file.load = one_at_a_time(cache_file.save), one_at_a_time(cache_file.load)
 
 
 def keep_ptx(kernel_type: Any) -> None:
