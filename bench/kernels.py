@@ -218,10 +218,15 @@ def window_kernel(product: str) -> tuple[launch.Kernel, str]:
     return kernel, next(each for each in kernel.signatures if each.count("uint16*") == 2)  # x and y
 
 
+@functools.lru_cache(maxsize=128)
+def _ptx(kernel: launch.Kernel, signature: str) -> str:
+    return kernel.ptx(signature)
+
+
 @functools.lru_cache(maxsize=256)
 def compiled(kernel: launch.Kernel, signature: str, capability: tuple[int, int]) -> Compiled:
-    """Compile and link one kernel, once in a process; needs no GPU."""
-    ptx = kernel.ptx(signature)
+    """Compile one kernel, once in a process, and link it for a compute capability; needs no GPU."""
+    ptx = _ptx(kernel, signature)
     return Compiled(launch.entry_name(ptx), ptx, bytes(launch.link(ptx, capability).code))
 
 

@@ -33,6 +33,13 @@ class Offload(StrEnum):
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="UTF-8 text, .jsonl with text or messages, a directory of them, or a data set: NAME[:CONFIG[:SPLIT]]. "
+        "[default: a small text in the package, of Python's documentation and sources]"
+    ),
+]
 SequenceLengthOption = Annotated[int, typer.Option(help="Tokens per sample.")]
 DeviceOption = Annotated[
     str, typer.Option(help="auto: the first GPU that can be used, else the CPU; or cpu, cuda, cuda:1.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import duration, megabytes, print_rows, print_table, print_text
-from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import CalibrationOption, DeviceOption, JsonOption, SequenceLengthOption
 
 if TYPE_CHECKING:
     from qmoe_lite.checkpoint.report import Report
@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 def compress(
     model: Annotated[str, typer.Argument(help="Hugging Face model directory, or its name on the hub.")],
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="UTF-8 text, .jsonl with text or messages, a directory of them, or a data set: NAME[:CONFIG[:SPLIT]]. "
-            "[default: a small text in the package, of Python's documentation and sources]"
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     recipe: Annotated[
         str,
         typer.Option(help="default; paper: the paper's settings; nearest: round to nearest, without calibration."),
@@ -111,9 +105,12 @@ def compress(
     from qmoe_lite.compression.run import compress
     from qmoe_lite.compression.verdict import Verdict
     from qmoe_lite.quantization.grid import UniformGrid, grid_of_word
-    from qmoe_lite.tuning.compressing import compress_and_tune
 
-    run: Callable[..., Report] = partial(compress_and_tune, epochs=tune_epochs) if tune_epochs else compress
+    run: Callable[..., Report] = compress
+    if tune_epochs:
+        from qmoe_lite.tuning.compressing import compress_and_tune
+
+        run = partial(compress_and_tune, epochs=tune_epochs)
     chosen = None if grid is None else grid_of_word(grid)(level_dtype=torch.bfloat16)
     if isinstance(chosen, UniformGrid):  # its step follows from the rate
         chosen, rate = None, rate or USUAL_RATE
@@ -141,8 +138,7 @@ def compress(
     try:
         with _output.progress_shown("compressing", show=not json) as shown:
             progress = Beforehand(model, out, settings, shown, show=not json)
-            telling: dict[str, Any] = {"progress": progress, "before": progress.begin, "log": log}
-            telling["each_group"] = _FinishedFirst()
+            telling = {"progress": progress, "before": progress.begin, "log": log, "each_group": _FinishedFirst()}
             report = run(model, out, calibration=calibration, resume=not restart, **telling, **settings)
     except KeyboardInterrupt:
         _output.note(f"qmoe: interrupted{_place_of(progress)}. Finished groups are kept: rerun the command to resume.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe_lite.bench._show.text import duration, print_text
-from qmoe_lite.cli._options import JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import CalibrationOption, JsonOption, SequenceLengthOption
 
 if TYPE_CHECKING:
     from qmoe_lite.tuning.run import TuneReport
@@ -18,13 +18,7 @@ def tune(
     model: Annotated[str, typer.Argument(help="Compressed model directory, or its name on the hub.")],
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     dense: Annotated[str, typer.Option(help="The dense model that it was made of: a directory, or a name on the hub.")],
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="UTF-8 text, .jsonl with text or messages, a directory of them, or a data set: NAME[:CONFIG[:SPLIT]]. "
-            "[default: a small text in the package, of Python's documentation and sources]"
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     samples: Annotated[int, typer.Option(help="Samples to train on.", min=1)] = 256,
     sequence_length: SequenceLengthOption = 512,
     epochs: Annotated[int, typer.Option(help="How often each sample is seen.", min=1)] = 1,

@@ -180,7 +180,7 @@ class Kernel:
         kinds = [getattr(types, kind.rstrip("*")) for kind in signature.split(", ")]
         pointers = [kind.endswith("*") for kind in signature.split(", ")]
         arguments = tuple(types.CPointer(kind) if p else kind for kind, p in zip(kinds, pointers, strict=True))
-        with _compiling_for(_OLDEST):
+        with _compiling_for_the_oldest():
             return str(cuda.compile_ptx(self.py_func, arguments, cc=_OLDEST, launch_bounds=self.bounds)[0])
 
     def launch(self, blocks: int | tuple[int, int], threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
@@ -319,13 +319,13 @@ def kernel(*signatures: str, bounds: tuple[int, int] | None = None) -> Callable[
 
 
 @contextmanager
-def _compiling_for(capability: tuple[int, int]) -> Iterator[None]:
-    """Let numba-cuda compile helpers for a compute capability; else it asks the driver, for the current GPU's."""
+def _compiling_for_the_oldest() -> Iterator[None]:
+    """Let numba-cuda compile helpers for the oldest GPU too; else it asks the driver, for the current one's."""
     dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
     lock = importlib.import_module("numba.cuda.core.compiler_lock").global_compiler_lock
     with lock:
         before = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=_OLDEST)
         try:
             yield
         finally:

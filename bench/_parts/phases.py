@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from qmoe_lite.inspection.fitting import anonymous_bytes
+
 _PAUSE = 0.02  # seconds between two looks at the memory
 OTHER = "other"
 
@@ -102,13 +104,6 @@ def watched() -> Iterator[Stopwatch]:
         watch.lap()
 
 
-def _now() -> int:
-    """Bytes of anonymous memory of this process."""
-    from qmoe_lite.compression.telling import resident_bytes
-
-    return resident_bytes() or 0
-
-
 class MemoryPeak:
     """The most anonymous memory that this process has inside a block, looked at 50 times a second.
 
@@ -129,11 +124,11 @@ class MemoryPeak:
         self._watch, self.phase = watch, watch.phase
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self.before = self.most = _now()
+        self.before = self.most = anonymous_bytes()
 
     def _look(self) -> None:
         while not self._ended.wait(_PAUSE):
-            if (now := _now()) > self.most:
+            if (now := anonymous_bytes()) > self.most:
                 self.most, self.phase = now, self._watch.phase
 
     def __enter__(self) -> MemoryPeak:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.telling import resident_bytes
 from qmoe_lite.inspection.anatomy import Anatomy
 from qmoe_lite.inspection.memory_model import Need, folder_of, need_of, rows_of
 from qmoe_lite.offload.sizes import show_size
@@ -38,7 +39,7 @@ class Room:
 
 def anonymous_bytes() -> int:
     """Bytes of memory of this process that belong to no file."""
-    return _field(Path("/proc/self/status"), "RssAnon")
+    return resident_bytes() or 0
 
 
 def room_for(out: Path | None, spill: Path | None = None) -> Room:
@@ -61,7 +62,7 @@ def room_for(out: Path | None, spill: Path | None = None) -> Room:
     folder = folder_of(Path() if out is None else out.parent)
     disk = shutil.disk_usage(folder).free
     if out is not None and (partial := out.with_name(f"{out.name}.partial")).is_dir():
-        disk += sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        disk += sum(file.stat().st_size for file in partial.iterdir() if file.is_file())
     return Room(memory, disk, None if spill is None else shutil.disk_usage(spill).free)
 
 

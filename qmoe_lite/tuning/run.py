@@ -221,14 +221,15 @@ def _draw(
     """Return samples to train on, and those of the text's end, at most an eighth of it, to validate with."""
     config, tokenizer = read_config(str(reference)), open_tokenizer(reference)
     check_window(config, sequence_length)
-    tokens = read_tokens(read_text(calibration), tokenizer, seq2seq=bool(config.is_encoder_decoder))
+    seq2seq = bool(config.is_encoder_decoder)
+    tokens = read_tokens(read_text(calibration), tokenizer, seq2seq=seq2seq)
     split = len(tokens) - min(len(tokens) // 8, VALIDATION * sequence_length)
     parts = []
     for some, count in ((tokens[:split], samples), (tokens[split:], VALIDATION)):
         made = make_samples(
             some,
             tokenizer,
-            seq2seq=bool(config.is_encoder_decoder),
+            seq2seq=seq2seq,
             count=count,
             sequence_length=sequence_length,
             seed=seed,
