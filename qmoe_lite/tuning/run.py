@@ -145,7 +145,8 @@ def tune(
     check_free(target)
     source, reference = find_model(compressed), find_model(dense)
     checkpoint = _check_pair(source, reference)
-    drawn, kept = _draw(calibration or DEFAULT_TEXT, reference, samples, sequence_length, seed)
+    text = DEFAULT_TEXT if calibration is None else calibration
+    drawn, kept = _draw(text, reference, samples, sequence_length, seed)
     partial = target.with_name(f"{target.name}.partial")
     tell = progress or (lambda event: None)
     runs = len(drawn) + len(kept)

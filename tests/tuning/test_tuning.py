@@ -10,7 +10,7 @@ import torch
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.errors import BadResultError, CheckpointError, OutputError, SettingError
+from qmoe_lite.errors import BadResultError, CheckpointError, OutputError, SettingError, TextError
 from qmoe_lite.inspection.verification import verify
 from qmoe_lite.tuning.run import tune
 from qmoe_lite.tuning.train import Tuner
@@ -106,8 +106,9 @@ def test_an_encoder_decoder_is_tuned_too(compressed, switch, text_file, tmp_path
         ({"dense": "rated"}, CheckpointError, "is compressed itself"),
         ({"dense": "mixtral"}, CheckpointError, "is another model"),
         ({"sequence_length": 100_000}, SettingError, "positions"),
+        ({"calibration": ""}, TextError, "the name of the text is empty"),
     ],
-    ids=["epochs", "rate", "compressed", "other", "window"],
+    ids=["epochs", "rate", "compressed", "other", "window", "text"],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(rated, causal, text_file, tmp_path, change, error, words):
     given = {"dense": causal("qwen3_moe"), "calibration": text_file, **SETTINGS} | change
