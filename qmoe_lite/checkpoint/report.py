@@ -97,6 +97,9 @@ class Report:
         None where no text was left for it, or none was given.
     tuning : dict or None
         What `tune` did afterwards: a `TuneReport`. The verdict is then that of the tuned model.
+    tuning_by_block : dict or None
+        What `compress(.., tune="block")` did: "seconds", and "before" and "after", what experts lacked of the outputs
+        that they were tuned to, as a share of the dense experts' energy, a mean over the layers.
     """
 
     model: str
@@ -109,6 +112,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    tuning_by_block: dict[str, float] | None = None
 
     @property
     def expert_weights(self) -> int:

@@ -95,12 +95,15 @@ class Caught:
         To which the experts' outputs are to be added.
     finish : callable
         To be called when they are.
+    adds : bool
+        Whether `outputs` is the block's whole output then.
     """
 
     inputs: ListBuffer
     assigned: Assignment
     outputs: ListBuffer
     finish: Callable[[], None]
+    adds: bool
 
 
 class BlockRunner:
@@ -267,7 +270,7 @@ class BlockRunner:
         if outputs is None:
             self._next(following, calls)
             module.to("meta")
-            return Caught(inputs, assigned, hidden, lambda: None)
+            return Caught(inputs, assigned, hidden, lambda: None, True)
 
         def finish() -> None:
             assert catcher is not None
@@ -282,7 +285,7 @@ class BlockRunner:
             self._next(following, calls)
             module.to("meta")
 
-        return Caught(inputs, assigned, outputs, finish)
+        return Caught(inputs, assigned, outputs, finish, False)
 
     def _check(self, block: str, out: Tensor) -> None:
         if not torch.isfinite(out).all():

@@ -21,7 +21,7 @@ from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dead_zone import USUAL, DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
 from qmoe_lite.compression.groups import Group, GroupLog
-from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
+from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, Tuner, compared, draw
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally, add_group, windows_of
@@ -62,6 +62,7 @@ class LayerCompressor:
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
         self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
         self.each_group: AbstractContextManager[Any] = nullcontext()  # is entered for it, and left when it is kept
+        self.tuning: Callable[[MoELayer, int, LayerInputs], LayerInputs] | None = None  # see `block_tuning`
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
 
@@ -108,6 +109,8 @@ class LayerCompressor:
         tallies = {name: self._tally(layer, name) for name in layer.projections}
         found = np.zeros(3)
         taken = Taken()
+        if seen is not None and self.tuning is not None:
+            seen = self.tuning(layer, number, seen)
         for i, group in enumerate(groups):
             with nullcontext() if seen is None else self.each_group:
                 known = None if seen is None or kept is None else kept.read(number, group, self.device)
@@ -137,7 +140,7 @@ class LayerCompressor:
         wrong, energy, right = found.tolist()
         if self.dead_zone is not None and self.dead_zone.known and right:
             self.dead_zone.finish_layer(energy / right)
-        return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
+        return LayerResult(tensors, codebooks, reports, wrong / right if right else None, taken.tuning)
 
     def _solve_group(
         self,
@@ -154,11 +157,14 @@ class LayerCompressor:
             solve = partial(self._nearest, layer, group)
         else:
             solve = partial(self._solve, layer, group, number, seen, {})
+        tune = None if seen is None else seen.tune
         if self.rate is not None:
             if seen is not None:
                 self._begin_dead_zone(solve, layer, group, seen)
-            return self._solve_at_rate(solve, tallies, layer, group, taken)
+            return self._solve_at_rate(solve, tallies, layer, group, taken, tune)
         solved = solve(self._grid)
+        if tune is not None:
+            solved = tune(group, solved, taken)
         add_group(tallies, solved)
         return solved
 
@@ -189,12 +195,7 @@ class LayerCompressor:
         return Codebook.choose(counts, sample) if bits is None else Codebook.fit(counts, bits)
 
     def _solve_at_rate(
-        self,
-        solve: Solver,
-        tallies: dict[str, Tally],
-        layer: MoELayer,
-        group: range,
-        taken: Taken,
+        self, solve: Solver, tallies: dict[str, Tally], layer: MoELayer, group: range, taken: Taken, tune: Tuner | None
     ) -> dict[str, Solved]:
         """Solve a group with the step that makes the model take its bits; the first and the last layer decide it."""
         rate, grid = self.rate, self._grid
@@ -227,6 +228,9 @@ class LayerCompressor:
         taken.tells, taken.dead = taken.tells or not dead, taken.dead or dead
         taken.weights += weights
         taken.bits += (aim if dead else bits) * weights  # zeros take no bits, whatever the step, and nobody gets theirs
+        if tune is not None:
+            solved = tune(group, solved, taken)
+            packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
         for name, tally in windows.items():
             tally.keep(solved[name], packed[name])
         return solved
@@ -246,7 +250,7 @@ class LayerCompressor:
                 rides = seen.validation[rows].nonzero()[:CHUNK_TOKENS, 0]
                 x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self.device)
                 weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
-                both = self._linears(layer, expert, weights), self.truth(layer, expert)
+                both = self.linears(layer, expert, weights), self.truth(layer, expert)
                 found += compared(*(self.expert(x, matrices) * shares for matrices in both))
             energies.append(found[1] / found[2] if found[2] else 0.0)
         if all(energies):
@@ -260,7 +264,7 @@ class LayerCompressor:
             raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
         return weight
 
-    def _linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[Linear]:
+    def linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[Linear]:
         """Return an expert's matrices, those given, with their biases."""
         activation = self._family.activation(self._config, layer.experts)
         return [Linear(weight, self._bias(layer, expert, name), activation) for name, weight in weights.items()]
@@ -274,7 +278,7 @@ class LayerCompressor:
 
     def truth(self, layer: MoELayer, expert: int) -> list[Linear]:
         """Return an expert's dense matrices, with their biases."""
-        return self._linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
+        return self.linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
 
     def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
         return torch.stack([self._weights(layer, expert, projection) for expert in group])
@@ -287,13 +291,7 @@ class LayerCompressor:
         return {name: one(name) for name in layer.projections}
 
     def _solve(
-        self,
-        layer: MoELayer,
-        group: range,
-        number: int,
-        seen: LayerInputs,
-        first: dict[str, Factors],
-        grid: Grid,
+        self, layer: MoELayer, group: range, number: int, seen: LayerInputs, first: dict[str, Factors], grid: Grid
     ) -> dict[str, Solved]:
         """Quantise a group's projections, the last one for what the quantised first ones put out.
 
@@ -309,7 +307,7 @@ class LayerCompressor:
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
             before = [
-                self._linears(layer, expert, {name: solved[name].quantized.weight_of(place) for name in solved})
+                self.linears(layer, expert, {name: solved[name].quantized.weight_of(place) for name in solved})
                 for place, expert in enumerate(group)
             ]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
@@ -364,7 +362,7 @@ class LayerCompressor:
         self, layer: MoELayer, expert: int, weights_of: dict[str, Tensor], seen: LayerInputs
     ) -> NDArray[np.float64]:
         """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens."""
-        matrices = self._linears(layer, expert, weights_of)
+        matrices = self.linears(layer, expert, weights_of)
         all_rows, all_gates = seen.assigned.of_expert(expert)
         apart = seen.reference[all_rows]
         rows, gates = all_rows[~apart], all_gates[~apart]
@@ -380,10 +378,15 @@ class LayerCompressor:
                 truth = truth or self.truth(layer, expert)
                 found += compared(y[rides], self.expert(x[rides], truth) * weights[rides])
         if apart.any():
-            truth = truth or self.truth(layer, expert)
-            rows, gates = all_rows[apart], all_gates[apart, None].to(self.device)
-            seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
+            self.run_reference(layer, expert, truth or self.truth(layer, expert), seen)
         return found
+
+    def run_reference(self, layer: MoELayer, expert: int, truth: list[Linear], seen: LayerInputs) -> None:
+        """Add a dense expert's outputs to the hidden states of the reference samples."""
+        rows, gates = seen.assigned.of_expert(expert)
+        apart = seen.reference[rows]
+        rows, gates = rows[apart], gates[apart, None].to(self.device)
+        seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
         return seen.inputs.gather(rows).to(self.device)

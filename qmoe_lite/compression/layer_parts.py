@@ -14,6 +14,7 @@ from torch import Tensor
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.compression.block_runner import Caught
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.tally import Solved
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.routing import Assignment
 
@@ -53,6 +54,10 @@ class LayerInputs:
         Random eligible tokens, for experts that saw few of their own.
     hidden : ListBuffer
         The block's output so far; the quantised experts' outputs are added to it.
+    adds : bool
+        Whether that is all that the block does with them.
+    tune : callable or None
+        Trains a group that was solved: see `block_tuning`.
     """
 
     inputs: ListBuffer
@@ -62,23 +67,27 @@ class LayerInputs:
     reference: Tensor
     sample: Tensor
     hidden: ListBuffer
+    adds: bool = True
+    tune: Tuner | None = None
 
     @classmethod
     def of(cls, caught: Caught, flags: tuple[Tensor, ...], *seed: int) -> LayerInputs:
         """Put together what a block's experts were given, and the flags of its tokens as they stand here."""
         eligible, validation, reference = flags
         sample = caught.inputs.gather(draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, *seed))
-        return cls(caught.inputs, caught.assigned, eligible, validation, reference, sample, caught.outputs)
+        where = caught.outputs, caught.adds
+        return cls(caught.inputs, caught.assigned, eligible, validation, reference, sample, *where)
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A compressed layer: tensors to write, codebooks by projection, what to report."""
+    """A compressed layer: tensors to write, codebooks by projection, what to report, what tuning it did."""
 
     tensors: dict[str, Tensor]
     codebooks: dict[str, dict[str, Any]]
     reports: list[ProjectionReport]
     held_out_error: float | None
+    tuning: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,24 @@ class Linear:
 
 @dataclass
 class Taken:
-    """What the groups of a layer have taken: bits, weights, and whether their bits follow the step."""
+    """What the groups of a layer have taken: bits, weights, whether their bits follow the step; and what tuning did."""
 
     bits: float = 0.0
     weights: int = 0
     tells: bool = False
     dead: bool = False  # a group is all zeros
+    tuning_seconds: float = 0.0
+    tuning_goal: float = 0.0  # sum of squares of what dense experts put out
+    tuning_before: float = 0.0  # and of what was lacking of that before tuning, and afterwards
+    tuning_after: float = 0.0
+
+    @property
+    def tuning(self) -> dict[str, float]:
+        """What tuning did, for the report; empty where nothing was tuned."""
+        if not self.tuning_goal:
+            return {}
+        lacking = self.tuning_before / self.tuning_goal, self.tuning_after / self.tuning_goal
+        return {"seconds": round(self.tuning_seconds, 3), "before": lacking[0], "after": lacking[1]}
+
+
+Tuner = Callable[[range, dict[str, Solved], Taken], dict[str, Solved]]  # of a group that was solved

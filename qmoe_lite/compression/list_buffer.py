@@ -65,9 +65,13 @@ class ListBuffer:
     def __init__(
         self, samples: int, tokens: int, width: int, dtype: torch.dtype = torch.float32, spill: Path | None = None
     ) -> None:
-        self.shape, self.dtype = (samples, tokens, width), dtype
+        self.shape, self.dtype, self._spill = (samples, tokens, width), dtype, spill
         size = samples * tokens, width, dtype
         self._rows: _Rows = _RowsInMemory(*size) if spill is None else SpilledRows(spill, *size)
+
+    def another(self, samples: int) -> ListBuffer:
+        """Make a buffer of float32 for as many tokens a sample, where this one is."""
+        return ListBuffer(samples, *self.shape[1:], spill=self._spill)
 
     def __len__(self) -> int:
         return self.shape[0]

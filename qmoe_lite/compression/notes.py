@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import ProjectionReport, Report, stored_bytes, versions
@@ -84,7 +85,15 @@ def make_report(
         seconds=seconds,
         versions=versions(),
         verdict=None if verdict is None else verdict.to_json(),
+        tuning_by_block=_tuning(done) if done.tuning else None,
     )
+
+
+def _tuning(done: Done) -> dict[str, float]:
+    """Return the time that tuning took, and of what it was to reach what was missing, means over the layers."""
+    layers = done.tuning.values()
+    seconds = round(sum(each["seconds"] for each in layers), 3)
+    return {"seconds": seconds, **{name: fmean(each[name] for each in layers) for name in ("before", "after")}}
 
 
 def _without_tokens(projections: list[ProjectionReport], layers: list[MoELayer]) -> str | None:

@@ -24,6 +24,7 @@ from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report, versions
 from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner
+from qmoe_lite.compression.block_tuning import BlockTuning
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import as_used, grid_and_rate
 from qmoe_lite.compression.finite import check_finite
@@ -36,7 +37,7 @@ from qmoe_lite.compression.notes import make_report, name_of_text
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
-from qmoe_lite.compression.run_samples import RunSamples, text_for
+from qmoe_lite.compression.run_samples import RunSamples, text_for, twins_for
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.spill import check_folder
 from qmoe_lite.compression.state import Unfinished
@@ -78,6 +79,7 @@ def compress(
     activations: str = "float32",
     seed: int = 0,
     rate: float | None = None,
+    tune: str = "none",
     stop_when_bad: bool = False,
     check_first: bool = False,
     family: str | None = None,
@@ -138,6 +140,8 @@ def compress(
     rate : float, optional
         Stored bits a weight, averaged over all experts of the model, 0.6 to 4: the step of a `UniformGrid` is chosen
         for it.
+    tune : str
+        "block" trains each expert's row steps and column scales once it is solved, at no bits; "none" does not.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
     check_first : bool
@@ -196,6 +200,7 @@ def compress(
         activations=activations,
         seed=seed,
         rate=None if rate is None else check_rate(rate),
+        tune=tune,
         stop_when_bad=stop_when_bad,
         check_first=check_first,
         device=str(find_device(device)),
@@ -223,14 +228,7 @@ class _Run:
     """One compression, from an opened checkpoint to a written directory."""
 
     def __init__(
-        self,
-        model: Path,
-        out: Path,
-        partial: Path,
-        grid: Grid | None,
-        settings: Settings,
-        tell: Teller,
-        auto: bool,
+        self, model: Path, out: Path, partial: Path, grid: Grid | None, settings: Settings, tell: Teller, auto: bool
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, partial
@@ -290,7 +288,8 @@ class _Run:
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> RunSamples:
         wanted = self.settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
-        samples, notes = RunSamples.make(calibration, tokenizer, wanted, self.family.seq2seq, self.settings)
+        what = calibration, tokenizer, wanted, self.family.seq2seq, self.settings
+        samples, notes = RunSamples.make(*what, twins_for(self.layers, self.settings))
         self.degraded += notes
         return samples
 
@@ -301,6 +300,8 @@ class _Run:
         ids = [samples.all.input_ids]
         if samples.all.labels is not None:
             ids.append(samples.decoder_input(self.config))
+        if samples.twins:
+            self.compressor.tuning = BlockTuning(self.compressor, samples, self.settings.seed)
         memory: ListBuffer | None = None
         resumed, finished = self.unfinished.stack, self.unfinished.block
         with capacity_lifted(self.model):
@@ -358,6 +359,8 @@ class _Run:
         self.done.held_out_error[layer.experts] = result.held_out_error
         if self.compressor.rate is not None:
             self.done.rates[layer.experts] = self.compressor.rate.to_json()
+        if result.tuning:
+            self.done.tuning[layer.experts] = result.tuning
         if self.compressor.dead_zone is not None:
             self.done.dead_zones[layer.experts] = self.compressor.dead_zone.to_json()
         if self._warning is None and (warning := bad_layer(layer.block, result.held_out_error)) is not None:
@@ -374,26 +377,17 @@ class _Run:
         promised = sum(layer.matrices for layer in self.layers)
         if matrices != promised:
             raise OutputError(f"{matrices} matrices were compressed, {promised} promised; please report this as a bug.")
+        used = as_used(self.grid, self.done.projections)
         settings = quantization_config(
             self.done.codebooks,
             recipe=self.settings.recipe,
-            grid=as_used(self.grid, self.done.projections).to_config(),
+            grid=used.to_config(),
             level_dtype=self.grid.level_dtype or torch.float32,
             versions=versions(),
         )
         self.writer.write_rest(self.done.checksums, settings)
-        report = make_report(
-            self.checkpoint,
-            Checkpoint(self.partial),
-            self.layers,
-            self.settings,
-            as_used(self.grid, self.done.projections),
-            self.done,
-            self.degraded,
-            self.verdict,
-            self.unfinished.seconds,
-            text,
-        )
+        found = used, self.done, self.degraded, self.verdict, self.unfinished.seconds, text
+        report = make_report(self.checkpoint, Checkpoint(self.partial), self.layers, self.settings, *found)
         files.write_json(self.partial / FILE_NAME, report.to_json())
         self.unfinished.become(self.out)
         return report

@@ -6,7 +6,7 @@ ones; so both models' losses are known when the last block is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.verdict import Verdict, judge
 from qmoe_lite.errors import SettingError
+from qmoe_lite.models.blocks import MoELayer
+
+TUNED_TOKENS = 4096  # that an expert is tuned on, about
 
 
 def text_for(recipe: str, calibration: str | Path | None) -> str | Path | None:
@@ -30,6 +33,13 @@ def text_for(recipe: str, calibration: str | Path | None) -> str | Path | None:
     if recipe == "nearest" and calibration is not None:
         raise SettingError("recipe nearest needs no calibration text.")
     return calibration if recipe == "nearest" or calibration is not None else DEFAULT_TEXT
+
+
+def twins_for(layers: Sequence[MoELayer], settings: Settings) -> int:
+    """Return how many samples are to go through the dense model too, that an expert may be tuned on enough tokens."""
+    if settings.tune == "none":
+        return 0
+    return max(-(-TUNED_TOKENS * layer.count // (layer.top_k * settings.sequence_length)) for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -43,17 +53,28 @@ class RunSamples:
         How many of them, the first ones, are for Hessians.
     reference : int
         Number of the first reference sample; the validation samples lie between.
+    twins : int
+        How many calibration samples, the first ones, stand among the reference samples too, after the others.
     """
 
     all: Samples
     calibration: int
     reference: int
+    twins: int = 0
+
+    @property
+    def first_twin(self) -> int:
+        """Number of the first calibration sample that is there for reference."""
+        return 2 * self.reference - self.calibration
 
     @classmethod
     def make(
-        cls, text: str | Path, tokenizer: Any, wanted: int, seq2seq: bool, settings: Settings
+        cls, text: str | Path, tokenizer: Any, wanted: int, seq2seq: bool, settings: Settings, twins: int = 0
     ) -> tuple[RunSamples, list[str]]:
-        """Draw the samples from a text; return them, and what is less than was asked for, in words."""
+        """Draw the samples from a text; return them, and what is less than was asked for, in words.
+
+        `twins` calibration samples, if there are as many, are there for reference too.
+        """
         window = window_length(settings.sequence_length) if seq2seq else settings.sequence_length
         tokens = read_tokens(
             read_text(text), tokenizer, (wanted + settings.validation_samples) * window, seq2seq=seq2seq
@@ -72,14 +93,16 @@ class RunSamples:
         elif main.windows < wanted:
             masked = f"the text holds {main.windows} windows of calibration text: the {wanted} samples mask each "
             notes.append(f"{masked}{wanted / main.windows:.1f} times on average")
-        if kept == 0:
+        twins = min(twins, len(main))
+        if kept == 0 and twins == 0:
             return cls(main, len(main), len(main)), notes
-        extra = make(tokens[cut:], None)
-        labels = None
-        if main.labels is not None and extra.labels is not None:
-            labels = np.concatenate([main.labels, extra.labels, extra.labels])
-        ids = np.concatenate([main.input_ids, extra.input_ids, extra.input_ids])
-        return cls(Samples(ids, labels, main.windows), len(main), len(main) + len(extra)), notes
+        extra = [make(tokens[cut:], None)] if kept else []
+        ids, labels = ([getattr(part, name) for part in (main, *extra, *extra)] for name in ("input_ids", "labels"))
+        ids.append(main.input_ids[:twins])
+        if main.labels is not None:
+            labels.append(main.labels[:twins])
+        both = Samples(np.concatenate(ids), None if main.labels is None else np.concatenate(labels), main.windows)
+        return cls(both, len(main), len(main) + sum(map(len, extra)), twins), notes
 
     def decoder_input(self, config: Any) -> np.ndarray:
         """Shift labels to the right, as transformers does."""

@@ -8,6 +8,7 @@ from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
 
 RECIPES = ("default", "paper", "nearest")
+TUNE = ("none", "block")
 PAPER_BITS = 16  # of a codeword in the paper's dictionary
 
 
@@ -54,6 +55,8 @@ class Settings:
         End after the first layer whose held-out error says that the model will be bad; the work can be resumed.
     check_first : bool
         Search all tensors for NaN and infinity before the first layer; costs one reading of the model.
+    tune : str
+        "block" trains steps and scales of each expert once it is solved: see `block_tuning`; "none" does not.
     device : str
         Where blocks run and experts are solved; activations stay in the CPU's memory.
     """
@@ -75,6 +78,7 @@ class Settings:
     rate: float | None = None
     stop_when_bad: bool = False
     check_first: bool = False
+    tune: str = "none"
     device: str = "cpu"
 
     def resolved(self) -> Settings:
@@ -98,6 +102,7 @@ class Settings:
             ("validation_samples", self.validation_samples >= 0, "at least 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("activations", self.activations in ("float32", "bfloat16"), "float32 or bfloat16"),
+            ("tune", self.tune in TUNE, "none or block"),
         )
         for name, good, expected in ranges:
             if not good:

@@ -43,6 +43,7 @@ class Done:
     checksums: dict[str, int] = field(default_factory=dict)
     rates: dict[str, dict[str, Any]] = field(default_factory=dict)  # what `RateControl` knows after each layer
     dead_zones: dict[str, dict[str, Any]] = field(default_factory=dict)  # and `DeadZone`
+    tuning: dict[str, dict[str, float]] = field(default_factory=dict)  # what it did to each layer
     files: dict[str, list[int]] = field(default_factory=dict)  # size and CRC-32 of each layer's file, by the layer
 
 

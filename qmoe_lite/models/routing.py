@@ -61,6 +61,12 @@ class Assignment:
         rows = torch.div(order, top_k_index.shape[1], rounding_mode="floor")
         return cls(rows, top_k_weights.reshape(-1)[order].float(), bounds)
 
+    def without(self, left_out: Tensor) -> Assignment:
+        """Leave out some tokens; `left_out` is bool, a value a row number."""
+        kept = ~left_out[self.rows]
+        before = torch.nn.functional.pad(torch.cumsum(kept, 0), (1, 0))  # entries that are kept of the first ones
+        return Assignment(self.rows[kept], self.weights[kept], before[self.bounds].tolist())
+
     def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
         """Row numbers and routing weights of one expert's tokens."""
         span = slice(self.bounds[expert], self.bounds[expert + 1])

@@ -18,15 +18,13 @@ from torch.nn.functional import kl_div
 
 from qmoe_lite.compression.calibration import Samples
 from qmoe_lite.compression.losses import IGNORED, slices, summed_divergence, summed_loss
+from qmoe_lite.compression.schedule import BETAS, share_of_rate
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.heads import Head
 from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.text.evaluation import states_of
 from qmoe_lite.tuning.experts import TunedExperts
-
-_BETAS = (0.9, 0.95)  # of Adam; there are few steps
-_WARM = 0.1  # of the steps, in which the learning rate rises; then it falls to zero as a cosine
 
 
 @dataclass(frozen=True)
@@ -160,10 +158,10 @@ class Tuner:
         NotFiniteError
             A divergence is NaN or infinite.
         """
-        optimizer = torch.optim.Adam(self.parameters(rate), betas=_BETAS)
+        optimizer = torch.optim.Adam(self.parameters(rate), betas=BETAS)
         generator = np.random.default_rng(seed)
         order = [part for _ in range(epochs) for part in _batches(generator.permutation(len(drawn)).tolist(), batch)]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: _share(number, len(order)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: share_of_rate(number, len(order)))
         with capacity_lifted(self.model):
             for number, part in enumerate(order, 1):
                 optimizer.zero_grad()
@@ -222,11 +220,3 @@ def _copy_norms(model: Any) -> dict[str, nn.Parameter]:
 
 def _batches(rows: list[int], batch: int) -> list[list[int]]:
     return [rows[start : start + batch] for start in range(0, len(rows), batch)]
-
-
-def _share(number: int, steps: int) -> float:
-    """Return the share of the highest learning rate in a step."""
-    warm = max(1, round(_WARM * steps))
-    if number < warm:
-        return (number + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (number - warm) / max(1, steps - warm)))

@@ -1,0 +1,171 @@
+"""Tuning block by block, digits frozen: experts' row steps and column scales learn to put out what their block lacks.
+
+Some calibration samples go through the dense model too; these are their twins. What a block of the quantised model
+would lack of what it puts out for the twins, were its experts dense, is shared among the experts of a token, by the
+squares of their gates. Each expert, once it is solved, is trained to put out what the dense one does and its share,
+on its own tokens: one expert is in memory at a time, dense and quantised, and none depends on what became of another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qmoe_lite.compression.expert_training import train_expert
+from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
+from qmoe_lite.compression.layer_parts import LayerInputs, Linear, Taken, draw
+from qmoe_lite.compression.run_samples import TUNED_TOKENS, RunSamples
+from qmoe_lite.compression.tally import Solved
+from qmoe_lite.models.blocks import MoELayer
+
+_SCALES = torch.bfloat16  # whose values column scales are
+
+
+class BlockTuning:
+    """Tunes the experts of one compression.
+
+    Parameters
+    ----------
+    compressor : LayerCompressor
+        Runs experts.
+    samples : RunSamples
+        Some of them with twins.
+    seed : int
+        Of the tokens that are drawn, and of their order.
+    """
+
+    def __init__(self, compressor: LayerCompressor, samples: RunSamples, seed: int) -> None:
+        self._compressor, self._samples, self._seed = compressor, samples, seed
+
+    def __call__(self, layer: MoELayer, number: int, seen: LayerInputs) -> LayerInputs:
+        """Send the reference samples through a layer's dense experts; return the others, with what tunes them.
+
+        Parameters
+        ----------
+        layer : MoELayer
+            Which one.
+        number : int
+            Its place among the sparse layers.
+        seen : LayerInputs
+            Of all samples.
+        """
+        tuner = _LayerTuner(self._compressor, layer, (self._seed, number), seen, self._samples)
+        return replace(seen, assigned=seen.assigned.without(seen.reference), tune=tuner.tune)
+
+
+class _LayerTuner:
+    """Tunes the experts of one layer; when it is made, the reference samples go through the dense ones."""
+
+    def __init__(
+        self,
+        compressor: LayerCompressor,
+        layer: MoELayer,
+        seed: tuple[int, int],
+        seen: LayerInputs,
+        samples: RunSamples,
+    ) -> None:
+        self._compressor, self._layer, self._seed, self._seen = compressor, layer, seed, seen
+        self._rows = samples.twins * (len(seen.eligible) // len(samples.all))  # of samples with twins, the first ones
+        rows, gates = seen.assigned.rows, seen.assigned.weights
+        self._squares = torch.zeros(len(seen.eligible)).index_add(0, rows, gates.square())
+        # where a block does more with its experts' outputs than to add them, each has its own dense output as goal
+        self._lack = seen.hidden.another(samples.twins) if seen.adds else None
+        if self._lack is not None:
+            self._lack.zero()
+        for expert in range(layer.count):
+            self._run_dense(expert)
+        for sample in range(samples.twins if self._lack is not None else 0):
+            one, twin = (slice(i, i + 1) for i in (sample, samples.first_twin + sample))
+            self._lack.write(one, self._lack.read(one) + seen.hidden.read(twin) - seen.hidden.read(one))
+
+    def _run_dense(self, expert: int) -> None:
+        """Add a dense expert's outputs to the twins, and take them off what the samples that have twins lack."""
+        truth = self._compressor.truth(self._layer, expert)
+        self._compressor.run_reference(self._layer, expert, truth, self._seen)
+        rows, gates = self._seen.assigned.of_expert(expert)
+        own = rows < self._rows
+        if self._lack is not None:
+            for part, weights in _chunks(rows[own], gates[own]):
+                self._lack.add(part, -self._outputs(truth, part, weights).cpu())
+
+    def _outputs(self, matrices: list[Linear], rows: Tensor, gates: Tensor) -> Tensor:
+        """Return what an expert adds to some tokens."""
+        device = self._compressor.device
+        x = self._seen.inputs.gather(rows).to(device)
+        return self._compressor.expert(x, matrices) * gates[:, None].to(device)
+
+    def tune(self, group: range, solved: dict[str, Solved], taken: Taken) -> dict[str, Solved]:
+        """Return a group that was solved with other levels and column scales, rounded as they are stored.
+
+        Parameters
+        ----------
+        group : range
+            Its experts.
+        solved : dict, projection to Solved
+            Not changed.
+        taken : Taken
+            Gets the time, and what the experts lacked before and afterwards.
+        """
+        begun = time.perf_counter()
+        tuned = {
+            name: each._replace(quantized=replace(each.quantized, levels=each.quantized.levels.clone()))
+            for name, each in solved.items()
+        }
+        for name, each in tuned.items():
+            if (scales := each.quantized.column_scales) is not None:
+                quantized = replace(each.quantized, column_scales=scales.clone())
+                tuned[name] = each._replace(quantized=quantized)
+        for place, expert in enumerate(group):
+            self._tune_expert(place, expert, tuned, taken)
+        taken.tuning_seconds += time.perf_counter() - begun
+        return tuned
+
+    def _tune_expert(self, place: int, expert: int, solved: dict[str, Solved], taken: Taken) -> None:
+        """Change the levels and scales of one expert in place, if training it won something."""
+        layer, seen, device = self._layer, self._seen, self._compressor.device
+        rows, gates = seen.assigned.of_expert(expert)
+        chosen = torch.nonzero((rows < self._rows) & seen.eligible[rows])[:, 0]
+        chosen = draw(chosen, TUNED_TOKENS, *self._seed, expert)
+        if not len(chosen):
+            return
+        rows, gates = rows[chosen], gates[chosen]
+        truth = self._compressor.truth(layer, expert)
+        goal = torch.cat([self._outputs(truth, *part) for part in _chunks(rows, gates)])
+        taken.tuning_goal += float(goal.double().square().sum())
+        if self._lack is not None:
+            share = gates.square() / self._squares[rows]
+            goal += (self._lack.gather(rows) * share[:, None]).to(device)
+        weights = {name: each.quantized.weight_of(place) for name, each in solved.items()}
+        linears = self._compressor.linears(layer, expert, weights)
+        found = train_expert(
+            layer,
+            dict(zip(layer.projections, linears, strict=True)),
+            solved[layer.projections[0]].quantized.column_scales is not None,
+            seen.inputs.gather(rows).to(device),
+            gates[:, None].to(device),
+            goal,
+            (*self._seed, expert),
+        )
+        better = found.after < found.before
+        taken.tuning_before += found.before
+        taken.tuning_after += found.after if better else found.before
+        for name, each in solved.items() if better else ():
+            quantized, first = each.quantized, layer.first_of_stage(name)
+            assert each.grid is not None
+            dtype = each.grid.level_dtype or torch.float32
+            quantized.levels[place] = _scaled(quantized.levels[place], found.rows[name][:, None], dtype)
+            if quantized.column_scales is not None:
+                quantized.column_scales[place] = _scaled(quantized.column_scales[place], found.columns[first], _SCALES)
+
+
+def _scaled(values: Tensor, changes: Tensor, stored: torch.dtype) -> Tensor:
+    """Return values with relative changes, float32, rounded to what is stored of them."""
+    return (values * (1 + changes)).to(stored).float()
+
+
+def _chunks(rows: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(rows.split(CHUNK_TOKENS), gates.split(CHUNK_TOKENS), strict=True)

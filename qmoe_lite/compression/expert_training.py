@@ -1,0 +1,127 @@
+"""Training of one expert's factors, a number a row and a column, while its digits stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmoe_lite.compression.layer_parts import Linear
+from qmoe_lite.compression.schedule import BETAS, share_of_rate
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.family import inner
+
+EPOCHS, BATCH = 2, 32  # how often a token is seen, and tokens a step
+RATE = 0.01  # highest change of a factor in a step
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of an expert.
+
+    Attributes
+    ----------
+    rows : dict, projection to float32 tensor (R,)
+        Relative changes of its rows' steps.
+    columns : dict, first projection of a stage to float32 tensor (C,)
+        Relative changes of column scales.
+    before, after : float
+        Sum over the tokens of the squares of what it lacked of the goal, and lacks.
+    """
+
+    rows: dict[str, Tensor]
+    columns: dict[str, Tensor]
+    before: float
+    after: float
+
+
+def train_expert(
+    layer: MoELayer,
+    matrices: dict[str, Linear],
+    scaled: bool,
+    x: Tensor,
+    gates: Tensor,
+    goal: Tensor,
+    seed: tuple[int, ...],
+) -> Trained:
+    """Train an expert's factors until it puts out what it should, as nearly as it can.
+
+    Parameters
+    ----------
+    layer : MoELayer
+        The expert's.
+    matrices : dict, projection to Linear
+        Of the quantised expert.
+    scaled : bool
+        Whether columns have scales too.
+    x : float32 tensor, shape (N, C)
+        Its tokens.
+    gates : float32 tensor, shape (N, 1)
+        What its outputs are multiplied by.
+    goal : float32 tensor, shape (N, R)
+        What it should put out then.
+    seed : tuple of int
+        Of the tokens' order.
+
+    Returns
+    -------
+    Trained
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x, gates, goal = x.clone(), gates.clone(), goal.clone()  # what inference mode made cannot be trained on
+        expert = _Factored(layer, matrices, scaled)
+        before = expert.lacks(x, gates, goal)
+        scale = float(goal.square().mean())
+        if not scale > 0:
+            return expert.trained(before, before)
+        optimizer = torch.optim.Adam(expert.parameters, lr=RATE, betas=BETAS)
+        batches = list(_batches(len(x), seed))
+        for number, part in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = RATE * share_of_rate(number, len(batches))
+            optimizer.zero_grad()
+            lost = (expert(x[part]) * gates[part] - goal[part]).square().mean() / scale
+            lost.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return expert.trained(before, expert.lacks(x, gates, goal))
+
+
+class _Factored:
+    def __init__(self, layer: MoELayer, matrices: dict[str, Linear], scaled: bool) -> None:
+        self._layer = layer
+        self._matrices = {name: replace(each, weight=each.weight.clone()) for name, each in matrices.items()}
+        self._rows, self._columns = dict[str, Tensor](), dict[str, Tensor]()
+        for name, matrix in self._matrices.items():
+            rows, columns = matrix.weight.shape
+            self._rows[name] = matrix.weight.new_zeros(rows).requires_grad_()
+            if scaled and layer.first_of_stage(name) == name:
+                self._columns[name] = matrix.weight.new_zeros(columns).requires_grad_()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self._rows.values(), *self._columns.values()]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, (last,) = self._layer.stages
+        activation = self._matrices[last].activation
+        return self._multiply(last, inner(activation, [self._multiply(name, x) for name in first]))
+
+    def _multiply(self, name: str, x: Tensor) -> Tensor:
+        matrix, columns = self._matrices[name], self._columns.get(self._layer.first_of_stage(name))
+        y = (x if columns is None else x * (1 + columns)) @ matrix.weight.T * (1 + self._rows[name])
+        return y if matrix.bias is None else y + matrix.bias
+
+    @torch.no_grad()
+    def lacks(self, x: Tensor, gates: Tensor, goal: Tensor) -> float:
+        return float((self(x) * gates - goal).double().square().sum())
+
+    def trained(self, before: float, after: float) -> Trained:
+        rows, columns = ({name: each.detach() for name, each in of.items()} for of in (self._rows, self._columns))
+        return Trained(rows, columns, before, after)
+
+
+def _batches(tokens: int, seed: tuple[int, ...]) -> list[Tensor]:
+    generator = np.random.default_rng(seed)
+    orders = (torch.from_numpy(generator.permutation(tokens)) for _ in range(EPOCHS))
+    return [part for order in orders for part in order.split(BATCH)]
