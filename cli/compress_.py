@@ -70,8 +70,18 @@ def compress(
             help="Folder on a disk that holds the activations of all samples in place of memory.", metavar="DIR"
         ),
     ] = None,
+    tune: Annotated[
+        str,
+        typer.Option(
+            help="Train steps and scales, at no bits. block: each expert's, once it is solved; full: then all, "
+            "and norms, as qmoe tune does; none."
+        ),
+    ] = "none",
     tune_epochs: Annotated[
-        int, typer.Option(help="Train steps and norms against the dense model afterwards, as qmoe tune does.", min=0)
+        int,
+        typer.Option(
+            help="How often each sample is seen as qmoe tune does, afterwards. [default: 0, 1 if full]", min=0
+        ),
     ] = 0,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
@@ -107,10 +117,10 @@ def compress(
     from qmoe_lite.quantization.grid import UniformGrid, grid_of_word
 
     run: Callable[..., Report] = compress
-    if tune_epochs:
+    if tune_epochs or tune == "full":
         from qmoe_lite.tuning.compressing import compress_and_tune
 
-        run = partial(compress_and_tune, epochs=tune_epochs)
+        run = partial(compress_and_tune, epochs=tune_epochs or 1)
     chosen = None if grid is None else grid_of_word(grid)(level_dtype=torch.bfloat16)
     if isinstance(chosen, UniformGrid):  # its step follows from the rate
         chosen, rate = None, rate or USUAL_RATE
@@ -129,6 +139,7 @@ def compress(
         "validation_samples": validation_samples,
         "batch_size": batch_size,
         "activations": activations,
+        "tune": "block" if tune == "full" else tune,
         "spill": spill,
         "seed": seed,
         "device": device,
@@ -212,6 +223,9 @@ def _print(report: Report, out: Path) -> None:
         f"({report.bits_per_weight:.3f} bits a weight), all {megabytes(sum_of(sizes, 'dense_'))} -> "
         f"{megabytes(sum_of(sizes, ''))} MB, {duration(report.seconds)}"
     )
+    if (by_block := report.tuning_by_block) is not None:
+        lacking = f"{by_block['before']:.4f} -> {by_block['after']:.4f}"
+        print_text(f"tuned by block: experts lack {lacking} of their outputs, {duration(by_block['seconds'])}")
     if report.tuning is not None:
         before, after, took = (report.tuning[name] for name in ("before", "after", "seconds"))
         print_text(f"tuned: KL divergence from the dense model {before:.4f} -> {after:.4f} nats, {duration(took)}")

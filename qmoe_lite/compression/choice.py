@@ -30,6 +30,8 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
         raise SettingError(f"rate is {settings.rate:g}, which only the uniform grid reaches. Leave the grid out.")
     if settings.stop_when_bad and (settings.recipe == "nearest" or settings.validation_samples == 0):
         raise SettingError("stop_when_bad needs validation samples. Set validation_samples, and calibrate.")
+    if settings.tune != "none" and settings.recipe == "nearest":
+        raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or tune none.")
     if grid is None and settings.rate is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES):
         return MinMaxTernary(level_dtype=torch.bfloat16), settings
     if grid is None:

@@ -13,8 +13,8 @@ from qmoe_lite.compression.schedule import BETAS, share_of_rate
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
 
-EPOCHS, BATCH = 2, 32  # how often a token is seen, and tokens a step
-RATE = 0.01  # highest change of a factor in a step
+EPOCHS, BATCH = 2, 64  # how often a token is seen, and tokens a step
+RATE = 0.02  # highest change of a factor in a step
 
 
 @dataclass(frozen=True)

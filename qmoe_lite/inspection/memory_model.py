@@ -16,6 +16,7 @@ from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.losses import SLICE_VALUES
 from qmoe_lite.compression.run import SAMPLES_PER_EXPERT
+from qmoe_lite.compression.run_samples import twins_for
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy, BlockParts
 from qmoe_lite.models.blocks import MoELayer
@@ -41,18 +42,21 @@ class Rows:
     samples : int
         For Hessians.
     all : int
-        With those for validation, which go through the model twice.
+        With those for validation, which go through the model twice, and with the twins.
     tokens : list of int
         Of a sample, by stack.
+    twins : int
+        Of samples that are tuned on: they go through the dense model.
     """
 
     samples: int
     all: int
     tokens: list[int]
+    twins: int = 0
 
     @property
     def validation(self) -> int:
-        return self.all - self.samples
+        return self.all - self.samples - self.twins
 
 
 def rows_of(anatomy: Anatomy, settings: Settings) -> Rows:
@@ -65,7 +69,8 @@ def rows_of(anatomy: Anatomy, settings: Settings) -> Rows:
         length = window_length(settings.sequence_length)
         masked, spans = noise_counts(length)
         tokens = [length - masked + spans + 1, masked + spans + 1]
-    return Rows(samples, samples + 2 * kept, tokens)
+    twins = min(samples, twins_for(anatomy.layers, settings))
+    return Rows(samples, samples + 2 * kept + twins, tokens, twins)
 
 
 def compressed_bytes(anatomy: Anatomy, bits: float) -> tuple[int, int]:
@@ -146,7 +151,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float, spill
         always["outside the blocks, float32"] = 4 * anatomy.outside
         if not spilled:
             always["activations of all samples"] = buffers
-            certain += _buffers(anatomy, settings, replace(rows, all=rows.samples))
+            certain += _buffers(anatomy, settings, replace(rows, all=rows.samples, twins=0))
         always["routing of all samples"] = _routing(anatomy, rows)
         certain += 4 * anatomy.outside
         blocks = [
@@ -189,7 +194,8 @@ def _buffers(anatomy: Anatomy, settings: Settings, rows: Rows) -> int:
         of_each = rows.all * tokens * _width(settings)
         inputs = max((_columns(block.layer) for block in stack if block.layer is not None), default=0)
         hidden = of_each * anatomy.hidden
-        most, before = max(most, before + hidden + of_each * inputs), before + hidden
+        lack = 4 * rows.twins * tokens * anatomy.hidden
+        most, before = max(most, before + hidden + of_each * inputs + lack), before + hidden
     return most
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from qmoe_lite.checkpoint.headers import Headers
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
+from qmoe_lite.compression.run_samples import TUNED_TOKENS
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy
 from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_of
@@ -16,6 +17,7 @@ from qmoe_lite.quantization.grid import Grid
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 _AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
 _SECOND_STAGE = 0.4  # of a token's work that such a solve does again: the last projection's Hessian
+_TUNING = 18.0  # operations a weight and token: forwards, and backwards twice
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
 
@@ -76,7 +78,7 @@ def seconds_of(
     calibrated = settings.recipe != "nearest"
     if calibrated:
         phases["dense parts"] = _dense(anatomy, settings, rows, speeds)
-    solving = tokens = 0.0
+    solving = tokens = tuning = 0.0
     compressor = LayerCompressor(anatomy.family, anatomy.config, None, grid, settings)  # type: ignore[arg-type]
     for number, stack in enumerate(anatomy.stacks):
         for layer in (block.layer for block in stack if block.layer is not None):
@@ -90,6 +92,8 @@ def seconds_of(
                 if starved and settings.blend_tokens:  # the layer's Hessian, once more for each expert
                     pairs += layer.count * LAYER_SAMPLE // 2
                 tokens += pairs * of_token
+                tuned = rows.twins * rows.tokens[number] * layer.top_k
+                tuning += _TUNING * min(tuned, TUNED_TOKENS * layer.count) * layer.weights / layer.count
     groups = [len(compressor.groups(layer)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
@@ -102,6 +106,7 @@ def seconds_of(
     phases["layers: choosing codes"] = codes * speeds.layer
     phases["experts: Hessians and outputs"] = tokens
     phases["experts: solving and encoding"] = solving
+    phases["experts: tuning"] = tuning / speeds.multiply
     if calibrated:
         saved = sum(
             rows.all

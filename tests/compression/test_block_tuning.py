@@ -1,0 +1,127 @@
+"""Tuning by block: experts learn what is missing with their digits as they are, and a run that stops ends the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from checks import Killed
+
+import qmoe_lite as qm
+from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.compression.expert_training import train_expert
+from qmoe_lite.compression.layer_parts import Linear
+from qmoe_lite.errors import SettingError
+from qmoe_lite.inspection.verification import verify
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.routing import Assignment
+
+SETTINGS = {"samples": 16, "sequence_length": 32, "validation_samples": 2, "rate": 1.6}
+
+
+def layer_of(rows, inner):
+    return MoELayer(
+        "experts", "block", 1, {"gate_proj": (inner, rows), "up_proj": (inner, rows), "down_proj": (rows, inner)}
+    )
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_expert_learns_what_its_rows_and_columns_were_divided_by(scaled):
+    layer, generator = layer_of(8, 12), torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    act = torch.nn.functional.silu
+    dense = {name: Linear(draw(*shape) / 3, None, act) for name, shape in layer.shapes.items()}
+    x, gates = draw(500, 8), torch.rand(500, 1, generator=generator)
+    inside = act(dense["gate_proj"].of(x)) * dense["up_proj"].of(x)
+    goal = dense["down_proj"].of(inside) * gates
+    wrong = {
+        name: replace(each, weight=each.weight * (1 + 0.1 * draw(len(each.weight), 1))) for name, each in dense.items()
+    }
+    with torch.inference_mode():
+        found = train_expert(layer, wrong, scaled, x, gates, goal, (0,))
+        again = train_expert(layer, wrong, scaled, x, gates, goal, (0,))
+    assert found.after < 0.2 * found.before
+    assert found.rows.keys() == layer.shapes.keys()
+    assert set(found.columns) == ({"gate_proj", "down_proj"} if scaled else set())
+    assert all(torch.equal(each, again.rows[name]) for name, each in found.rows.items())
+
+
+def test_a_goal_of_zeros_changes_nothing():
+    layer = layer_of(4, 4)
+    matrices = {name: Linear(torch.eye(4), None, torch.nn.functional.silu) for name in layer.shapes}
+    found = train_expert(layer, matrices, True, torch.ones(3, 4), torch.ones(3, 1), torch.zeros(3, 4), (0,))
+    assert found.before == found.after
+    assert not any(each.any() for each in found.rows.values())
+
+
+def test_tokens_are_left_out_of_every_expert():
+    index = torch.tensor([[0, 1], [1, -1], [2, 0], [1, 2]])
+    assigned = Assignment.group(index, torch.arange(8.0).view(4, 2), 3)
+    left = assigned.without(torch.tensor([False, True, False, False]))
+    for expert in range(3):
+        rows, weights = assigned.of_expert(expert)
+        found = left.of_expert(expert)
+        assert torch.equal(found[0], rows[rows != 1])
+        assert torch.equal(found[1], weights[rows != 1])
+
+
+@pytest.fixture(scope="module")
+def untuned(made_once, causal, text_file):
+    given = {"calibration": text_file, **SETTINGS}
+    return made_once("qwen3_moe-rated", lambda place: qm.compress(causal("qwen3_moe"), place, **given))
+
+
+@pytest.fixture(scope="module")
+def tuned(made_once, causal, text_file):
+    given = {"calibration": text_file, "tune": "block", **SETTINGS}
+    return made_once("qwen3_moe-by-block", lambda place: qm.compress(causal("qwen3_moe"), place, **given))
+
+
+def test_what_experts_lack_becomes_less_and_digits_stay(untuned, tuned):
+    report = json.loads((tuned / "qmoe_report.json").read_text())
+    assert report["tuning_by_block"]["after"] < report["tuning_by_block"]["before"]
+    assert report["settings"]["tune"] == "block"
+    assert not verify(tuned)
+    before, after = Checkpoint(untuned), Checkpoint(tuned)
+    first = min(name for name in before.names if name.endswith("gate_proj_codes"))
+    assert torch.equal(before.tensor(first), after.tensor(first))
+    for part in ("levels", "column_scales"):
+        name = first.replace("codes", part)
+        assert before.tensor(name).dtype == after.tensor(name).dtype
+        assert not torch.equal(before.tensor(name), after.tensor(name))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_with_the_same_bytes(tuned, causal, text_file, tmp_path):
+    def kill(event):
+        if event.done == 1:
+            raise Killed
+
+    given = {"calibration": text_file, "tune": "block", **SETTINGS}
+    with pytest.raises(Killed):
+        qm.compress(causal("qwen3_moe"), tmp_path / "out", progress=kill, **given)
+    qm.compress(causal("qwen3_moe"), tmp_path / "out", **given)
+    for file in sorted(tuned.glob("*.safetensors*")):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+def test_an_encoder_decoder_with_few_digits_is_tuned_too(switch, text_file, tmp_path, activations):
+    given = {**SETTINGS, "rate": None, "calibration": text_file, "activations": activations, "spill": tmp_path}
+    report = qm.compress(switch, tmp_path / "out", tune="block", **given)
+    assert report.tuning_by_block["after"] < report.tuning_by_block["before"]
+    assert not verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"tune": "full"}, "tune is full; expected none or block"), ({"tune": "block", "recipe": "nearest"}, "tune none")],
+    ids=["word", "recipe"],
+)
+def test_what_cannot_be_tuned_is_refused(causal, tmp_path, change, words):
+    with pytest.raises(SettingError, match=words):
+        qm.compress(causal("qwen3_moe"), tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
