@@ -157,14 +157,9 @@ class _LayerTuner:
             quantized, first = each.quantized, layer.first_of_stage(name)
             assert each.grid is not None
             dtype = each.grid.level_dtype or torch.float32
-            quantized.levels[place] = _scaled(quantized.levels[place], found.rows[name][:, None], dtype)
+            quantized.levels[place] = (quantized.levels[place] * found.rows[name][:, None]).to(dtype)
             if quantized.column_scales is not None:
-                quantized.column_scales[place] = _scaled(quantized.column_scales[place], found.columns[first], _SCALES)
-
-
-def _scaled(values: Tensor, changes: Tensor, stored: torch.dtype) -> Tensor:
-    """Return values with relative changes, float32, rounded to what is stored of them."""
-    return (values * (1 + changes)).to(stored).float()
+                quantized.column_scales[place] = (quantized.column_scales[place] * found.columns[first]).to(_SCALES)
 
 
 def _chunks(rows: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Training of one expert's factors, a number a row and a column, while its digits stay."""
+"""Training of one expert's factors, one for each row and column, while its digits stay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
 
 EPOCHS, BATCH = 2, 64  # how often a token is seen, and tokens a step
-RATE = 0.02  # highest change of a factor in a step
+RATE = 0.02  # highest change of a factor's logarithm in a step
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Trained:
     Attributes
     ----------
     rows : dict, projection to float32 tensor (R,)
-        Relative changes of its rows' steps.
+        What its rows' steps are to be multiplied by.
     columns : dict, first projection of a stage to float32 tensor (C,)
-        Relative changes of column scales.
+        What column scales are to be multiplied by.
     before, after : float
         Sum over the tokens of the squares of what it lacked of the goal, and lacks.
     """
@@ -88,6 +88,8 @@ def train_expert(
 
 
 class _Factored:
+    """An expert with factors, which are powers, since a scale of a column has to stay above 0."""
+
     def __init__(self, layer: MoELayer, matrices: dict[str, Linear], scaled: bool) -> None:
         self._layer = layer
         self._matrices = {name: replace(each, weight=each.weight.clone()) for name, each in matrices.items()}
@@ -109,7 +111,7 @@ class _Factored:
 
     def _multiply(self, name: str, x: Tensor) -> Tensor:
         matrix, columns = self._matrices[name], self._columns.get(self._layer.first_of_stage(name))
-        y = (x if columns is None else x * (1 + columns)) @ matrix.weight.T * (1 + self._rows[name])
+        y = (x if columns is None else x * columns.exp()) @ matrix.weight.T * self._rows[name].exp()
         return y if matrix.bias is None else y + matrix.bias
 
     @torch.no_grad()
@@ -117,7 +119,7 @@ class _Factored:
         return float((self(x) * gates - goal).double().square().sum())
 
     def trained(self, before: float, after: float) -> Trained:
-        rows, columns = ({name: each.detach() for name, each in of.items()} for of in (self._rows, self._columns))
+        rows, columns = ({name: each.detach().exp() for name, each in of.items()} for of in (self._rows, self._columns))
         return Trained(rows, columns, before, after)
 
 

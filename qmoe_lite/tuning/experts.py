@@ -18,8 +18,8 @@ from qmoe_lite.models.routing import Assignment, in_order
 class TunedExperts(nn.Module):
     """Stands where a `PackedExperts` stood, and computes what it would with other steps and scales.
 
-    Its parameters are relative changes, 0 at first: `rows` of each projection, (E, R), and, where the code is a
-    dictionary, `columns` of each stage's first projection, (E, C). Digits stay as they are.
+    Its parameters are the factors' logarithms, 0 at first: `rows` of each projection, (E, R), and, where the code is a
+    dictionary, `columns` of each stage's first projection, (E, C). Digits stay as they are, and scales above 0.
 
     Parameters
     ----------
@@ -59,8 +59,8 @@ class TunedExperts(nn.Module):
     def _multiply(self, expert: int, projection: str, x: Tensor) -> Tensor:
         first = self.packed.layer.first_of_stage(projection)
         if first in self.columns:
-            x = x * (1 + self.columns[first][expert])
-        y = product(self.packed.packed(expert, projection), x) * (1 + self.rows[projection][expert])
+            x = x * self.columns[first][expert].exp()
+        y = product(self.packed.packed(expert, projection), x) * self.rows[projection][expert].exp()
         bias = self.packed.bias(expert, projection)
         return y if bias is None else (y + bias).to(y.dtype)
 
@@ -75,10 +75,10 @@ class TunedExperts(nn.Module):
         for name in experts.layer.projections:
             stack = experts.stack(name)
             own = {"levels": stack.parts["levels"], "checksums": torch.empty_like(stack.parts["checksums"])}
-            own["levels"] = (own["levels"].float() * (1 + self.rows[name][:, :, None])).to(own["levels"].dtype)
+            own["levels"] = (own["levels"].float() * self.rows[name].exp()[:, :, None]).to(own["levels"].dtype)
             if name in self.columns:
                 scales = stack.parts["column_scales"]
-                own["column_scales"] = (scales.float() * (1 + self.columns[name])).to(scales.dtype)
+                own["column_scales"] = (scales.float() * self.columns[name].exp()).to(scales.dtype)
             for part, tensor in own.items():
                 changed[tensor_name(f"{experts.layer.experts}.{name}", part)] = tensor
         for name in experts.layer.projections:

@@ -79,12 +79,15 @@ def test_sizes_are_those_that_compress_reports(request, model_type):
     assert anatomy.experts == report.expert_weights
 
 
-def test_rows_are_those_of_a_run(switch, tokenizer, text_file):
-    from qmoe_lite.compression.run_samples import RunSamples
+@pytest.mark.parametrize("tune", ["none", "block"])
+def test_rows_are_those_of_a_run(switch, tokenizer, text_file, tune):
+    from qmoe_lite.compression.run_samples import RunSamples, twins_for
 
-    settings = Settings(samples=24, sequence_length=32, validation_samples=2)
-    samples, _ = RunSamples.make(text_file, tokenizer, 24, True, settings)
-    rows = rows_of(anatomy_of(read_headers(switch)), settings)
+    settings = Settings(samples=24, sequence_length=32, validation_samples=2, tune=tune)
+    anatomy = anatomy_of(read_headers(switch))
+    samples, _ = RunSamples.make(text_file, tokenizer, 24, True, settings, twins_for(anatomy.layers, settings))
+    rows = rows_of(anatomy, settings)
+    assert (rows.twins, rows.validation) == (24 * (tune == "block"), 4)
     assert (rows.samples, rows.all) == (samples.calibration, len(samples.all))
     assert rows.tokens == [samples.all.input_ids.shape[1], samples.all.labels.shape[1]]
 

@@ -77,9 +77,9 @@ def test_stored_factors_are_those_that_were_trained(rated):
     stack = tuner.experts[0].packed.stack("gate_proj")
     stored, rows, columns = tuner.stored(), tuner.experts[0].rows, tuner.experts[0].columns
     levels, scales = stored[f"{name}.gate_proj_levels"], stored[f"{name}.gate_proj_column_scales"]
-    exact = stack.parts["levels"].float() * (1 + rows["gate_proj"][:, :, None])
+    exact = stack.parts["levels"].float() * rows["gate_proj"].exp()[:, :, None]
     assert torch.equal(levels, exact.to(levels.dtype))
-    assert torch.equal(scales, (stack.parts["column_scales"].float() * (1 + columns["gate_proj"])).to(scales.dtype))
+    assert torch.equal(scales, (stack.parts["column_scales"].float() * columns["gate_proj"].exp()).to(scales.dtype))
     assert set(columns) == {"gate_proj", "down_proj"}
 
 
