@@ -1,9 +1,11 @@
-"""Tuning block by block, digits frozen: experts' row steps and column scales learn to put out what their block lacks.
+"""Tuning block by block: experts are solved and trained to put out what their block lacks of the dense model's output.
 
 Some calibration samples go through the dense model too; these are their twins. What a block of the quantised model
 would lack of what it puts out for the twins, were its experts dense, is shared among the experts of a token, by the
-squares of their gates. Each expert, once it is solved, is trained to put out what the dense one does and its share,
-on its own tokens: one expert is in memory at a time, dense and quantised, and none depends on what became of another.
+squares of their gates. An expert is to put out what the dense one does and its share. Its last projection is solved for
+that, on what the quantised first ones put out, in place of the dense weights; then row steps and column scales of all
+its projections are trained, digits frozen. One expert is in memory at a time, dense and quantised, and none depends
+on what became of another.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from qmoe_lite.compression.expert_training import train_expert
 from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, Linear, Taken, draw
 from qmoe_lite.compression.run_samples import TUNED_TOKENS, RunSamples
+from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import Solved
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.family import inner
+from qmoe_lite.quantization.hessian import added
 
 _SCALES = torch.bfloat16  # whose values column scales are
 
@@ -34,12 +39,12 @@ class BlockTuning:
         Runs experts.
     samples : RunSamples
         Some of them with twins.
-    seed : int
-        Of the tokens that are drawn, and of their order.
+    settings : Settings
+        Dampening and borrowed tokens of the Hessians, and the seed.
     """
 
-    def __init__(self, compressor: LayerCompressor, samples: RunSamples, seed: int) -> None:
-        self._compressor, self._samples, self._seed = compressor, samples, seed
+    def __init__(self, compressor: LayerCompressor, samples: RunSamples, settings: Settings) -> None:
+        self._compressor, self._samples, self._settings = compressor, samples, settings
 
     def __call__(self, layer: MoELayer, number: int, seen: LayerInputs) -> LayerInputs:
         """Send the reference samples through a layer's dense experts; return the others, with what tunes them.
@@ -53,8 +58,8 @@ class BlockTuning:
         seen : LayerInputs
             Of all samples.
         """
-        tuner = _LayerTuner(self._compressor, layer, (self._seed, number), seen, self._samples)
-        return replace(seen, assigned=seen.assigned.without(seen.reference), tune=tuner.tune)
+        tuner = _LayerTuner(self._compressor, layer, number, seen, self._samples, self._settings)
+        return replace(seen, assigned=seen.assigned.without(seen.reference), tuner=tuner)
 
 
 class _LayerTuner:
@@ -64,11 +69,13 @@ class _LayerTuner:
         self,
         compressor: LayerCompressor,
         layer: MoELayer,
-        seed: tuple[int, int],
+        number: int,
         seen: LayerInputs,
         samples: RunSamples,
+        settings: Settings,
     ) -> None:
-        self._compressor, self._layer, self._seed, self._seen = compressor, layer, seed, seen
+        self._compressor, self._layer, self._seen, self._settings = compressor, layer, seen, settings
+        self._seed = settings.seed, number
         self._rows = samples.twins * (len(seen.eligible) // len(samples.all))  # of samples with twins, the first ones
         rows, gates = seen.assigned.rows, seen.assigned.weights
         self._squares = torch.zeros(len(seen.eligible)).index_add(0, rows, gates.square())
@@ -76,8 +83,10 @@ class _LayerTuner:
         self._lack = seen.hidden.another(samples.twins) if seen.adds else None
         if self._lack is not None:
             self._lack.zero()
+        begun = time.perf_counter()
         for expert in range(layer.count):
             self._run_dense(expert)
+        self._seconds = time.perf_counter() - begun
         for sample in range(samples.twins if self._lack is not None else 0):
             one, twin = (slice(i, i + 1) for i in (sample, samples.first_twin + sample))
             self._lack.write(one, self._lack.read(one) + seen.hidden.read(twin) - seen.hidden.read(one))
@@ -91,6 +100,62 @@ class _LayerTuner:
         if self._lack is not None:
             for part, weights in _chunks(rows[own], gates[own]):
                 self._lack.add(part, -self._outputs(truth, part, weights).cpu())
+
+    def aim(
+        self, group: range, rows_of: list[Tensor], before: list[list[Linear]], weights: Tensor, hessians: Tensor
+    ) -> Tensor:
+        """Return the weights that a group's last projections are to be solved for.
+
+        Parameters
+        ----------
+        group : range
+            Its experts.
+        rows_of : list of int64 tensor
+            Tokens of each that enter its Hessian.
+        before : list of list of Linear
+            Each one's first projections, quantised.
+        weights : float32 tensor, shape (E, R, C)
+            Of the dense last projections.
+        hessians : float32 tensor, shape (E, C, C)
+            Of what the first projections put out.
+
+        Notes
+        -----
+        W + E[missing h^T] (H + dampening)^-1, the least squares with the solver's own Hessian and dampening.
+        """
+        begun = time.perf_counter()
+        each = zip(group, rows_of, before, weights, hessians, strict=True)
+        aimed = [weight + self._correction(expert, rows, first, weight, h) for expert, rows, first, weight, h in each]
+        self._seconds += time.perf_counter() - begun
+        return torch.stack(aimed)
+
+    def _correction(self, expert: int, rows: Tensor, before: list[Linear], weight: Tensor, hessian: Tensor) -> Tensor:
+        """Return what one expert's last projection is to be changed by before it is solved."""
+        missing, settings, columns = torch.zeros_like(weight), self._settings, len(hessian)
+        if not len(rows):
+            return missing
+        truth = self._compressor.truth(self._layer, expert)
+        last = truth[-1]
+        for part in rows.split(CHUNK_TOKENS):
+            x, inside = self._inside(part, before)
+            missing += (self._compressor.expert(x, truth) - last.of(inside)).T @ inside / len(rows)
+        if self._lack is not None and len(own := rows[rows < self._rows]):
+            all_rows, all_gates = self._seen.assigned.of_expert(expert)
+            shares = all_gates[torch.searchsorted(all_rows, own)] / self._squares[own]
+            for part, share in _chunks(own, shares):
+                lack = (self._lack.gather(part) * share[:, None]).to(weight.device)
+                missing += lack.T @ self._inside(part, before)[1] / len(own)
+        if len(rows) < columns:  # its Hessian is that of some tokens more, for which nothing is known to be missing
+            missing *= len(rows) / (len(rows) + settings.blend_tokens)
+        dampened = hessian + added(hessian, settings.dampening) * torch.eye(columns, device=hessian.device)
+        factor, info = torch.linalg.cholesky_ex(dampened)
+        found = torch.cholesky_solve(missing.T, factor).T
+        return found if info.item() == 0 and found.isfinite().all() else torch.zeros_like(weight)
+
+    def _inside(self, rows: Tensor, before: list[Linear]) -> tuple[Tensor, Tensor]:
+        """Return some tokens, and what the first projections make of them."""
+        x = self._seen.inputs.gather(rows).to(self._compressor.device)
+        return x, inner(before[0].activation, [matrix.of(x) for matrix in before])
 
     def _outputs(self, matrices: list[Linear], rows: Tensor, gates: Tensor) -> Tensor:
         """Return what an expert adds to some tokens."""
@@ -121,7 +186,8 @@ class _LayerTuner:
                 tuned[name] = each._replace(quantized=quantized)
         for place, expert in enumerate(group):
             self._tune_expert(place, expert, tuned, taken)
-        taken.tuning_seconds += time.perf_counter() - begun
+        taken.tuning_seconds += time.perf_counter() - begun + self._seconds
+        self._seconds = 0.0
         return tuned
 
     def _tune_expert(self, place: int, expert: int, solved: dict[str, Solved], taken: Taken) -> None:

@@ -157,14 +157,14 @@ class LayerCompressor:
             solve = partial(self._nearest, layer, group)
         else:
             solve = partial(self._solve, layer, group, number, seen, {})
-        tune = None if seen is None else seen.tune
+        tuner = None if seen is None else seen.tuner
         if self.rate is not None:
             if seen is not None:
                 self._begin_dead_zone(solve, layer, group, seen)
-            return self._solve_at_rate(solve, tallies, layer, group, taken, tune)
+            return self._solve_at_rate(solve, tallies, layer, group, taken, tuner)
         solved = solve(self._grid)
-        if tune is not None:
-            solved = tune(group, solved, taken)
+        if tuner is not None:
+            solved = tuner.tune(group, solved, taken)
         add_group(tallies, solved)
         return solved
 
@@ -195,7 +195,7 @@ class LayerCompressor:
         return Codebook.choose(counts, sample) if bits is None else Codebook.fit(counts, bits)
 
     def _solve_at_rate(
-        self, solve: Solver, tallies: dict[str, Tally], layer: MoELayer, group: range, taken: Taken, tune: Tuner | None
+        self, solve: Solver, tallies: dict[str, Tally], layer: MoELayer, group: range, taken: Taken, tuner: Tuner | None
     ) -> dict[str, Solved]:
         """Solve a group with the step that makes the model take its bits; the first and the last layer decide it."""
         rate, grid = self.rate, self._grid
@@ -228,8 +228,8 @@ class LayerCompressor:
         taken.tells, taken.dead = taken.tells or not dead, taken.dead or dead
         taken.weights += weights
         taken.bits += (aim if dead else bits) * weights  # zeros take no bits, whatever the step, and nobody gets theirs
-        if tune is not None:
-            solved = tune(group, solved, taken)
+        if tuner is not None:
+            solved = tuner.tune(group, solved, taken)
             packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
         for name, tally in windows.items():
             tally.keep(solved[name], packed[name])
@@ -311,14 +311,16 @@ class LayerCompressor:
                 for place, expert in enumerate(group)
             ]
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
+            weights = [self._group_weights(layer, group, name) for name in stage]
             factors = None if solved else first.get(stage[0])
             if factors is None:
                 hessians = self._hessians(seen, rows_of, before, starved, columns)
+                if solved and seen.tuner is not None:
+                    weights = [seen.tuner.aim(group, rows_of, before, weights[0], hessians)]
                 steps = grid.column_steps
                 factors = factorise_all(hessians, None, options.dampening, options.block_size, steps)
                 if not solved and self.rate is not None:
                     first[stage[0]] = factors
-            weights = [self._group_weights(layer, group, name) for name in stage]
             results = gptq_shared(weights, None, grid, factors=factors)
             for name, quantized in zip(stage, results, strict=True):
                 pairs = zip(quantized.hessian_class, starved, strict=True)
@@ -328,12 +330,7 @@ class LayerCompressor:
         return solved
 
     def _hessians(
-        self,
-        seen: LayerInputs,
-        rows_of: list[Tensor],
-        before: list[list[Linear]],
-        starved: list[bool],
-        columns: int,
+        self, seen: LayerInputs, rows_of: list[Tensor], before: list[list[Linear]], starved: list[bool], columns: int
     ) -> Tensor:
         """Return the Hessians of a group, (E, C, C), or one, (1, C, C), where all experts see the same inputs."""
         if not before[0] and all(torch.equal(rows, rows_of[0]) for rows in rows_of[1:]):

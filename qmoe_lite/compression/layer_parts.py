@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ class LayerInputs:
         The block's output so far; the quantised experts' outputs are added to it.
     adds : bool
         Whether that is all that the block does with them.
-    tune : callable or None
-        Trains a group that was solved: see `block_tuning`.
+    tuner : Tuner or None
+        Lets experts make up for what their block lacks: see `block_tuning`.
     """
 
     inputs: ListBuffer
@@ -68,7 +68,7 @@ class LayerInputs:
     sample: Tensor
     hidden: ListBuffer
     adds: bool = True
-    tune: Tuner | None = None
+    tuner: Tuner | None = None
 
     @classmethod
     def of(cls, caught: Caught, flags: tuple[Tensor, ...], *seed: int) -> LayerInputs:
@@ -126,4 +126,13 @@ class Taken:
         return {"seconds": round(self.tuning_seconds, 3), "before": lacking[0], "after": lacking[1]}
 
 
-Tuner = Callable[[range, dict[str, Solved], Taken], dict[str, Solved]]  # of a group that was solved
+class Tuner(Protocol):
+    """What the compressor of a layer asks of its tuning."""
+
+    def aim(
+        self, group: range, rows_of: list[Tensor], before: list[list[Linear]], weights: Tensor, hessians: Tensor
+    ) -> Tensor:
+        """Return the weights that a group's last projections are to be solved for."""
+
+    def tune(self, group: range, solved: dict[str, Solved], taken: Taken) -> dict[str, Solved]:
+        """Return a group that was solved with other levels and column scales."""

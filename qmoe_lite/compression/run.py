@@ -301,7 +301,7 @@ class _Run:
         if samples.all.labels is not None:
             ids.append(samples.decoder_input(self.config))
         if samples.twins:
-            self.compressor.tuning = BlockTuning(self.compressor, samples, self.settings.seed)
+            self.compressor.tuning = BlockTuning(self.compressor, samples, self.settings)
         memory: ListBuffer | None = None
         resumed, finished = self.unfinished.stack, self.unfinished.block
         with capacity_lifted(self.model):

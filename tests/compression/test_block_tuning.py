@@ -108,10 +108,11 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(tuned, causal, text_file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
-def test_an_encoder_decoder_with_few_digits_is_tuned_too(switch, text_file, tmp_path, activations):
-    given = {**SETTINGS, "rate": None, "calibration": text_file, "activations": activations, "spill": tmp_path}
-    report = qm.compress(switch, tmp_path / "out", tune="block", **given)
+@pytest.mark.parametrize("model_type", ["switch", "granitemoe"])  # few digits; outputs that the block scales
+def test_other_blocks_are_tuned_too(request, causal, text_file, tmp_path, model_type):
+    model = request.getfixturevalue("switch") if model_type == "switch" else causal(model_type)
+    given = {**SETTINGS, "rate": None, "calibration": text_file, "activations": "bfloat16", "spill": tmp_path}
+    report = qm.compress(model, tmp_path / "out", tune="block", **given)
     assert report.tuning_by_block["after"] < report.tuning_by_block["before"]
     assert not verify(tmp_path / "out")
 
