@@ -91,6 +91,7 @@ def measure(
     rates: Iterable[float] = RATES,
     baselines: bool = True,
     tuned: bool = False,
+    tune: str = "none",
     samples: int | None = None,
     sequence_length: int = 512,
     held_out: int | None = None,
@@ -110,6 +111,8 @@ def measure(
         Measure rounding to nearest and the paper's recipe too.
     tuned : bool
         Measure each variant that was calibrated once more after `tune` with the same text.
+    tune : str
+        As `compress` takes it, for each variant that is calibrated.
     samples, sequence_length : int
         Of calibration; `sequence_length` of the evaluation too.
     held_out : int, optional
@@ -128,10 +131,10 @@ def measure(
     """
     from qmoe_lite.compression.rate import check_rate
     from qmoe_lite.compression.run import compress
-    from qmoe_lite.tuning.run import tune
+    from qmoe_lite.tuning.run import tune as tune_whole
 
     tell = progress or (lambda line: None)
-    options: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length}
+    options: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "tune": tune}
     variants: list[tuple[str, dict[str, Any]]] = []
     if baselines:
         variants.append((NEAREST, {"recipe": "nearest", "sequence_length": sequence_length}))
@@ -165,7 +168,9 @@ def measure(
                 begun = time.perf_counter()
                 given: dict[str, Any] = {} if samples is None else {"samples": samples}
                 try:
-                    tune(out, better, dense=model, calibration=calibration, sequence_length=sequence_length, **given)
+                    tune_whole(
+                        out, better, dense=model, calibration=calibration, sequence_length=sequence_length, **given
+                    )
                     add(f"{name}, tuned", better, begun)
                 except BadResultError as error:
                     tell(f"{name}, tuned: {error}")

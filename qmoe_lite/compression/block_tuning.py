@@ -20,6 +20,7 @@ from torch import Tensor
 from qmoe_lite.compression.expert_training import train_expert
 from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, Linear, Taken, draw
+from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.run_samples import TUNED_TOKENS, RunSamples
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import Solved
@@ -80,26 +81,28 @@ class _LayerTuner:
         rows, gates = seen.assigned.rows, seen.assigned.weights
         self._squares = torch.zeros(len(seen.eligible)).index_add(0, rows, gates.square())
         # where a block does more with its experts' outputs than to add them, each has its own dense output as goal
+        begun = time.perf_counter()
         self._lack = seen.hidden.another(samples.twins) if seen.adds else None
         if self._lack is not None:
             self._lack.zero()
-        begun = time.perf_counter()
         for expert in range(layer.count):
-            self._run_dense(expert)
+            self._run_dense(expert, self._lack)
+        if self._lack is not None:
+            for sample in range(samples.twins):
+                one, twin = (slice(i, i + 1) for i in (sample, samples.first_twin + sample))
+                self._lack.write(one, self._lack.read(one) + seen.hidden.read(twin) - seen.hidden.read(one))
         self._seconds = time.perf_counter() - begun
-        for sample in range(samples.twins if self._lack is not None else 0):
-            one, twin = (slice(i, i + 1) for i in (sample, samples.first_twin + sample))
-            self._lack.write(one, self._lack.read(one) + seen.hidden.read(twin) - seen.hidden.read(one))
 
-    def _run_dense(self, expert: int) -> None:
+    def _run_dense(self, expert: int, lack: ListBuffer | None) -> None:
         """Add a dense expert's outputs to the twins, and take them off what the samples that have twins lack."""
         truth = self._compressor.truth(self._layer, expert)
         self._compressor.run_reference(self._layer, expert, truth, self._seen)
+        if lack is None:
+            return
         rows, gates = self._seen.assigned.of_expert(expert)
         own = rows < self._rows
-        if self._lack is not None:
-            for part, weights in _chunks(rows[own], gates[own]):
-                self._lack.add(part, -self._outputs(truth, part, weights).cpu())
+        for part, weights in _chunks(rows[own], gates[own]):
+            lack.add(part, -self._outputs(truth, part, weights).cpu())
 
     def aim(
         self, group: range, rows_of: list[Tensor], before: list[list[Linear]], weights: Tensor, hessians: Tensor
@@ -136,7 +139,7 @@ class _LayerTuner:
             return missing
         truth = self._compressor.truth(self._layer, expert)
         last = truth[-1]
-        for part in rows.split(CHUNK_TOKENS):
+        for part in torch.split(rows, CHUNK_TOKENS):
             x, inside = self._inside(part, before)
             missing += (self._compressor.expert(x, truth) - last.of(inside)).T @ inside / len(rows)
         if self._lack is not None and len(own := rows[rows < self._rows]):
@@ -229,4 +232,4 @@ class _LayerTuner:
 
 
 def _chunks(rows: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(rows.split(CHUNK_TOKENS), gates.split(CHUNK_TOKENS), strict=True)
+    return zip(torch.split(rows, CHUNK_TOKENS), torch.split(gates, CHUNK_TOKENS), strict=True)

@@ -126,4 +126,4 @@ class _Factored:
 def _batches(tokens: int, seed: tuple[int, ...]) -> list[Tensor]:
     generator = np.random.default_rng(seed)
     orders = (torch.from_numpy(generator.permutation(tokens)) for _ in range(EPOCHS))
-    return [part for order in orders for part in order.split(BATCH)]
+    return [part for order in orders for part in torch.split(order, BATCH)]

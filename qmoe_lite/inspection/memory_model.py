@@ -260,6 +260,7 @@ def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings, grid: Grid, bi
     stage_two = kept + (8 + digit) * one + 8 * inner * inner + (8 + digit) * two
     again = (digit * (one + two) + (one + two) * bits / 8) if settings.rate is not None else 0
     peak = experts * (max(stage_one, stage_two) + again) + chunk + 24 * wide + 4 * LAYER_SAMPLE * columns
+    peak += 12 * inner * inner + 12 * two if settings.tune != "none" else 0  # what a last projection is solved for
     of_inputs = 1 if layer.top_k >= layer.count else experts  # experts that all get every token share a Hessian
     sure = 4 * experts * one + max(8 * columns * columns * of_inputs, 8 * inner * inner * experts)
     return sure, int(peak)

@@ -17,7 +17,7 @@ from qmoe_lite.quantization.grid import Grid
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 _AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
 _SECOND_STAGE = 0.4  # of a token's work that such a solve does again: the last projection's Hessian
-_TUNING = 18.0  # operations a weight and token: forwards, and backwards twice
+_AIMING, _TUNING = 5.0, 18.0  # operations a weight and token: solved for what is missing; trained, the twins' way in it
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
 
@@ -93,7 +93,8 @@ def seconds_of(
                     pairs += layer.count * LAYER_SAMPLE // 2
                 tokens += pairs * of_token
                 tuned = rows.twins * rows.tokens[number] * layer.top_k
-                tuning += _TUNING * min(tuned, TUNED_TOKENS * layer.count) * layer.weights / layer.count
+                work = _AIMING * rows.samples * rows.tokens[number] * layer.top_k if tuned else 0.0
+                tuning += (work + _TUNING * min(tuned, TUNED_TOKENS * layer.count)) * layer.weights / layer.count
     groups = [len(compressor.groups(layer)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
