@@ -20,6 +20,8 @@ from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dead_zone import USUAL, DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
+from qmoe_lite.compression.freed import return_freed
+from qmoe_lite.compression.group_sizes import groups_of
 from qmoe_lite.compression.groups import Group, GroupLog
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
@@ -62,18 +64,11 @@ class LayerCompressor:
         self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
         self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
         self.each_group: AbstractContextManager[Any] = nullcontext()  # is entered for it, and left when it is kept
-        bits = settings.codeword_bits or USUAL_BITS
-        self.dictionaries = Dictionaries(bits)
+        self.dictionaries = Dictionaries(settings.codeword_bits or USUAL_BITS)
 
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
-        need = kept = 0
-        for stage in layer.stages:
-            rows, columns = sum(layer.shapes[name][0] for name in stage), layer.shapes[stage[0]][1]
-            need = max(need, kept + 12 * columns * columns + 16 * rows * columns)
-            kept = kept or 8 * columns * columns  # the first stage's factors, for another solve
-        size = max(1, min(self._settings.group_size, self._settings.group_bytes // need))
-        return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
+        return groups_of(layer, self._settings)
 
     def compress(
         self,
@@ -104,11 +99,10 @@ class LayerCompressor:
         -------
         LayerResult
         """
-        groups = self.groups(layer)
         tallies = {name: self._tally(layer, name) for name in layer.projections}
         found = np.zeros(3)
         taken = Taken()
-        for i, group in enumerate(groups):
+        for i, group in enumerate(self.groups(layer)):
             with nullcontext() if seen is None else self.each_group:
                 known = None if seen is None or kept is None else kept.read(number, group, self.device)
                 if known is not None:
@@ -120,9 +114,12 @@ class LayerCompressor:
                         kept.write(number, group, Group(solved, self._known(taken)))
                 if seen is not None:
                     for place, expert in enumerate(group):
-                        weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
-                        found += self.run(layer, expert, weights, seen)
-                group_done(i + 1, found[0] / found[2] if found[2] else None, known is None)
+                        of_expert = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
+                        found += self.run(layer, expert, of_expert, seen)
+                now = known is None
+                del solved, known  # else they are there while the next group is solved
+                return_freed()
+                group_done(i + 1, found[0] / found[2] if found[2] else None, now)
         tensors: dict[str, Tensor] = {}
         codebooks: dict[str, dict[str, Any]] = {}
         for name, tally in tallies.items():
@@ -277,7 +274,10 @@ class LayerCompressor:
         return self._linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
 
     def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
-        return torch.stack([self._weights(layer, expert, projection) for expert in group])
+        weights = torch.empty(len(group), *layer.shapes[projection], device=self.device)
+        for place, expert in enumerate(group):  # one at a time: no second copy of all
+            weights[place] = self._weights(layer, expert, projection)
+        return weights
 
     def _nearest(self, layer: MoELayer, group: range, grid: Grid) -> dict[str, Solved]:
         def one(name: str) -> Solved:
@@ -308,41 +308,44 @@ class LayerCompressor:
         solved: dict[str, Solved] = {}
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
-            before = [
-                self._linears(layer, expert, {name: solved[name].quantized.weight_of(place) for name in solved})
-                for place, expert in enumerate(group)
-            ]
+
+            def before(place: int) -> list[Linear]:
+                made = {name: solved[name].quantized.weight_of(place) for name in solved}
+                return self._linears(layer, group[place], made)
+
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
             factors = None if solved else first.get(stage[0])
             if factors is None:
-                hessians = self._hessians(seen, rows_of, before, starved, columns)
-                steps = grid.column_steps
-                factors = factorise_all(hessians, None, options.dampening, options.block_size, steps)
+                hessians = self._hessians(seen, rows_of, before if solved else None, starved, columns)
+                factors = factorise_all(hessians, None, options.dampening, options.block_size, grid.column_steps)
+                del hessians
                 if not solved and self.rate is not None:
                     first[stage[0]] = factors
-            weights = [self._group_weights(layer, group, name) for name in stage]
-            results = gptq_shared(weights, None, grid, factors=factors)
-            for name, quantized in zip(stage, results, strict=True):
+            for name in stage:
+                quantized, *_ = gptq_shared([self._group_weights(layer, group, name)], None, grid, factors=factors)
                 pairs = zip(quantized.hessian_class, starved, strict=True)
                 classes = ["blended" if known == "own" and few else known for known, few in pairs]
-                tokens = [len(rows) for rows in rows_of]
-                solved[name] = Solved(quantized, tokens, classes, grid)
+                solved[name] = Solved(quantized, [len(rows) for rows in rows_of], classes, grid)
         return solved
 
     def _hessians(
         self,
         seen: LayerInputs,
         rows_of: list[Tensor],
-        before: list[list[Linear]],
+        before: Callable[[int], list[Linear]] | None,
         starved: list[bool],
         columns: int,
     ) -> Tensor:
-        """Return the Hessians of a group, (E, C, C), or one, (1, C, C), where all experts see the same inputs."""
-        if not before[0] and all(torch.equal(rows, rows_of[0]) for rows in rows_of[1:]):
+        """Return the Hessians of a group, (E, C, C), or one, (1, C, C), where all experts see the same inputs.
+
+        `before` returns the matrices in front of an expert's; None where there are none.
+        """
+        if before is None and all(torch.equal(rows, rows_of[0]) for rows in rows_of[1:]):
             rows_of = rows_of[:1]
-        hessians = []
+        hessians = torch.empty(len(rows_of), columns, columns, device=self.device)
         of_layer: Tensor | None = None
-        for rows, matrices, few in zip(rows_of, before, starved, strict=False):
+        for place, (rows, few) in enumerate(zip(rows_of, starved, strict=False)):
+            matrices = [] if before is None else before(place)
             parts = (self._gather(seen, rows[i : i + CHUNK_TOKENS]) for i in range(0, len(rows), CHUNK_TOKENS))
             hessian = self._mean_hessian(parts, matrices, len(rows), columns)
             if few:
@@ -350,8 +353,8 @@ class LayerCompressor:
                     sample = seen.sample.to(self.device)
                     of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
                 hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
-            hessians.append(hessian)
-        return torch.stack(hessians)
+            hessians[place] = hessian
+        return hessians
 
     def _mean_hessian(self, parts: Iterable[Tensor], before: list[Linear], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qmoe_lite.checkpoint.headers import Headers
-from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.group_sizes import groups_of
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy
 from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_of
 from qmoe_lite.inspection.speeds import Speeds, scaled_expert
-from qmoe_lite.quantization.grid import Grid
 
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 _AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
@@ -50,7 +49,6 @@ class Running:
 def seconds_of(
     anatomy: Anatomy,
     settings: Settings,
-    grid: Grid,
     headers: Headers,
     speeds: Speeds,
     memory: int,
@@ -60,7 +58,7 @@ def seconds_of(
 
     Parameters
     ----------
-    anatomy, settings, grid, headers, speeds
+    anatomy, settings, headers, speeds
         What is compressed, and where.
     memory : int
         Bytes that there are: files that fit are read from the disk once.
@@ -77,7 +75,6 @@ def seconds_of(
     if calibrated:
         phases["dense parts"] = _dense(anatomy, settings, rows, speeds)
     solving = tokens = 0.0
-    compressor = LayerCompressor(anatomy.family, anatomy.config, None, grid, settings)  # type: ignore[arg-type]
     for number, stack in enumerate(anatomy.stacks):
         for layer in (block.layer for block in stack if block.layer is not None):
             own, of_token = scaled_expert(speeds, layer.shapes)
@@ -90,11 +87,11 @@ def seconds_of(
                 if starved and settings.blend_tokens:  # the layer's Hessian, once more for each expert
                     pairs += layer.count * LAYER_SAMPLE // 2
                 tokens += pairs * of_token
-    groups = [len(compressor.groups(layer)) for layer in anatomy.layers]
+    groups = [len(groups_of(layer, settings)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
         layer, again = anatomy.layers[0], min(_AGAIN, 2 + 2 * len(groups))
-        group, (own, of_token) = len(compressor.groups(layer)[0]), scaled_expert(speeds, layer.shapes)
+        group, (own, of_token) = len(groups_of(layer, settings)[0]), scaled_expert(speeds, layer.shapes)
         seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count
         solving += again * group * (own + _SECOND_STAGE * seen * of_token)
         codes += again

@@ -141,7 +141,7 @@ def gptq_shared(
 def _quantise(full: Tensor, known: Factors | None, grid: Grid) -> Quantized:
     """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians."""
     group = full if full.ndim == 3 else full[None]
-    levels = grid.fit(group)
+    levels = torch.cat([grid.fit(part) for part in group.split(1 if group.device.type == "cpu" else len(group))])
     rounding = grid.rounding(levels)
     lost = torch.full((len(group),), torch.nan, dtype=torch.float64, device=group.device)
     scales = None
