@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmoe_lite.compression.calibration import noise_counts, window_length
+from qmoe_lite.compression.expert_runner import CHUNK_TOKENS
 from qmoe_lite.compression.group_sizes import expert_bytes, groups_of
-from qmoe_lite.compression.layer import CHUNK_TOKENS
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.losses import SLICE_VALUES
 from qmoe_lite.compression.run import SAMPLES_PER_EXPERT
