@@ -19,6 +19,7 @@ from qmoe_lite.models.family import Family, inner
 from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
 
 CHUNK_TOKENS = 1 << 14  # tokens that go through an expert at a time
+KEPT_BYTES = 1 << 28  # of what an expert's tokens are in front of its last projection
 
 
 class ExpertRunner:
@@ -97,6 +98,36 @@ class ExpertRunner:
             hessians[place] = hessian
         return hessians
 
+    def _hessian_and_inner(
+        self,
+        seen: LayerInputs,
+        expert: int,
+        drawn: Tensor,
+        matrices: list[Linear],
+        few: bool,
+        columns: int,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return what `_hessians` does for one expert, (1, C, C), and what `run` can go on with.
+
+        The latter is what the matrices make of chunks of its tokens, by their first one, as far as there is room.
+        """
+        rows, kept, hessian = _to_quantised(seen, expert)[0], dict[int, Tensor](), new(columns, device=self.device)
+        wanted, room = torch.isin(rows, drawn), KEPT_BYTES // (4 * columns)
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            part, chosen = rows[start : start + CHUNK_TOKENS], wanted[start : start + CHUNK_TOKENS]
+            if start + len(part) <= room:
+                x = kept[start] = self._inner(self._gather(seen, part), matrices)
+                x = x if chosen.all() else x[chosen]
+            else:
+                x = self._inner(self._gather(seen, part[chosen]), matrices)
+            accumulate(hessian, x)
+        hessian = mean(hessian, len(drawn))
+        if few:
+            sample = seen.sample.to(self.device)
+            of_layer = self._mean_hessian([sample], matrices, len(sample), columns)
+            hessian = blend(hessian, of_layer, len(drawn), self._settings.blend_tokens)
+        return hessian[None], kept
+
     def _mean_hessian(self, parts: Iterable[Tensor], before: list[Linear], tokens: int, columns: int) -> Tensor:
         """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
         hessian = new(columns, device=self.device)
@@ -105,27 +136,35 @@ class ExpertRunner:
         return mean(hessian, tokens)
 
     def run(
-        self, layer: MoELayer, expert: int, weights_of: dict[str, Tensor], seen: LayerInputs
+        self,
+        layer: MoELayer,
+        expert: int,
+        weights_of: dict[str, Tensor],
+        seen: LayerInputs,
+        kept: dict[int, Tensor] | None = None,
     ) -> NDArray[np.float64]:
-        """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens."""
-        matrices = self._linears(layer, expert, weights_of)
-        all_rows, all_gates = seen.assigned.of_expert(expert)
-        apart = seen.reference[all_rows]
-        rows, gates = all_rows[~apart], all_gates[~apart]
+        """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens.
+
+        `kept` is what `_hessian_and_inner` kept, and is emptied.
+        """
+        matrices, kept = self._linears(layer, expert, weights_of), {} if kept is None else kept
+        rows, gates = _to_quantised(seen, expert)
         truth: list[Linear] = []
         found = np.zeros(3)
         for start in range(0, len(rows), CHUNK_TOKENS):
             part, weights = rows[start : start + CHUNK_TOKENS], gates[start : start + CHUNK_TOKENS, None]
-            x, weights = self._gather(seen, part), weights.to(self.device)
-            y = self.expert(x, matrices) * weights
+            weights = weights.to(self.device)
+            x = kept.pop(start) if start in kept else self._inner(self._gather(seen, part), matrices[:-1])
+            y = matrices[-1].of(x) * weights
             seen.hidden.add(part, y.cpu())
-            rides = seen.validation[part].to(self.device)
+            rides = seen.validation[part]
             if rides.any():
-                truth = truth or self.truth(layer, expert)
-                found += compared(y[rides], self.expert(x[rides], truth) * weights[rides])
-        if apart.any():
-            truth = truth or self.truth(layer, expert)
-            rows, gates = all_rows[apart], all_gates[apart, None].to(self.device)
+                truth, some = truth or self.truth(layer, expert), rides.to(self.device)
+                x = self._gather(seen, part[rides])
+                found += compared(y[some], self.expert(x, truth) * weights[some])
+        rows, gates = _to_dense(seen, expert)
+        if len(rows):
+            truth, gates = truth or self.truth(layer, expert), gates[:, None].to(self.device)
             seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
         return found
 
@@ -138,3 +177,17 @@ class ExpertRunner:
 
     def _inner(self, x: Tensor, matrices: list[Linear]) -> Tensor:
         return inner(matrices[0].activation, [matrix.of(x) for matrix in matrices])
+
+
+def _to_quantised(seen: LayerInputs, expert: int) -> tuple[Tensor, Tensor]:
+    """Return the rows and routing weights of the tokens that go through the quantised expert."""
+    rows, gates = seen.assigned.of_expert(expert)
+    apart = seen.reference[rows]
+    return rows[~apart], gates[~apart]
+
+
+def _to_dense(seen: LayerInputs, expert: int) -> tuple[Tensor, Tensor]:
+    """Return the same of those that go through the dense one."""
+    rows, gates = seen.assigned.of_expert(expert)
+    apart = seen.reference[rows]
+    return rows[apart], gates[apart]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import tensor_name
@@ -30,7 +31,7 @@ from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTall
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family
 from qmoe_lite.quantization.factors import Factors, factorise_all
-from qmoe_lite.quantization.grid import Grid, UniformGrid
+from qmoe_lite.quantization.grid import Grid, Quantized, UniformGrid, joined
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
 Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
@@ -100,14 +101,15 @@ class LayerCompressor(ExpertRunner):
         for i, group in enumerate(self.groups(layer)):
             with nullcontext() if seen is None else self.each_group:
                 known = None if seen is None or kept is None else kept.read(number, group, self.device)
+                once = known is None and seen is not None and self._solved_once(layer)
                 if known is not None:
                     solved = known.solved
                     taken = self._take_up(known, tallies)
                 else:
-                    solved = self._solve_group(layer, number, group, seen, tallies, taken)
+                    solved = self._solve_group(layer, number, group, seen, tallies, taken, found if once else None)
                     if seen is not None and kept is not None:
                         kept.write(number, group, Group(solved, self._known(taken)))
-                if seen is not None:
+                if seen is not None and not once:
                     for place, expert in enumerate(group):
                         of_expert = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                         found += self.run(layer, expert, of_expert, seen)
@@ -139,13 +141,14 @@ class LayerCompressor(ExpertRunner):
         seen: LayerInputs | None,
         tallies: dict[str, Tally],
         taken: Taken,
+        found: NDArray[np.float64] | None,
     ) -> dict[str, Solved]:
-        """Quantise a group, and add it to the tallies."""
+        """Quantise a group, and add it to the tallies; `found` as in `_solve`."""
         solve: Solver
         if seen is None:
             solve = partial(self._nearest, layer, group)
         else:
-            solve = partial(self._solve, layer, group, number, seen, {})
+            solve = partial(self._solve, layer, group, number, seen, {}, found)
         if self.rate is not None:
             if seen is not None:
                 self._begin_dead_zone(solve, layer, group, seen)
@@ -153,6 +156,15 @@ class LayerCompressor(ExpertRunner):
         solved = solve(self._grid)
         add_group(tallies, solved)
         return solved
+
+    def _decides(self, layer: MoELayer) -> bool:
+        """Return whether a layer's groups are solved until they take their bits: the first and the last one's are."""
+        rate = self.rate
+        return rate is not None and (rate.first or rate.done_weights + layer.weights == rate.weights)
+
+    def _solved_once(self, layer: MoELayer) -> bool:
+        """Return whether a group's first solve is its last, and its experts come one after another, as on the CPU."""
+        return self.device.type == "cpu" and not self._decides(layer)
 
     def _known(self, taken: Taken) -> dict[str, Any]:
         """Return what is known after a group, as plain values."""
@@ -195,7 +207,7 @@ class LayerCompressor(ExpertRunner):
         if self.dead_zone is not None:
             grid = replace(grid, dead_zone=self.dead_zone.width)
         windows = windows_of(tallies)
-        decides = rate.first or rate.done_weights + layer.weights == rate.weights
+        decides = self._decides(layer)
         weights = len(group) * layer.weights // layer.count
         left = layer.weights - taken.weights
         aim = (rate.aim * layer.weights - taken.bits) / left
@@ -262,11 +274,13 @@ class LayerCompressor(ExpertRunner):
         number: int,
         seen: LayerInputs,
         first: dict[str, Factors],
+        found: NDArray[np.float64] | None,
         grid: Grid,
     ) -> dict[str, Solved]:
         """Quantise a group's projections, the last one for what the quantised first ones put out.
 
-        `first` keeps the factors of the first stage, whose inputs are the same when the group is solved again.
+        `first` keeps the factors of the first stage, whose inputs are the same when the group is solved again. A group
+        that is not has `found`: its experts' outputs are added as they are solved, and to it what `run` returns.
         """
         options = self._settings
         cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
@@ -279,16 +293,47 @@ class LayerCompressor(ExpertRunner):
             columns = layer.shapes[stage[0]][1]
             before = MadeInTurn(len(group), partial(self._linears_of, layer, group, dict(solved)))
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
+            if solved and found is not None:
+                factors = None
+                solved |= self._solve_and_run(layer, group, seen, rows_of, starved, solved, found, grid)
+                break
             factors = None if solved else first.get(stage[0])
             if factors is None:
                 hessians = self._hessians(seen, rows_of, before, starved, columns)
                 factors = factorise_all(hessians, None, options.dampening, options.block_size, grid.column_steps)
                 del hessians
-                if not solved and self.rate is not None:
+                if not solved and self.rate is not None and found is None:
                     first[stage[0]] = factors
             for name in stage:
                 quantized, *_ = gptq_shared([self._group_weights(layer, group, name)], None, grid, factors=factors)
-                pairs = zip(quantized.hessian_class, starved, strict=True)
-                classes = ["blended" if known == "own" and few else known for known, few in pairs]
-                solved[name] = Solved(quantized, [len(rows) for rows in rows_of], classes, grid)
+                solved[name] = Solved.of(quantized, rows_of, starved, grid)
         return solved
+
+    def _solve_and_run(
+        self,
+        layer: MoELayer,
+        group: range,
+        seen: LayerInputs,
+        rows_of: list[Tensor],
+        starved: list[bool],
+        solved: dict[str, Solved],
+        found: NDArray[np.float64],
+        grid: Grid,
+    ) -> dict[str, Solved]:
+        """Quantise the last projection of one expert after another, and run each.
+
+        What an expert's tokens are in front of it is worked out once, for its Hessian and for the outputs.
+        """
+        options, (name,), parts = self._settings, layer.stages[-1], list[Quantized]()
+        columns = layer.shapes[name][1]
+        for place, expert in enumerate(group):
+            weights = {each: solved[each].quantized.weight_of(place) for each in solved}
+            before = self._linears(layer, expert, weights)
+            of_expert = seen, expert, rows_of[place], before, starved[place], columns
+            hessian, kept = self._hessian_and_inner(*of_expert)
+            factors = factorise_all(hessian, None, options.dampening, options.block_size, grid.column_steps)
+            last = self._weights(layer, expert, name)[None]
+            parts += gptq_shared([last], None, grid, factors=factors)
+            weights[name] = parts[-1].weight_of(0)
+            found += self.run(layer, expert, weights, seen, kept)
+        return {name: Solved.of(joined(parts), rows_of, starved, grid)}
