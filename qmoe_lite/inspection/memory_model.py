@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmoe_lite.compression.calibration import noise_counts, window_length
-from qmoe_lite.compression.expert_runner import CHUNK_TOKENS
+from qmoe_lite.compression.expert_runner import CHUNK_TOKENS, KEPT_BYTES
 from qmoe_lite.compression.group_sizes import expert_bytes, groups_of
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.losses import SLICE_VALUES
@@ -248,8 +248,10 @@ def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings) -> tuple[int, 
     if settings.recipe == "nearest":
         return 4 * experts * wide, solving
     rows = rows_of(anatomy, settings)
-    tokens = min(CHUNK_TOKENS, 2 * rows.all * max(rows.tokens) * layer.top_k // layer.count)
-    passing = 4 * tokens * (columns + 3 * sum(layer.shapes[name][0] for name in first))
+    many = 2 * rows.all * max(rows.tokens) * layer.top_k // layer.count
+    passing = 4 * min(CHUNK_TOKENS, many) * (columns + 3 * sum(layer.shapes[name][0] for name in first))
+    kept = min(KEPT_BYTES, 4 * many * inner) + 8 * inner * inner + 2 * experts * layer.weights // layer.count
+    solving = max(solving, kept)  # where a group is solved once, its experts are run one after another
     of_inputs = 1 if layer.top_k >= layer.count else experts  # experts that all get every token share a Hessian
     sure = 4 * experts * wide + max(8 * columns * columns * of_inputs, 8 * inner * inner * experts)
     return sure, solving + passing + 4 * LAYER_SAMPLE * columns
