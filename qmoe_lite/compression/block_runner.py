@@ -256,13 +256,15 @@ class BlockRunner:
                 given, index, weights = catcher.take()
                 inputs.write(part, given.view(size, -1, given.shape[-1]))
                 routing.append((index, weights))
-                again = functools.partial(self._through, stack, block_index, module, part, read, calls)
-                probe = again, given, out
-                if part.start == 0 and self._alone is not None and not any(self.handed.values()):
-                    probe = self._of_first_sample(hidden, block_index, module, catcher)
-                if part.start == 0 and not self._adds(catcher, *probe):
-                    outputs = self.buffer(hidden.shape, layer.shapes[layer.projections[-1]][0])
-                    outputs.zero()
+                if part.start == 0:
+                    again: Callable[[], tuple[Tensor, Any]]
+                    again = functools.partial(self._through, stack, block_index, module, part, read, calls)
+                    probe = again, given, out
+                    if self._alone is not None and not any(self.handed.values()):
+                        probe = self._of_first_sample(hidden, block_index, module, catcher)
+                    if not self._adds(catcher, *probe):
+                        outputs = self.buffer(hidden.shape, layer.shapes[layer.projections[-1]][0])
+                        outputs.zero()
             if outputs is None:
                 hidden.write(part, out)
         if inputs is None or layer is None:
