@@ -257,9 +257,8 @@ class BlockRunner:
                 inputs.write(part, given.view(size, -1, given.shape[-1]))
                 routing.append((index, weights))
                 if part.start == 0:
-                    again: Callable[[], tuple[Tensor, Any]]
                     again = functools.partial(self._through, stack, block_index, module, part, read, calls)
-                    probe = again, given, out
+                    probe: tuple[Callable[[], tuple[Tensor, Any]], Tensor, Tensor] = again, given, out
                     if self._alone is not None and not any(self.handed.values()):
                         probe = self._of_first_sample(hidden, block_index, module, catcher)
                     if not self._adds(catcher, *probe):
