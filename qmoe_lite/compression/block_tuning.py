@@ -11,14 +11,14 @@ on what became of another.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from qmoe_lite.compression.expert_runner import CHUNK_TOKENS, ExpertRunner
 from qmoe_lite.compression.expert_training import train_expert
-from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, Linear, Taken, draw
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.run_samples import TUNED_TOKENS, RunSamples
@@ -36,7 +36,7 @@ class BlockTuning:
 
     Parameters
     ----------
-    compressor : LayerCompressor
+    runner : ExpertRunner
         Runs experts.
     samples : RunSamples
         Some of them with twins.
@@ -44,8 +44,8 @@ class BlockTuning:
         Dampening and borrowed tokens of the Hessians, and the seed.
     """
 
-    def __init__(self, compressor: LayerCompressor, samples: RunSamples, settings: Settings) -> None:
-        self._compressor, self._samples, self._settings = compressor, samples, settings
+    def __init__(self, runner: ExpertRunner, samples: RunSamples, settings: Settings) -> None:
+        self._runner, self._samples, self._settings = runner, samples, settings
 
     def __call__(self, layer: MoELayer, number: int, seen: LayerInputs) -> LayerInputs:
         """Send the reference samples through a layer's dense experts; return the others, with what tunes them.
@@ -59,7 +59,7 @@ class BlockTuning:
         seen : LayerInputs
             Of all samples.
         """
-        tuner = _LayerTuner(self._compressor, layer, number, seen, self._samples, self._settings)
+        tuner = _LayerTuner(self._runner, layer, number, seen, self._samples, self._settings)
         return replace(seen, assigned=seen.assigned.without(seen.reference), tuner=tuner)
 
 
@@ -68,14 +68,14 @@ class _LayerTuner:
 
     def __init__(
         self,
-        compressor: LayerCompressor,
+        runner: ExpertRunner,
         layer: MoELayer,
         number: int,
         seen: LayerInputs,
         samples: RunSamples,
         settings: Settings,
     ) -> None:
-        self._compressor, self._layer, self._seen, self._settings = compressor, layer, seen, settings
+        self._runner, self._layer, self._seen, self._settings = runner, layer, seen, settings
         self._seed = settings.seed, number
         self._rows = samples.twins * (len(seen.eligible) // len(samples.all))  # of samples with twins, the first ones
         rows, gates = seen.assigned.rows, seen.assigned.weights
@@ -95,8 +95,8 @@ class _LayerTuner:
 
     def _run_dense(self, expert: int, lack: ListBuffer | None) -> None:
         """Add a dense expert's outputs to the twins, and take them off what the samples that have twins lack."""
-        truth = self._compressor.truth(self._layer, expert)
-        self._compressor.run_reference(self._layer, expert, truth, self._seen)
+        truth = self._runner.truth(self._layer, expert)
+        self._runner.run_reference(expert, truth, self._seen)
         if lack is None:
             return
         rows, gates = self._seen.assigned.of_expert(expert)
@@ -105,7 +105,7 @@ class _LayerTuner:
             lack.add(part, -self._outputs(truth, part, weights).cpu())
 
     def aim(
-        self, group: range, rows_of: list[Tensor], before: list[list[Linear]], weights: Tensor, hessians: Tensor
+        self, group: range, rows_of: list[Tensor], before: Sequence[list[Linear]], weights: Tensor, hessians: Tensor
     ) -> Tensor:
         """Return the weights that a group's last projections are to be solved for.
 
@@ -115,7 +115,7 @@ class _LayerTuner:
             Its experts.
         rows_of : list of int64 tensor
             Tokens of each that enter its Hessian.
-        before : list of list of Linear
+        before : sequence of list of Linear
             Each one's first projections, quantised.
         weights : float32 tensor, shape (E, R, C)
             Of the dense last projections.
@@ -137,11 +137,11 @@ class _LayerTuner:
         missing, settings, columns = torch.zeros_like(weight), self._settings, len(hessian)
         if not len(rows):
             return missing
-        truth = self._compressor.truth(self._layer, expert)
+        truth = self._runner.truth(self._layer, expert)
         last = truth[-1]
         for part in torch.split(rows, CHUNK_TOKENS):
             x, inside = self._inside(part, before)
-            missing += (self._compressor.expert(x, truth) - last.of(inside)).T @ inside / len(rows)
+            missing += (self._runner.expert(x, truth) - last.of(inside)).T @ inside / len(rows)
         if self._lack is not None and len(own := rows[rows < self._rows]):
             all_rows, all_gates = self._seen.assigned.of_expert(expert)
             shares = all_gates[torch.searchsorted(all_rows, own)] / self._squares[own]
@@ -157,14 +157,14 @@ class _LayerTuner:
 
     def _inside(self, rows: Tensor, before: list[Linear]) -> tuple[Tensor, Tensor]:
         """Return some tokens, and what the first projections make of them."""
-        x = self._seen.inputs.gather(rows).to(self._compressor.device)
+        x = self._seen.inputs.gather(rows).to(self._runner.device)
         return x, inner(before[0].activation, [matrix.of(x) for matrix in before])
 
     def _outputs(self, matrices: list[Linear], rows: Tensor, gates: Tensor) -> Tensor:
         """Return what an expert adds to some tokens."""
-        device = self._compressor.device
+        device = self._runner.device
         x = self._seen.inputs.gather(rows).to(device)
-        return self._compressor.expert(x, matrices) * gates[:, None].to(device)
+        return self._runner.expert(x, matrices) * gates[:, None].to(device)
 
     def tune(self, group: range, solved: dict[str, Solved], taken: Taken) -> dict[str, Solved]:
         """Return a group that was solved with other levels and column scales, rounded as they are stored.
@@ -195,21 +195,21 @@ class _LayerTuner:
 
     def _tune_expert(self, place: int, expert: int, solved: dict[str, Solved], taken: Taken) -> None:
         """Change the levels and scales of one expert in place, if training it won something."""
-        layer, seen, device = self._layer, self._seen, self._compressor.device
+        layer, seen, device = self._layer, self._seen, self._runner.device
         rows, gates = seen.assigned.of_expert(expert)
         chosen = torch.nonzero((rows < self._rows) & seen.eligible[rows])[:, 0]
         chosen = draw(chosen, TUNED_TOKENS, *self._seed, expert)
         if not len(chosen):
             return
         rows, gates = rows[chosen], gates[chosen]
-        truth = self._compressor.truth(layer, expert)
+        truth = self._runner.truth(layer, expert)
         goal = torch.cat([self._outputs(truth, *part) for part in _chunks(rows, gates)])
         taken.tuning_goal += float(goal.double().square().sum())
         if self._lack is not None:
             share = gates.square() / self._squares[rows]
             goal += (self._lack.gather(rows) * share[:, None]).to(device)
         weights = {name: each.quantized.weight_of(place) for name, each in solved.items()}
-        linears = self._compressor.linears(layer, expert, weights)
+        linears = self._runner.linears(layer, expert, weights)
         found = train_expert(
             layer,
             dict(zip(layer.projections, linears, strict=True)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,6 +104,22 @@ class Linear:
         return y if self.bias is None else y + self.bias
 
 
+class MadeInTurn(Sequence[list[Linear]]):
+    """The matrices of each expert of a group, made anew wherever one's are asked for: no more are in memory."""
+
+    def __init__(self, count: int, make: Callable[[int], list[Linear]]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        """Return the matrices of one expert."""
+        if place >= self._count:
+            raise IndexError(place)
+        return self._make(place)
+
+
 @dataclass
 class Taken:
     """What the groups of a layer have taken: bits, weights, whether their bits follow the step; and what tuning did."""
@@ -130,7 +146,7 @@ class Tuner(Protocol):
     """What the compressor of a layer asks of its tuning."""
 
     def aim(
-        self, group: range, rows_of: list[Tensor], before: list[list[Linear]], weights: Tensor, hessians: Tensor
+        self, group: range, rows_of: list[Tensor], before: Sequence[list[Linear]], weights: Tensor, hessians: Tensor
     ) -> Tensor:
         """Return the weights that a group's last projections are to be solved for."""
 
