@@ -35,6 +35,7 @@ def estimate(
     validation_samples: Annotated[int, typer.Option(help="Samples that measure the error.", min=0)] = 8,
     batch_size: Annotated[int, typer.Option(help="Samples per pass through a block.", min=1)] = 16,
     activations: Annotated[str, typer.Option(help="How activations are kept: float32, or bfloat16.")] = "float32",
+    tune: Annotated[str, typer.Option(help="none or block, as compress takes it.")] = "none",
     spill: Annotated[
         Path | None, typer.Option(help="Folder for activations, as compress takes it.", metavar="DIR")
     ] = None,
@@ -83,6 +84,7 @@ def estimate(
         spill=spill,
         batch_size=batch_size,
         activations=activations,
+        tune=tune,
         device=device,
         expert_cache=expert_cache,
         out=out,

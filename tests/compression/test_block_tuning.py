@@ -128,3 +128,20 @@ def test_what_cannot_be_tuned_is_refused(causal, tmp_path, change, words):
     with pytest.raises(SettingError, match=words):
         qm.compress(causal("qwen3_moe"), tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"), [(("full",), 1), (("block", "--tune-epochs", 3), 3)], ids=["full", "both"]
+)
+def test_the_whole_is_tuned_after_the_blocks(run, tmp_path, monkeypatch, options, epochs):
+    asked = {}
+
+    def refuse(*arguments, **given):
+        asked.update(given)
+        raise SettingError("enough")
+
+    monkeypatch.setattr("qmoe_lite.tuning.compressing.compress_and_tune", refuse)
+    code, _, noted = run("compress", "m", tmp_path / "out", "--tune", *options)
+    assert code != 0
+    assert "enough" in noted
+    assert (asked["tune"], asked["epochs"]) == ("block", epochs)
