@@ -132,7 +132,8 @@ class LayerCompressor(ExpertRunner):
                 layer.weights, max(stored_bits, taken.bits) if taken.dead else stored_bits, taken.tells
             )
         wrong, energy, right = found.tolist()
-        if self.dead_zone is not None and self.dead_zone.known and right:
+        # experts that make up for what is missing put out more than the dense ones: that says nothing of the dead zone
+        if self.dead_zone is not None and self.dead_zone.known and right and self.tuning is None:
             self.dead_zone.finish_layer(energy / right)
         return LayerResult(tensors, codebooks, reports, wrong / right if right else None, taken.tuning)
 
