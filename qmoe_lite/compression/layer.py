@@ -1,10 +1,10 @@
-"""One sparse layer: its experts are read, quantised, run and encoded, a group at a time."""
+"""One sparse layer: its experts are read, quantised, run and encoded, a group at a time; see layer_waves.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe_lite.checkpoint.format import tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
-from qmoe_lite.compression.dead_zone import USUAL, DeadZone
+from qmoe_lite.compression.dead_zone import USUAL
 from qmoe_lite.compression.dictionaries import Dictionaries
-from qmoe_lite.compression.groups import Group, GroupLog
-from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, Taken, compared, draw
-from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
+from qmoe_lite.compression.layer_parts import LayerInputs, Linear, Taken, compared, draw
+from qmoe_lite.compression.layer_waves import LayerWaves, Solver
+from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally, add_group, windows_of
 from qmoe_lite.errors import NotFiniteError
@@ -35,10 +34,8 @@ from qmoe_lite.quantization.solver import gptq, gptq_shared
 
 CHUNK_TOKENS = 1 << 14  # tokens that go through an expert at a time
 
-Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
 
-
-class LayerCompressor:
+class LayerCompressor(LayerWaves):
     """Compresses sparse layers of one model.
 
     Parameters
@@ -59,14 +56,11 @@ class LayerCompressor:
         self._family, self._checkpoint, self._grid, self._settings = family, checkpoint, grid, settings
         self._config = config
         self.device = torch.device(settings.device)
-        self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
-        self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
-        self.each_group: AbstractContextManager[Any] = nullcontext()  # is entered for it, and left when it is kept
+        self.rate, self.dead_zone, self.each_group = None, None, nullcontext()
         bits = settings.codeword_bits or USUAL_BITS
         self.dictionaries = Dictionaries(bits)
 
     def groups(self, layer: MoELayer) -> list[range]:
-        """Split a layer's experts into groups that fit the memory."""
         need = kept = 0
         for stage in layer.stages:
             rows, columns = sum(layer.shapes[name][0] for name in stage), layer.shapes[stage[0]][1]
@@ -75,85 +69,20 @@ class LayerCompressor:
         size = max(1, min(self._settings.group_size, self._settings.group_bytes // need))
         return [range(start, min(start + size, layer.count)) for start in range(0, layer.count, size)]
 
-    def compress(
-        self,
-        layer: MoELayer,
-        number: int,
-        seen: LayerInputs | None,
-        group_done: Callable[[int, float | None, bool], None],
-        kept: GroupLog | None = None,
-    ) -> LayerResult:
-        """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
-
-        Parameters
-        ----------
-        layer : MoELayer
-            Which one.
-        number : int
-            Its place among the sparse layers; with the seed, it decides which tokens are drawn.
-        seen : LayerInputs or None
-            None rounds to nearest.
-        group_done : callable
-            Called with the number of finished groups, the held-out error so far, if there is one, and whether the
-            group was solved now.
-        kept : GroupLog, optional
-            Groups that an interrupted run solved; those that are solved now are added. Not used where weights are
-            rounded to nearest, which takes no longer than to read what came of it.
-
-        Returns
-        -------
-        LayerResult
-        """
-        groups = self.groups(layer)
-        tallies = {name: self._tally(layer, name) for name in layer.projections}
-        found = np.zeros(3)
-        taken = Taken()
-        for i, group in enumerate(groups):
-            with nullcontext() if seen is None else self.each_group:
-                known = None if seen is None or kept is None else kept.read(number, group, self.device)
-                if known is not None:
-                    solved = known.solved
-                    taken = self._take_up(known, tallies)
-                else:
-                    solved = self._solve_group(layer, number, group, seen, tallies, taken)
-                    if seen is not None and kept is not None:
-                        kept.write(number, group, Group(solved, self._known(taken)))
-                if seen is not None:
-                    for place, expert in enumerate(group):
-                        weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
-                        found += self.run(layer, expert, weights, seen)
-                group_done(i + 1, found[0] / found[2] if found[2] else None, known is None)
-        tensors: dict[str, Tensor] = {}
-        codebooks: dict[str, dict[str, Any]] = {}
-        for name, tally in tallies.items():
-            stored, codebooks[name] = tally.finish()
-            tensors |= {tensor_name(f"{layer.experts}.{name}", part): tensor for part, tensor in stored.items()}
-        reports = [tally.report() for tally in tallies.values()]
-        if self.rate is not None:
-            stored_bits = 8 * sum(tensor.nbytes for tensor in tensors.values())
-            self.rate.finish_layer(
-                layer.weights, max(stored_bits, taken.bits) if taken.dead else stored_bits, taken.tells
-            )
-        wrong, energy, right = found.tolist()
-        if self.dead_zone is not None and self.dead_zone.known and right:
-            self.dead_zone.finish_layer(energy / right)
-        return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
+    def _solver(self, layer: MoELayer, number: int, group: range, seen: LayerInputs | None) -> Solver:
+        if seen is None:
+            return partial(self._nearest, layer, group)
+        return partial(self._solve, layer, group, number, seen, {})
 
     def _solve_group(
         self,
         layer: MoELayer,
-        number: int,
         group: range,
         seen: LayerInputs | None,
         tallies: dict[str, Tally],
         taken: Taken,
+        solve: Solver,
     ) -> dict[str, Solved]:
-        """Quantise a group, and add it to the tallies."""
-        solve: Solver
-        if seen is None:
-            solve = partial(self._nearest, layer, group)
-        else:
-            solve = partial(self._solve, layer, group, number, seen, {})
         if self.rate is not None:
             if seen is not None:
                 self._begin_dead_zone(solve, layer, group, seen)
@@ -161,20 +90,6 @@ class LayerCompressor:
         solved = solve(self._grid)
         add_group(tallies, solved)
         return solved
-
-    def _known(self, taken: Taken) -> dict[str, Any]:
-        """Return what is known after a group, as plain values."""
-        rate, zone = self.rate, self.dead_zone
-        return {"taken": asdict(taken), "rate": rate and rate.to_json(), "dead_zone": zone and zone.to_json()}
-
-    def _take_up(self, known: Group, tallies: dict[str, Tally]) -> Taken:
-        """Go on after a group that was solved before, as if it had been solved now; return what the groups took."""
-        add_group(tallies, known.solved, together=self.rate is not None)
-        if self.rate is not None:
-            self.rate = RateControl(**known.after["rate"])
-        if self.dead_zone is not None:
-            self.dead_zone = DeadZone(**known.after["dead_zone"])
-        return Taken(**known.after["taken"])
 
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
         if isinstance(self._grid, UniformGrid):

@@ -25,6 +25,7 @@ from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport
 from qmoe_lite.compression.groups import GroupLog
 from qmoe_lite.compression.identity import difference
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.ranks import ALONE, Ranks
 from qmoe_lite.errors import FormatError, OutputError, ResumeError
 from qmoe_lite.models.blocks import Mark
 
@@ -63,11 +64,14 @@ class Unfinished:
         Finished layers whose files are missing or damaged.
     groups : GroupLog
         Finished groups of the layer under way.
+    ranks : Ranks
+        Of the run: only the first one writes.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any], started: float) -> None:
         self.directory, self.fingerprint = directory, fingerprint
         self.groups = GroupLog(directory)
+        self.ranks: Ranks = ALONE
         self.done = Done()
         self.model: dict[str, list[int]] = {}
         self.lost: list[str] = []
@@ -238,11 +242,12 @@ class Unfinished:
         if (stack, block) < self._known_until:
             return
         old, self._position = self._position, {"stack": stack, "block": block, "hidden": f"hidden-{stack}-{block}.zst"}
-        files.write_atomically(self.directory / self._position["hidden"], hidden.save)
+        self._write(self._position["hidden"], hidden.save)
         if encoder_output is not None:
             self._position["memory"] = f"memory-{stack}.zst"
             if old.get("memory") != self._position["memory"]:
-                files.write_atomically(self.directory / self._position["memory"], encoder_output.save)
+                self._write(self._position["memory"], encoder_output.save)
+        handed = {start: marks for each in self.ranks.collect(handed) for start, marks in each.items()}
         if any(handed.values()):
             self._position["handed"] = f"handed-{stack}-{block}.pt"
             plain = {
@@ -250,11 +255,11 @@ class Unfinished:
             }
             whole = io.BytesIO()
             torch.save(plain, whole)  # not to the file: on a full disk torch fails in its own words
-            files.write_atomically(
-                self.directory / self._position["handed"], lambda file: file.write_bytes(whole.getbuffer())
-            )
+            self._write(self._position["handed"], lambda file: file.write_bytes(whole.getbuffer()))
             self._position["sum"] = files.file_sum(self.directory / self._position["handed"])
         self.save()
+        if not self.ranks.first:
+            return
         for stale in (old.get(name) for name in ("hidden", "handed") if old.get(name) != self._position.get(name)):
             if stale is not None:
                 (self.directory / stale).unlink(missing_ok=True)
@@ -280,8 +285,17 @@ class Unfinished:
             raise OutputError(text + "Move the existing directory, then rerun.") from error
         (out / STATE_FILE).unlink(missing_ok=True)
 
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file; other ranks than the first only give what they have of it."""
+        if self.ranks.first:
+            files.write_atomically(self.directory / name, write)
+        else:
+            write(self.directory / name)
+
     def save(self) -> None:
         """Write the state."""
+        if not self.ranks.first:
+            return
         done = {**vars(self.done), "seconds": self.seconds}
         rows = [asdict(row) for row in done.pop("projections")]
         state = {"fingerprint": self.fingerprint, "model": self.model, **self._position}
