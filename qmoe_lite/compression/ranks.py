@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import platform
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ T = TypeVar("T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 _PATIENCE = timedelta(hours=2)  # for a rank that is silent; one that ends is noticed at once
 _FAREWELL = 2.0  # seconds in which a rank that ends is expected to have told why
+_GO_ON = "Finished groups are kept: run the same command again."
 _PIECE = 1 << 24  # bytes that two ranks hand each other at a time
 
 
@@ -111,7 +113,8 @@ class Together(Ranks):
     Notes
     -----
     The first rank that fails tells why, and is named; the others, whose talk with it breaks off, end quietly by
-    SystemExit. Whoever is killed tells nothing: one of the others then does.
+    SystemExit. Whoever is killed tells nothing: one of the others then does. SIGTERM, by which torchrun ends the others
+    of a rank that failed, is taken for that.
     """
 
     def __init__(self, place: str = "env://", rank: int = -1, count: int = -1) -> None:
@@ -123,10 +126,18 @@ class Together(Ranks):
             store: Store = dist.PrefixStore("qmoe", self._store)
             dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=_PATIENCE)
         self._dist = dist
+        self._processes = self.gather((platform.node(), os.getpid()))
+
+    def __enter__(self) -> Together:
+        with suppress(ValueError):  # no main thread
+            signal.signal(signal.SIGTERM, self._ended)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if error is None else signal.SIG_IGN)
         if error is None:
             self._dist.destroy_process_group()
         elif isinstance(error, KeyboardInterrupt):
@@ -138,17 +149,29 @@ class Together(Ranks):
                 raise SystemExit(1) from error
             error.args = (f"rank {self.rank} of {self.count}: {error}", *error.args[1:])
 
+    def _ended(self, number: int, frame: object) -> None:
+        raise RankError(f"this run was ended by SIGTERM. {_GO_ON}")
+
     def _part(self, error: RankError) -> None:
         """End after another rank: as it did where it told why, else by an error that names whoever is gone."""
         end = time.monotonic() + _FAREWELL
         while time.monotonic() < end:
+            gone = self._gone()  # before it is asked what they told
             if self._marked("interrupted"):
                 raise KeyboardInterrupt from error
-            if self._marked("told"):
+            if gone or self._marked("told"):
                 break
             time.sleep(0.05)
         if not self._tells():
             raise SystemExit(1) from error
+        if gone:
+            text = f"rank {gone[0]} of {self.count} ended without a word: killed, or for lack of memory"
+            error.args = (f"{text}. {_GO_ON}",)
+
+    def _gone(self) -> list[int]:
+        """Return which ranks of this host have ended."""
+        here = platform.node()
+        return [rank for rank, (host, process) in enumerate(self._processes) if host == here and not _lives(process)]
 
     def _tells(self) -> bool:
         """Return whether no other rank has told why the run ends; none will after this one."""
@@ -172,8 +195,7 @@ class Together(Ranks):
         except RuntimeError as error:  # torch.distributed has no more precise one
             if isinstance(error, QMoEError):
                 raise
-            text = "another rank ended without a word, as one that is killed does, or for lack of memory"
-            raise RankError(f"{text}. Finished groups are kept: run the same command again.") from error
+            raise RankError(f"another rank ended without a word, or is silent. {_GO_ON}") from error
 
     def device(self, device: str | torch.device) -> torch.device:
         found = find_device(device)
@@ -290,6 +312,14 @@ class Together(Ranks):
         if blind:
             text = f"{folder.resolve()} on {blind[0]} is not the folder that the first rank writes"
             raise OutputError(f"{text}. Name an OUT on a file system that all hosts share.")
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def _packed(value: Any) -> bytes:
