@@ -143,7 +143,12 @@ def compress(
                 chosen, settings["rate"] = None, rate or USUAL_RATE
             settings["grid"] = chosen
             progress = Beforehand(model, out, settings, shown, show=not json)
-            telling = {"progress": progress, "log": log, "each_group": _FinishedFirst(ranks.first), "ranks": ranks}
+            telling: dict[str, Any] = {
+                "progress": progress,
+                "log": log,
+                "each_group": _FinishedFirst(ranks.first),
+                "ranks": ranks,
+            }
             if ranks.count == 1:  # the estimate is of one process
                 telling["before"] = progress.begin
             report = run(model, out, calibration=calibration, resume=not restart, **telling, **settings)

@@ -286,8 +286,8 @@ class BlockRunner:
             return None
         if adds is None and not self._ranks.of(0, True):  # a rank without samples
             outputs = self._zeros(hidden, layer)
-        own = [torch.cat(parts) for parts in zip(*routing, strict=True)] or [None, None]
-        index, weights = map(self._ranks.join, own)
+        own: list[Tensor | None] = [torch.cat(parts) for parts in zip(*routing, strict=True)]
+        index, weights = map(self._ranks.join, own or [None, None])
         assigned = Assignment.group(index, weights, layer.count)
         if outputs is None:
             self._next(following, calls)

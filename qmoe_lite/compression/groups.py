@@ -196,7 +196,7 @@ def _plain(solved: Solved) -> dict[str, Any]:
 def _moved(solved: Solved, device: torch.device) -> Solved:
     found = solved.quantized
     tensors = {name: getattr(found, name) for name in ("digits", *_TENSORS)}
-    moved = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+    moved: dict[str, Any] = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
     return solved._replace(quantized=replace(found, **moved))
 
 

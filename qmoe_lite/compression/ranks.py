@@ -13,23 +13,18 @@ import platform
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import OutputError, QMoEError, RankError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch.distributed import Store
 
 T = TypeVar("T")
 
@@ -123,8 +118,8 @@ class Together(Ranks):
 
         with self._talking():
             self._store, self.rank, self.count = next(rendezvous(place, rank, count, timeout=_PATIENCE))
-            store: Store = dist.PrefixStore("qmoe", self._store)
-            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=_PATIENCE)
+            process = {"store": self._store, "rank": self.rank, "world_size": self.count}
+            dist.init_process_group("gloo", timeout=_PATIENCE, **process)
         self._dist = dist
         self._processes = self.gather((platform.node(), os.getpid()))
 
@@ -193,7 +188,7 @@ class Together(Ranks):
         try:
             yield
         except RuntimeError as error:  # torch.distributed has no more precise one
-            if isinstance(error, QMoEError):
+            if isinstance(error, QMoEError) or "DefaultCPUAllocator" in str(error):
                 raise
             raise RankError(f"another rank ended without a word, or is silent. {_GO_ON}") from error
 
@@ -278,7 +273,7 @@ class Together(Ranks):
             sizes = [count * bytes_ for count in counts], [len(part) * bytes_ for part in parts]
             with self._talking():
                 self._dist.all_to_all_single(got, sent, *sizes)
-            for begin, rows in zip(begins, got.view(dtype).view(-1, width).split(counts), strict=True):
+            for begin, rows in zip(begins, torch.split(got.view(dtype).view(-1, width), counts), strict=True):
                 if len(rows):
                     put(begin + start, rows)
 

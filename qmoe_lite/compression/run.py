@@ -286,13 +286,9 @@ class _Run:
         check_same(fingerprint, self.ranks)
         contents = functools.partial(contents_of, self.checkpoint, self._tell)
         places = {layer.experts: self.writer.layer_file(number) for number, layer in enumerate(self.layers)}
-
-        def opened() -> tuple[Unfinished, str | None]:
-            unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started, contents)
-            return unfinished, unfinished.check(places)
-
-        self.unfinished, bad = self.ranks.share(opened)
-        self.unfinished.ranks, self.done = self.ranks, self.unfinished.done
+        what = self.partial, fingerprint, resume, self.started, contents
+        self.unfinished, bad = Unfinished.open_together(self.ranks, places, *what)
+        self.done = self.unfinished.done
         if bad is not None:
             self.degraded.append(bad)
             self._tell(Progress(0, 1, "unfinished work", f"{bad}."))
@@ -336,8 +332,7 @@ class _Run:
                         self._finish_layer(sparse, LayerInputs.of(caught, flags, self.settings.seed, sparse))
                         caught.finish()
                         self.unfinished.keep(number, i, hidden, memory, runner.handed)
-                        if self.ranks.first:
-                            self.unfinished.groups.clear(sparse)
+                        self.unfinished.clear_groups(sparse)
                         if self._warning is not None and self.settings.stop_when_bad:
                             raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
                     del caught  # its buffer is as large as `hidden`, and the next block makes another
@@ -373,13 +368,7 @@ class _Run:
         self.done.files[layer.experts] = files.file_sum(self.writer.layer_file(number))
         if finished:  # all else that is known of it is known already
             return
-        self.done.projections += result.reports
-        self.done.codebooks[layer.experts] = result.codebooks
-        self.done.held_out_error[layer.experts] = result.held_out_error
-        if self.compressor.rate is not None:
-            self.done.rates[layer.experts] = self.compressor.rate.to_json()
-        if self.compressor.dead_zone is not None:
-            self.done.dead_zones[layer.experts] = self.compressor.dead_zone.to_json()
+        self.done.take(layer, result, self.compressor.rate, self.compressor.dead_zone)
         if self._warning is None and (warning := bad_layer(layer.block, result.held_out_error)) is not None:
             self._warning = warning
             place = f"{layer.block} of {self.layers[-1].block}"
@@ -395,26 +384,12 @@ class _Run:
         promised = sum(layer.matrices for layer in self.layers)
         if matrices != promised:
             raise OutputError(f"{matrices} matrices were compressed, {promised} promised; please report this as a bug.")
-        settings = quantization_config(
-            self.done.codebooks,
-            recipe=self.settings.recipe,
-            grid=as_used(self.grid, self.done.projections).to_config(),
-            level_dtype=self.grid.level_dtype or torch.float32,
-            versions=versions(),
-        )
+        used, dtype = as_used(self.grid, self.done.projections), self.grid.level_dtype or torch.float32
+        told: dict[str, Any] = {"recipe": self.settings.recipe, "grid": used.to_config(), "level_dtype": dtype}
+        settings = quantization_config(self.done.codebooks, **told, versions=versions())
         self.writer.write_rest(self.done.checksums, settings)
-        report = make_report(
-            self.checkpoint,
-            Checkpoint(self.partial),
-            self.layers,
-            self.settings,
-            as_used(self.grid, self.done.projections),
-            self.done,
-            self.degraded,
-            self.verdict,
-            self.unfinished.seconds,
-            text,
-        )
+        found = self.done, self.degraded, self.verdict, self.unfinished.seconds, text
+        report = make_report(self.checkpoint, Checkpoint(self.partial), self.layers, self.settings, used, *found)
         files.write_json(self.partial / FILE_NAME, report.to_json())
         self.unfinished.become(self.out)
         return report

@@ -22,12 +22,15 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport
+from qmoe_lite.compression.dead_zone import DeadZone
 from qmoe_lite.compression.groups import GroupLog
 from qmoe_lite.compression.identity import difference
+from qmoe_lite.compression.layer_parts import LayerResult
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.ranks import ALONE, Ranks
+from qmoe_lite.compression.rate import RateControl
 from qmoe_lite.errors import FormatError, OutputError, ResumeError
-from qmoe_lite.models.blocks import Mark
+from qmoe_lite.models.blocks import Mark, MoELayer
 
 STATE_FILE = "state.json"
 
@@ -45,6 +48,16 @@ class Done:
     rates: dict[str, dict[str, Any]] = field(default_factory=dict)  # what `RateControl` knows after each layer
     dead_zones: dict[str, dict[str, Any]] = field(default_factory=dict)  # and `DeadZone`
     files: dict[str, list[int]] = field(default_factory=dict)  # size and CRC-32 of each layer's file, by the layer
+
+    def take(self, layer: MoELayer, result: LayerResult, rate: RateControl | None, zone: DeadZone | None) -> None:
+        """Note what was found of a layer, and what is known after it."""
+        name = layer.experts
+        self.projections += result.reports
+        self.codebooks[name], self.held_out_error[name] = result.codebooks, result.held_out_error
+        if rate is not None:
+            self.rates[name] = rate.to_json()
+        if zone is not None:
+            self.dead_zones[name] = zone.to_json()
 
 
 class Unfinished:
@@ -125,6 +138,18 @@ class Unfinished:
             raise OutputError(f"{directory} cannot be made: {error.strerror}. Name another directory.") from error
         self.save()  # claims the directory
         return self
+
+    @classmethod
+    def open_together(cls, ranks: Ranks, layer_files: dict[str, Path], *what: Any) -> tuple[Unfinished, str | None]:
+        """Let the first rank `open` and `check` the directory; all of them know what it holds, and what is bad."""
+
+        def opened() -> tuple[Unfinished, str | None]:
+            unfinished = cls.open(*what)
+            return unfinished, unfinished.check(layer_files)
+
+        found, bad = ranks.share(opened)
+        found.ranks = ranks
+        return found, bad
 
     def _load(self, contents: Callable[[dict[str, list[int]] | None], dict[str, list[int]]]) -> None:
         file = self.directory / STATE_FILE
@@ -263,6 +288,11 @@ class Unfinished:
         for stale in (old.get(name) for name in ("hidden", "handed") if old.get(name) != self._position.get(name)):
             if stale is not None:
                 (self.directory / stale).unlink(missing_ok=True)
+
+    def clear_groups(self, layer: int) -> None:
+        """Remove the groups of a finished layer."""
+        if self.ranks.first:
+            self.groups.clear(layer)
 
     def become(self, out: Path) -> None:
         """Give the finished directory its name; before, remove what only a run that resumes needs.

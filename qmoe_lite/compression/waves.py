@@ -72,7 +72,7 @@ def lend(seen: LayerInputs, wave: list[range], ranks: Ranks) -> LayerInputs:
     if not isinstance(ranks, Together):
         return seen
     inputs, outputs = _buffers(seen)
-    wanted = [_rows_of(seen, group).unique() for group in _of_each(wave, ranks)]
+    wanted = [torch.unique(_rows_of(seen, group)) for group in _of_each(wave, ranks)]
     own = wanted[ranks.rank]
     places = [rows[slice(*_between(rows, inputs.bounds, ranks.rank))] for rows in wanted]
     ends = torch.searchsorted(own, torch.tensor(inputs.bounds)).tolist()
@@ -102,7 +102,7 @@ def give_back(seen: LayerInputs, lent: LayerInputs, wave: list[range], ranks: Ra
     ranks.swap(mine.gather, places, coming, _into(came), width, torch.float32)
     begin = 0
     for entries in (each for group in parts for each in group):
-        for some in entries.split(_ROWS):
+        for some in torch.split(entries, _ROWS):
             values = came.read(slice(begin, begin + len(some)))[:, 0]
             outputs.add(seen.assigned.rows[some], values)
             begin += len(some)
