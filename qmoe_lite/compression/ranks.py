@@ -29,7 +29,7 @@ from qmoe_lite.errors import OutputError, QMoEError, RankError
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
-_PATIENCE = timedelta(hours=2)  # for a rank that is silent; one that ends is noticed at once
+_PATIENCE = timedelta(hours=6)  # for a rank that is silent, as while it reads all of a model; an end is noticed at once
 _FAREWELL = 2.0  # seconds in which a rank that ends is expected to have told why
 _GO_ON = "Finished groups are kept: run the same command again."
 _PIECE = 1 << 24  # bytes that two ranks hand each other at a time

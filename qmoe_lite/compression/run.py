@@ -155,7 +155,7 @@ def compress(
     each_group : context manager, optional
         Entered for each group of experts, and left when it is kept; not for "nearest", which keeps layers alone.
     ranks : Ranks, optional
-        Of several processes that compress together, this one: `compression.ranks.Together()` under torchrun.
+        Of several processes that compress together, this one: `with compression.ranks.Together() as ranks`.
 
     Returns
     -------

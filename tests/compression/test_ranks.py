@@ -15,6 +15,7 @@ from qmoe_lite.compression.rank_buffer import RankBuffer
 from qmoe_lite.compression.ranks import ALONE, Ranks, Together, ranks_of
 from qmoe_lite.compression.waves import lend, waves
 from qmoe_lite.errors import SettingError
+from qmoe_lite.tuning.compressing import compress_and_tune
 
 # runs in a fork: the ranks are forks of that, which has the kernels
 TOGETHER = """
@@ -212,6 +213,11 @@ def test_one_process_shares_with_nobody():
 @pytest.mark.parametrize(("things", "expected"), [(7, [0, 3, 5, 7]), (1, [0, 1, 1, 1]), (0, [0, 0, 0, 0])])
 def test_the_first_ranks_get_more_and_each_gets_what_follows(things, expected):
     assert Pretended(0, 3, []).cuts(things) == expected
+
+
+def test_several_ranks_do_not_tune(tmp_path, switch):
+    with pytest.raises(SettingError, match=r"tuning is the work of one process\. Compress without it, then tune"):
+        compress_and_tune(switch, tmp_path / "out", epochs=1, ranks=Pretended(0, 2, []))
 
 
 def test_ranks_with_other_work_are_refused(monkeypatch):
