@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.devices import find_device
-from qmoe_lite.errors import OutputError, QMoEError, RankError
+from qmoe_lite.errors import OutputError, QMoEError, RankError, first_line
 
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 _PATIENCE = timedelta(hours=6)  # for a rank that is silent, as while it reads all of a model; an end is noticed at once
+_COMING = timedelta(minutes=10)  # in which all ranks are started
 _FAREWELL = 2.0  # seconds in which a rank that ends is expected to have told why
 _GO_ON = "Finished groups are kept: run the same command again."
 _PIECE = 1 << 24  # bytes that two ranks hand each other at a time
@@ -116,10 +117,12 @@ class Together(Ranks):
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
-        with self._talking():
-            self._store, self.rank, self.count = next(rendezvous(place, rank, count, timeout=_PATIENCE))
+        try:
+            self._store, self.rank, self.count = next(rendezvous(place, rank, count, timeout=_COMING))
             process = {"store": self._store, "rank": self.rank, "world_size": self.count}
             dist.init_process_group("gloo", timeout=_PATIENCE, **process)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(f"the ranks cannot meet: {first_line(error)}. Start all of them by torchrun.") from error
         self._dist = dist
         self._processes = self.gather((platform.node(), os.getpid()))
 
@@ -160,7 +163,7 @@ class Together(Ranks):
         if not self._tells():
             raise SystemExit(1) from error
         if gone:
-            text = f"rank {gone[0]} of {self.count} ended without a word: killed, or for lack of memory"
+            text = f"rank {gone[0]} of {self.count} ended without a word: it was killed, perhaps for lack of memory"
             error.args = (f"{text}. {_GO_ON}",)
 
     def _gone(self) -> list[int]:

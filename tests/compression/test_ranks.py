@@ -147,8 +147,8 @@ def test_a_rank_that_fails_or_dies_ends_all_with_one_message(together):
     assert second.splitlines()[-1] == "qmoe: rank 1 of 2: encoder.block.0 holds NaN. Fetch it again."
     codes, (first, second) = said["killed"]
     assert codes == [1, -9]
-    text = "rank 1 of 2 ended without a word: killed, or for lack of memory. Finished groups are kept: run the same"
-    assert first.splitlines()[-1] == f"qmoe: {text} command again."
+    text = "rank 1 of 2 ended without a word: it was killed, perhaps for lack of memory. Finished groups are kept"
+    assert first.splitlines()[-1] == f"qmoe: {text}: run the same command again."
     codes, told = said["apart"]
     assert codes == [1, 1]
     (message,) = [line for line in "".join(told).splitlines() if "qmoe" in line]
