@@ -80,7 +80,7 @@ def _watched() -> Iterator[tuple[str, Any, str]]:
         "checksums": [(run, "contents_of")],
         "dense forward": [(BlockRunner, name) for name in ("enter", "run", "leave")],
         "gather": [(LayerCompressor, "_gather")],
-        "Hessian": [(LayerCompressor, "_hessians")],
+        "Hessian": [(LayerCompressor, "_hessians"), (LayerCompressor, "_hessian_and_inner")],
         "factor": [(layer, "factorise_all")],
         "solve": [(layer, "gptq_shared"), (layer, "gptq")],
         "encode": [(WindowTally, "encode"), (WindowTally, "finish"), (CodebookTally, "finish")],

@@ -143,6 +143,7 @@ class BlockRunner:
         self._device = torch.device(settings.device)
         self._tokens = np.empty((0, 0), np.int64)
         self._calls_differ = False
+        self._alone: Any = None  # the call of the blocks for the first sample
         self.handed: dict[int, dict[Mark, Any]] = {}  # by a batch's first sample: what the latest block hands on
 
     def _load(self, block: str) -> tuple[nn.Module, _Catcher | None]:
@@ -191,7 +192,10 @@ class BlockRunner:
         calls: dict[int, Any] = {}
         seen: dict[int, int] = {}
         self.handed = {}
-        self._tokens, self._calls_differ = tokens, False
+        self._tokens, self._calls_differ, self._alone = tokens, False, None
+        if not self._family.seq2seq:
+            _, call = self._family.enter(self._model, stack, torch.from_numpy(tokens[:1]), None)
+            self._alone = _moved(call, self._device)
         for part in self.batches(len(hidden)):
             size = part.stop - part.start
             seen[size] = seen.get(size, 0) + 1
@@ -274,9 +278,12 @@ class BlockRunner:
                 given, index, weights = catcher.take()
                 inputs.write(part, given.view(size, -1, given.shape[-1]))
                 routing.append((index, weights))
-                if adds is None:  # the first batch of all decides
+                if adds is None:  # the first sample of all decides, or its batch
                     again = functools.partial(self._through, stack, block_index, module, part, read, calls)
-                    adds = self._ranks.of(0, part.start > 0 or self._adds(again, catcher, given, out))
+                    probe: tuple[Callable[[], tuple[Tensor, Any]], Tensor, Tensor] = again, given, out
+                    if part.start == 0 and self._alone is not None and not any(self.handed.values()):
+                        probe = self._of_first_sample(hidden, block_index, module, catcher)
+                    adds = self._ranks.of(0, part.start > 0 or self._adds(catcher, *probe))
                     outputs = None if adds else self._zeros(hidden, layer)
             if outputs is None:
                 hidden.write(part, out)
@@ -319,7 +326,22 @@ class BlockRunner:
         if not torch.isfinite(out).all():
             raise NotFiniteError(f"{block} outputs NaN or infinity in float32. Fetch the checkpoint again.")
 
-    def _adds(self, again: Callable[[], tuple[Tensor, Any]], catcher: _Catcher, given: Tensor, out: Tensor) -> bool:
+    def _of_first_sample(
+        self, hidden: ListBuffer, block_index: int, module: nn.Module, catcher: _Catcher
+    ) -> tuple[Callable[[], tuple[Tensor, Any]], Tensor, Tensor]:
+        """Return how to send the first sample alone through a block, what its experts are given, and its output.
+
+        It tells as much as a batch does of whether the block adds, in less time.
+        """
+
+        def again() -> tuple[Tensor, Any]:
+            return self._family.through(module, block_index, self._read(hidden, slice(0, 1)), None, self._alone)
+
+        out, _ = again()
+        given, *_ = catcher.take()
+        return again, given, out
+
+    def _adds(self, catcher: _Catcher, again: Callable[[], tuple[Tensor, Any]], given: Tensor, out: Tensor) -> bool:
         """Return whether a block adds its experts' outputs to `out`, by what it makes of random ones."""
         if given.numel() != out.numel():
             return False

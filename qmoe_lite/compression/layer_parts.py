@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,6 +106,22 @@ class Linear:
         """Return what tokens (N, C) become, (N, R)."""
         y = x @ self.weight.T
         return y if self.bias is None else y + self.bias
+
+
+class MadeInTurn(Sequence[list[Linear]]):
+    """The matrices of each expert of a group, made anew wherever one's are asked for: no more are in memory."""
+
+    def __init__(self, count: int, make: Callable[[int], list[Linear]]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        """Return the matrices of one expert."""
+        if place >= self._count:
+            raise IndexError(place)
+        return self._make(place)
 
 
 @dataclass

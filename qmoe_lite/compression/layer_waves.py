@@ -20,47 +20,74 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import tensor_name
+from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dead_zone import DeadZone
 from qmoe_lite.compression.dictionaries import Dictionaries
+from qmoe_lite.compression.expert_runner import ExpertRunner
+from qmoe_lite.compression.freed import return_freed
 from qmoe_lite.compression.groups import Group, GroupLog, read_record, record_of
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Taken
 from qmoe_lite.compression.ranks import ALONE, Ranks
 from qmoe_lite.compression.rate import RateControl
+from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import Solved, Tally, add_group, keep_group, windows_of
 from qmoe_lite.compression.waves import give_back, lend, waves
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.family import Family
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 
 Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
 
 
-class LayerWaves(ABC):
-    """Compresses the groups of a layer in their order; how one group is solved and run is its subclass's."""
+class LayerWaves(ExpertRunner, ABC):
+    """Compresses the groups of a layer in their order; how one group is solved is its subclass's.
 
-    device: torch.device
-    rate: RateControl | None  # of a uniform grid that is to take so many bits
-    dead_zone: DeadZone | None  # of a uniform grid whose own was not asked for
-    each_group: AbstractContextManager[Any]  # is entered for a group of each rank, and left when they are kept
-    dictionaries: Dictionaries
-    _grid: Grid
+    Parameters
+    ----------
+    family : Family
+        Of the model.
+    config : transformers configuration
+        Of the model.
+    checkpoint : Checkpoint
+        Where the experts' weights are read.
+    grid : Grid
+        Levels that a row may take.
+    settings : Settings
+        How to compress.
+    """
+
+    def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
+        super().__init__(family, config, checkpoint, settings)
+        self._grid = grid
+        self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
+        self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
+        # is entered for a group of each rank, and left when they are kept
+        self.each_group: AbstractContextManager[Any] = nullcontext()
+        self.dictionaries = Dictionaries(settings.codeword_bits or USUAL_BITS)
 
     @abstractmethod
     def groups(self, layer: MoELayer) -> list[range]:
         """Split a layer's experts into groups that fit the memory."""
 
     @abstractmethod
-    def run(
-        self, layer: MoELayer, expert: int, weights_of: dict[str, Tensor], seen: LayerInputs
-    ) -> NDArray[np.float64]:
-        """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens."""
+    def _solved_once(self, layer: MoELayer) -> bool:
+        """Return whether a group's first solve is its last, and its experts come one after another, as on the CPU."""
 
     @abstractmethod
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
         """Return what keeps one projection."""
 
     @abstractmethod
-    def _solver(self, layer: MoELayer, number: int, group: range, seen: LayerInputs | None) -> Solver:
-        """Return what quantises a group by a grid."""
+    def _solver(
+        self,
+        layer: MoELayer,
+        number: int,
+        group: range,
+        seen: LayerInputs | None,
+        sums: list[NDArray[np.float64]] | None,
+    ) -> Solver:
+        """Return what quantises a group by a grid; with `sums` it runs its experts too, and adds what `run` returns."""
 
     @abstractmethod
     def _solve_group(
@@ -115,17 +142,29 @@ class LayerWaves(ABC):
                     tallies = self._tallies(layer, tallies)
                 known = ranks.share(partial(self._read, kept, number, wave, ranks))
                 lent = None if seen is None else lend(seen, wave, ranks)
-                solved, taken = self._solve_wave(layer, number, wave, lent, tallies, taken, known, kept, ranks)
                 sums = list[NDArray[np.float64]]()
+                solved, taken = self._solve_wave(layer, number, wave, lent, tallies, taken, known, kept, sums, ranks)
                 if seen is not None and lent is not None:
-                    for place, expert in enumerate(wave[ranks.rank] if solved else ()):
-                        weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
-                        sums.append(self.run(layer, expert, weights, lent))
+                    if solved and not sums:
+                        sums += self._run_group(layer, wave[ranks.rank], solved, lent)
                     give_back(seen, lent, wave, ranks)
-                for of_group, before in zip(ranks.gather(sums)[: len(wave)], known, strict=True):
+                now = [each is None for each in known]
+                del solved, known, lent  # else they are there while the next group is solved
+                return_freed()
+                for of_group, solved_now in zip(ranks.gather(sums)[: len(wave)], now, strict=True):
                     found, done = sum(of_group, found), done + 1
-                    group_done(done, found[0] / found[2] if found[2] else None, before is None)
+                    group_done(done, found[0] / found[2] if found[2] else None, solved_now)
         return self._finish(layer, tallies, found, taken) if ranks.first else None
+
+    def _run_group(
+        self, layer: MoELayer, group: range, solved: dict[str, Solved], seen: LayerInputs
+    ) -> list[NDArray[np.float64]]:
+        """Run the quantised experts of a group; return what `run` does of each."""
+        found = []
+        for place, expert in enumerate(group):
+            weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
+            found.append(self.run(layer, expert, weights, seen))
+        return found
 
     def _tallies(self, layer: MoELayer, before: dict[str, Tally] | None = None) -> dict[str, Tally]:
         """Return empty tallies, which go on with the dictionaries of those before."""
@@ -154,16 +193,21 @@ class LayerWaves(ABC):
         taken: Taken,
         known: list[Group | None],
         kept: GroupLog | None,
+        sums: list[NDArray[np.float64]],
         ranks: Ranks,
     ) -> tuple[dict[str, Solved], Taken]:
-        """Solve the groups of a wave, and keep them; return this rank's, empty for none, and what all have taken."""
+        """Solve the groups of a wave, and keep them; return this rank's, empty for none, and what all have taken.
+
+        Where its experts are run as they are solved, `sums` gets what `run` returns of each.
+        """
         solve: Solver | None = None
         solved, after, own = dict[str, Solved](), dict[str, Any](), ranks.rank
         if own < len(wave):
             if (before := known[own]) is not None:
                 solved = before.to(self.device).solved
             else:
-                solve = self._solver(layer, number, wave[own], seen)
+                once = seen is not None and self._solved_once(layer)
+                solve = self._solver(layer, number, wave[own], seen, sums if once else None)
                 solve = solve if ranks.count == 1 else _Latest(solve)
         for place, (group, before) in enumerate(zip(wave, known, strict=True)):
             turn = place if before is None else 0

@@ -70,7 +70,7 @@ def compress(
     dampening: float = 0.1,
     block_size: int = 128,
     group_size: int = 16,
-    group_bytes: int = 4 << 30,
+    group_bytes: int | None = None,
     token_cap: float = 4.0,
     blend_tokens: int = 64,
     validation_samples: int = 8,
@@ -122,8 +122,8 @@ def compress(
         Columns that GPTQ rounds between two updates of the rest.
     group_size : int
         Experts quantised together.
-    group_bytes : int
-        Memory for a group; fewer experts are taken together when `group_size` of them would need more.
+    group_bytes : int, optional
+        Memory for a group, by default 1 GiB, on a GPU 4; `group_size` experts that would need more are split.
     token_cap : float
         An expert's Hessian takes at most this many times the mean number of tokens, drawn at random.
     blend_tokens : int

@@ -9,6 +9,7 @@ from qmoe_lite.errors import SettingError
 
 RECIPES = ("default", "paper", "nearest")
 PAPER_BITS = 16  # of a codeword in the paper's dictionary
+_CPU_GROUP, _GPU_GROUP = 1 << 30, 4 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Settings:
         Columns that GPTQ rounds between two updates of the rest.
     group_size : int
         Experts quantised together. QMoE, table 1: 16.
-    group_bytes : int
-        Memory for a group; fewer experts are taken together when 16 would need more.
+    group_bytes : int or None
+        Memory for a group; fewer experts are taken together when 16 would need more. None takes 1 GiB on a CPU, where
+        larger groups gain nothing, and 4 GiB on a GPU.
     token_cap : float
         An expert's Hessian takes at most this many times the mean number of tokens, drawn at random. QMoE: 4.
     blend_tokens : int
@@ -65,7 +67,7 @@ class Settings:
     dampening: float = 0.1
     block_size: int = 128
     group_size: int = 16
-    group_bytes: int = 4 << 30
+    group_bytes: int | None = None
     token_cap: float = 4.0
     blend_tokens: int = 64
     validation_samples: int = 8
@@ -76,6 +78,11 @@ class Settings:
     stop_when_bad: bool = False
     check_first: bool = False
     device: str = "cpu"
+
+    @property
+    def group_room(self) -> int:
+        """Bytes that a group may take."""
+        return self.group_bytes or (_CPU_GROUP if self.device == "cpu" else _GPU_GROUP)
 
     def resolved(self) -> Settings:
         """Return the settings that hold, with those that the recipe decides."""
@@ -90,7 +97,7 @@ class Settings:
             ("codeword_bits", self.codeword_bits is None or 8 <= self.codeword_bits <= 13, "8 to 13"),
             ("dampening", 0 < self.dampening <= 1, "above 0, at most 1"),
             ("block_size", self.block_size >= 1, "at least 1"),
-            ("group_bytes", self.group_bytes >= 1, "at least 1"),
+            ("group_bytes", self.group_bytes is None or self.group_bytes >= 1, "at least 1"),
             ("seed", self.seed >= 0, "at least 0"),
             ("group_size", self.group_size >= 1, "at least 1"),
             ("token_cap", 0 < self.token_cap < float("inf"), "above 0 and finite"),

@@ -36,6 +36,13 @@ class Solved(NamedTuple):
     classes: list[str]
     grid: Grid | None = None
 
+    @classmethod
+    def of(cls, quantized: Quantized, rows_of: list[Tensor], starved: list[bool], grid: Grid) -> Solved:
+        """Put together a projection whose experts saw these tokens; those that saw too few had the layer's as well."""
+        pairs = zip(quantized.hessian_class, starved, strict=True)
+        classes = ["blended" if known == "own" and few else known for known, few in pairs]
+        return cls(quantized, [len(rows) for rows in rows_of], classes, grid)
+
 
 class Tally(Protocol):
     """What a layer's compressor keeps of one projection until all groups of its experts are done."""

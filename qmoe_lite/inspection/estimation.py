@@ -193,7 +193,7 @@ def estimate(
     assumed.append("the text is long enough, and its tokens spread evenly over the experts")
     if settings.recipe != "nearest":
         assumed.append("blocks add their experts' outputs, as most families do")
-    phases = {} if speeds is None else seconds_of(anatomy, settings, grid, headers, speeds, room.memory, assumed)
+    phases = {} if speeds is None else seconds_of(anatomy, settings, headers, speeds, room.memory, assumed)
     what = need, program, room, anatomy, settings, grid
     stops, maybe = list(obstacles(*what)), list(doubts(*what))
     experts, others = compressed_bytes(anatomy, bits)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmoe_lite.compression.calibration import noise_counts, window_length
-from qmoe_lite.compression.layer import CHUNK_TOKENS, LayerCompressor
+from qmoe_lite.compression.expert_runner import CHUNK_TOKENS, KEPT_BYTES
+from qmoe_lite.compression.group_sizes import expert_bytes, groups_of
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.losses import SLICE_VALUES
 from qmoe_lite.compression.run import SAMPLES_PER_EXPERT
@@ -137,7 +138,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float, spill
     cpu = settings.device == "cpu"
     always = {"names and places of tensors": TENSOR_BYTES * anatomy.tensors}
     stages: dict[str, dict[str, int]] = {}
-    group = max((_group(anatomy, layer, settings, grid, bits) for layer in anatomy.layers), key=lambda g: g[1])
+    group = max((_group(anatomy, layer, settings) for layer in anatomy.layers), key=lambda g: g[1])
     writing = max(_layer_codes(layer, grid, bits) for layer in anatomy.layers)
     device_parts: list[int] = []
     certain = group[0] if cpu else 0
@@ -237,26 +238,23 @@ def batch_bytes(anatomy: Anatomy, block: BlockParts, settings: Settings, rows: R
     return passing
 
 
-def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings, grid: Grid, bits: float) -> tuple[int, int]:
+def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings) -> tuple[int, int]:
     """Bytes that solving a group of experts takes in any case, and at its peak."""
-    compressor = LayerCompressor(anatomy.family, anatomy.config, None, grid, settings)  # type: ignore[arg-type]
-    experts = len(compressor.groups(layer)[0])
+    experts = len(groups_of(layer, settings)[0])
     first, last = layer.stages
     columns, inner = _columns(layer), layer.shapes[last[0]][1]
-    one, two = (sum(layer.shapes[name][0] * layer.shapes[name][1] for name in stage) for stage in (first, last))
     wide = max(layer.shapes[name][0] * layer.shapes[name][1] for name in layer.projections)
-    digit, calibrated = 2 if isinstance(grid, UniformGrid) else 1, settings.recipe != "nearest"
-    chunk = 4 * CHUNK_TOKENS * (columns + 2 * sum(layer.shapes[name][0] for name in first)) if calibrated else 0
-    if not calibrated:
-        return 4 * experts * wide, experts * ((4 + digit) * (one + two) + 4 * wide) + 16 * wide
-    kept = 8 * columns * columns if settings.rate is not None else 0  # the first stage's factors, for another solve
-    stage_one = 8 * columns * columns + (4 + digit) * one + 4 * max(layer.shapes[name][0] for name in first) * columns
-    stage_two = kept + (8 + digit) * one + 8 * inner * inner + (8 + digit) * two
-    again = (digit * (one + two) + (one + two) * bits / 8) if settings.rate is not None else 0
-    peak = experts * (max(stage_one, stage_two) + again) + chunk + 24 * wide + 4 * LAYER_SAMPLE * columns
+    solving = experts * expert_bytes(layer, settings) + 24 * wide
+    if settings.recipe == "nearest":
+        return 4 * experts * wide, solving
+    rows = rows_of(anatomy, settings)
+    many = 2 * rows.all * max(rows.tokens) * layer.top_k // layer.count
+    passing = 4 * min(CHUNK_TOKENS, many) * (columns + 3 * sum(layer.shapes[name][0] for name in first))
+    kept = min(KEPT_BYTES, 4 * many * inner) + 8 * inner * inner + 2 * experts * layer.weights // layer.count
+    solving = max(solving, kept)  # where a group is solved once, its experts are run one after another
     of_inputs = 1 if layer.top_k >= layer.count else experts  # experts that all get every token share a Hessian
-    sure = 4 * experts * one + max(8 * columns * columns * of_inputs, 8 * inner * inner * experts)
-    return sure, int(peak)
+    sure = 4 * experts * wide + max(8 * columns * columns * of_inputs, 8 * inner * inner * experts)
+    return sure, solving + passing + 4 * LAYER_SAMPLE * columns
 
 
 def _layer_codes(layer: MoELayer, grid: Grid, bits: float) -> tuple[int, int]:

@@ -112,12 +112,15 @@ def solve_work(shapes: dict[str, tuple[int, int]]) -> float:
 
 
 def token_work(shapes: dict[str, tuple[int, int]]) -> float:
-    """Operations of a token of an expert: in the Hessians of both stages, and through the matrices, twice."""
-    names = list(shapes)
-    columns, inner = shapes[names[0]][1], shapes[names[-1]][1]
-    weights = sum(r * c for r, c in shapes.values())
-    last = shapes[names[-1]][0] * inner
-    return 2.0 * (columns * columns + inner * inner + 2 * weights - last)
+    """Operations of a token of an expert: in the Hessians of both stages, and through the matrices."""
+    (_, columns), *_, (rows, inner) = shapes.values()
+    return 2.0 * (columns * columns + rows * inner) + inner_work(shapes)
+
+
+def inner_work(shapes: dict[str, tuple[int, int]]) -> float:
+    """Operations of a token through all matrices but the last, and in that one's Hessian."""
+    *first, (_, inner) = shapes.values()
+    return 2.0 * (inner * inner + sum(rows * columns for rows, columns in first))
 
 
 def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path], folder: Path) -> Speeds:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qmoe_lite.checkpoint.headers import Headers
-from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.group_sizes import groups_of
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy
 from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_of
-from qmoe_lite.inspection.speeds import Speeds, scaled_expert
-from qmoe_lite.quantization.grid import Grid
+from qmoe_lite.inspection.speeds import Speeds, inner_work, scaled_expert, token_work
+from qmoe_lite.models.blocks import MoELayer
 
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 _AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
-_SECOND_STAGE = 0.4  # of a token's work that such a solve does again: the last projection's Hessian
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
 
@@ -50,7 +49,6 @@ class Running:
 def seconds_of(
     anatomy: Anatomy,
     settings: Settings,
-    grid: Grid,
     headers: Headers,
     speeds: Speeds,
     memory: int,
@@ -60,7 +58,7 @@ def seconds_of(
 
     Parameters
     ----------
-    anatomy, settings, grid, headers, speeds
+    anatomy, settings, headers, speeds
         What is compressed, and where.
     memory : int
         Bytes that there are: files that fit are read from the disk once.
@@ -77,26 +75,21 @@ def seconds_of(
     if calibrated:
         phases["dense parts"] = _dense(anatomy, settings, rows, speeds)
     solving = tokens = 0.0
-    compressor = LayerCompressor(anatomy.family, anatomy.config, None, grid, settings)  # type: ignore[arg-type]
     for number, stack in enumerate(anatomy.stacks):
         for layer in (block.layer for block in stack if block.layer is not None):
             own, of_token = scaled_expert(speeds, layer.shapes)
             solving += layer.count * own
             if calibrated:
                 pairs = rows.all * rows.tokens[number] * layer.top_k
-                starved = rows.samples * rows.tokens[number] * layer.top_k / layer.count < max(
-                    columns for _, columns in layer.shapes.values()
-                )
-                if starved and settings.blend_tokens:  # the layer's Hessian, once more for each expert
-                    pairs += layer.count * LAYER_SAMPLE // 2
-                tokens += pairs * of_token
-    groups = [len(compressor.groups(layer)) for layer in anatomy.layers]
+                again = layer.count * _of_layer(layer, settings, rows, number)
+                tokens += (pairs + again * inner_work(layer.shapes) / token_work(layer.shapes)) * of_token
+    groups = [len(groups_of(layer, settings)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
         layer, again = anatomy.layers[0], min(_AGAIN, 2 + 2 * len(groups))
-        group, (own, of_token) = len(compressor.groups(layer)[0]), scaled_expert(speeds, layer.shapes)
-        seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count
-        solving += again * group * (own + _SECOND_STAGE * seen * of_token)
+        group, (own, of_token) = len(groups_of(layer, settings)[0]), scaled_expert(speeds, layer.shapes)
+        seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count + _of_layer(layer, settings, rows, 0)
+        solving += again * group * (own + seen * inner_work(layer.shapes) / token_work(layer.shapes) * of_token)
         codes += again
         assumed.append(f"{again} groups of experts are solved once more for the rate")
     phases["layers: choosing codes"] = codes * speeds.layer
@@ -115,6 +108,14 @@ def seconds_of(
         head = 2.0 * rows.validation * rows.tokens[-1] * anatomy.head
         phases["judging"] = head / speeds.multiply
     return {name: seconds for name, seconds in phases.items() if seconds}
+
+
+def _of_layer(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> int:
+    """Return how many tokens of the layer go through an expert besides its own, for its last projection's Hessian."""
+    own, needed = rows.samples * rows.tokens[stack] * layer.top_k, max(c for _, c in layer.shapes.values())
+    if not settings.blend_tokens or own >= needed * layer.count:
+        return 0
+    return min(LAYER_SAMPLE, rows.samples * rows.tokens[stack])
 
 
 def _dense(anatomy: Anatomy, settings: Settings, rows: Rows, speeds: Speeds) -> float:

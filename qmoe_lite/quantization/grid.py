@@ -7,7 +7,7 @@ int16 for uniform, where the one level is the row's step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -94,6 +94,16 @@ class Quantized:
         """The weights of one matrix of a group, (R, C), without those of the others."""
         scales = None if self.column_scales is None else self.column_scales[expert]
         return dequantize(self.digits[expert], self.levels[expert], scales)
+
+
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """Return groups, one after another, as one."""
+    scales = [part.column_scales for part in parts if part.column_scales is not None]
+    digits, levels, error, fallback = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("digits", "levels", "error", "fallback")
+    )
+    classes = tuple(name for part in parts for name in part.hessian_class)
+    return Quantized(digits, levels, error, fallback, classes, torch.cat(scales) if scales else None)
 
 
 AnyGrid = MinMaxTernary | MinMaxTwoBit | UniformGrid

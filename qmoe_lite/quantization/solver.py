@@ -141,7 +141,8 @@ def gptq_shared(
 def _quantise(full: Tensor, known: Factors | None, grid: Grid) -> Quantized:
     """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians."""
     group = full if full.ndim == 3 else full[None]
-    levels = grid.fit(group)
+    # float64 copies on the way are those of one matrix
+    levels = torch.stack([grid.fit(each) for each in group]) if group.device.type == "cpu" else grid.fit(group)
     rounding = grid.rounding(levels)
     lost = torch.full((len(group),), torch.nan, dtype=torch.float64, device=group.device)
     scales = None

@@ -1,0 +1,193 @@
+"""The experts of a model's sparse layers: read, put into Hessians, and run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.compression.layer_parts import LayerInputs, Linear, compared
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.errors import NotFiniteError
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.family import Family, inner
+from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
+
+CHUNK_TOKENS = 1 << 14  # tokens that go through an expert at a time
+KEPT_BYTES = 1 << 28  # of what an expert's tokens are in front of its last projection
+
+
+class ExpertRunner:
+    """Reads and runs experts of one model.
+
+    Parameters
+    ----------
+    family : Family
+        Of the model.
+    config : transformers configuration
+        Of the model.
+    checkpoint : Checkpoint
+        Where the experts' weights are read.
+    settings : Settings
+        How to compress.
+    """
+
+    def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, settings: Settings) -> None:
+        self._family, self._config, self._checkpoint, self._settings = family, config, checkpoint, settings
+        self.device = torch.device(settings.device)
+
+    def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
+        """Read one matrix, float32 (R, C), to where it is solved."""
+        name = self._family.weight_name(layer, expert, projection)
+        weight = self._checkpoint.tensor(name).to(self.device).float()
+        if not torch.isfinite(weight).all():
+            raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
+        return weight
+
+    def _linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[Linear]:
+        """Return an expert's matrices, those given, with their biases."""
+        activation = self._family.activation(self._config, layer.experts)
+        return [Linear(weight, self._bias(layer, expert, name), activation) for name, weight in weights.items()]
+
+    def _bias(self, layer: MoELayer, expert: int, projection: str) -> Tensor | None:
+        if layer.layout is None or not layer.layout.biased:
+            return None
+        tensor, rows = layer.layout.place(projection, layer.shapes[projection][0])
+        bias = self._checkpoint.tensor(f"{layer.experts}.{tensor}_bias")[expert].to(self.device).float()
+        return bias if rows is None else bias[rows]
+
+    def truth(self, layer: MoELayer, expert: int) -> list[Linear]:
+        """Return an expert's dense matrices, with their biases."""
+        return self._linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
+
+    def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
+        weights = torch.empty(len(group), *layer.shapes[projection], device=self.device)
+        for place, expert in enumerate(group):  # one at a time: no second copy of all
+            weights[place] = self._weights(layer, expert, projection)
+        return weights
+
+    def _hessians(
+        self,
+        seen: LayerInputs,
+        rows_of: list[Tensor],
+        before: Sequence[list[Linear]],
+        starved: list[bool],
+        columns: int,
+    ) -> Tensor:
+        """Return the Hessians of a group, (E, C, C), or one, (1, C, C), where all experts see the same inputs.
+
+        `before` are the matrices in front of each expert's.
+        """
+        if not before[0] and all(torch.equal(rows, rows_of[0]) for rows in rows_of[1:]):
+            rows_of = rows_of[:1]
+        hessians = torch.empty(len(rows_of), columns, columns, device=self.device)
+        of_layer: Tensor | None = None
+        for place, (rows, matrices, few) in enumerate(zip(rows_of, before, starved, strict=False)):
+            parts = (self._gather(seen, rows[i : i + CHUNK_TOKENS]) for i in range(0, len(rows), CHUNK_TOKENS))
+            hessian = self._mean_hessian(parts, matrices, len(rows), columns)
+            if few:
+                if of_layer is None or matrices:  # in front of the first projection it is the same for all
+                    sample = seen.sample.to(self.device)
+                    of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
+                hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
+            hessians[place] = hessian
+        return hessians
+
+    def _hessian_and_inner(
+        self,
+        seen: LayerInputs,
+        expert: int,
+        drawn: Tensor,
+        matrices: list[Linear],
+        few: bool,
+        columns: int,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return what `_hessians` does for one expert, (1, C, C), and what `run` can go on with.
+
+        The latter is what the matrices make of chunks of its tokens, by their first one, as far as there is room.
+        """
+        rows, kept, hessian = _to_quantised(seen, expert)[0], dict[int, Tensor](), new(columns, device=self.device)
+        wanted, room = torch.isin(rows, drawn), KEPT_BYTES // (4 * columns)
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            part, chosen = rows[start : start + CHUNK_TOKENS], wanted[start : start + CHUNK_TOKENS]
+            if start + len(part) <= room:
+                x = kept[start] = self._inner(self._gather(seen, part), matrices)
+                x = x if chosen.all() else x[chosen]
+            else:
+                x = self._inner(self._gather(seen, part[chosen]), matrices)
+            accumulate(hessian, x)
+        hessian = mean(hessian, len(drawn))
+        if few:
+            sample = seen.sample.to(self.device)
+            of_layer = self._mean_hessian([sample], matrices, len(sample), columns)
+            hessian = blend(hessian, of_layer, len(drawn), self._settings.blend_tokens)
+        return hessian[None], kept
+
+    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Linear], tokens: int, columns: int) -> Tensor:
+        """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
+        hessian = new(columns, device=self.device)
+        for x in parts:
+            accumulate(hessian, self._inner(x, before) if before else x)
+        return mean(hessian, tokens)
+
+    def run(
+        self,
+        layer: MoELayer,
+        expert: int,
+        weights_of: dict[str, Tensor],
+        seen: LayerInputs,
+        kept: dict[int, Tensor] | None = None,
+    ) -> NDArray[np.float64]:
+        """Add a quantised expert's outputs to the hidden states; return what `compared` does of validation tokens.
+
+        `kept` is what `_hessian_and_inner` kept, and is emptied.
+        """
+        matrices, kept = self._linears(layer, expert, weights_of), {} if kept is None else kept
+        rows, gates = _to_quantised(seen, expert)
+        truth: list[Linear] = []
+        found = np.zeros(3)
+        for start in range(0, len(rows), CHUNK_TOKENS):
+            part, weights = rows[start : start + CHUNK_TOKENS], gates[start : start + CHUNK_TOKENS, None]
+            weights = weights.to(self.device)
+            x = kept.pop(start) if start in kept else self._inner(self._gather(seen, part), matrices[:-1])
+            y = matrices[-1].of(x) * weights
+            seen.hidden.add(part, y.cpu())
+            rides = seen.validation[part]
+            if rides.any():
+                truth, some = truth or self.truth(layer, expert), rides.to(self.device)
+                x = self._gather(seen, part[rides])
+                found += compared(y[some], self.expert(x, truth) * weights[some])
+        rows, gates = _to_dense(seen, expert)
+        if len(rows):
+            truth, gates = truth or self.truth(layer, expert), gates[:, None].to(self.device)
+            seen.hidden.add(rows, (self.expert(self._gather(seen, rows), truth) * gates).cpu())
+        return found
+
+    def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
+        return seen.inputs.gather(rows).to(self.device)
+
+    def expert(self, x: Tensor, matrices: list[Linear]) -> Tensor:
+        """Send tokens through the matrices of one expert."""
+        return matrices[-1].of(self._inner(x, matrices[:-1]))
+
+    def _inner(self, x: Tensor, matrices: list[Linear]) -> Tensor:
+        return inner(matrices[0].activation, [matrix.of(x) for matrix in matrices])
+
+
+def _to_quantised(seen: LayerInputs, expert: int) -> tuple[Tensor, Tensor]:
+    """Return the rows and routing weights of the tokens that go through the quantised expert."""
+    rows, gates = seen.assigned.of_expert(expert)
+    apart = seen.reference[rows]
+    return rows[~apart], gates[~apart]
+
+
+def _to_dense(seen: LayerInputs, expert: int) -> tuple[Tensor, Tensor]:
+    """Return the same of those that go through the dense one."""
+    rows, gates = seen.assigned.of_expert(expert)
+    apart = seen.reference[rows]
+    return rows[apart], gates[apart]
