@@ -82,7 +82,9 @@ class _LayerTuner:
         self._squares = torch.zeros(len(seen.eligible)).index_add(0, rows, gates.square())
         # where a block does more with its experts' outputs than to add them, each has its own dense output as goal
         begun = time.perf_counter()
-        self._lack = seen.hidden.another(samples.twins) if seen.adds else None
+        hidden = seen.hidden
+        assert isinstance(hidden, ListBuffer)
+        self._lack = hidden.another(samples.twins) if seen.adds else None
         if self._lack is not None:
             self._lack.zero()
         for expert in range(layer.count):
@@ -90,7 +92,7 @@ class _LayerTuner:
         if self._lack is not None:
             for sample in range(samples.twins):
                 one, twin = (slice(i, i + 1) for i in (sample, samples.first_twin + sample))
-                self._lack.write(one, self._lack.read(one) + seen.hidden.read(twin) - seen.hidden.read(one))
+                self._lack.write(one, self._lack.read(one) + hidden.read(twin) - hidden.read(one))
         self._seconds = time.perf_counter() - begun
 
     def _run_dense(self, expert: int, lack: ListBuffer | None) -> None:
