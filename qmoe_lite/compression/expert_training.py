@@ -13,7 +13,7 @@ from qmoe_lite.compression.schedule import BETAS, share_of_rate
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
 
-EPOCHS, BATCH = 2, 64  # how often a token is seen, and tokens a step
+EPOCHS, BATCH = 1, 64  # how often a token is seen, and tokens a step
 RATE = 0.02  # highest change of a factor's logarithm in a step
 
 

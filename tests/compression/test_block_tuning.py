@@ -33,7 +33,7 @@ def test_an_expert_learns_what_its_rows_and_columns_were_divided_by(scaled):
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     act = torch.nn.functional.silu
     dense = {name: Linear(draw(*shape) / 3, None, act) for name, shape in layer.shapes.items()}
-    x, gates = draw(500, 8), torch.rand(500, 1, generator=generator)
+    x, gates = draw(5000, 8), torch.rand(5000, 1, generator=generator)
     inside = act(dense["gate_proj"].of(x)) * dense["up_proj"].of(x)
     goal = dense["down_proj"].of(inside) * gates
     wrong = {
