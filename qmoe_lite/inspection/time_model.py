@@ -81,8 +81,10 @@ def seconds_of(
             solving += layer.count * own
             if calibrated:
                 pairs = rows.all * rows.tokens[number] * layer.top_k
-                again = layer.count * _of_layer(layer, settings, rows, number)
-                tokens += (pairs + again * inner_work(layer.shapes) / token_work(layer.shapes)) * of_token
+                sample = _of_layer(layer, settings, rows, number)  # in a group's first Hessian, each expert's second
+                first = 2.0 * layer.shapes[layer.projections[0]][1] ** 2 * len(groups_of(layer, settings))
+                again = sample * (first + layer.count * inner_work(layer.shapes)) / token_work(layer.shapes)
+                tokens += (pairs + again) * of_token
     groups = [len(groups_of(layer, settings)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
