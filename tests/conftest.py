@@ -130,7 +130,8 @@ def _compress(model: Path, out: Path, text: Path):
 
     from qmoe_lite import MinMaxTernary, compress
 
-    settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
+    # one width of codewords for all models: each other one would be a variant of the kernels to compile
+    settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10}
     return compress(model, out, calibration=text, grid=MinMaxTernary(torch.bfloat16), **settings)
 
 

@@ -34,6 +34,7 @@ class Memory:
     def __init__(self, array, origin=0):
         self.array = array
         self.size, self.itemsize = array.size, array.itemsize
+        self.bounds = _bounds(array.dtype)
         self.origin = origin  # the place of its first byte, as `intrinsics.origin` gives it
 
     def at(self, place, count=1):
@@ -44,14 +45,13 @@ class Memory:
         first = byte // self.itemsize
         self._check(first)
         self._check(first + count - 1)
-        return list(self.array[first : first + count])
+        return self.array[first : first + count]
 
     def __getitem__(self, index):
         return self.array[self._check(operator.index(index))]
 
     def __setitem__(self, index, value):
-        bounds = _bounds(self.array.dtype)
-        if bounds is not None and not bounds[0] <= operator.index(value) <= bounds[1]:
+        if self.bounds is not None and not self.bounds[0] <= operator.index(value) <= self.bounds[1]:
             raise EmulationError(f"{value} does not fit {self.array.dtype}")
         self.array[self._check(operator.index(index))] = value
 
@@ -85,11 +85,11 @@ class Cuda:
 
     @property
     def threadIdx(self):
-        return SimpleNamespace(x=np.int32(getcurrent().number))
+        return getcurrent().index
 
     @property
     def laneid(self):
-        return np.int32(getcurrent().number % WARP)
+        return getcurrent().lane
 
     def grid(self, axes):
         assert axes == 1
@@ -128,8 +128,8 @@ class Cuda:
         return self.hub.switch((name, mask, value))
 
     def _shuffle(self, name, mask, value, source):
-        lane = int(self.laneid)
-        brought = self._together(name, mask, value)
+        lane = getcurrent().number % WARP
+        brought = self.hub.switch((name, mask, value))
         source = source(lane)
         if not 0 <= source < WARP:
             return value
@@ -167,9 +167,9 @@ def _local_array(shape, dtype):
     return Memory(np.full(shape * np.dtype(dtype).itemsize, POISON, dtype=np.uint8).view(dtype))
 
 
-def _float(value):
-    """A value of an array of floats, of which uint16 stands for bfloat16, as float32."""
-    return np.uint32(int(value) << 16).view(np.float32) if value.dtype == np.uint16 else np.float32(value)
+def _floats(values):
+    """Values of an array of floats, of which uint16 stands for bfloat16, as float32."""
+    return (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else np.float32(values)
 
 
 class Intrinsics:
@@ -201,21 +201,17 @@ class Intrinsics:
 
     def add_digits(self, total, array, offset, low, high, span):
         unit = len(total) * len(span)
-        row_bytes = unit * array.array.itemsize
-        for digit, byte in enumerate(np.uint32(low).tobytes() + np.uint32(high).tobytes()):
-            row = array.at(offset + array.origin + row_bytes * (digit - digit % len(span)), unit)
-            values = map(_float, row[digit % len(span) * len(total) :][: len(total)])
-            with np.errstate(invalid="ignore"):  # infinity times zero
-                total = tuple(
-                    np.float32(old + np.float32(byte - 128) * value) for old, value in zip(total, values, strict=True)
-                )
-        return total
+        row_bytes = unit * array.array.itemsize * len(span)
+        rows = [array.at(offset + array.origin + row_bytes * i, unit) for i in range(8 // len(span))]
+        digits = np.array([low, high], np.uint32).view(np.uint8).astype(np.float32) - np.float32(128)
+        with np.errstate(invalid="ignore"):  # infinity times zero
+            products = digits[:, None] * _floats(np.concatenate(rows)).reshape(8, -1)
+            return tuple(np.add.accumulate(np.vstack([total, products]), dtype=np.float32)[-1])
 
     def add_multiple(self, total, array, place, factor):
         assert isinstance(factor, np.float32)
-        values = map(_float, array.at(place, len(total)))
         with np.errstate(invalid="ignore"):  # infinity times zero
-            return tuple(np.float32(old + factor * value) for old, value in zip(total, values, strict=True))
+            return tuple(np.array(total, np.float32) + factor * _floats(array.at(place, len(total))))
 
     def dot_bytes(self, a, b, c):
         a, b, total = int(np.uint32(a)), int(np.uint32(b)), int(c)
@@ -232,7 +228,7 @@ class Intrinsics:
         return np.uint32(bits).view(np.float32)
 
     def load_float(self, array, index):
-        return _float(array[index])
+        return _floats(array[index])
 
     def store_float(self, array, index, value):
         assert isinstance(value, np.float32)
@@ -300,7 +296,8 @@ def _run_block(function, arguments, threads, order):
     hub = getcurrent()
     everyone = [greenlet(function, hub) for _ in range(threads)]
     for number, thread in enumerate(everyone):
-        thread.number = number
+        thread.number, thread.lane = number, np.int32(number % WARP)
+        thread.index = SimpleNamespace(x=np.int32(number))
         thread.gr_context = contextvars.copy_context()  # NumPy keeps its errstate there
     waiting = {}
     ready = [(thread, arguments) for thread in everyone]

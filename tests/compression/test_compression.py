@@ -32,7 +32,7 @@ from qmoe_lite.errors import (
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Quantized
 
-SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2}
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10}
 
 
 def experts_inputs(model, name, samples):
@@ -402,10 +402,12 @@ def test_bfloat16_activations_come_close(tmp_path, compressed, switch, text_file
         assert report.held_out_error[name] == pytest.approx(error, rel=0.2)
 
 
-def test_each_projection_s_own_digits_choose_its_codeword_bits(tmp_path, switch, compressed):
+def test_each_projection_s_own_digits_choose_its_codeword_bits(tmp_path, switch):
     """Digits of all experts, in rows: the tiny model has fewer than would be sampled."""
-    packed = qm.load(compressed[0])
-    for row in compressed[1].projections:
+    chosen = qm.compress(switch, tmp_path / "chosen", recipe="nearest", grid=qm.MinMaxTernary(torch.bfloat16))
+    packed = qm.load(tmp_path / "chosen")
+    assert len({row.codeword_bits for row in chosen.projections}) > 1
+    for row in chosen.projections:
         module = packed.get_submodule(row.layer)
         digits = torch.cat([qm.decode(module.packed(e, row.projection))[0] for e in range(module.num_experts)]).numpy()
         counts = [int((digits == digit).sum()) for digit in (-1, 0, 1)]

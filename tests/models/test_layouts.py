@@ -19,7 +19,13 @@ from qmoe_lite.models.building import read_config
 from qmoe_lite.models.skeletons import open_checkpoint
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "dtype": "bfloat16"}
-SMALL = {"samples": 12, "sequence_length": 32, "validation_samples": 2, "grid": qm.MinMaxTernary(torch.bfloat16)}
+SMALL = {
+    "samples": 12,
+    "sequence_length": 32,
+    "validation_samples": 2,
+    "codeword_bits": 10,
+    "grid": qm.MinMaxTernary(torch.bfloat16),
+}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 24]}
 
 

@@ -18,7 +18,13 @@ import qmoe_lite as qm
 from qmoe_lite.errors import UnsupportedFamilyError
 
 COUNT, WIDTH, INSIDE, TOP_K = 6, 24, 20, 2
-TERNARY = {"grid": qm.MinMaxTernary(torch.bfloat16), "samples": 6, "sequence_length": 16, "validation_samples": 2}
+TERNARY = {
+    "grid": qm.MinMaxTernary(torch.bfloat16),
+    "samples": 6,
+    "sequence_length": 16,
+    "validation_samples": 2,
+    "codeword_bits": 10,
+}
 
 
 class MadeUpConfig(PreTrainedConfig):

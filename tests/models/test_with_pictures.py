@@ -15,7 +15,13 @@ from qmoe_lite.errors import CheckpointError
 from qmoe_lite.models.skeletons import open_checkpoint
 from qmoe_lite.offload import attach, runner_of
 
-TERNARY = {"grid": qm.MinMaxTernary(torch.bfloat16), "samples": 12, "sequence_length": 16, "validation_samples": 2}
+TERNARY = {
+    "grid": qm.MinMaxTernary(torch.bfloat16),
+    "samples": 12,
+    "sequence_length": 16,
+    "validation_samples": 2,
+    "codeword_bits": 10,
+}
 
 
 @pytest.fixture(autouse=True)
