@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -95,6 +96,8 @@ def compress(
 
     It ends with the held-out loss of the dense and of the compressed model, and a verdict.
 
+    Several processes share the work, to the same bytes: torchrun --nproc-per-node 4 -m qmoe_lite compress ..
+
     Example: qmoe compress Qwen/Qwen3-30B-A3B qwen3-qmoe --calibration text.txt --rate 2.5
     """
     import torch
@@ -102,6 +105,7 @@ def compress(
     from qmoe_lite.cli import _output
     from qmoe_lite.cli._beforehand import Beforehand
     from qmoe_lite.compression.choice import USUAL_RATE
+    from qmoe_lite.compression.ranks import ALONE, ranks_of
     from qmoe_lite.compression.run import compress
     from qmoe_lite.compression.verdict import Verdict
     from qmoe_lite.quantization.grid import UniformGrid, grid_of_word
@@ -111,12 +115,8 @@ def compress(
         from qmoe_lite.tuning.compressing import compress_and_tune
 
         run = partial(compress_and_tune, epochs=tune_epochs)
-    chosen = None if grid is None else grid_of_word(grid)(level_dtype=torch.bfloat16)
-    if isinstance(chosen, UniformGrid):  # its step follows from the rate
-        chosen, rate = None, rate or USUAL_RATE
     _output.quiet_transformers()
     settings: dict[str, Any] = {
-        "grid": chosen,
         "rate": rate,
         "stop_when_bad": stop_when_bad,
         "check_first": check_first,
@@ -135,14 +135,30 @@ def compress(
     }
     log = out.with_name(f"{out.name}.log.jsonl") if out.name else None
     progress: Beforehand | None = None
+    ranks = ALONE
     try:
-        with _output.progress_shown("compressing", show=not json) as shown:
+        with ranks_of(os.environ) as ranks, _output.progress_shown("compressing", not json and ranks.first) as shown:
+            chosen = None if grid is None else grid_of_word(grid)(level_dtype=torch.bfloat16)
+            if isinstance(chosen, UniformGrid):  # its step follows from the rate
+                chosen, settings["rate"] = None, rate or USUAL_RATE
+            settings["grid"] = chosen
             progress = Beforehand(model, out, settings, shown, show=not json)
-            telling = {"progress": progress, "before": progress.begin, "log": log, "each_group": _FinishedFirst()}
+            telling: dict[str, Any] = {
+                "progress": progress,
+                "log": log,
+                "each_group": _FinishedFirst(ranks.first),
+                "ranks": ranks,
+            }
+            if ranks.count == 1:  # the estimate is of one process
+                telling["before"] = progress.begin
             report = run(model, out, calibration=calibration, resume=not restart, **telling, **settings)
     except KeyboardInterrupt:
-        _output.note(f"qmoe: interrupted{_place_of(progress)}. Finished groups are kept: rerun the command to resume.")
+        if ranks.first:
+            text = "Finished groups are kept: rerun the command to resume."
+            _output.note(f"qmoe: interrupted{_place_of(progress)}. {text}")
         raise typer.Exit(130) from None
+    if not ranks.first:
+        return
     if json:
         _output.print_json(report.to_json())
     else:
@@ -158,10 +174,15 @@ class _FinishedFirst:
     """Holds Ctrl-C back while a group of experts is under way; a second one ends at once, as one does elsewhere.
 
     A context for each group. Where Ctrl-C does not raise KeyboardInterrupt, in a shell's background, nothing changes.
+
+    Parameters
+    ----------
+    tells : bool
+        Whether to print that the group will be finished first.
     """
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, tells: bool = True) -> None:
+        self._asked, self._tells = False, tells
 
     def __enter__(self) -> None:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -178,6 +199,8 @@ class _FinishedFirst:
 
         self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self._tells:
+            return
         with suppress(RuntimeError):  # the signal came in the middle of another line
             _output.note("qmoe: this group of experts will be finished first; Ctrl-C once more ends at once.")
 

@@ -14,6 +14,7 @@ QMoEError
 ├── OutputError                     an output that exists already or cannot be written
 ├── DeviceError (RuntimeError)      a GPU, driver or CUDA package that is missing or too old
 ├── BadResultError                  a compression that was to end where it goes wrong
+├── RankError (RuntimeError)        another process of a run of several that has ended
 └── ResumeError                     unfinished work that belongs to other settings
 
 Each message is one line: what was found, what was expected, what to do.
@@ -99,6 +100,10 @@ class DeviceError(QMoEError, RuntimeError):
 
 class BadResultError(QMoEError):
     """A compression whose result will be bad, and that was to end then."""
+
+
+class RankError(QMoEError, RuntimeError):
+    """Another process of a run of several has ended, or keeps silent."""
 
 
 class ResumeError(QMoEError):

@@ -188,3 +188,11 @@ def outputs(model, seed=3, tokens=11):
         else:
             found = [model(input_ids=step).logits for step in steps]
     return torch.cat([logits.flatten() for logits in found])
+
+
+def everything_of(directory):
+    """SHA-256 of each file; of the report all but the time."""
+    found = {file.name: file.read_bytes() for file in directory.iterdir()}
+    report = json.loads(found.pop("qmoe_report.json"))
+    del report["seconds"]
+    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()} | {"report": report}

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, materialise
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.rank_buffer import RankBuffer
+from qmoe_lite.compression.ranks import ALONE, Ranks, Together
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import Call, Calls, Mark, MoELayer, Stack
@@ -120,6 +122,8 @@ class BlockRunner:
         First sample that shares no batch with those before it.
     spill : Path, optional
         Folder for the activations, which are else in memory.
+    ranks : Ranks, optional
+        Of the run: each has the activations of its own batches, and runs those.
     """
 
     def __init__(
@@ -131,8 +135,9 @@ class BlockRunner:
         settings: Settings,
         apart: int | None = None,
         spill: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._apart, self._spill = apart, spill
+        self._apart, self._spill, self._ranks = apart, spill, ranks
         self._model, self._family, self._checkpoint, self._settings = model, family, checkpoint, settings
         self._layer_of = {layer.block: layer for layer in layers}
         self._device = torch.device(settings.device)
@@ -151,15 +156,30 @@ class BlockRunner:
             put(self._model, self._layer_of[block].experts, catcher)
         return module.to(self._device), catcher
 
+    def resume(self, handed: dict[int, dict[Mark, Any]]) -> None:
+        """Go on with what the block before handed on."""
+        own = {part.start for part in self.batches(len(self._tokens))}
+        self.handed = {start: each for start, each in handed.items() if start in own}
+
     def _read(self, buffer: ListBuffer | None, samples: slice) -> Any:
         return None if buffer is None else buffer.read(samples).to(self._device, copy=True)  # a block may write on it
 
     def buffer(self, shape: tuple[int, ...], width: int | None = None) -> ListBuffer:
         dtype = torch.float32 if self._settings.activations == "float32" else torch.bfloat16
         width = self._model.config.get_text_config().hidden_size if width is None else width
+        if isinstance(self._ranks, Together):
+            starts = [*(part.start for part in self._all_batches(shape[0])), shape[0]]
+            cuts = [starts[cut] for cut in self._ranks.cuts(len(starts) - 1)]
+            return RankBuffer(self._ranks, cuts, shape[1], width, dtype, self._spill)
         return ListBuffer(shape[0], shape[1], width, dtype, self._spill)
 
-    def batches(self, samples: int) -> Iterator[slice]:
+    def batches(self, samples: int) -> list[slice]:
+        """Return this rank's batches of so many samples; they do not depend on the number of ranks."""
+        found = list(self._all_batches(samples))
+        cuts = self._ranks.cuts(len(found))
+        return found[slice(*cuts[self._ranks.rank : self._ranks.rank + 2])]
+
+    def _all_batches(self, samples: int) -> Iterator[slice]:
         first = samples if self._apart is None else self._apart
         for begin, end in ((0, first), (first, samples)):
             for start in range(begin, end, self._settings.batch_size):
@@ -188,12 +208,13 @@ class BlockRunner:
             elif seen[size] == 2:  # some are given something of the tokens themselves
                 self._calls_differ |= not _same(calls[size], _moved(call, self._device))
             hidden.write(part, embedded)
+        self._calls_differ = any(self._ranks.gather(self._calls_differ))
         if (
             first and self._family.seq2seq
         ):  # a resumed run needs what the first block hands on to the others, such as its position bias
             block, _ = self._load(stack.blocks[0])
             for size, call in calls.items():
-                some = slice(0, size)
+                some = slice(hidden.own.start, hidden.own.start + size)
                 read = self._read(hidden, some), self._read(encoder_output, some)
                 _, calls[size] = self._family.through(block, 0, *read, call)
             block.to("meta")
@@ -247,6 +268,7 @@ class BlockRunner:
         routing: list[tuple[Tensor, Tensor]] = []
         following: dict[int, Any] = {}
         outputs: ListBuffer | None = None
+        adds: bool | None = None
         for part in self.batches(len(hidden)):
             size = part.stop - part.start
             read = self._read(hidden, part), self._read(encoder_output, part)
@@ -256,21 +278,23 @@ class BlockRunner:
                 given, index, weights = catcher.take()
                 inputs.write(part, given.view(size, -1, given.shape[-1]))
                 routing.append((index, weights))
-                if part.start == 0:
+                if adds is None:  # the first sample of all decides, or its batch
                     again = functools.partial(self._through, stack, block_index, module, part, read, calls)
                     probe: tuple[Callable[[], tuple[Tensor, Any]], Tensor, Tensor] = again, given, out
-                    if self._alone is not None and not any(self.handed.values()):
+                    if part.start == 0 and self._alone is not None and not any(self.handed.values()):
                         probe = self._of_first_sample(hidden, block_index, module, catcher)
-                    if not self._adds(catcher, *probe):
-                        outputs = self.buffer(hidden.shape, layer.shapes[layer.projections[-1]][0])
-                        outputs.zero()
+                    adds = self._ranks.of(0, part.start > 0 or self._adds(catcher, *probe))
+                    outputs = None if adds else self._zeros(hidden, layer)
             if outputs is None:
                 hidden.write(part, out)
         if inputs is None or layer is None:
             self._next(following, calls)
             module.to("meta")
             return None
-        index, weights = (torch.cat(parts) for parts in zip(*routing, strict=True))
+        if adds is None and not self._ranks.of(0, True):  # a rank without samples
+            outputs = self._zeros(hidden, layer)
+        own: list[Tensor | None] = [torch.cat(parts) for parts in zip(*routing, strict=True)]
+        index, weights = map(self._ranks.join, own or [None, None])
         assigned = Assignment.group(index, weights, layer.count)
         if outputs is None:
             self._next(following, calls)
@@ -291,6 +315,12 @@ class BlockRunner:
             module.to("meta")
 
         return Caught(inputs, assigned, outputs, finish)
+
+    def _zeros(self, hidden: ListBuffer, layer: MoELayer) -> ListBuffer:
+        """Return a buffer for the outputs of a layer's experts."""
+        outputs = self.buffer(hidden.shape, layer.shapes[layer.projections[-1]][0])
+        outputs.zero()
+        return outputs
 
     def _check(self, block: str, out: Tensor) -> None:
         if not torch.isfinite(out).all():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -42,6 +42,10 @@ class Group:
     solved: dict[str, Solved]
     after: dict[str, Any]
 
+    def to(self, device: torch.device) -> Group:
+        """Return the same group, its tensors on a device."""
+        return Group({name: _moved(each, device) for name, each in self.solved.items()}, self.after)
+
 
 class GroupLog:
     """The finished groups of a layer, one record after another in a file of its own.
@@ -70,12 +74,11 @@ class GroupLog:
         OutputError
             The disk is full, or the place not writable.
         """
-        import zstandard
+        self.append(layer, record_of(group, found))
 
-        plain = {name: _plain(solved) for name, solved in found.solved.items()}
-        whole, begin = io.BytesIO(), self._done.get(layer, 0)
-        torch.save({"experts": (group.start, group.stop), "solved": plain, "after": found.after}, whole)
-        record = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(whole.getbuffer())
+    def append(self, layer: int, record: bytes) -> None:
+        """Keep a group's record, as `write` does; it may be another rank's."""
+        begin = self._done.get(layer, 0)
         try:
             _append(self._file(layer), begin, record)
         except OSError as error:
@@ -91,11 +94,10 @@ class GroupLog:
             whole, end = next(_records(self._file(layer), begin), (None, begin))
         except ValueError:
             return None
-        known = None if whole is None else torch.load(io.BytesIO(whole), weights_only=True)
-        if known is None or known["experts"] != (group.start, group.stop):
-            return None
-        self._done[layer] = end
-        return Group({name: _solved(plain, device) for name, plain in known["solved"].items()}, known["after"])
+        found = None if whole is None else group_of(whole, group, device)
+        if found is not None:
+            self._done[layer] = end
+        return found
 
     def damaged(self) -> list[Path]:
         """Return the files that hold a damaged record; what was being written when a run was killed is none."""
@@ -114,6 +116,33 @@ class GroupLog:
 
     def _file(self, layer: int) -> Path:
         return self._directory / f"groups-{layer}.log"
+
+
+def record_of(group: range, found: Group) -> bytes:
+    """Return a group's record; see `GroupLog`."""
+    import zstandard
+
+    plain = {name: _plain(solved) for name, solved in found.solved.items()}
+    whole = io.BytesIO()
+    torch.save({"experts": (group.start, group.stop), "solved": plain, "after": found.after}, whole)
+    return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(whole.getbuffer())
+
+
+def read_record(record: bytes, group: range, device: torch.device) -> Group:
+    """Return the group that a record is of, its tensors on a device."""
+    import zstandard
+
+    found = group_of(zstandard.ZstdDecompressor().decompress(record), group, device)
+    assert found is not None
+    return found
+
+
+def group_of(whole: bytes, group: range, device: torch.device) -> Group | None:
+    """Return the group that a record holds, decompressed; None where it is of other experts."""
+    known = torch.load(io.BytesIO(whole), weights_only=True)
+    if known["experts"] != (group.start, group.stop):
+        return None
+    return Group({name: _solved(plain, device) for name, plain in known["solved"].items()}, known["after"])
 
 
 def _append(path: Path, begin: int, record: bytes) -> None:
@@ -162,6 +191,13 @@ def _plain(solved: Solved) -> dict[str, Any]:
         "classes": solved.classes,
         "grid": grid.to_config(),
     }
+
+
+def _moved(solved: Solved, device: torch.device) -> Solved:
+    found = solved.quantized
+    tensors = {name: getattr(found, name) for name in ("digits", *_TENSORS)}
+    moved: dict[str, Any] = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+    return solved._replace(quantized=replace(found, **moved))
 
 
 def _solved(plain: Mapping[str, Any], device: torch.device) -> Solved:

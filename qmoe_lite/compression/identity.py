@@ -14,8 +14,9 @@ from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.format import FORMAT
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.compression.calibration import Samples
+from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.settings import Progress, Settings
-from qmoe_lite.errors import unreadable
+from qmoe_lite.errors import SettingError, unreadable
 from qmoe_lite.quantization.grid import Grid
 
 _NOT_DECISIVE = ("stop_when_bad", "check_first", "batch_size")
@@ -55,6 +56,15 @@ def difference(before: Any, now: dict[str, Any]) -> str | None:
             digest = isinstance(value, dict) and "sha256" in value
             return f"{name} is another" if digest else f"{name} is {value}, and was {known}"
     return None
+
+
+def check_same(fingerprint: dict[str, Any], ranks: Ranks) -> None:
+    """Raise SettingError where a rank was given other work than the first one; GPUs may have other numbers."""
+    every = [{**each, "device": each["device"].split(":")[0]} for each in ranks.gather(fingerprint)]
+    for rank, other in enumerate(every):
+        if (what := difference(every[0], other)) is not None:
+            text = f"rank {rank} was given other work than rank 0: {what}"
+            raise SettingError(f"{text}. Give all ranks the same model, text and settings.")
 
 
 def contents_of(

@@ -1,43 +1,31 @@
-"""One sparse layer: its experts are read, quantised, run and encoded, a group at a time."""
+"""One sparse layer: its experts are read, quantised, run and encoded, a group at a time; see layer_waves.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qmoe_lite.checkpoint.format import tensor_name
-from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.packed import PackedMatrix
-from qmoe_lite.coding.windows_product import USUAL_BITS
-from qmoe_lite.compression.dead_zone import USUAL, DeadZone
-from qmoe_lite.compression.dictionaries import Dictionaries
-from qmoe_lite.compression.expert_runner import CHUNK_TOKENS, ExpertRunner
-from qmoe_lite.compression.freed import return_freed
+from qmoe_lite.compression.dead_zone import USUAL
+from qmoe_lite.compression.expert_runner import CHUNK_TOKENS
 from qmoe_lite.compression.group_sizes import groups_of
-from qmoe_lite.compression.groups import Group, GroupLog
-from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult, Linear, MadeInTurn, Taken, compared, draw
-from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE, RateControl
-from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.layer_parts import LayerInputs, Linear, MadeInTurn, Taken, compared, draw
+from qmoe_lite.compression.layer_waves import LayerWaves, Solver
+from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE
 from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally, add_group, windows_of
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.family import Family
 from qmoe_lite.quantization.factors import Factors, factorise_all
 from qmoe_lite.quantization.grid import Grid, Quantized, UniformGrid, joined
 from qmoe_lite.quantization.solver import gptq, gptq_shared
 
-Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
 
-
-class LayerCompressor(ExpertRunner):
+class LayerCompressor(LayerWaves):
     """Compresses sparse layers of one model.
 
     Parameters
@@ -54,101 +42,30 @@ class LayerCompressor(ExpertRunner):
         How to compress.
     """
 
-    def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, grid: Grid, settings: Settings) -> None:
-        super().__init__(family, config, checkpoint, settings)
-        self._grid = grid
-        self.rate: RateControl | None = None  # of a uniform grid that is to take so many bits
-        self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
-        self.each_group: AbstractContextManager[Any] = nullcontext()  # is entered for it, and left when it is kept
-        self.dictionaries = Dictionaries(settings.codeword_bits or USUAL_BITS)
-
     def groups(self, layer: MoELayer) -> list[range]:
-        """Split a layer's experts into groups that fit the memory."""
         return groups_of(layer, self._settings)
 
-    def compress(
-        self,
-        layer: MoELayer,
-        number: int,
-        seen: LayerInputs | None,
-        group_done: Callable[[int, float | None, bool], None],
-        kept: GroupLog | None = None,
-    ) -> LayerResult:
-        """Quantise and encode all experts of a layer; add their outputs to `seen.hidden`.
-
-        Parameters
-        ----------
-        layer : MoELayer
-            Which one.
-        number : int
-            Its place among the sparse layers; with the seed, it decides which tokens are drawn.
-        seen : LayerInputs or None
-            None rounds to nearest.
-        group_done : callable
-            Called with the number of finished groups, the held-out error so far, if there is one, and whether the
-            group was solved now.
-        kept : GroupLog, optional
-            Groups that an interrupted run solved; those that are solved now are added. Not used where weights are
-            rounded to nearest, which takes no longer than to read what came of it.
-
-        Returns
-        -------
-        LayerResult
-        """
-        tallies = {name: self._tally(layer, name) for name in layer.projections}
-        found = np.zeros(3)
-        taken = Taken()
-        for i, group in enumerate(self.groups(layer)):
-            with nullcontext() if seen is None else self.each_group:
-                known = None if seen is None or kept is None else kept.read(number, group, self.device)
-                once = known is None and seen is not None and self._solved_once(layer)
-                if known is not None:
-                    solved = known.solved
-                    taken = self._take_up(known, tallies)
-                else:
-                    solved = self._solve_group(layer, number, group, seen, tallies, taken, found if once else None)
-                    if seen is not None and kept is not None:
-                        kept.write(number, group, Group(solved, self._known(taken)))
-                if seen is not None and not once:
-                    for place, expert in enumerate(group):
-                        of_expert = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
-                        found += self.run(layer, expert, of_expert, seen)
-                now = known is None
-                del solved, known  # else they are there while the next group is solved
-                return_freed()
-                group_done(i + 1, found[0] / found[2] if found[2] else None, now)
-        tensors: dict[str, Tensor] = {}
-        codebooks: dict[str, dict[str, Any]] = {}
-        for name, tally in tallies.items():
-            stored, codebooks[name] = tally.finish()
-            tensors |= {tensor_name(f"{layer.experts}.{name}", part): tensor for part, tensor in stored.items()}
-        reports = [tally.report() for tally in tallies.values()]
-        if self.rate is not None:
-            stored_bits = 8 * sum(tensor.nbytes for tensor in tensors.values())
-            self.rate.finish_layer(
-                layer.weights, max(stored_bits, taken.bits) if taken.dead else stored_bits, taken.tells
-            )
-        wrong, energy, right = found.tolist()
-        if self.dead_zone is not None and self.dead_zone.known and right:
-            self.dead_zone.finish_layer(energy / right)
-        return LayerResult(tensors, codebooks, reports, wrong / right if right else None)
-
-    def _solve_group(
+    def _solver(
         self,
         layer: MoELayer,
         number: int,
         group: range,
         seen: LayerInputs | None,
+        sums: list[NDArray[np.float64]] | None,
+    ) -> Solver:
+        if seen is None:
+            return partial(self._nearest, layer, group)
+        return partial(self._solve, layer, group, number, seen, {}, sums)
+
+    def _solve_group(
+        self,
+        layer: MoELayer,
+        group: range,
+        seen: LayerInputs | None,
         tallies: dict[str, Tally],
         taken: Taken,
-        found: NDArray[np.float64] | None,
+        solve: Solver,
     ) -> dict[str, Solved]:
-        """Quantise a group, and add it to the tallies; `found` as in `_solve`."""
-        solve: Solver
-        if seen is None:
-            solve = partial(self._nearest, layer, group)
-        else:
-            solve = partial(self._solve, layer, group, number, seen, {}, found)
         if self.rate is not None:
             if seen is not None:
                 self._begin_dead_zone(solve, layer, group, seen)
@@ -163,22 +80,7 @@ class LayerCompressor(ExpertRunner):
         return rate is not None and (rate.first or rate.done_weights + layer.weights == rate.weights)
 
     def _solved_once(self, layer: MoELayer) -> bool:
-        """Return whether a group's first solve is its last, and its experts come one after another, as on the CPU."""
         return self.device.type == "cpu" and not self._decides(layer)
-
-    def _known(self, taken: Taken) -> dict[str, Any]:
-        """Return what is known after a group, as plain values."""
-        rate, zone = self.rate, self.dead_zone
-        return {"taken": asdict(taken), "rate": rate and rate.to_json(), "dead_zone": zone and zone.to_json()}
-
-    def _take_up(self, known: Group, tallies: dict[str, Tally]) -> Taken:
-        """Go on after a group that was solved before, as if it had been solved now; return what the groups took."""
-        add_group(tallies, known.solved, together=self.rate is not None)
-        if self.rate is not None:
-            self.rate = RateControl(**known.after["rate"])
-        if self.dead_zone is not None:
-            self.dead_zone = DeadZone(**known.after["dead_zone"])
-        return Taken(**known.after["taken"])
 
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
         if isinstance(self._grid, UniformGrid):
@@ -274,13 +176,13 @@ class LayerCompressor(ExpertRunner):
         number: int,
         seen: LayerInputs,
         first: dict[str, Factors],
-        found: NDArray[np.float64] | None,
+        sums: list[NDArray[np.float64]] | None,
         grid: Grid,
     ) -> dict[str, Solved]:
         """Quantise a group's projections, the last one for what the quantised first ones put out.
 
         `first` keeps the factors of the first stage, whose inputs are the same when the group is solved again. A group
-        that is not has `found`: its experts' outputs are added as they are solved, and to it what `run` returns.
+        that is not has `sums`: its experts' outputs are added as they are solved, and to it what `run` returns.
         """
         options = self._settings
         cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
@@ -293,16 +195,16 @@ class LayerCompressor(ExpertRunner):
             columns = layer.shapes[stage[0]][1]
             before = MadeInTurn(len(group), partial(self._linears_of, layer, group, dict(solved)))
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
-            if solved and found is not None:
+            if solved and sums is not None:
                 factors = None
-                solved |= self._solve_and_run(layer, group, seen, rows_of, starved, solved, found, grid)
+                solved |= self._solve_and_run(layer, group, seen, rows_of, starved, solved, sums, grid)
                 break
             factors = None if solved else first.get(stage[0])
             if factors is None:
                 hessians = self._hessians(seen, rows_of, before, starved, columns)
                 factors = factorise_all(hessians, None, options.dampening, options.block_size, grid.column_steps)
                 del hessians
-                if not solved and self.rate is not None and found is None:
+                if not solved and self.rate is not None and sums is None:
                     first[stage[0]] = factors
             for name in stage:
                 quantized, *_ = gptq_shared([self._group_weights(layer, group, name)], None, grid, factors=factors)
@@ -317,7 +219,7 @@ class LayerCompressor(ExpertRunner):
         rows_of: list[Tensor],
         starved: list[bool],
         solved: dict[str, Solved],
-        found: NDArray[np.float64],
+        sums: list[NDArray[np.float64]],
         grid: Grid,
     ) -> dict[str, Solved]:
         """Quantise the last projection of one expert after another, and run each.
@@ -335,5 +237,5 @@ class LayerCompressor(ExpertRunner):
             last = self._weights(layer, expert, name)[None]
             parts += gptq_shared([last], None, grid, factors=factors)
             weights[name] = parts[-1].weight_of(0)
-            found += self.run(layer, expert, weights, seen, kept)
+            sums.append(self.run(layer, expert, weights, seen, kept))
         return {name: Solved.of(joined(parts), rows_of, starved, grid)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.compression.block_runner import Caught
-from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.routing import Assignment
 
@@ -33,13 +32,27 @@ def compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
     return np.array([part.double().square().sum().item() for part in (outputs - dense, outputs, dense)])
 
 
+class Inputs(Protocol):
+    """Activations that experts are given, as a list buffer or as what another rank has of it."""
+
+    def gather(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the activations of some tokens, by row number; shape (len(rows), width)."""
+
+
+class Outputs(Protocol):
+    """Where the outputs of experts go."""
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """Add to the activations of some tokens; no row may occur twice."""
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """What the experts of one sparse layer get to see, and where their outputs go.
 
     Attributes
     ----------
-    inputs : ListBuffer
+    inputs : Inputs
         The experts' inputs, one row a token.
     assigned : Assignment
         Which expert gets which rows.
@@ -51,23 +64,23 @@ class LayerInputs:
         Of the validation samples once more: goes through the dense experts, to measure what the model loses.
     sample : float32 tensor, shape (tokens, C)
         Random eligible tokens, for experts that saw few of their own.
-    hidden : ListBuffer
+    hidden : Outputs
         The block's output so far; the quantised experts' outputs are added to it.
     """
 
-    inputs: ListBuffer
+    inputs: Inputs
     assigned: Assignment
     eligible: Tensor
     validation: Tensor
     reference: Tensor
     sample: Tensor
-    hidden: ListBuffer
+    hidden: Outputs
 
     @classmethod
     def of(cls, caught: Caught, flags: tuple[Tensor, ...], *seed: int) -> LayerInputs:
         """Put together what a block's experts were given, and the flags of its tokens as they stand here."""
         eligible, validation, reference = flags
-        sample = caught.inputs.gather(draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, *seed))
+        sample = caught.inputs.everywhere(draw(torch.nonzero(eligible)[:, 0], LAYER_SAMPLE, *seed))
         return cls(caught.inputs, caught.assigned, eligible, validation, reference, sample, caught.outputs)
 
 

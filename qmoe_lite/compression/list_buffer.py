@@ -78,6 +78,11 @@ class ListBuffer:
         return self._rows.get(slice(0, self.shape[0] * self.shape[1]))
 
     @property
+    def own(self) -> range:
+        """Which samples' activations are here."""
+        return range(self.shape[0])
+
+    @property
     def nbytes(self) -> int:
         return self.shape[0] * self.shape[1] * self.shape[2] * self.dtype.itemsize
 
@@ -100,6 +105,10 @@ class ListBuffer:
         """Return the activations of some tokens, by row number; shape (len(rows), width)."""
         return self._rows.get(rows).to(dtype)
 
+    def everywhere(self, rows: Tensor) -> Tensor:
+        """Return what `gather` does, of ascending numbers, whatever rank of a run has the rows."""
+        return self.gather(rows)
+
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Add to the activations of some tokens; no row may occur twice."""
         self._rows.put(rows, (self._rows.get(rows).float() + values).to(self.dtype))
@@ -109,9 +118,17 @@ class ListBuffer:
         for part in self._chunks():
             self._rows.put(part, torch.zeros(part.stop - part.start, self.shape[2], dtype=self.dtype))
 
-    def _chunks(self) -> Iterator[slice]:
-        rows, step = self.shape[0] * self.shape[1], max(1, _CHUNK // max(1, self.shape[2] * self.dtype.itemsize))
+    def _chunks(self, rows: int | None = None) -> Iterator[slice]:
+        """Cut all rows, or so many, into pieces that are copied at a time."""
+        rows = self.shape[0] * self.shape[1] if rows is None else rows
+        step = max(1, _CHUNK // max(1, self.shape[2] * self.dtype.itemsize))
         return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def _pieces(self) -> Iterator[Tensor]:
+        return map(self._rows.get, self._chunks())
+
+    def _keep(self, part: slice, values: Tensor) -> None:
+        self._rows.put(part, values)
 
     def save(self, file: Path) -> None:
         """Write all rows, compressed by zstandard, to a file object's path (no rename, no fsync)."""
@@ -119,8 +136,8 @@ class ListBuffer:
 
         frame = zstandard.ZstdCompressor(level=1, write_checksum=True).compressobj(size=self.nbytes)
         with file.open("wb") as out:
-            for part in self._chunks():
-                out.write(frame.compress(self._rows.get(part).view(torch.uint8).view(-1).numpy().data))
+            for piece in self._pieces():
+                out.write(frame.compress(piece.view(torch.uint8).view(-1).numpy().data))
             out.write(frame.flush())
 
     @staticmethod
@@ -155,7 +172,7 @@ class ListBuffer:
                     values = torch.empty(part.stop - part.start, self.shape[2], dtype=self.dtype)
                     if source.readinto(values.view(torch.uint8).view(-1).numpy().data) != values.nbytes:
                         break
-                    self._rows.put(part, values)
+                    self._keep(part, values)
                 else:
                     if not source.read(1):
                         return

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qmoe_lite.compression.ranks import ALONE, Ranks
 from qmoe_lite.errors import OutputError
 
 _BUSY = (errno.EAGAIN, errno.EACCES)
@@ -25,8 +26,10 @@ def check_free(target: Path) -> None:
 
 
 @contextmanager
-def locked(partial: Path) -> Iterator[str | None]:
+def locked(partial: Path, ranks: Ranks = ALONE) -> Iterator[str | None]:
     """Hold `OUT.partial.lock` while the work of OUT.partial goes on; the file is removed in the end.
+
+    Of a run's ranks the first holds it for all, and all see that they mean the same directory.
 
     The kernel frees the lock of a process that is killed: its file may stay, and the next run takes it.
 
@@ -34,6 +37,8 @@ def locked(partial: Path) -> Iterator[str | None]:
     ----------
     partial : Path
         OUT.partial; need not exist.
+    ranks : Ranks, optional
+        Of the run.
 
     Yields
     ------
@@ -45,11 +50,16 @@ def locked(partial: Path) -> Iterator[str | None]:
     OutputError
         Another run holds it, or the file cannot be made.
     """
+    if not ranks.first:
+        ranks.meet_in(partial.parent)
+        yield None
+        return
     file = partial.with_name(f"{partial.name}.lock")
     made = [each for each in file.parents if not each.exists()]
     try:
         handle, note = _take(file, partial)
         try:
+            ranks.meet_in(partial.parent)
             yield note
         finally:
             file.unlink(missing_ok=True)  # while it is held: see `_take`

@@ -27,13 +27,14 @@ from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import as_used, grid_and_rate
 from qmoe_lite.compression.finite import check_finite
-from qmoe_lite.compression.identity import contents_of, fingerprint_of
+from qmoe_lite.compression.identity import check_same, contents_of, fingerprint_of
 from qmoe_lite.compression.layer import LayerCompressor
-from qmoe_lite.compression.layer_parts import LayerInputs
+from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.notes import make_report, name_of_text
 from qmoe_lite.compression.positions import check_window
+from qmoe_lite.compression.ranks import ALONE, Ranks
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples, text_for
@@ -43,7 +44,6 @@ from qmoe_lite.compression.state import Unfinished
 from qmoe_lite.compression.stored import know_layers_before, run_stored
 from qmoe_lite.compression.telling import Teller
 from qmoe_lite.compression.verdict import Verdict, bad_layer
-from qmoe_lite.devices import find_device
 from qmoe_lite.errors import BadResultError, OutputError, SettingError
 from qmoe_lite.models.building import read_config, skeleton
 from qmoe_lite.models.causal import Causal
@@ -85,6 +85,7 @@ def compress(
     before: Callable[[int | None], None] | None = None,
     spill: str | Path | None = None,
     each_group: AbstractContextManager[Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Compress the experts of a Mixture-of-Experts model.
 
@@ -153,6 +154,8 @@ def compress(
         Folder on a disk, best not a network's, for the activations in place of memory; the result is the same.
     each_group : context manager, optional
         Entered for each group of experts, and left when it is kept; not for "nearest", which keeps layers alone.
+    ranks : Ranks, optional
+        Of several processes that compress together, this one: `with compression.ranks.Together() as ranks`.
 
     Returns
     -------
@@ -198,7 +201,7 @@ def compress(
         rate=None if rate is None else check_rate(rate),
         stop_when_bad=stop_when_bad,
         check_first=check_first,
-        device=str(find_device(device)),
+        device=str(ranks.device(device)),
     )
     options.check()
     options = options.resolved()
@@ -209,11 +212,11 @@ def compress(
         raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
     check_folder(spill)
     partial = target.with_name(f"{target.name}.partial")
-    telling = Teller(progress, None if log is None else Path(log), before)
-    with locked(partial) as note, torch.inference_mode(), telling as tell:
+    telling = Teller(progress, None if log is None else Path(log), before) if ranks.first else Teller(None, None)
+    with locked(partial, ranks) as note, torch.inference_mode(), telling as tell:
         check_free(target)  # once more: another run may have finished it
         run = _Run(find_model(model), target, partial, grid, options, tell, auto=family == "auto")
-        run.spill = None if spill is None else Path(spill)
+        run.spill, run.ranks = None if spill is None else Path(spill), ranks
         run.compressor.each_group = each_group or nullcontext()
         run.degraded += [] if note is None else [note]
         return run.run(calibration, resume)
@@ -257,9 +260,10 @@ class _Run:
         self._warning: str | None = None
         self.verdict: Verdict | None = None
         self.spill: Path | None = None
+        self.ranks: Ranks = ALONE
 
     def run(self, calibration: str | Path | None, resume: bool) -> Report:
-        if self.settings.check_first:
+        if self.settings.check_first and self.ranks.first:
             check_finite(self.checkpoint, self._tell)
         if calibration is None:
             self._open_partial(None, resume, None)
@@ -274,16 +278,18 @@ class _Run:
             self._open_partial(samples.all, resume, samples.calibration)
             if not self.unfinished.finished:
                 self._calibrated(samples, hessian_masks(samples.all, tokenizer))
-        return self._write_rest(name_of_text(calibration))
+        return self.ranks.share(functools.partial(self._write_rest, name_of_text(calibration)))
 
     def _open_partial(self, samples: Samples | None, resume: bool, calibration: int | None) -> None:
         self._tell.begin(calibration, [len(self.compressor.groups(layer)) for layer in self.layers])
         fingerprint = fingerprint_of(self.checkpoint, self.settings, self.grid, samples)
+        check_same(fingerprint, self.ranks)
         contents = functools.partial(contents_of, self.checkpoint, self._tell)
-        self.unfinished = Unfinished.open(self.partial, fingerprint, resume, self.started, contents)
-        self.done = self.unfinished.done
         places = {layer.experts: self.writer.layer_file(number) for number, layer in enumerate(self.layers)}
-        if (bad := self.unfinished.check(places)) is not None:
+        what = self.partial, fingerprint, resume, self.started, contents
+        self.unfinished, bad = Unfinished.open_together(self.ranks, places, *what)
+        self.done = self.unfinished.done
+        if bad is not None:
             self.degraded.append(bad)
             self._tell(Progress(0, 1, "unfinished work", f"{bad}."))
         self._tell.started(list(self.done.held_out_error), samples=calibration)
@@ -297,7 +303,7 @@ class _Run:
     def _calibrated(self, samples: RunSamples, masks: tuple[np.ndarray, np.ndarray | None]) -> None:
         self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)
         what = self.model, self.family, self.checkpoint, self.layers, self.settings
-        runner = BlockRunner(*what, samples.reference, self.spill)
+        runner = BlockRunner(*what, samples.reference, self.spill, self.ranks)
         ids = [samples.all.input_ids]
         if samples.all.labels is not None:
             ids.append(samples.decoder_input(self.config))
@@ -316,7 +322,7 @@ class _Run:
                 calls = runner.enter(stack, tokens, memory, hidden, first)
                 if first:
                     self.unfinished.load_hidden(hidden)
-                    runner.handed = self.unfinished.load_handed()
+                    runner.resume(self.unfinished.load_handed())
                 assert mask is not None
                 flags = samples.flags(mask)
                 for i in range(first, len(stack.blocks)):
@@ -326,14 +332,15 @@ class _Run:
                         self._finish_layer(sparse, LayerInputs.of(caught, flags, self.settings.seed, sparse))
                         caught.finish()
                         self.unfinished.keep(number, i, hidden, memory, runner.handed)
-                        self.unfinished.groups.clear(sparse)
+                        self.unfinished.clear_groups(sparse)
                         if self._warning is not None and self.settings.stop_when_bad:
                             raise BadResultError(f"{self._warning} The work so far is in {self.partial}.")
                     del caught  # its buffer is as large as `hidden`, and the next block makes another
                 runner.leave(stack, hidden)
                 memory = hidden
             assert memory is not None
-            self.verdict = samples.judge(memory, *self.family.head(self.model, self.checkpoint), self.settings.rate)
+            head = self.family.head(self.model, self.checkpoint)
+            self.verdict = samples.judge(memory, *head, self.settings.rate, self.ranks)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:
         """Compress and write one sparse layer; or run it from its file, where it was finished before."""
@@ -343,26 +350,29 @@ class _Run:
         if finished and layer.experts not in self.unfinished.lost:
             if seen is not None:
                 self._tell(Progress(sum(sizes[:number]), sum(sizes), f"{layer.block}, from its file"))
-                run_stored(self.compressor, layer, self.writer, number, self.done.codebooks[layer.experts], seen)
+                books = self.done.codebooks[layer.experts]
+                run_stored(self.compressor, layer, self.writer, number, books, seen, self.ranks)
             return
         know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate, self.adapts)
 
         tell_of_group = self._tell.layer(number, layer, 0 if seen is None else len(seen.assigned.rows))
-        result = self.compressor.compress(layer, number, seen, tell_of_group, self.unfinished.groups)
+        result = self.compressor.compress(layer, number, seen, tell_of_group, self.unfinished.groups, self.ranks)
+        if result is not None:
+            self._take(number, result)
+        self.done = self.unfinished.done = self.ranks.of(0, self.done)
+
+    def _take(self, number: int, result: LayerResult) -> None:
+        """Write a layer's file, and note what was found of it."""
+        layer, finished = self.layers[number], self.layers[number].experts in self.done.held_out_error
         self.done.checksums |= self.writer.write_layer(number, result.tensors)
         self.done.files[layer.experts] = files.file_sum(self.writer.layer_file(number))
         if finished:  # all else that is known of it is known already
             return
-        self.done.projections += result.reports
-        self.done.codebooks[layer.experts] = result.codebooks
-        self.done.held_out_error[layer.experts] = result.held_out_error
-        if self.compressor.rate is not None:
-            self.done.rates[layer.experts] = self.compressor.rate.to_json()
-        if self.compressor.dead_zone is not None:
-            self.done.dead_zones[layer.experts] = self.compressor.dead_zone.to_json()
+        self.done.take(layer, result, self.compressor.rate, self.compressor.dead_zone)
         if self._warning is None and (warning := bad_layer(layer.block, result.held_out_error)) is not None:
             self._warning = warning
             place = f"{layer.block} of {self.layers[-1].block}"
+            sizes = [len(self.compressor.groups(each)) for each in self.layers]
             self._tell(Progress(sum(sizes[: number + 1]), sum(sizes), place, self._warning))
 
     def _write_rest(self, text: str | None) -> Report:
@@ -374,26 +384,12 @@ class _Run:
         promised = sum(layer.matrices for layer in self.layers)
         if matrices != promised:
             raise OutputError(f"{matrices} matrices were compressed, {promised} promised; please report this as a bug.")
-        settings = quantization_config(
-            self.done.codebooks,
-            recipe=self.settings.recipe,
-            grid=as_used(self.grid, self.done.projections).to_config(),
-            level_dtype=self.grid.level_dtype or torch.float32,
-            versions=versions(),
-        )
+        used, dtype = as_used(self.grid, self.done.projections), self.grid.level_dtype or torch.float32
+        told: dict[str, Any] = {"recipe": self.settings.recipe, "grid": used.to_config(), "level_dtype": dtype}
+        settings = quantization_config(self.done.codebooks, **told, versions=versions())
         self.writer.write_rest(self.done.checksums, settings)
-        report = make_report(
-            self.checkpoint,
-            Checkpoint(self.partial),
-            self.layers,
-            self.settings,
-            as_used(self.grid, self.done.projections),
-            self.done,
-            self.degraded,
-            self.verdict,
-            self.unfinished.seconds,
-            text,
-        )
+        found = self.done, self.degraded, self.verdict, self.unfinished.seconds, text
+        report = make_report(self.checkpoint, Checkpoint(self.partial), self.layers, self.settings, used, *found)
         files.write_json(self.partial / FILE_NAME, report.to_json())
         self.unfinished.become(self.out)
         return report

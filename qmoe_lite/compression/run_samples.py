@@ -19,6 +19,7 @@ from qmoe_lite.compression.calibration import Samples, make_samples, read_tokens
 from qmoe_lite.compression.documents import DEFAULT_TEXT, read_text
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.losses import IGNORED, loss_of_states, paired_gap
+from qmoe_lite.compression.ranks import ALONE, Ranks
 from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.verdict import Verdict, judge
@@ -105,7 +106,12 @@ class RunSamples:
         return tuple(torch.from_numpy(flag.reshape(-1)) for flag in found)
 
     def judge(
-        self, states: ListBuffer, weight: Tensor, finish: Callable[[Tensor], Tensor], rate: float | None
+        self,
+        states: ListBuffer,
+        weight: Tensor,
+        finish: Callable[[Tensor], Tensor],
+        rate: float | None,
+        ranks: Ranks = ALONE,
     ) -> Verdict | None:
         """Compare the losses of the validation and of the reference samples; None where there are none.
 
@@ -117,6 +123,8 @@ class RunSamples:
             What makes logits of them; see `Family.head`.
         rate : float or None
             Bits a weight that were asked for.
+        ranks : Ranks, optional
+            Of the run; each has the states of its own samples.
         """
         count = self.reference - self.calibration
         if not count:
@@ -125,10 +133,12 @@ class RunSamples:
         tokens: list[int] = []
         for sample in range(self.calibration, self.reference + count):
             known = self.all.input_ids if self.all.labels is None else self.all.labels
-            of_sample, labels = states.read(slice(sample, sample + 1))[0], torch.from_numpy(known[sample])
-            if self.all.labels is None:
-                of_sample, labels = of_sample[:-1], labels[1:]
-            losses.append(loss_of_states(of_sample, weight, labels, finish))
+            shift = int(self.all.labels is None)
+            labels = torch.from_numpy(known[sample])[shift:]
             tokens.append(int((labels != IGNORED).sum()))
+            if sample in states.own:
+                of_sample = states.read(slice(sample, sample + 1))[0]
+                losses.append(loss_of_states(of_sample[: len(labels)], weight, labels, finish))
+        losses = [loss for each in ranks.gather(losses) for loss in each]
         gap, predicted = paired_gap(losses[:count], losses[count:], tokens[:count]), sum(tokens[:count])
         return judge(sum(losses[count:]) / predicted, gap, predicted, len(weight), rate, MOST)

@@ -22,11 +22,15 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport
+from qmoe_lite.compression.dead_zone import DeadZone
 from qmoe_lite.compression.groups import GroupLog
 from qmoe_lite.compression.identity import difference
+from qmoe_lite.compression.layer_parts import LayerResult
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.ranks import ALONE, Ranks
+from qmoe_lite.compression.rate import RateControl
 from qmoe_lite.errors import FormatError, OutputError, ResumeError
-from qmoe_lite.models.blocks import Mark
+from qmoe_lite.models.blocks import Mark, MoELayer
 
 STATE_FILE = "state.json"
 
@@ -44,6 +48,16 @@ class Done:
     rates: dict[str, dict[str, Any]] = field(default_factory=dict)  # what `RateControl` knows after each layer
     dead_zones: dict[str, dict[str, Any]] = field(default_factory=dict)  # and `DeadZone`
     files: dict[str, list[int]] = field(default_factory=dict)  # size and CRC-32 of each layer's file, by the layer
+
+    def take(self, layer: MoELayer, result: LayerResult, rate: RateControl | None, zone: DeadZone | None) -> None:
+        """Note what was found of a layer, and what is known after it."""
+        name = layer.experts
+        self.projections += result.reports
+        self.codebooks[name], self.held_out_error[name] = result.codebooks, result.held_out_error
+        if rate is not None:
+            self.rates[name] = rate.to_json()
+        if zone is not None:
+            self.dead_zones[name] = zone.to_json()
 
 
 class Unfinished:
@@ -63,11 +77,14 @@ class Unfinished:
         Finished layers whose files are missing or damaged.
     groups : GroupLog
         Finished groups of the layer under way.
+    ranks : Ranks
+        Of the run: only the first one writes.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any], started: float) -> None:
         self.directory, self.fingerprint = directory, fingerprint
         self.groups = GroupLog(directory)
+        self.ranks: Ranks = ALONE
         self.done = Done()
         self.model: dict[str, list[int]] = {}
         self.lost: list[str] = []
@@ -121,6 +138,18 @@ class Unfinished:
             raise OutputError(f"{directory} cannot be made: {error.strerror}. Name another directory.") from error
         self.save()  # claims the directory
         return self
+
+    @classmethod
+    def open_together(cls, ranks: Ranks, layer_files: dict[str, Path], *what: Any) -> tuple[Unfinished, str | None]:
+        """Let the first rank `open` and `check` the directory; all of them know what it holds, and what is bad."""
+
+        def opened() -> tuple[Unfinished, str | None]:
+            unfinished = cls.open(*what)
+            return unfinished, unfinished.check(layer_files)
+
+        found, bad = ranks.share(opened)
+        found.ranks = ranks
+        return found, bad
 
     def _load(self, contents: Callable[[dict[str, list[int]] | None], dict[str, list[int]]]) -> None:
         file = self.directory / STATE_FILE
@@ -238,11 +267,12 @@ class Unfinished:
         if (stack, block) < self._known_until:
             return
         old, self._position = self._position, {"stack": stack, "block": block, "hidden": f"hidden-{stack}-{block}.zst"}
-        files.write_atomically(self.directory / self._position["hidden"], hidden.save)
+        self._write(self._position["hidden"], hidden.save)
         if encoder_output is not None:
             self._position["memory"] = f"memory-{stack}.zst"
             if old.get("memory") != self._position["memory"]:
-                files.write_atomically(self.directory / self._position["memory"], encoder_output.save)
+                self._write(self._position["memory"], encoder_output.save)
+        handed = {start: marks for each in self.ranks.collect(handed) for start, marks in each.items()}
         if any(handed.values()):
             self._position["handed"] = f"handed-{stack}-{block}.pt"
             plain = {
@@ -250,14 +280,19 @@ class Unfinished:
             }
             whole = io.BytesIO()
             torch.save(plain, whole)  # not to the file: on a full disk torch fails in its own words
-            files.write_atomically(
-                self.directory / self._position["handed"], lambda file: file.write_bytes(whole.getbuffer())
-            )
+            self._write(self._position["handed"], lambda file: file.write_bytes(whole.getbuffer()))
             self._position["sum"] = files.file_sum(self.directory / self._position["handed"])
         self.save()
+        if not self.ranks.first:
+            return
         for stale in (old.get(name) for name in ("hidden", "handed") if old.get(name) != self._position.get(name)):
             if stale is not None:
                 (self.directory / stale).unlink(missing_ok=True)
+
+    def clear_groups(self, layer: int) -> None:
+        """Remove the groups of a finished layer."""
+        if self.ranks.first:
+            self.groups.clear(layer)
 
     def become(self, out: Path) -> None:
         """Give the finished directory its name; before, remove what only a run that resumes needs.
@@ -280,8 +315,17 @@ class Unfinished:
             raise OutputError(text + "Move the existing directory, then rerun.") from error
         (out / STATE_FILE).unlink(missing_ok=True)
 
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file; other ranks than the first only give what they have of it."""
+        if self.ranks.first:
+            files.write_atomically(self.directory / name, write)
+        else:
+            write(self.directory / name)
+
     def save(self) -> None:
         """Write the state."""
+        if not self.ranks.first:
+            return
         done = {**vars(self.done), "seconds": self.seconds}
         rows = [asdict(row) for row in done.pop("projections")]
         state = {"fingerprint": self.fingerprint, "model": self.model, **self._position}

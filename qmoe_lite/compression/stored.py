@@ -12,8 +12,10 @@ from qmoe_lite.coding.dictionary import KIND, Dictionary
 from qmoe_lite.compression.dead_zone import DeadZone
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs
+from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.rate import RateControl
 from qmoe_lite.compression.state import Done
+from qmoe_lite.compression.waves import give_back, lend, waves
 from qmoe_lite.errors import ResumeError
 from qmoe_lite.models.blocks import MoELayer
 
@@ -64,6 +66,7 @@ def run_stored(
     number: int,
     codebooks: dict[str, dict[str, Any]],
     seen: LayerInputs,
+    ranks: Ranks,
 ) -> None:
     """Add the outputs of all experts of a finished layer to `seen.hidden`, as when it was compressed.
 
@@ -81,6 +84,8 @@ def run_stored(
         What the layer is stored with.
     seen : LayerInputs
         Of the same samples.
+    ranks : Ranks
+        Of the run; all of them call it together.
 
     Raises
     ------
@@ -95,6 +100,9 @@ def run_stored(
         parts = {part: tensors[each] for part, each in names.items()}
         first = stacks.get(layer.first_of_stage(projection))
         stacks[projection] = ExpertStack(name, layer.count, layer.shapes[projection], code, parts, first=first)
-    for expert in range(layer.count):
-        weights = {name: stack.checked(expert).dense().to(compressor.device) for name, stack in stacks.items()}
-        compressor.run(layer, expert, weights, seen)
+    for wave in waves(compressor.groups(layer), ranks):
+        lent = lend(seen, wave, ranks)
+        for expert in wave[ranks.rank] if ranks.rank < len(wave) else ():
+            weights = {name: stack.checked(expert).dense().to(compressor.device) for name, stack in stacks.items()}
+            compressor.run(layer, expert, weights, lent)
+        give_back(seen, lent, wave, ranks)

@@ -180,19 +180,24 @@ class WindowTally:
     def __init__(self, layer: MoELayer, projection: str, level_dtype: torch.dtype, dictionaries: Dictionaries) -> None:
         self._figures, self._dictionaries, self._dtype = _Figures(layer, projection), dictionaries, level_dtype
         self._shares_scales = layer.first_of_stage(projection) != projection
-        self._dictionary: Dictionary | None = None
+        self.dictionary: Dictionary | None = None  # of the groups so far
         self._sizes = np.zeros(1, dtype=np.int64)
         self._groups = 0
         self._packed: list[PackedMatrix] = []
+        self._latest: tuple[Solved, Dictionary, list[PackedMatrix]] | None = None
         self._report: ProjectionReport | None = None
 
     def encode(self, solved: Solved) -> list[PackedMatrix]:
         """Write a group of experts, which may yet be solved again."""
         all_digits = solved.quantized.digits.cpu().numpy()
-        book = self._dictionary or self._dictionaries.choose(count_sizes(all_digits))
+        book = self.dictionary or self._dictionaries.choose(count_sizes(all_digits))
+        if self._latest is not None and self._latest[0] is solved and self._latest[1] is book:
+            return self._latest[2]
         levels, scales = solved.quantized.levels.cpu().to(self._dtype), solved.quantized.column_scales
         per_expert = [None] * len(all_digits) if scales is None else list(scales.cpu())
-        return [encode(d, steps, book, s) for d, steps, s in zip(all_digits, levels, per_expert, strict=True)]
+        packed = [encode(d, steps, book, s) for d, steps, s in zip(all_digits, levels, per_expert, strict=True)]
+        self._latest = solved, book, packed
+        return packed
 
     def bits(self, packed: list[PackedMatrix]) -> int:
         """Return the bits that a group takes as it is stored."""
@@ -201,36 +206,41 @@ class WindowTally:
 
     def keep(self, solved: Solved, packed: list[PackedMatrix]) -> None:
         """Take over a group of experts as `encode` wrote them."""
-        self._dictionary = dictionary_of(packed[0])
-        self._dictionaries.use(self._dictionary)
+        self.dictionary = self.dictionary or dictionary_of(packed[0])
+        self._dictionaries.use(self.dictionary)
         both = self._sizes, count_sizes(solved.quantized.digits.cpu().numpy())
         self._sizes = np.zeros(max(map(len, both)), dtype=np.int64)
         for sizes in both:
             self._sizes[: len(sizes)] += sizes
         self._packed += packed
-        self._groups += 1
+        self._groups, self._latest = self._groups + 1, None
         self._figures.add(solved)
 
     def add(self, solved: Solved) -> None:
         """Take over a group of experts."""
         self.keep(solved, self.encode(solved))
 
+    def give(self) -> list[PackedMatrix]:
+        """Hand over the experts that were taken over, to be kept by the tally of another rank."""
+        given, self._packed = self._packed, []
+        return given
+
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Lay all experts side by side."""
-        assert self._dictionary is not None
-        of_all = self._dictionary
+        assert self.dictionary is not None
+        of_all = self.dictionary
         if self._groups > 1:  # the first may not stand for the others
             of_all = self._dictionaries.choose(self._sizes)
-        if of_all.expected_bits(self._sizes) < (1 - _REWRITE) * self._dictionary.expected_bits(self._sizes):
+        if of_all.expected_bits(self._sizes) < (1 - _REWRITE) * self.dictionary.expected_bits(self._sizes):
             self._packed = [encode(decode(p)[0].numpy(), p.levels, of_all, p.column_scales) for p in self._packed]
-            self._dictionary = of_all
+            self.dictionary = of_all
             self._dictionaries.use(of_all)
         stored = pack_experts(self._packed, shares_scales=self._shares_scales)
         exceptions = stored["exception_values"].numel() / self._figures.weights
         figures = entropy(signed(self._sizes)), len(self._sizes) - 1, exceptions
         self._report = self._figures.report(stored, self._packed, int(self._sizes[0]), *figures)
         self._packed = []
-        return stored, self._dictionary.to_config()
+        return stored, self.dictionary.to_config()
 
     def report(self) -> ProjectionReport:
         """Return what the report says of the projection, once it is finished."""
@@ -263,3 +273,14 @@ def add_group(tallies: Mapping[str, Tally], solved: Mapping[str, Solved], *, tog
     packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
     for name, tally in windows.items():
         tally.keep(solved[name], packed[name])
+
+
+def keep_group(
+    tallies: Mapping[str, Tally], solved: Mapping[str, Solved], packed: Mapping[str, list[PackedMatrix]]
+) -> None:
+    """Take over all projections of a group that another rank solved, and encoded where its digits are of any size."""
+    for name, tally in tallies.items():
+        if isinstance(tally, WindowTally):
+            tally.keep(solved[name], packed[name])
+        else:
+            tally.add(solved[name])

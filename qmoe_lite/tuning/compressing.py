@@ -13,6 +13,7 @@ from qmoe_lite.checkpoint.atomic import write_json
 from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report
 from qmoe_lite.compression.lock import check_free
+from qmoe_lite.compression.ranks import ALONE
 from qmoe_lite.compression.run import compress
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import BadResultError, ResumeError, SettingError
@@ -55,6 +56,8 @@ def compress_and_tune(
     """
     if settings.get("recipe") == "nearest":
         raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or do not tune.")
+    if settings.pop("ranks", ALONE).count > 1:
+        raise SettingError("tuning is the work of one process. Compress without it, then tune: qmoe tune.")
     target = Path(out)
     check_free(target)
     untuned, request = (target.with_name(f"{target.name}.untuned{end}") for end in ("", ".json"))

@@ -350,7 +350,7 @@ def test_every_setting_is_a_keyword_with_its_default():
     fields = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "device"}
     assert {name: keywords[name].default for name in fields} == fields
     other = {"model", "out", "calibration", "grid", "device", "resume", "progress", "family", "log", "before", "spill"}
-    assert set(keywords) == {*fields, *other, "each_group"}
+    assert set(keywords) == {*fields, *other, "each_group", "ranks"}
     assert all(f"    {name} : " in qm.compress.__doc__ for name in keywords if name != "model")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -10,7 +9,7 @@ import signal
 import pytest
 import tiny
 import torch
-from checks import Killed
+from checks import Killed, everything_of
 
 import qmoe_lite as qm
 from qmoe_lite.cli.compress_ import _FinishedFirst
@@ -24,14 +23,6 @@ SETTINGS = {
     "rate": {**SMALL, "rate": 2.0},
     "uniform": {**SMALL, "grid": qm.UniformGrid(1.0, level_dtype=torch.bfloat16)},
 }
-
-
-def everything_of(directory):
-    """SHA-256 of each file; of the report all but the time."""
-    found = {file.name: file.read_bytes() for file in directory.iterdir()}
-    report = json.loads(found.pop("qmoe_report.json"))
-    del report["seconds"]
-    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()} | {"report": report}
 
 
 @pytest.fixture(scope="module")
