@@ -41,8 +41,10 @@ from qmoe_lite.quantization.digits import count
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.solver import gptq
 
-_WORK = 8e9  # operations of an expert's solve that are worth measuring
-_FEW, _MANY = 32, 1056  # tokens of an expert
+_WORK = 26e9  # operations of an expert's solve that are worth measuring
+_FEW, _MORE = 32, 2048  # tokens of an expert: at least, and with what its time is measured besides
+_RANK = 16  # columns to a token at least: of fewer tokens, the error is computed in another way, which takes longer
+_LEAST = 0.7  # share of a token's products that it takes at least: half of a Hessian's are mirrored
 _SOME, _TINY = 3, 9  # experts of a layer, of this model's shape and of small ones
 _SECONDS = 1.0  # that a group of experts may take
 _DISK_BYTES = 64 << 20
@@ -87,6 +89,9 @@ class Speeds:
         What was read.
     save : float
         Bytes of activations a second, compressed and written as a run saves them.
+    weight : float
+        Seconds of a solve that grow with the weights, not with the operations; measured where experts are larger than
+        what was.
     """
 
     multiply: float
@@ -103,6 +108,7 @@ class Speeds:
     disk: float
     disk_file: str
     save: float
+    weight: float = 0.0
 
 
 def solve_work(shapes: dict[str, tuple[int, int]]) -> float:
@@ -148,25 +154,32 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     begun = time.perf_counter()
     run.seconds(tiny, 1, _FEW)  # kernels are compiled, or fetched
     start = time.perf_counter() - begun
+    tokens = max(_FEW, *(width // _RANK for _, width in shapes.values()))
     fixed = _mean(run, tiny, _TINY, _FEW) - _mean(run, tiny, 1, _FEW)
-    one = _mean(run, shapes, 1, _FEW)
-    expert = max(run.seconds(shapes, _SOME, _FEW) - one, 0.0) / (_SOME - 1)
+    one = _mean(run, shapes, 1, tokens)
+    expert = max(run.seconds(shapes, _SOME, tokens) - one, 0.0) / (_SOME - 1)
     several = max(1, min(settings.group_size, int(_SECONDS / max(expert, 1e-3))))
-    few = run.seconds(shapes, several, _FEW)  # a whole group's memory is not in the caches
-    many = _mean(run, shapes, several, _MANY) if settings.recipe != "nearest" else few
+    few = _mean(run, shapes, several, tokens)  # a whole group's memory is not in the caches
+    many = _mean(run, shapes, several, tokens + _MORE) if settings.recipe != "nearest" else few
     if several > _SOME:
         expert = max(few - one, 0.0) / (several - 1)
+    multiply = _multiply(min(max(anatomy.hidden, 256), 1024), device)
+    least = _LEAST * token_work(shapes) / multiply if settings.recipe != "nearest" else 0.0
+    token = max((many - few) / (several * _MORE), least)
+    expert = max(expert - tokens * token, 0.0)
+    fixed = min(max(fixed, 0.0) / (_TINY - 1), expert)
+    weight = 0.0 if shapes == layer.shapes else _of_weight(run, shapes, expert - fixed, fixed, token)
     choosing = len(names) * code.choosing if isinstance(grid, UniformGrid) else max(one - expert, 0.0)
     x = torch.randn(columns)
     weights = packed.shape[0] * packed.columns
     disk, disk_file = _disk(shards, folder)
     return Speeds(
-        _multiply(min(max(anatomy.hidden, 256), 1024), device),
+        multiply,
         start,
         choosing,
-        min(max(fixed, 0.0) / (_TINY - 1), expert),
+        fixed,
         expert,
-        max(many - few, 0.0) / (several * (_MANY - _FEW)),
+        token,
         shapes,
         code.encoding / weights,
         _median(lambda: decode_matmul(packed, x), device) / weights,
@@ -175,7 +188,20 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
         disk,
         disk_file,
         _save(folder),
+        weight,
     )
+
+
+def _of_weight(run: _Experts, shapes: dict[str, tuple[int, int]], solve: float, fixed: float, token: float) -> float:
+    """Return the seconds of a solve that grow with the weights: what half as wide experts take beyond an eighth."""
+    half = {name: (_rounded(rows / 2), _rounded(columns / 2)) for name, (rows, columns) in shapes.items()}
+    several, tokens = 2 * _SOME, max(_FEW, *(width // _RANK for _, width in half.values()))
+    small = (_mean(run, half, several, tokens) - _mean(run, half, 1, tokens)) / (several - 1) - fixed
+    small -= tokens * token * token_work(half) / token_work(shapes)
+    work, small_work = solve_work(shapes), solve_work(half)
+    weights, few = (sum(math.prod(shape) for shape in each.values()) for each in (shapes, half))
+    found = (small * work - solve * small_work) / max(few * work - weights * small_work, 1.0)
+    return min(max(found, 0.0), solve / weights)
 
 
 def _median(call: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
@@ -351,10 +377,12 @@ def _read(path: Path) -> float:
 def scaled_expert(speeds: Speeds, shapes: dict[str, tuple[int, int]]) -> tuple[float, float]:
     """Return the seconds of an expert of another shape without tokens, and of each token.
 
-    What is measured of the solve grows with its operations, what is measured of the encoder with the weights.
+    What is measured of the solve grows with its operations, what is measured of the encoder with the weights, as does
+    what a solve is found to take of them.
     """
     small, full = (sum(math.prod(shape) for shape in each.values()) for each in (speeds.shape, shapes))
-    solve = speeds.expert - speeds.expert_fixed - speeds.encode * small
+    weight = max(speeds.encode, speeds.weight)
+    solve = speeds.expert - speeds.expert_fixed - weight * small
     solve = max(solve, 0.0) * solve_work(shapes) / solve_work(speeds.shape)
     token = speeds.expert_token * token_work(shapes) / token_work(speeds.shape)
-    return speeds.expert_fixed + solve + speeds.encode * full, token
+    return speeds.expert_fixed + solve + weight * full, token

@@ -83,11 +83,13 @@ def seconds_of(
             solving += layer.count * own
             if calibrated:
                 pairs = rows.all * rows.tokens[number] * layer.top_k
-                again = layer.count * _of_layer(layer, settings, rows, number)
                 tuned = rows.twins * rows.tokens[number] * layer.top_k
                 work = _AIMING * rows.samples * rows.tokens[number] * layer.top_k if tuned else 0.0
                 tuning += (work + _TUNING * min(tuned, TUNED_TOKENS * layer.count)) * layer.weights / layer.count
-                tokens += (pairs + again * inner_work(layer.shapes) / token_work(layer.shapes)) * of_token
+                sample = _of_layer(layer, settings, rows, number)  # in a group's first Hessian, each expert's second
+                first = 2.0 * layer.shapes[layer.projections[0]][1] ** 2 * len(groups_of(layer, settings))
+                again = sample * (first + layer.count * inner_work(layer.shapes)) / token_work(layer.shapes)
+                tokens += (pairs + again) * of_token
     groups = [len(groups_of(layer, settings)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:

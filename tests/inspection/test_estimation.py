@@ -20,6 +20,7 @@ from qmoe_lite.inspection.anatomy import anatomy_of
 from qmoe_lite.inspection.fitting import Room, doubts, obstacles
 from qmoe_lite.inspection.memory_model import need_of, rows_of
 from qmoe_lite.inspection.speeds import Speeds, _Experts, scaled_expert, solve_work, token_work
+from qmoe_lite.inspection.time_model import seconds_of
 
 C_2048 = {  # flaxformer/t5x/configs/moe/models/switch_c.gin
     "model_type": "switch_transformers",
@@ -228,6 +229,20 @@ def test_times_grow_with_the_work():
     assert token == pytest.approx(SPEEDS.expert_token)
     assert scaled_expert(SPEEDS, large)[0] > 5 * own
     assert scaled_expert(SPEEDS, large)[1] == pytest.approx(4 * token)
+
+
+def test_experts_with_few_tokens_take_the_time_of_the_layer_s(causal):
+    headers = read_headers(causal("qwen3_moe"))
+    anatomy = anatomy_of(headers)
+
+    def seconds(**changes):
+        settings = Settings(sequence_length=32, validation_samples=0, **changes)
+        found = seconds_of(anatomy, settings, headers, SPEEDS, 10**12, [])
+        return found["experts: Hessians and outputs"]
+
+    few, alone = seconds(samples=1), seconds(samples=1, blend_tokens=0)
+    assert 1.5 * alone < few < (1 + anatomy.layers[0].count) * alone  # the sample here is that of all tokens
+    assert seconds(samples=1000) == pytest.approx(1000 * alone)
 
 
 def test_experts_of_a_decoder_are_measured_with_its_own_activation(causal):
