@@ -81,7 +81,9 @@ def compress(
     tune_epochs: Annotated[
         int,
         typer.Option(
-            help="How often each sample is seen as qmoe tune does, afterwards. [default: 0, 1 if full]", min=0
+            help="How often each sample is seen by what trains the whole model. [default: 0; 1 if full]",
+            min=0,
+            show_default=False,
         ),
     ] = 0,
     device: DeviceOption = "auto",
