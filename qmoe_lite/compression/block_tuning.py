@@ -25,7 +25,6 @@ from qmoe_lite.compression.run_samples import TUNED_TOKENS, RunSamples
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import Solved
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.family import inner
 from qmoe_lite.quantization.hessian import added
 
 _SCALES = torch.bfloat16  # whose values column scales are
@@ -104,7 +103,7 @@ class _LayerTuner:
         rows, gates = self._seen.assigned.of_expert(expert)
         own = rows < self._rows
         for part, weights in _chunks(rows[own], gates[own]):
-            lack.add(part, -self._outputs(truth, part, weights).cpu())
+            lack.add(part, -self._runner.outputs(truth, self._seen, part, weights).cpu())
 
     def aim(
         self, group: range, rows_of: list[Tensor], before: Sequence[list[Linear]], weights: Tensor, hessians: Tensor
@@ -142,31 +141,20 @@ class _LayerTuner:
         truth = self._runner.truth(self._layer, expert)
         last = truth[-1]
         for part in torch.split(rows, CHUNK_TOKENS):
-            x, inside = self._inside(part, before)
+            x, inside = self._runner.inside(before, self._seen, part)
             missing += (self._runner.expert(x, truth) - last.of(inside)).T @ inside / len(rows)
         if self._lack is not None and len(own := rows[rows < self._rows]):
             all_rows, all_gates = self._seen.assigned.of_expert(expert)
             shares = all_gates[torch.searchsorted(all_rows, own)] / self._squares[own]
             for part, share in _chunks(own, shares):
                 lack = (self._lack.gather(part) * share[:, None]).to(weight.device)
-                missing += lack.T @ self._inside(part, before)[1] / len(own)
+                missing += lack.T @ self._runner.inside(before, self._seen, part)[1] / len(own)
         if len(rows) < columns:  # its Hessian is that of some tokens more, for which nothing is known to be missing
             missing *= len(rows) / (len(rows) + settings.blend_tokens)
         dampened = hessian + added(hessian, settings.dampening) * torch.eye(columns, device=hessian.device)
         factor, info = torch.linalg.cholesky_ex(dampened)
         found = torch.cholesky_solve(missing.T, factor).T
         return found if info.item() == 0 and found.isfinite().all() else torch.zeros_like(weight)
-
-    def _inside(self, rows: Tensor, before: list[Linear]) -> tuple[Tensor, Tensor]:
-        """Return some tokens, and what the first projections make of them."""
-        x = self._seen.inputs.gather(rows).to(self._runner.device)
-        return x, inner(before[0].activation, [matrix.of(x) for matrix in before])
-
-    def _outputs(self, matrices: list[Linear], rows: Tensor, gates: Tensor) -> Tensor:
-        """Return what an expert adds to some tokens."""
-        device = self._runner.device
-        x = self._seen.inputs.gather(rows).to(device)
-        return self._runner.expert(x, matrices) * gates[:, None].to(device)
 
     def tune(self, group: range, solved: dict[str, Solved], taken: Taken) -> dict[str, Solved]:
         """Return a group that was solved with other levels and column scales, rounded as they are stored.
@@ -181,14 +169,7 @@ class _LayerTuner:
             Gets the time, and what the experts lacked before and afterwards.
         """
         begun = time.perf_counter()
-        tuned = {
-            name: each._replace(quantized=replace(each.quantized, levels=each.quantized.levels.clone()))
-            for name, each in solved.items()
-        }
-        for name, each in tuned.items():
-            if (scales := each.quantized.column_scales) is not None:
-                quantized = replace(each.quantized, column_scales=scales.clone())
-                tuned[name] = each._replace(quantized=quantized)
+        tuned = {name: _copied(each) for name, each in solved.items()}
         for place, expert in enumerate(group):
             self._tune_expert(place, expert, tuned, taken)
         taken.tuning_seconds += time.perf_counter() - begun + self._seconds
@@ -205,7 +186,7 @@ class _LayerTuner:
             return
         rows, gates = rows[chosen], gates[chosen]
         truth = self._runner.truth(layer, expert)
-        goal = torch.cat([self._outputs(truth, *part) for part in _chunks(rows, gates)])
+        goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in _chunks(rows, gates)])
         taken.tuning_goal += float(goal.double().square().sum())
         if self._lack is not None:
             share = gates.square() / self._squares[rows]
@@ -231,6 +212,13 @@ class _LayerTuner:
             quantized.levels[place] = (quantized.levels[place] * found.rows[name][:, None]).to(dtype)
             if quantized.column_scales is not None:
                 quantized.column_scales[place] = (quantized.column_scales[place] * found.columns[first]).to(_SCALES)
+
+
+def _copied(solved: Solved) -> Solved:
+    """Return a projection whose levels and column scales may be changed."""
+    found, scales = solved.quantized, solved.quantized.column_scales
+    scales = None if scales is None else scales.clone()
+    return solved._replace(quantized=replace(found, levels=found.levels.clone(), column_scales=scales))
 
 
 def _chunks(rows: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

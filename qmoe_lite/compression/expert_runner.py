@@ -111,7 +111,8 @@ class ExpertRunner:
 
         The latter is what the matrices make of chunks of its tokens, by their first one, as far as there is room.
         """
-        rows, kept, hessian = _to_quantised(seen, expert)[0], dict[int, Tensor](), new(columns, device=self.device)
+        rows, _ = _of_samples(seen, expert, reference=False)
+        kept, hessian = dict[int, Tensor](), new(columns, device=self.device)
         wanted, room = torch.isin(rows, drawn), KEPT_BYTES // (4 * columns)
         for start in range(0, len(rows), CHUNK_TOKENS):
             part, chosen = rows[start : start + CHUNK_TOKENS], wanted[start : start + CHUNK_TOKENS]
@@ -148,7 +149,7 @@ class ExpertRunner:
         `kept` is what `_hessian_and_inner` kept, and is emptied.
         """
         matrices, kept = self.linears(layer, expert, weights_of), {} if kept is None else kept
-        rows, gates = _to_quantised(seen, expert)
+        rows, gates = _of_samples(seen, expert, reference=False)
         truth: list[Linear] = []
         found = np.zeros(3)
         for start in range(0, len(rows), CHUNK_TOKENS):
@@ -162,15 +163,23 @@ class ExpertRunner:
                 truth, some = truth or self.truth(layer, expert), rides.to(self.device)
                 x = self._gather(seen, part[rides])
                 found += compared(y[some], self.expert(x, truth) * weights[some])
-        if len(_to_dense(seen, expert)[0]):
+        if len(_of_samples(seen, expert, reference=True)[0]):
             self.run_reference(expert, truth or self.truth(layer, expert), seen)
         return found
 
     def run_reference(self, expert: int, truth: list[Linear], seen: LayerInputs) -> None:
         """Add a dense expert's outputs to the hidden states of the reference samples."""
-        rows, gates = _to_dense(seen, expert)
-        outputs = self.expert(self._gather(seen, rows), truth) * gates[:, None].to(self.device)
-        seen.hidden.add(rows, outputs.cpu())
+        rows, gates = _of_samples(seen, expert, reference=True)
+        seen.hidden.add(rows, self.outputs(truth, seen, rows, gates).cpu())
+
+    def outputs(self, matrices: list[Linear], seen: LayerInputs, rows: Tensor, gates: Tensor) -> Tensor:
+        """Return what an expert adds to some tokens."""
+        return self.expert(self._gather(seen, rows), matrices) * gates[:, None].to(self.device)
+
+    def inside(self, matrices: list[Linear], seen: LayerInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some tokens, and what the matrices in front of an expert's last one make of them."""
+        x = self._gather(seen, rows)
+        return x, self._inner(x, matrices)
 
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
         return seen.inputs.gather(rows).to(self.device)
@@ -183,15 +192,8 @@ class ExpertRunner:
         return inner(matrices[0].activation, [matrix.of(x) for matrix in matrices])
 
 
-def _to_quantised(seen: LayerInputs, expert: int) -> tuple[Tensor, Tensor]:
-    """Return the rows and routing weights of the tokens that go through the quantised expert."""
+def _of_samples(seen: LayerInputs, expert: int, *, reference: bool) -> tuple[Tensor, Tensor]:
+    """Return the rows and routing weights of an expert's tokens: of the reference samples, or of all others."""
     rows, gates = seen.assigned.of_expert(expert)
-    apart = seen.reference[rows]
-    return rows[~apart], gates[~apart]
-
-
-def _to_dense(seen: LayerInputs, expert: int) -> tuple[Tensor, Tensor]:
-    """Return the same of those that go through the dense one."""
-    rows, gates = seen.assigned.of_expert(expert)
-    apart = seen.reference[rows]
-    return rows[apart], gates[apart]
+    chosen = seen.reference[rows] == reference
+    return rows[chosen], gates[chosen]

@@ -18,7 +18,7 @@ from qmoe_lite.compression.group_sizes import groups_of
 from qmoe_lite.compression.layer_parts import LayerInputs, Linear, MadeInTurn, Taken, Tuner, compared, draw
 from qmoe_lite.compression.layer_waves import LayerWaves, Solver
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE
-from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally, add_group, windows_of
+from qmoe_lite.compression.tally import CodebookTally, Solved, Tally, WindowTally, add_group, keep_group, windows_of
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.factors import Factors, factorise_all
 from qmoe_lite.quantization.grid import Grid, Quantized, UniformGrid, joined
@@ -26,21 +26,7 @@ from qmoe_lite.quantization.solver import gptq, gptq_shared
 
 
 class LayerCompressor(LayerWaves):
-    """Compresses sparse layers of one model.
-
-    Parameters
-    ----------
-    family : Family
-        Of the model.
-    config : transformers configuration
-        Of the model.
-    checkpoint : Checkpoint
-        Where the experts' weights are read.
-    grid : Grid
-        Levels that a row may take.
-    settings : Settings
-        How to compress.
-    """
+    """Compresses sparse layers of one model; made as `LayerWaves` is."""
 
     def groups(self, layer: MoELayer) -> list[range]:
         return groups_of(layer, self._settings)
@@ -134,8 +120,7 @@ class LayerCompressor(LayerWaves):
         if tuner is not None:
             solved = tuner.tune(group, solved, taken)
             packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
-        for name, tally in windows.items():
-            tally.keep(solved[name], packed[name])
+        keep_group(windows, solved, packed)
         return solved
 
     def _begin_dead_zone(self, solve: Solver, layer: MoELayer, group: range, seen: LayerInputs) -> None:
@@ -197,7 +182,7 @@ class LayerCompressor(LayerWaves):
             before = MadeInTurn(len(group), partial(self._linears_of, layer, group, dict(solved)))
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
             if solved and sums is not None:
-                factors = None
+                factors = None  # the first stage's: not needed any more, and as large as its Hessians
                 solved |= self._solve_and_run(layer, group, seen, rows_of, starved, solved, sums, grid)
                 break
             factors, aimed = None if solved else first.get(stage[0]), dict[str, Tensor]()

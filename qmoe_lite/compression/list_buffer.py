@@ -65,13 +65,13 @@ class ListBuffer:
     def __init__(
         self, samples: int, tokens: int, width: int, dtype: torch.dtype = torch.float32, spill: Path | None = None
     ) -> None:
-        self.shape, self.dtype, self._spill = (samples, tokens, width), dtype, spill
+        self.shape, self.dtype, self.spill = (samples, tokens, width), dtype, spill
         size = samples * tokens, width, dtype
         self._rows: _Rows = _RowsInMemory(*size) if spill is None else SpilledRows(spill, *size)
 
     def another(self, samples: int) -> ListBuffer:
         """Make a buffer of float32 for as many tokens a sample, where this one is."""
-        return ListBuffer(samples, *self.shape[1:], spill=self._spill)
+        return ListBuffer(samples, *self.shape[1:], spill=self.spill)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -119,7 +119,7 @@ class ListBuffer:
 
     def zero(self) -> None:
         """Set all to 0."""
-        for part in self._chunks():
+        for part in self._chunks(len(self.own) * self.shape[1]):
             self._rows.put(part, torch.zeros(part.stop - part.start, self.shape[2], dtype=self.dtype))
 
     def _chunks(self, rows: int | None = None) -> Iterator[slice]:

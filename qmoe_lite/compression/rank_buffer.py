@@ -30,14 +30,12 @@ class RankBuffer(ListBuffer):
     ----------
     bounds : list of int, length ranks + 1
         First row of each rank, and the number of all.
-    spill : path or None
-        Folder for rows, where they are kept on disk.
     """
 
     def __init__(
         self, ranks: Together, cuts: list[int], tokens: int, width: int, dtype: torch.dtype, spill: Path | None
     ) -> None:
-        self._ranks, self._own, self.spill = ranks, range(*cuts[ranks.rank : ranks.rank + 2]), spill
+        self._ranks, self._own = ranks, range(*cuts[ranks.rank : ranks.rank + 2])
         self.bounds = [cut * tokens for cut in cuts]
         self._begin, self._end = self.bounds[ranks.rank : ranks.rank + 2]
         super().__init__(len(self._own), tokens, width, dtype, spill)
@@ -61,10 +59,6 @@ class RankBuffer(ListBuffer):
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         super().add(rows - self._begin, values)
-
-    def zero(self) -> None:
-        for part in self._chunks(self._end - self._begin):
-            self._rows.put(part, torch.zeros(part.stop - part.start, self.shape[2], dtype=self.dtype))
 
     def save(self, file: Path) -> None:
         """Write the rows of all ranks to a file: the first rank does."""

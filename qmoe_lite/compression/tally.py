@@ -271,14 +271,13 @@ def add_group(tallies: Mapping[str, Tally], solved: Mapping[str, Solved], *, tog
         return
     windows = windows_of(tallies)
     packed = {name: tally.encode(solved[name]) for name, tally in windows.items()}
-    for name, tally in windows.items():
-        tally.keep(solved[name], packed[name])
+    keep_group(windows, solved, packed)
 
 
 def keep_group(
     tallies: Mapping[str, Tally], solved: Mapping[str, Solved], packed: Mapping[str, list[PackedMatrix]]
 ) -> None:
-    """Take over all projections of a group that another rank solved, and encoded where its digits are of any size."""
+    """Take over all projections of a group, encoded already where its digits are of any size."""
     for name, tally in tallies.items():
         if isinstance(tally, WindowTally):
             tally.keep(solved[name], packed[name])
