@@ -1,31 +1,33 @@
-"""Tuning block by block: experts are solved and trained to put out what their block lacks of the dense model's output.
+"""Tuning block by block: experts are to put out what their block lacks of the dense model's output.
 
-Some calibration samples go through the dense model too; these are their twins. What a block of the quantised model
-would lack of what it puts out for the twins, were its experts dense, is shared among the experts of a token, by the
-squares of their gates. An expert is to put out what the dense one does and its share. Its last projection is solved for
-that, on what the quantised first ones put out, in place of the dense weights; then row steps and column scales of all
-its projections are trained, digits frozen. One expert is in memory at a time, dense and quantised, and none depends
-on what became of another.
+What a block of the quantised model would lack of what it puts out for the samples with twins (twins.py), were its
+experts dense, is shared among the experts of a token, by the squares of their gates. An expert is to put out what the
+dense one does and its share. Its last projection is solved for that, on what the quantised first ones put out, in place
+of the dense weights (correction.py). Then, for "block", row steps and column scales of all its projections are trained,
+digits frozen (expert_training.py). One expert is in memory at a time, dense and quantised, and none depends on what
+became of another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qmoe_lite.compression.expert_runner import CHUNK_TOKENS, ExpertRunner
+from qmoe_lite.compression.correction import Correction, Found, Lack
 from qmoe_lite.compression.expert_training import train_expert
-from qmoe_lite.compression.layer_parts import LayerInputs, Linear, Taken, draw
+from qmoe_lite.compression.layer_parts import LayerInputs, Taken, draw
+from qmoe_lite.compression.layer_waves import LayerWaves
 from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.run_samples import TUNED_TOKENS, RunSamples
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import Solved
+from qmoe_lite.compression.twins import chunks, lack_of
+from qmoe_lite.compression.waves import borrow
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.quantization.hessian import added
 
 _SCALES = torch.bfloat16  # whose values column scales are
 
@@ -35,18 +37,24 @@ class BlockTuning:
 
     Parameters
     ----------
-    runner : ExpertRunner
+    runner : LayerWaves
         Runs experts.
     samples : RunSamples
         Some of them with twins.
     settings : Settings
-        Dampening and borrowed tokens of the Hessians, and the seed.
+        What is tuned, dampening and borrowed tokens of the Hessians, and the seed.
+
+    Attributes
+    ----------
+    trains : bool
+        Whether experts are trained once they are solved.
     """
 
-    def __init__(self, runner: ExpertRunner, samples: RunSamples, settings: Settings) -> None:
+    def __init__(self, runner: LayerWaves, samples: RunSamples, settings: Settings) -> None:
         self._runner, self._samples, self._settings = runner, samples, settings
+        self.trains = settings.tune == "block"
 
-    def __call__(self, layer: MoELayer, number: int, seen: LayerInputs) -> LayerInputs:
+    def begin(self, layer: MoELayer, number: int, seen: LayerInputs, ranks: Ranks) -> LayerInputs:
         """Send the reference samples through a layer's dense experts; return the others, with what tunes them.
 
         Parameters
@@ -57,140 +65,125 @@ class BlockTuning:
             Its place among the sparse layers.
         seen : LayerInputs
             Of all samples.
+        ranks : Ranks
+            Of the run; all of them call it together.
         """
-        tuner = _LayerTuner(self._runner, layer, number, seen, self._samples, self._settings)
-        return replace(seen, assigned=seen.assigned.without(seen.reference), tuner=tuner)
+        begun = time.perf_counter()
+        lack = lack_of(self._runner, layer, seen, self._samples, ranks)
+        left = replace(seen, assigned=seen.assigned.without(seen.reference))
+        tuner = LayerTuner(self._runner, layer, number, left, lack, self._settings)
+        tuner.seconds = time.perf_counter() - begun
+        return replace(left, tuner=tuner)
 
 
-class _LayerTuner:
-    """Tunes the experts of one layer; when it is made, the reference samples go through the dense ones."""
+class LayerTuner:
+    """Tunes the experts of one layer, or those of this rank's group.
+
+    Parameters
+    ----------
+    runner : LayerWaves
+        Runs experts.
+    layer : MoELayer
+        Whose.
+    number : int
+        Its place among the sparse layers.
+    seen : LayerInputs
+        What the experts are given.
+    lack : Lack
+        Of the block.
+    settings : Settings
+        As for `BlockTuning`.
+
+    Attributes
+    ----------
+    seconds : float
+        That tuning took, and no group was told.
+    """
 
     def __init__(
-        self,
-        runner: ExpertRunner,
-        layer: MoELayer,
-        number: int,
-        seen: LayerInputs,
-        samples: RunSamples,
-        settings: Settings,
+        self, runner: LayerWaves, layer: MoELayer, number: int, seen: LayerInputs, lack: Lack, settings: Settings
     ) -> None:
-        self._runner, self._layer, self._seen, self._settings = runner, layer, seen, settings
-        self._seed = settings.seed, number
-        self._rows = samples.twins * (len(seen.eligible) // len(samples.all))  # of samples with twins, the first ones
-        rows, gates = seen.assigned.rows, seen.assigned.weights
-        self._squares = torch.zeros(len(seen.eligible)).index_add(0, rows, gates.square())
-        # where a block does more with its experts' outputs than to add them, each has its own dense output as goal
-        begun = time.perf_counter()
-        hidden = seen.hidden
-        assert isinstance(hidden, ListBuffer)
-        self._lack = hidden.another(samples.twins) if seen.adds else None
-        if self._lack is not None:
-            self._lack.zero()
-        for expert in range(layer.count):
-            self._run_dense(expert, self._lack)
-        if self._lack is not None:
-            for sample in range(samples.twins):
-                one, twin = (slice(i, i + 1) for i in (sample, samples.first_twin + sample))
-                self._lack.write(one, self._lack.read(one) + hidden.read(twin) - hidden.read(one))
-        self._seconds = time.perf_counter() - begun
+        self._runner, self._layer, self._number, self._seen = runner, layer, number, seen
+        self._lack, self._settings = lack, settings
+        self._begun: tuple[int, Correction] | None = None  # of the expert that is under way
+        self._found = dict[int, Found]()
+        self._latest: tuple[dict[str, Solved], dict[str, Solved], Taken] | None = None
+        self._remembers = False  # what it tuned last: a rank solves and tunes its group before its turn
+        self.seconds = 0.0
 
-    def _run_dense(self, expert: int, lack: ListBuffer | None) -> None:
-        """Add a dense expert's outputs to the twins, and take them off what the samples that have twins lack."""
-        truth = self._runner.truth(self._layer, expert)
-        self._runner.run_reference(expert, truth, self._seen)
-        if lack is None:
+    def lent(self, seen: LayerInputs, wanted: list[Tensor], ranks: Ranks) -> LayerTuner:
+        lack = self._lack
+        if isinstance(lack.buffer, ListBuffer):
+            lack = replace(lack, buffer=borrow(lack.buffer, [rows[rows < lack.rows] for rows in wanted], ranks))
+        other = LayerTuner(self._runner, self._layer, self._number, seen, lack, self._settings)
+        other.seconds, self.seconds, other._remembers = self.seconds, 0.0, True
+        return other
+
+    def take(self, expert: int, rows: Tensor, x: Tensor, inside: Tensor) -> None:
+        begun = time.perf_counter()
+        if self._begun is None or self._begun[0] != expert:
+            truth = self._runner.truth(self._layer, expert)
+            of_expert = self._seen.assigned.of_expert(expert)
+            self._begun = expert, Correction(self._runner, truth, self._lack, *of_expert)
+        self._begun[1].take(rows, x, inside)
+        self.seconds += time.perf_counter() - begun
+
+    def aim(self, expert: int, weights: Tensor, hessian: Tensor) -> None:
+        if self._begun is None or self._begun[0] != expert:  # nobody gave it tokens
             return
-        rows, gates = self._seen.assigned.of_expert(expert)
-        own = rows < self._rows
-        for part, weights in _chunks(rows[own], gates[own]):
-            lack.add(part, -self._runner.outputs(truth, self._seen, part, weights).cpu())
-
-    def aim(
-        self, group: range, rows_of: list[Tensor], before: Sequence[list[Linear]], weights: Tensor, hessians: Tensor
-    ) -> Tensor:
-        """Return the weights that a group's last projections are to be solved for.
-
-        Parameters
-        ----------
-        group : range
-            Its experts.
-        rows_of : list of int64 tensor
-            Tokens of each that enter its Hessian.
-        before : sequence of list of Linear
-            Each one's first projections, quantised.
-        weights : float32 tensor, shape (E, R, C)
-            Of the dense last projections.
-        hessians : float32 tensor, shape (E, C, C)
-            Of what the first projections put out.
-
-        Notes
-        -----
-        W + E[missing h^T] (H + dampening)^-1, the least squares with the solver's own Hessian and dampening.
-        """
-        begun = time.perf_counter()
-        each = zip(group, rows_of, before, weights, hessians, strict=True)
-        aimed = [weight + self._correction(expert, rows, first, weight, h) for expert, rows, first, weight, h in each]
-        self._seconds += time.perf_counter() - begun
-        return torch.stack(aimed)
-
-    def _correction(self, expert: int, rows: Tensor, before: list[Linear], weight: Tensor, hessian: Tensor) -> Tensor:
-        """Return what one expert's last projection is to be changed by before it is solved."""
-        missing, settings, columns = torch.zeros_like(weight), self._settings, len(hessian)
-        if not len(rows):
-            return missing
-        truth = self._runner.truth(self._layer, expert)
-        last = truth[-1]
-        for part in torch.split(rows, CHUNK_TOKENS):
-            x, inside = self._runner.inside(before, self._seen, part)
-            missing += (self._runner.expert(x, truth) - last.of(inside)).T @ inside / len(rows)
-        if self._lack is not None and len(own := rows[rows < self._rows]):
-            all_rows, all_gates = self._seen.assigned.of_expert(expert)
-            shares = all_gates[torch.searchsorted(all_rows, own)] / self._squares[own]
-            for part, share in _chunks(own, shares):
-                lack = (self._lack.gather(part) * share[:, None]).to(weight.device)
-                missing += lack.T @ self._runner.inside(before, self._seen, part)[1] / len(own)
-        if len(rows) < columns:  # its Hessian is that of some tokens more, for which nothing is known to be missing
-            missing *= len(rows) / (len(rows) + settings.blend_tokens)
-        dampened = hessian + added(hessian, settings.dampening) * torch.eye(columns, device=hessian.device)
-        factor, info = torch.linalg.cholesky_ex(dampened)
-        found = torch.cholesky_solve(missing.T, factor).T
-        return found if info.item() == 0 and found.isfinite().all() else torch.zeros_like(weight)
+        begun, settings = time.perf_counter(), self._settings
+        found = self._begun[1].add_to(weights, hessian, settings.dampening, settings.blend_tokens)
+        self._begun = None
+        if found is not None:
+            self._found[expert] = found
+        self.seconds += time.perf_counter() - begun
 
     def tune(self, group: range, solved: dict[str, Solved], taken: Taken) -> dict[str, Solved]:
-        """Return a group that was solved with other levels and column scales, rounded as they are stored.
+        latest, self._latest = self._latest, None
+        if latest is None or latest[0] is not solved:
+            latest = None  # its memory is free before the other's is needed
+            latest = solved, *self._tuned(group, solved)
+        if self._remembers:
+            self._latest = latest
+        _, tuned, found = latest
+        taken.tuning_seconds += self.seconds
+        self.seconds = 0.0
+        taken.tuning_goal += found.tuning_goal
+        taken.tuning_before += found.tuning_before
+        taken.tuning_after += found.tuning_after
+        return tuned
 
-        Parameters
-        ----------
-        group : range
-            Its experts.
-        solved : dict, projection to Solved
-            Not changed.
-        taken : Taken
-            Gets the time, and what the experts lacked before and afterwards.
-        """
+    def _tuned(self, group: range, solved: dict[str, Solved]) -> tuple[dict[str, Solved], Taken]:
+        """Return a group as it is to be, and what its experts lacked."""
+        taken = Taken()
+        if self._settings.tune != "block":
+            for found in (self._found[expert] for expert in group if expert in self._found):
+                taken.tuning_goal += found.goal
+                taken.tuning_before += found.before
+                taken.tuning_after += found.after
+            return solved, taken
         begun = time.perf_counter()
         tuned = {name: _copied(each) for name, each in solved.items()}
         for place, expert in enumerate(group):
             self._tune_expert(place, expert, tuned, taken)
-        taken.tuning_seconds += time.perf_counter() - begun + self._seconds
-        self._seconds = 0.0
-        return tuned
+        self.seconds += time.perf_counter() - begun
+        return tuned, taken
 
     def _tune_expert(self, place: int, expert: int, solved: dict[str, Solved], taken: Taken) -> None:
         """Change the levels and scales of one expert in place, if training it won something."""
         layer, seen, device = self._layer, self._seen, self._runner.device
         rows, gates = seen.assigned.of_expert(expert)
-        chosen = torch.nonzero((rows < self._rows) & seen.eligible[rows])[:, 0]
-        chosen = draw(chosen, TUNED_TOKENS, *self._seed, expert)
+        seed = self._settings.seed, self._number, expert
+        chosen = torch.nonzero((rows < self._lack.rows) & seen.eligible[rows])[:, 0]
+        chosen = draw(chosen, TUNED_TOKENS, *seed)
         if not len(chosen):
             return
         rows, gates = rows[chosen], gates[chosen]
         truth = self._runner.truth(layer, expert)
-        goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in _chunks(rows, gates)])
+        goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in chunks(rows, gates)])
         taken.tuning_goal += float(goal.double().square().sum())
-        if self._lack is not None:
-            share = gates.square() / self._squares[rows]
-            goal += (self._lack.gather(rows) * share[:, None]).to(device)
+        if self._lack.buffer is not None:
+            goal += self._lack.share(rows, gates.square()).to(device)
         weights = {name: each.quantized.weight_of(place) for name, each in solved.items()}
         linears = self._runner.linears(layer, expert, weights)
         found = train_expert(
@@ -200,7 +193,7 @@ class _LayerTuner:
             seen.inputs.gather(rows).to(device),
             gates[:, None].to(device),
             goal,
-            (*self._seed, expert),
+            seed,
         )
         better = found.after < found.before
         taken.tuning_before += found.before
@@ -219,7 +212,3 @@ def _copied(solved: Solved) -> Solved:
     found, scales = solved.quantized, solved.quantized.column_scales
     scales = None if scales is None else scales.clone()
     return solved._replace(quantized=replace(found, levels=found.levels.clone(), column_scales=scales))
-
-
-def _chunks(rows: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(rows, CHUNK_TOKENS), torch.split(gates, CHUNK_TOKENS), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,23 +78,33 @@ class ExpertRunner:
         before: Sequence[list[Linear]],
         starved: list[bool],
         columns: int,
+        aimed: Sequence[tuple[int, Tensor]] = (),
     ) -> Tensor:
         """Return the Hessians of a group, (E, C, C), or one, (1, C, C), where all experts see the same inputs.
 
-        `before` are the matrices in front of each expert's.
+        `before` are the matrices in front of each expert's; `aimed` are the experts and their weights, which the tuner
+        changes to what they are to be solved for.
         """
         if not before[0] and all(torch.equal(rows, rows_of[0]) for rows in rows_of[1:]):
             rows_of = rows_of[:1]
         hessians = torch.empty(len(rows_of), columns, columns, device=self.device)
         of_layer: Tensor | None = None
         for place, (rows, matrices, few) in enumerate(zip(rows_of, before, starved, strict=False)):
-            parts = (self._gather(seen, rows[i : i + CHUNK_TOKENS]) for i in range(0, len(rows), CHUNK_TOKENS))
-            hessian = self._mean_hessian(parts, matrices, len(rows), columns)
+            hessian = new(columns, device=self.device)
+            for part in torch.split(rows, CHUNK_TOKENS):
+                x = self._gather(seen, part)
+                inside = self.inner(x, matrices) if matrices else x
+                accumulate(hessian, inside)
+                if aimed and seen.tuner is not None:
+                    seen.tuner.take(aimed[place][0], part, x, inside)
+            hessian = mean(hessian, len(rows))
             if few:
                 if of_layer is None or matrices:  # in front of the first projection it is the same for all
                     sample = seen.sample.to(self.device)
-                    of_layer = self._mean_hessian([sample], matrices, len(seen.sample), columns)
+                    of_layer = self._mean_hessian(sample, matrices, columns)
                 hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
+            if aimed and seen.tuner is not None:
+                seen.tuner.aim(*aimed[place], hessian)
             hessians[place] = hessian
         return hessians
 
@@ -106,10 +116,12 @@ class ExpertRunner:
         matrices: list[Linear],
         few: bool,
         columns: int,
+        aimed: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Return what `_hessians` does for one expert, (1, C, C), and what `run` can go on with.
 
         The latter is what the matrices make of chunks of its tokens, by their first one, as far as there is room.
+        `aimed` are its weights, which the tuner changes to what they are to be solved for.
         """
         rows, _ = _of_samples(seen, expert, reference=False)
         kept, hessian = dict[int, Tensor](), new(columns, device=self.device)
@@ -117,24 +129,29 @@ class ExpertRunner:
         for start in range(0, len(rows), CHUNK_TOKENS):
             part, chosen = rows[start : start + CHUNK_TOKENS], wanted[start : start + CHUNK_TOKENS]
             if start + len(part) <= room:
-                x = kept[start] = self._inner(self._gather(seen, part), matrices)
-                x = x if chosen.all() else x[chosen]
+                x = self._gather(seen, part)
+                inside = kept[start] = self.inner(x, matrices)
+                if not chosen.all():
+                    x, inside = x[chosen], inside[chosen]
             else:
-                x = self._inner(self._gather(seen, part[chosen]), matrices)
-            accumulate(hessian, x)
+                x = self._gather(seen, part[chosen])
+                inside = self.inner(x, matrices)
+            accumulate(hessian, inside)
+            if aimed is not None and seen.tuner is not None:
+                seen.tuner.take(expert, part[chosen], x, inside)
         hessian = mean(hessian, len(drawn))
         if few:
-            sample = seen.sample.to(self.device)
-            of_layer = self._mean_hessian([sample], matrices, len(sample), columns)
+            of_layer = self._mean_hessian(seen.sample.to(self.device), matrices, columns)
             hessian = blend(hessian, of_layer, len(drawn), self._settings.blend_tokens)
+        if aimed is not None and seen.tuner is not None:
+            seen.tuner.aim(expert, aimed, hessian)
         return hessian[None], kept
 
-    def _mean_hessian(self, parts: Iterable[Tensor], before: list[Linear], tokens: int, columns: int) -> Tensor:
-        """Mean over tokens of x x^T, of what the matrices in front make of the inputs; zeros without tokens."""
+    def _mean_hessian(self, x: Tensor, before: list[Linear], columns: int) -> Tensor:
+        """Mean over tokens of x x^T, of what the matrices in front make of the inputs."""
         hessian = new(columns, device=self.device)
-        for x in parts:
-            accumulate(hessian, self._inner(x, before) if before else x)
-        return mean(hessian, tokens)
+        accumulate(hessian, self.inner(x, before) if before else x)
+        return mean(hessian, len(x))
 
     def run(
         self,
@@ -155,7 +172,7 @@ class ExpertRunner:
         for start in range(0, len(rows), CHUNK_TOKENS):
             part, weights = rows[start : start + CHUNK_TOKENS], gates[start : start + CHUNK_TOKENS, None]
             weights = weights.to(self.device)
-            x = kept.pop(start) if start in kept else self._inner(self._gather(seen, part), matrices[:-1])
+            x = kept.pop(start) if start in kept else self.inner(self._gather(seen, part), matrices[:-1])
             y = matrices[-1].of(x) * weights
             seen.hidden.add(part, y.cpu())
             rides = seen.validation[part]
@@ -176,19 +193,15 @@ class ExpertRunner:
         """Return what an expert adds to some tokens."""
         return self.expert(self._gather(seen, rows), matrices) * gates[:, None].to(self.device)
 
-    def inside(self, matrices: list[Linear], seen: LayerInputs, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some tokens, and what the matrices in front of an expert's last one make of them."""
-        x = self._gather(seen, rows)
-        return x, self._inner(x, matrices)
-
     def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
         return seen.inputs.gather(rows).to(self.device)
 
     def expert(self, x: Tensor, matrices: list[Linear]) -> Tensor:
         """Send tokens through the matrices of one expert."""
-        return matrices[-1].of(self._inner(x, matrices[:-1]))
+        return matrices[-1].of(self.inner(x, matrices[:-1]))
 
-    def _inner(self, x: Tensor, matrices: list[Linear]) -> Tensor:
+    def inner(self, x: Tensor, matrices: list[Linear]) -> Tensor:
+        """Return what the matrices in front of an expert's last one make of tokens."""
         return inner(matrices[0].activation, [matrix.of(x) for matrix in matrices])
 
 

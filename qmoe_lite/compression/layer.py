@@ -69,7 +69,8 @@ class LayerCompressor(LayerWaves):
         return rate is not None and (rate.first or rate.done_weights + layer.weights == rate.weights)
 
     def _solved_once(self, layer: MoELayer) -> bool:
-        return self.device.type == "cpu" and not self._decides(layer) and self.tuning is None
+        trains = self.tuning is not None and self.tuning.trains
+        return self.device.type == "cpu" and not self._decides(layer) and not trains
 
     def _tally(self, layer: MoELayer, projection: str) -> Tally:
         if isinstance(self._grid, UniformGrid):
@@ -187,10 +188,10 @@ class LayerCompressor(LayerWaves):
                 break
             factors, aimed = None if solved else first.get(stage[0]), dict[str, Tensor]()
             if factors is None:
-                hessians = self._hessians(seen, rows_of, before, starved, columns)
                 if solved and seen.tuner is not None:
-                    weights = self._group_weights(layer, group, stage[0])
-                    aimed[stage[0]] = seen.tuner.aim(group, rows_of, before, weights, hessians)
+                    aimed[stage[0]] = self._group_weights(layer, group, stage[0])
+                each = [pair for of_all in aimed.values() for pair in zip(group, of_all, strict=True)]
+                hessians = self._hessians(seen, rows_of, before, starved, columns, each)
                 factors = factorise_all(hessians, None, options.dampening, options.block_size, grid.column_steps)
                 del hessians
                 if not solved and self.rate is not None and sums is None:
@@ -221,10 +222,10 @@ class LayerCompressor(LayerWaves):
         for place, expert in enumerate(group):
             weights = {each: solved[each].quantized.weight_of(place) for each in solved}
             before = self.linears(layer, expert, weights)
+            last = self._group_weights(layer, group[place : place + 1], name)
             of_expert = seen, expert, rows_of[place], before, starved[place], columns
-            hessian, kept = self._hessian_and_inner(*of_expert)
+            hessian, kept = self._hessian_and_inner(*of_expert, None if seen.tuner is None else last[0])
             factors = factorise_all(hessian, None, options.dampening, options.block_size, grid.column_steps)
-            last = self._weights(layer, expert, name)[None]
             parts += gptq_shared([last], None, grid, factors=factors)
             weights[name] = parts[-1].weight_of(0)
             sums.append(self.run(layer, expert, weights, seen, kept))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.compression.block_runner import Caught
+from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.tally import Solved
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.routing import Assignment
@@ -158,10 +159,56 @@ class Taken:
 class Tuner(Protocol):
     """What the compressor of a layer asks of its tuning."""
 
-    def aim(
-        self, group: range, rows_of: list[Tensor], before: Sequence[list[Linear]], weights: Tensor, hessians: Tensor
-    ) -> Tensor:
-        """Return the weights that a group's last projections are to be solved for."""
+    def take(self, expert: int, rows: Tensor, x: Tensor, inside: Tensor) -> None:
+        """Take some of the tokens that enter the Hessian of an expert's last projection.
+
+        Parameters
+        ----------
+        expert : int
+            Which one.
+        rows : int64 tensor, shape (N,)
+            Of the tokens.
+        x : float32 tensor, shape (N, C of the first projections)
+            Their activations.
+        inside : float32 tensor, shape (N, C)
+            What the expert's quantised first projections make of them.
+        """
+
+    def aim(self, expert: int, weights: Tensor, hessian: Tensor) -> None:
+        """Change an expert's last projection to what it is to be solved for, when all its tokens were taken.
+
+        Parameters
+        ----------
+        expert : int
+            Which one.
+        weights : float32 tensor, shape (R, C)
+            Its dense ones; changed in place.
+        hessian : float32 tensor, shape (C, C)
+            That it is solved with.
+        """
 
     def tune(self, group: range, solved: dict[str, Solved], taken: Taken) -> dict[str, Solved]:
-        """Return a group that was solved with other levels and column scales."""
+        """Return a group that was solved, with other levels and column scales where they are trained.
+
+        Parameters
+        ----------
+        group : range
+            Its experts.
+        solved : dict, projection to Solved
+            Not changed.
+        taken : Taken
+            Gets the time, and what the experts lacked before and afterwards.
+        """
+
+    def lent(self, seen: LayerInputs, wanted: list[Tensor], ranks: Ranks) -> Tuner:
+        """Return what tunes this rank's group of a wave; all ranks call it together.
+
+        Parameters
+        ----------
+        seen : LayerInputs
+            What the group's experts are given.
+        wanted : list of int64 tensor, one a rank
+            Rows of the tokens of each one's group.
+        ranks : Ranks
+            Of the run.
+        """

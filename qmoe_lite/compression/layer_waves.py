@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ from qmoe_lite.quantization.grid import Grid, UniformGrid
 Solver = Callable[[Grid], dict[str, Solved]]  # of a group of experts
 
 
+class Tuning(Protocol):
+    """What tunes the experts of a compression: see `block_tuning`; `trains` says whether once they are solved too."""
+
+    trains: bool
+
+    def begin(self, layer: MoELayer, number: int, seen: LayerInputs, ranks: Ranks) -> LayerInputs:
+        """Return what a layer's experts are given, with what tunes them; all ranks call it together."""
+
+
 class LayerWaves(ExpertRunner, ABC):
     """Compresses the groups of a layer in their order; how one group is solved is its subclass's.
 
@@ -64,7 +73,7 @@ class LayerWaves(ExpertRunner, ABC):
         self.dead_zone: DeadZone | None = None  # of a uniform grid whose own was not asked for
         # is entered for a group of each rank, and left when they are kept
         self.each_group: AbstractContextManager[Any] = nullcontext()
-        self.tuning: Callable[[MoELayer, int, LayerInputs], LayerInputs] | None = None  # see `block_tuning`
+        self.tuning: Tuning | None = None
         self.dictionaries = Dictionaries(settings.codeword_bits or USUAL_BITS)
 
     @abstractmethod
@@ -137,7 +146,7 @@ class LayerWaves(ExpertRunner, ABC):
         """
         kept = None if seen is None else kept
         if seen is not None and self.tuning is not None:
-            seen = self.tuning(layer, number, seen)
+            seen = self.tuning.begin(layer, number, seen, ranks)
         tallies, found, taken, done = self._tallies(layer), np.zeros(3), Taken(), 0
         for wave in waves(self.groups(layer), ranks):
             with nullcontext() if seen is None else self.each_group:
@@ -220,7 +229,7 @@ class LayerWaves(ExpertRunner, ABC):
                 solved = self._solve_group(layer, group, seen, tallies, taken, solve)
                 after = self._known(taken)
             elif turn < own and solve is not None:
-                self._solve_ahead(solve, tallies)
+                self._solve_ahead(solve, wave[own], seen, tallies)
             if ranks.count > 1:
                 taken = self._go_on(ranks.of(turn, self._state(taken, tallies)), tallies)
         parcel = None
@@ -237,13 +246,15 @@ class LayerWaves(ExpertRunner, ABC):
                 kept.write(number, group, Group(solved, after))
         return solved, taken
 
-    def _solve_ahead(self, solve: Solver, tallies: dict[str, Tally]) -> None:
+    def _solve_ahead(self, solve: Solver, group: range, seen: LayerInputs | None, tallies: dict[str, Tally]) -> None:
         """Solve a group before its turn, with what is known until then."""
         grid = self._grid
         if self.rate is not None and isinstance(grid, UniformGrid):
             width = grid.dead_zone if self.dead_zone is None else self.dead_zone.width
             grid = replace(grid, step=self.rate.step, dead_zone=width)
         solved = solve(grid)
+        if seen is not None and seen.tuner is not None:
+            solved = seen.tuner.tune(group, solved, Taken())
         for name, tally in windows_of(tallies).items():
             if tally.dictionary is not None:
                 tally.encode(solved[name])

@@ -70,7 +70,7 @@ class ListBuffer:
         self._rows: _Rows = _RowsInMemory(*size) if spill is None else SpilledRows(spill, *size)
 
     def another(self, samples: int) -> ListBuffer:
-        """Make a buffer of float32 for as many tokens a sample, where this one is."""
+        """Make a buffer of float32 for the first samples, where those of this one are."""
         return ListBuffer(samples, *self.shape[1:], spill=self.spill)
 
     def __len__(self) -> int:

@@ -39,7 +39,12 @@ class RankBuffer(ListBuffer):
         self.bounds = [cut * tokens for cut in cuts]
         self._begin, self._end = self.bounds[ranks.rank : ranks.rank + 2]
         super().__init__(len(self._own), tokens, width, dtype, spill)
-        self.shape = cuts[-1], tokens, width
+        self._cuts, self.shape = cuts, (cuts[-1], tokens, width)
+
+    def another(self, samples: int) -> RankBuffer:
+        """Make a buffer of float32 for the first samples, which are where those of this one are."""
+        cuts = [min(cut, samples) for cut in self._cuts]
+        return RankBuffer(self._ranks, cuts, *self.shape[1:], torch.float32, self.spill)
 
     @property
     def own(self) -> range:

@@ -209,8 +209,6 @@ def compress(
         device=str(ranks.device(device)),
     )
     options.check()
-    if ranks.count > 1 and tune != "none":
-        raise SettingError("blocks are tuned by one process. Run the command without torchrun, or tune none.")
     options = options.resolved()
     target = Path(out)
     check_free(target)

@@ -8,7 +8,7 @@ from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
 
 RECIPES = ("default", "paper", "nearest")
-TUNE = ("none", "block")
+TUNE = ("none", "targets", "block")
 PAPER_BITS = 16  # of a codeword in the paper's dictionary
 _CPU_GROUP, _GPU_GROUP = 1 << 30, 4 << 30  # bytes
 
@@ -109,7 +109,7 @@ class Settings:
             ("validation_samples", self.validation_samples >= 0, "at least 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("activations", self.activations in ("float32", "bfloat16"), "float32 or bfloat16"),
-            ("tune", self.tune in TUNE, "none or block"),
+            ("tune", self.tune in TUNE, "none, targets or block"),
         )
         for name, good, expected in ranges:
             if not good:

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qmoe_lite.compression.layer_parts import LayerInputs
+from qmoe_lite.compression.layer_parts import Inputs, LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.rank_buffer import RankBuffer
 from qmoe_lite.compression.ranks import Ranks, Together
@@ -73,16 +73,36 @@ def lend(seen: LayerInputs, wave: list[range], ranks: Ranks) -> LayerInputs:
         return seen
     inputs, outputs = _buffers(seen)
     wanted = [torch.unique(_rows_of(seen, group)) for group in _of_each(wave, ranks)]
-    own = wanted[ranks.rank]
-    places = [rows[slice(*_between(rows, inputs.bounds, ranks.rank))] for rows in wanted]
-    ends = torch.searchsorted(own, torch.tensor(inputs.bounds)).tolist()
-    coming = [stop - start for start, stop in pairwise(ends)]
-    width, dtype = inputs.shape[2], inputs.dtype
-    borrowed = ListBuffer(len(own), 1, width, dtype, inputs.spill)
-    ranks.swap(lambda rows: inputs.gather(rows, dtype), places, coming, _into(borrowed), width, dtype)
+    borrowed = borrow(inputs, wanted, ranks)
     entries = len(_rows_of(seen, _of_each(wave, ranks)[ranks.rank]))
     returns = ListBuffer(entries, 1, outputs.shape[2], torch.float32, inputs.spill)
-    return replace(seen, inputs=Borrowed(own, borrowed), hidden=Returns(returns))
+    lent = replace(seen, inputs=borrowed, hidden=Returns(returns))
+    return lent if seen.tuner is None else replace(lent, tuner=seen.tuner.lent(lent, wanted, ranks))
+
+
+def borrow(buffer: ListBuffer, wanted: list[Tensor], ranks: Ranks) -> Inputs:
+    """Return this rank's rows of a buffer of all ranks; all of them call it together.
+
+    Parameters
+    ----------
+    buffer : ListBuffer
+        Of the run.
+    wanted : list of int64 tensor, one a rank
+        The rows that each is to have, ascending.
+    ranks : Ranks
+        Of the run.
+    """
+    if not isinstance(ranks, Together):
+        return buffer
+    assert isinstance(buffer, RankBuffer)
+    own = wanted[ranks.rank]
+    places = [rows[slice(*_between(rows, buffer.bounds, ranks.rank))] for rows in wanted]
+    ends = torch.searchsorted(own, torch.tensor(buffer.bounds)).tolist()
+    coming = [stop - start for start, stop in pairwise(ends)]
+    width, dtype = buffer.shape[2], buffer.dtype
+    borrowed = ListBuffer(len(own), 1, width, dtype, buffer.spill)
+    ranks.swap(lambda rows: buffer.gather(rows, dtype), places, coming, _into(borrowed), width, dtype)
+    return Borrowed(own, borrowed)
 
 
 def give_back(seen: LayerInputs, lent: LayerInputs, wave: list[range], ranks: Ranks) -> None:

@@ -121,7 +121,10 @@ def test_other_blocks_are_tuned_too(request, causal, text_file, tmp_path, model_
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"tune": "full"}, "tune is full; expected none or block"), ({"tune": "block", "recipe": "nearest"}, "tune none")],
+    [
+        ({"tune": "full"}, "tune is full; expected none, targets or block"),
+        ({"tune": "block", "recipe": "nearest"}, "tune none"),
+    ],
     ids=["word", "recipe"],
 )
 def test_what_cannot_be_tuned_is_refused(causal, tmp_path, change, words):

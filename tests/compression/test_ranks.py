@@ -32,7 +32,9 @@ from qmoe_lite.errors import NotFiniteError
 switch, causal, text, place = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
 small = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1, "batch_size": 5}
 ternary = {**small, "grid": qm.MinMaxTernary(torch.bfloat16)}
-works = {"switch": (switch, ternary), "causal": (causal, {**small, "rate": 2.0})}
+rated = {**small, "rate": 2.0}
+works = {"switch": (switch, {**ternary, "tune": "targets"}), "causal": (causal, {**rated, "tune": "block"})}
+works["untuned"] = causal, {**rated, "tune": "none"}
 torch.set_num_threads(1)
 
 
@@ -97,8 +99,8 @@ place.mkdir()
 for name, (model, settings) in works.items():
     qm.compress(model, place / f"{name}-alone", calibration=text, **settings)
 said = {
-    "two": [together(2, name, place / f"{name}-two") for name in works],
-    "first one, then two": [together(1, "causal", place / "up", 2), together(2, "causal", place / "up")],
+    "two": [together(2, name, place / f"{name}-two") for name in ("switch", "causal")],
+    "first one, then two": [together(1, "untuned", place / "up", 2), together(2, "untuned", place / "up")],
     "two, one, three": [together(count, "switch", place / "down", last) for count, last in ((2, 2), (1, 5), (3, None))],
     "raises": by_command("raises", damaged),
     "killed": by_command("killed", killed),
@@ -133,7 +135,7 @@ def test_two_ranks_write_the_bytes_of_one(together):
 def test_another_number_of_ranks_goes_on_to_the_same_bytes(together):
     place, said = together
     assert said["first one, then two"] == [[-9], [0, 0]], (place / "stderr").read_text()
-    assert everything_of(place / "up") == everything_of(place / "causal-alone")
+    assert everything_of(place / "up") == everything_of(place / "untuned-alone")
     assert said["two, one, three"] == [[-9, 1], [-9], [0, 0, 0]], (place / "stderr").read_text()
     assert everything_of(place / "down") == everything_of(place / "switch-alone")
 
