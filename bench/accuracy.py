@@ -91,7 +91,7 @@ def measure(
     rates: Iterable[float] = RATES,
     baselines: bool = True,
     tuned: bool = False,
-    tune: str = "none",
+    tune: str | None = None,
     samples: int | None = None,
     sequence_length: int = 512,
     held_out: int | None = None,
@@ -111,7 +111,7 @@ def measure(
         Measure rounding to nearest and the paper's recipe too.
     tuned : bool
         Measure each variant that was calibrated once more after `tune` with the same text.
-    tune : str
+    tune : str, optional
         As `compress` takes it, for each variant that is calibrated.
     samples, sequence_length : int
         Of calibration; `sequence_length` of the evaluation too.

@@ -151,7 +151,10 @@ def accuracy(
     ] = None,
     baselines: Annotated[bool, typer.Option(help="Measure rounding to nearest and the paper's recipe too.")] = True,
     tuned: Annotated[bool, typer.Option("--tuned", help="Measure each once more after qmoe tune.")] = False,
-    tune: Annotated[str, typer.Option(help="none or block, as compress takes it, where it calibrates.")] = "none",
+    tune: Annotated[
+        str | None,
+        typer.Option(help="none, targets or block, as compress takes it, where it calibrates.", show_default="targets"),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples.", min=1)] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.", min=16)] = 512,
     held_out: Annotated[int | None, typer.Option(help="Samples of the held-out text. [default: all]", min=1)] = None,

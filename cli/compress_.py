@@ -72,12 +72,14 @@ def compress(
         ),
     ] = None,
     tune: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Make up for what is lost, at no bits. block: each expert, as it is solved; full: then steps, scales "
-            "and norms of the whole model too, as qmoe tune does; none."
+            help="Make up for what is lost, at no bits. targets: GPTQ solves each expert's last matrix for what is "
+            "missing (asymmetric calibration); block: then the expert's steps and scales are trained; full: then those "
+            "of the whole model, as qmoe tune does; none. [default: targets, or none for the other recipes]",
+            show_default=False,
         ),
-    ] = "none",
+    ] = None,
     tune_epochs: Annotated[
         int,
         typer.Option(
@@ -249,8 +251,9 @@ def _print(report: Report, out: Path) -> None:
         f"{megabytes(sum_of(sizes, ''))} MB, {duration(report.seconds)}"
     )
     if (by_block := report.tuning_by_block) is not None:
-        lacking = f"{by_block['before']:.4f} -> {by_block['after']:.4f}"
-        print_text(f"tuned by block: experts lack {lacking} of their outputs, {duration(by_block['seconds'])}")
+        lacking = f"{by_block['before']:.4f} -> {by_block['after']:.4f} of their outputs"
+        when = ", last projections dense" if report.settings["tune"] == "targets" else ""
+        print_text(f"tuned by block: experts lack {lacking}{when}, {duration(by_block['seconds'])}")
     if report.tuning is not None:
         before, after, took = (report.tuning[name] for name in ("before", "after", "seconds"))
         print_text(f"tuned: KL divergence from the dense model {before:.4f} -> {after:.4f} nats, {duration(took)}")

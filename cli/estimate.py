@@ -35,7 +35,9 @@ def estimate(
     validation_samples: Annotated[int, typer.Option(help="Samples that measure the error.", min=0)] = 8,
     batch_size: Annotated[int, typer.Option(help="Samples per pass through a block.", min=1)] = 16,
     activations: Annotated[str, typer.Option(help="How activations are kept: float32, or bfloat16.")] = "float32",
-    tune: Annotated[str, typer.Option(help="none or block, as compress takes it.")] = "none",
+    tune: Annotated[
+        str | None, typer.Option(help="none, targets or block, as compress takes it.", show_default="targets")
+    ] = None,
     spill: Annotated[
         Path | None, typer.Option(help="Folder for activations, as compress takes it.", metavar="DIR")
     ] = None,

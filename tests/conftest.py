@@ -131,7 +131,7 @@ def _compress(model: Path, out: Path, text: Path):
     from qmoe_lite import MinMaxTernary, compress
 
     # one width of codewords for all models: each other one would be a variant of the kernels to compile
-    settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10}
+    settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "tune": "none", "codeword_bits": 10}
     return compress(model, out, calibration=text, grid=MinMaxTernary(torch.bfloat16), **settings)
 
 

@@ -69,6 +69,7 @@ def _watched() -> Iterator[tuple[str, Any, str]]:
     from qmoe_lite.checkpoint.writer import Writer
     from qmoe_lite.compression import layer, run
     from qmoe_lite.compression.block_runner import BlockRunner
+    from qmoe_lite.compression.block_tuning import BlockTuning, LayerTuner
     from qmoe_lite.compression.groups import GroupLog
     from qmoe_lite.compression.layer import LayerCompressor
     from qmoe_lite.compression.run_samples import RunSamples
@@ -85,6 +86,7 @@ def _watched() -> Iterator[tuple[str, Any, str]]:
         "solve": [(layer, "gptq_shared"), (layer, "gptq")],
         "encode": [(WindowTally, "encode"), (WindowTally, "finish"), (CodebookTally, "finish")],
         "experts' outputs": [(LayerCompressor, "run")],
+        "tuning": [(BlockTuning, "begin"), *((LayerTuner, name) for name in ("take", "aim", "tune"))],
         "judge": [(RunSamples, "judge")],
         "write": [(Writer, "write_layer"), (Writer, "write_rest"), (GroupLog, "write"), (Unfinished, "keep")],
     }

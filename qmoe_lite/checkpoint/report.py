@@ -99,7 +99,8 @@ class Report:
         What `tune` did afterwards: a `TuneReport`. The verdict is then that of the tuned model.
     tuning_by_block : dict or None
         What `compress(.., tune="block")` did: "seconds", and "before" and "after", what experts lacked of the outputs
-        that they were tuned to, as a share of the dense experts' energy, a mean over the layers.
+        that they were tuned to, as a share of the dense experts' energy, a mean over the layers. For "targets" that is
+        of experts whose last projection is not quantised yet: the dense one, and what it is solved for.
     """
 
     model: str

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qmoe_lite.compression.expert_runner import ExpertRunner
 from qmoe_lite.compression.layer_parts import Inputs, Linear
+from qmoe_lite.compression.run_samples import TUNED_TOKENS
 from qmoe_lite.quantization.hessian import added
 
-AIMED_TOKENS = 1 << 30
 MEASURED_TOKENS = 1024  # of an expert, on which what is missing is measured for the report
 
 
@@ -80,7 +80,7 @@ class Correction:
         self._measured: tuple[Tensor, Tensor, Tensor] | None = None
 
     def take(self, rows: Tensor, x: Tensor, inside: Tensor) -> None:
-        """Take some of the tokens that enter the expert's Hessian.
+        """Take some of the tokens that enter the expert's Hessian; of more than enough, the first ones.
 
         Parameters
         ----------
@@ -91,7 +91,7 @@ class Correction:
         inside : float32 tensor, shape (N, C)
             What the quantised first projections make of them.
         """
-        some = slice(0, max(0, AIMED_TOKENS - self._tokens))
+        some = slice(0, max(0, TUNED_TOKENS - self._tokens))
         rows, x, inside = rows[some], x[some], inside[some]
         if not len(rows):
             return

@@ -79,7 +79,7 @@ def compress(
     activations: str = "float32",
     seed: int = 0,
     rate: float | None = None,
-    tune: str = "none",
+    tune: str | None = None,
     stop_when_bad: bool = False,
     check_first: bool = False,
     family: str | None = None,
@@ -141,8 +141,10 @@ def compress(
     rate : float, optional
         Stored bits a weight, averaged over all experts of the model, 0.6 to 4: the step of a `UniformGrid` is chosen
         for it.
-    tune : str
-        "block" lets each expert make up for what its block lacks, at no bits: see `block_tuning`; "none" does not.
+    tune : str, optional
+        What experts do about what is lost, at no bits: see `block_tuning`. "targets": each one's last projection is
+        solved for what its block lacks; "block": its steps and scales are trained for that too; "none". By default
+        "targets", and "none" for the recipes "paper" and "nearest".
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
     check_first : bool

@@ -57,8 +57,10 @@ class Settings:
         End after the first layer whose held-out error says that the model will be bad; the work can be resumed.
     check_first : bool
         Search all tensors for NaN and infinity before the first layer; costs one reading of the model.
-    tune : str
-        "block" trains steps and scales of each expert once it is solved: see `block_tuning`; "none" does not.
+    tune : str or None
+        "targets": each expert's last projection is solved for what is missing; "block": its steps and scales are
+        trained for that too: see `block_tuning`; or "none". None takes "targets", and "none" unless the recipe is
+        "default".
     device : str
         Where blocks run and experts are solved; activations stay in the CPU's memory.
     """
@@ -80,7 +82,7 @@ class Settings:
     rate: float | None = None
     stop_when_bad: bool = False
     check_first: bool = False
-    tune: str = "none"
+    tune: str | None = None
     device: str = "cpu"
 
     @property
@@ -90,7 +92,10 @@ class Settings:
 
     def resolved(self) -> Settings:
         """Return the settings that hold, with those that the recipe decides."""
-        return replace(self, codeword_bits=PAPER_BITS, blend_tokens=0) if self.recipe == "paper" else self
+        tune = self.tune or ("targets" if self.recipe == "default" else "none")
+        if self.recipe == "paper":
+            return replace(self, codeword_bits=PAPER_BITS, blend_tokens=0, tune=tune)
+        return replace(self, tune=tune)
 
     def check(self) -> None:
         """Raise SettingError for a value outside its range."""
@@ -109,7 +114,7 @@ class Settings:
             ("validation_samples", self.validation_samples >= 0, "at least 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("activations", self.activations in ("float32", "bfloat16"), "float32 or bfloat16"),
-            ("tune", self.tune in TUNE, "none, targets or block"),
+            ("tune", self.tune is None or self.tune in TUNE, "none, targets or block"),
         )
         for name, good, expected in ranges:
             if not good:

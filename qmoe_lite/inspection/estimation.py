@@ -127,7 +127,7 @@ def estimate(
     validation_samples: int = 8,
     batch_size: int = 16,
     activations: str = "float32",
-    tune: str = "none",
+    tune: str | None = None,
     device: str | torch.device = "auto",
     expert_cache: int | str | None = None,
     out: str | Path | None = None,

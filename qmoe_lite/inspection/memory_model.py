@@ -258,8 +258,9 @@ def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings) -> tuple[int, 
     passing = 4 * min(CHUNK_TOKENS, many) * (columns + 3 * sum(layer.shapes[name][0] for name in first))
     kept = min(KEPT_BYTES, 4 * many * inner) + 8 * inner * inner + 2 * experts * layer.weights // layer.count
     solving = max(solving, kept)  # where a group is solved once, its experts are run one after another
-    if settings.tune != "none":  # what one last projection is solved for, and all of them
+    if settings.tune != "none":  # what one last projection is solved for, and all of them; a dense expert
         solving += 12 * inner * inner + 4 * (experts + 3) * layer.shapes[last[0]][0] * inner
+        solving += 4 * layer.weights // layer.count
     of_inputs = 1 if layer.top_k >= layer.count else experts  # experts that all get every token share a Hessian
     sure = 4 * experts * wide + max(8 * columns * columns * of_inputs, 8 * inner * inner * experts)
     return sure, solving + passing + 4 * LAYER_SAMPLE * columns

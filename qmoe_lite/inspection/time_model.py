@@ -16,7 +16,7 @@ from qmoe_lite.models.blocks import MoELayer
 
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 _AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
-_AIMING, _TUNING = 5.0, 14.0  # operations a weight and token: solved for what is missing; trained, the twins' way in it
+_DENSE, _TRAINING = 2.0, 12.0  # operations a weight and token: what dense experts put out; training on it
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
 
@@ -83,9 +83,7 @@ def seconds_of(
             solving += layer.count * own
             if calibrated:
                 pairs = rows.all * rows.tokens[number] * layer.top_k
-                tuned = rows.twins * rows.tokens[number] * layer.top_k
-                work = _AIMING * rows.samples * rows.tokens[number] * layer.top_k if tuned else 0.0
-                tuning += (work + _TUNING * min(tuned, TUNED_TOKENS * layer.count)) * layer.weights / layer.count
+                tuning += _tuning(layer, settings, rows, number)
                 sample = _of_layer(layer, settings, rows, number)  # in a group's first Hessian, each expert's second
                 first = 2.0 * layer.shapes[layer.projections[0]][1] ** 2 * len(groups_of(layer, settings))
                 again = sample * (first + layer.count * inner_work(layer.shapes)) / token_work(layer.shapes)
@@ -116,6 +114,20 @@ def seconds_of(
         head = 2.0 * rows.validation * rows.tokens[-1] * anatomy.head
         phases["judging"] = head / speeds.multiply
     return {name: seconds for name, seconds in phases.items() if seconds}
+
+
+def _tuning(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> float:
+    """Return the operations of tuning a layer, besides its twins' way through the block."""
+    if not rows.twins:
+        return 0.0
+    *first, (height, inner) = layer.shapes.values()
+    seen, tuned = (samples * rows.tokens[stack] * layer.top_k for samples in (rows.samples, rows.twins))
+    weights, most = layer.weights / layer.count, TUNED_TOKENS * layer.count
+    work = _DENSE * tuned * weights + min(seen, most) * (inner_work(layer.shapes) + 2.0 * height * inner)
+    if settings.tune == "block":  # which solves a group before it runs it: its first matrices are used twice
+        again = 2.0 * sum(rows * columns for rows, columns in first) * seen
+        work += again + _TRAINING * min(tuned, most) * weights
+    return work
 
 
 def _of_layer(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> int:

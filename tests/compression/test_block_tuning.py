@@ -11,13 +11,17 @@ from checks import Killed
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
+from qmoe_lite.compression.correction import Correction, Lack
 from qmoe_lite.compression.expert_training import train_expert
 from qmoe_lite.compression.layer_parts import Linear
+from qmoe_lite.compression.list_buffer import ListBuffer
+from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import SettingError
 from qmoe_lite.inspection.verification import verify
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.routing import Assignment
 
+NOTHING, ROWS = Lack(0, None, torch.zeros(0)), torch.arange(4)
 SETTINGS = {"samples": 16, "sequence_length": 32, "validation_samples": 2, "rate": 1.6}
 
 
@@ -67,9 +71,61 @@ def test_tokens_are_left_out_of_every_expert():
         assert torch.equal(found[1], weights[rows != 1])
 
 
+class OneMatrix:
+    """Runs experts whose matrices in front of the last one are one, without an activation."""
+
+    def inner(self, x, matrices):
+        return matrices[0].of(x)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_last_projection_is_solved_for_what_is_missing(adds):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    tokens, columns, rows = 400, 6, 4
+    x, dense, weights, lacks = draw(tokens, columns), draw(columns, columns), draw(rows, columns), draw(rows, columns)
+    gates = torch.rand(tokens, generator=generator) + 0.1
+    squares = 2 * gates.square()  # another expert has the same gate: each is to make up for half of what is lacking
+    numbers = torch.arange(tokens) * 2
+    buffer = ListBuffer(2 * tokens, 1, rows)
+    buffer.zero()
+    buffer.add(numbers, 2 * gates[:, None] * (x @ lacks.T))
+    of_all = torch.zeros(2 * tokens).index_add(0, numbers, squares)
+    lack = Lack(len(of_all), buffer if adds else None, of_all)
+    found = Correction(OneMatrix(), [Linear(dense, None, None), Linear(weights, None, None)], lack, numbers, gates)
+    for part in torch.split(torch.arange(tokens), 150):
+        found.take(numbers[part], x[part], x[part])  # the quantised first matrix is one of ones
+    aimed = weights.clone()
+    what = found.add_to(aimed, x.T @ x / tokens, 1e-6, 64)
+    expected = weights @ dense + adds * lacks
+    torch.testing.assert_close(aimed, expected, rtol=1e-3, atol=1e-3)
+    assert what.after < 1e-6 * what.before
+    torch.testing.assert_close(what.goal, float((gates[:150, None] * (x[:150] @ dense.T @ weights.T)).square().sum()))
+
+
+def test_few_tokens_say_less_of_what_is_missing():
+    one = torch.eye(8)
+    changes = []
+    for blend in (0, 4):
+        truth = [Linear(2 * one, None, None), Linear(one, None, None)]
+        found = Correction(OneMatrix(), truth, NOTHING, ROWS, ROWS + 1.0)
+        found.take(ROWS, one[:4], one[:4])
+        aimed = one.clone()
+        found.add_to(aimed, one / 8, 0.1, blend)
+        changes.append(aimed - one)
+    torch.testing.assert_close(changes[1], changes[0] / 2)
+
+
+def test_what_is_tuned_by_default():
+    assert Settings().resolved().tune == "targets"
+    assert Settings(tune="none").resolved().tune == "none"
+    assert [Settings(recipe=each).resolved().tune for each in ("paper", "nearest")] == ["none", "none"]
+    assert Settings(recipe="paper", tune="block").resolved().tune == "block"
+
+
 @pytest.fixture(scope="module")
 def untuned(made_once, causal, text_file):
-    given = {"calibration": text_file, **SETTINGS}
+    given = {"calibration": text_file, "tune": "none", **SETTINGS}
     return made_once("qwen3_moe-rated", lambda place: qm.compress(causal("qwen3_moe"), place, **given))
 
 

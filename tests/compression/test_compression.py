@@ -32,7 +32,7 @@ from qmoe_lite.errors import (
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Quantized
 
-SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10}
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "tune": "none", "codeword_bits": 10}
 
 
 def experts_inputs(model, name, samples):

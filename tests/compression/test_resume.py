@@ -17,7 +17,7 @@ from qmoe_lite.compression import groups
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.errors import OutputError, ResumeError
 
-SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1}
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "tune": "none", "group_size": 1}
 SETTINGS = {
     "ternary": {**SMALL, "grid": qm.MinMaxTernary(torch.bfloat16)},
     "rate": {**SMALL, "rate": 2.0},
@@ -253,7 +253,7 @@ from qmoe_lite.cli.compress_ import _FinishedFirst
 from qmoe_lite.compression import groups
 
 model, text, place, seed = sys.argv[1:]
-settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1, "rate": 2.0}
+settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "tune": "none", "group_size": 1, "rate": 2.0}
 sync, append, calls, moment = os.fsync, groups._append, 0, None
 
 

@@ -14,7 +14,7 @@ import qmoe_lite as qm
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.errors import FormatError, OutputError, SettingError
 
-SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10}
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "tune": "none", "codeword_bits": 10}
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from qmoe_lite.compression.notes import ranges
 from qmoe_lite.compression.positions import positions_of
 from qmoe_lite.errors import CheckpointError, NotFiniteError, OutputError, ResumeError, SettingError, TextError
 
-SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10}
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "tune": "none", "codeword_bits": 10}
 
 
 @pytest.mark.parametrize("resume", [True, False])

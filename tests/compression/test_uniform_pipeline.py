@@ -25,7 +25,7 @@ MODELS = {
     "qwen3_moe": {**WIDE, "moe_intermediate_size": 96, "intermediate_size": 48, "mlp_only_layers": []},
     "mixtral": {**WIDE, "num_local_experts": 4, "intermediate_size": 80},
 }
-TEXT = {"samples": 48, "sequence_length": 32, "validation_samples": 4}
+TEXT = {"samples": 48, "sequence_length": 32, "validation_samples": 4, "tune": "none"}
 
 
 @pytest.fixture(scope="module")

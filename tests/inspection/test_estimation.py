@@ -80,7 +80,7 @@ def test_sizes_are_those_that_compress_reports(request, model_type):
     assert anatomy.experts == report.expert_weights
 
 
-@pytest.mark.parametrize("tune", ["none", "block"])
+@pytest.mark.parametrize("tune", ["none", "targets"])
 def test_rows_are_those_of_a_run(switch, tokenizer, text_file, tune):
     from qmoe_lite.compression.run_samples import RunSamples, twins_for
 
@@ -88,7 +88,7 @@ def test_rows_are_those_of_a_run(switch, tokenizer, text_file, tune):
     anatomy = anatomy_of(read_headers(switch))
     samples, _ = RunSamples.make(text_file, tokenizer, 24, True, settings, twins_for(anatomy.layers, settings))
     rows = rows_of(anatomy, settings)
-    assert (rows.twins, rows.validation) == (24 * (tune == "block"), 4)
+    assert (rows.twins, rows.validation) == (24 * (tune == "targets"), 4)
     assert (rows.samples, rows.all) == (samples.calibration, len(samples.all))
     assert rows.tokens == [samples.all.input_ids.shape[1], samples.all.labels.shape[1]]
 
@@ -236,13 +236,24 @@ def test_experts_with_few_tokens_take_the_time_of_the_layer_s(causal):
     anatomy = anatomy_of(headers)
 
     def seconds(**changes):
-        settings = Settings(sequence_length=32, validation_samples=0, **changes)
+        settings = Settings(sequence_length=32, validation_samples=0, tune="none", **changes)
         found = seconds_of(anatomy, settings, headers, SPEEDS, 10**12, [])
         return found["experts: Hessians and outputs"]
 
     few, alone = seconds(samples=1), seconds(samples=1, blend_tokens=0)
     assert 1.5 * alone < few < (1 + anatomy.layers[0].count) * alone  # the sample here is that of all tokens
     assert seconds(samples=1000) == pytest.approx(1000 * alone)
+
+
+def test_what_is_tuned_takes_its_time(causal):
+    headers = read_headers(causal("qwen3_moe"))
+    anatomy, phases = anatomy_of(headers), {}
+    for tune in ("none", "targets", "block"):
+        settings = Settings(sequence_length=32, samples=2000, tune=tune)
+        phases[tune] = seconds_of(anatomy, settings, headers, SPEEDS, 10**12, [])
+    none, targets, block = (phases[tune].pop("experts: tuning", 0) for tune in phases)
+    assert 0 == none < targets < block
+    assert phases["none"]["dense parts"] < phases["targets"]["dense parts"] == phases["block"]["dense parts"]
 
 
 def test_experts_of_a_decoder_are_measured_with_its_own_activation(causal):

@@ -28,6 +28,7 @@ from qmoe_lite.models.skeletons import open_checkpoint, unused
 
 TERNARY = qm.MinMaxTernary(torch.bfloat16)
 SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10, "grid": TERNARY}
+SMALL |= {"tune": "none"}
 
 
 def names_in(directory) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ SMALL = {
     "samples": 12,
     "sequence_length": 32,
     "validation_samples": 2,
+    "tune": "none",
     "codeword_bits": 10,
     "grid": qm.MinMaxTernary(torch.bfloat16),
 }

@@ -23,6 +23,7 @@ TERNARY = {
     "samples": 6,
     "sequence_length": 16,
     "validation_samples": 2,
+    "tune": "none",
     "codeword_bits": 10,
 }
 

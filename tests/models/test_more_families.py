@@ -14,7 +14,7 @@ from qmoe_lite.compression.documents import read_text
 from qmoe_lite.offload import attach, runner_of
 from qmoe_lite.offload.ram_tier import slot_layout
 
-SMALL = {"samples": 12, "sequence_length": 16, "validation_samples": 2}
+SMALL = {"samples": 12, "sequence_length": 16, "validation_samples": 2, "tune": "none"}
 TERNARY = {"grid": qm.MinMaxTernary(torch.bfloat16), "codeword_bits": 10, **SMALL}
 UNIFORM = {"grid": qm.UniformGrid(0.7, level_dtype=torch.bfloat16), **SMALL}
 QUICK = {"deepseek_v32", "gpt_oss", "granitemoehybrid", "qwen3_next"}  # no two alike; each other one takes as long

@@ -14,7 +14,8 @@ import qmoe_lite as qm
 from qmoe_lite.errors import CheckpointError, DeviceError, SettingError, TextError
 from qmoe_lite.models import compressing
 
-SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10}  # as the fixtures' models
+# as the fixtures' models
+SMALL = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "codeword_bits": 10, "tune": "none"}
 
 
 def same_files(one: Path, other: Path) -> bool:

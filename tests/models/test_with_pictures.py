@@ -20,6 +20,7 @@ TERNARY = {
     "samples": 12,
     "sequence_length": 16,
     "validation_samples": 2,
+    "tune": "none",
     "codeword_bits": 10,
 }
 

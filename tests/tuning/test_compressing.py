@@ -12,7 +12,7 @@ from qmoe_lite.errors import BadResultError, OutputError, ResumeError, SettingEr
 from qmoe_lite.tuning import compressing
 from qmoe_lite.tuning.compressing import compress_and_tune
 
-SETTINGS = {"rate": 1.6, "samples": 8, "sequence_length": 32, "validation_samples": 2}
+SETTINGS = {"rate": 1.6, "samples": 8, "sequence_length": 32, "validation_samples": 2, "tune": "none"}
 
 
 @pytest.fixture

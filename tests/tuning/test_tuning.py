@@ -21,7 +21,8 @@ SETTINGS = {"samples": 8, "sequence_length": 32, "epochs": 2, "learning_rate": 0
 @pytest.fixture(scope="session")
 def rated(made_once, causal, text_file):
     """A compressed model with column scales."""
-    given = {"calibration": text_file, "samples": 16, "sequence_length": 32, "validation_samples": 2, "rate": 1.6}
+    given = {"samples": 16, "sequence_length": 32, "validation_samples": 2, "rate": 1.6, "tune": "none"}
+    given["calibration"] = text_file
     return made_once("qwen3_moe-rated", lambda place: qm.compress(causal("qwen3_moe"), place, **given))
 
 
