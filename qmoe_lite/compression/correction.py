@@ -2,8 +2,8 @@
 
 GPTQ keeps W h, on what the quantised first projections make of its tokens, h. The dense expert makes d of them, and is
 to put out W d. So the last projection is solved for W + E[missing h^T] (H + dampening)^-1, where missing is W (d - h)
-and the expert's share of what its block lacks: least squares by the solver's own Hessian and dampening. In the
-literature such targets are called asymmetric calibration (GPTAQ, arXiv:2504.02692).
+and the expert's share of what its block lacks, and H = E[h h^T], all of the tokens that have twins: least squares,
+dampened as the solver is. In the literature such targets are called asymmetric calibration (GPTAQ, arXiv:2504.02692).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from qmoe_lite.compression.expert_runner import ExpertRunner
 from qmoe_lite.compression.layer_parts import Inputs, Linear
 from qmoe_lite.compression.run_samples import TUNED_TOKENS
-from qmoe_lite.quantization.hessian import added
+from qmoe_lite.quantization.hessian import accumulate, added, blend, mean, new
 
 MEASURED_TOKENS = 1024  # of an expert, on which what is missing is measured for the report
 
@@ -56,7 +56,7 @@ class Found:
 
 
 class Correction:
-    """Gathers what is missing of one expert's outputs.
+    """Gathers what is missing of one expert's outputs, and what it is regressed on.
 
     Parameters
     ----------
@@ -73,14 +73,15 @@ class Correction:
     def __init__(self, runner: ExpertRunner, truth: list[Linear], lack: Lack, rows: Tensor, gates: Tensor) -> None:
         self._runner, self._truth, self._lack = runner, truth, lack
         self._rows, self._gates = rows, gates
-        size, columns = truth[-1].weight.shape
-        self._cross = truth[-1].weight.new_zeros(columns, columns)
-        self._lacking = truth[-1].weight.new_zeros(size, columns)
-        self._tokens = self._owns = 0
+        weights = truth[-1].weight
+        # over the same tokens: where a few are larger by orders, other tokens' Hessian would let a change overshoot
+        self._hessian, self._cross = (new(weights.shape[1], device=weights.device) for _ in range(2))
+        self._lacking = torch.zeros_like(weights)
+        self._tokens = 0
         self._measured: tuple[Tensor, Tensor, Tensor] | None = None
 
     def take(self, rows: Tensor, x: Tensor, inside: Tensor) -> None:
-        """Take some of the tokens that enter the expert's Hessian; of more than enough, the first ones.
+        """Take some of the tokens that enter the expert's Hessian; those with twins count, and the first ones of them.
 
         Parameters
         ----------
@@ -91,30 +92,25 @@ class Correction:
         inside : float32 tensor, shape (N, C)
             What the quantised first projections make of them.
         """
-        some = slice(0, max(0, TUNED_TOKENS - self._tokens))
-        rows, x, inside = rows[some], x[some], inside[some]
-        if not len(rows):
+        some = torch.nonzero(rows < self._lack.rows)[: TUNED_TOKENS - self._tokens, 0]
+        if not len(some):
             return
+        rows, x, inside = rows[some], x[some.to(x.device)], inside[some.to(x.device)]
+        self._tokens += len(rows)
         dense = self._runner.inner(x, self._truth[:-1])
         change = dense - inside
+        accumulate(self._hessian, inside)
         self._cross.addmm_(change.T, inside)
-        self._tokens += len(rows)
-        lacking = torch.zeros(0, 0)
+        gates, lacking = self._gates[torch.searchsorted(self._rows, rows)], torch.zeros(())
         if self._lack.buffer is not None:
-            own = rows < self._lack.rows
-            rows, inside, dense, change = rows[own], inside[own], dense[own], change[own]
-            lacking = self._lack.share(rows, self._gates_of(rows)).to(inside.device)
+            lacking = self._lack.share(rows, gates).to(inside.device)
             self._lacking.addmm_(lacking.T, inside)
-            self._owns += len(rows)
-        if self._measured is None and len(rows):
-            some, last = slice(0, MEASURED_TOKENS), self._truth[-1]
-            gates = self._gates_of(rows[some])[:, None].to(inside.device)
-            missing = change[some] @ last.weight.T
-            missing = missing + lacking[some] if len(lacking) else missing
-            self._measured = last.of(dense[some]) * gates, missing * gates, inside[some] * gates
-
-    def _gates_of(self, rows: Tensor) -> Tensor:
-        return self._gates[torch.searchsorted(self._rows, rows)]
+        if self._measured is None:
+            few, last = slice(0, MEASURED_TOKENS), self._truth[-1]
+            gates = gates[few, None].to(inside.device)
+            missing = change[few] @ last.weight.T
+            missing = missing + lacking[few] if lacking.ndim else missing
+            self._measured = last.of(dense[few]) * gates, missing * gates, inside[few] * gates
 
     def add_to(self, weights: Tensor, hessian: Tensor, dampening: float, blend_tokens: int) -> Found | None:
         """Add to a last projection what makes up for what is missing; return how much does.
@@ -124,30 +120,23 @@ class Correction:
         weights : float32 tensor, shape (R, C)
             Changed in place.
         hessian : float32 tensor, shape (C, C)
-            Of the same tokens, as it is solved with.
+            As the expert is solved with; for tokens of which nothing is known to be missing.
         dampening : float
             Of the solver.
         blend_tokens : int
-            That a Hessian of too few tokens borrows of the layer.
+            How many of those count where there are fewer tokens than columns.
         """
-        if not self._tokens:
+        if self._measured is None:
             return None
-        columns, missing = len(hessian), self._truth[-1].weight @ self._cross / self._tokens
-        missing *= _trust(self._tokens, columns, blend_tokens)
-        if self._owns:
-            missing += self._lacking / self._owns * _trust(self._owns, columns, blend_tokens)
-        dampened = hessian + added(hessian, dampening) * torch.eye(columns, device=hessian.device)
+        tokens, columns = self._tokens, len(hessian)
+        own, missing = mean(self._hessian, tokens), (self._truth[-1].weight @ self._cross + self._lacking) / tokens
+        if tokens < columns:
+            own, missing = blend(own, hessian, tokens, blend_tokens), missing * (tokens / (tokens + blend_tokens))
+        dampened = own + added(own, dampening) * torch.eye(columns, device=own.device)
         factor, info = torch.linalg.cholesky_ex(dampened)
         change = torch.cholesky_solve(missing.T, factor).T
         if info.item() or not change.isfinite().all():
             return None
         weights += change
-        if self._measured is None:
-            return None
         goal, before, inside = self._measured
         return Found(*(float(each.double().square().sum()) for each in (goal, before, before - inside @ change.T)))
-
-
-def _trust(tokens: int, columns: int, blend_tokens: int) -> float:
-    """Return the share of a mean over tokens that holds, as for a Hessian: too few say that nothing is missing."""
-    return 1.0 if tokens >= columns else tokens / (tokens + blend_tokens)
