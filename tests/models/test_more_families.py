@@ -20,7 +20,7 @@ SMALL = {"samples": 12, "sequence_length": 16, "validation_samples": 2}
 TERNARY = {"grid": qm.MinMaxTernary(torch.bfloat16), "codeword_bits": 10, **SMALL}
 UNIFORM = {"grid": qm.UniformGrid(0.7, level_dtype=torch.bfloat16), **SMALL}
 QUICK = {"deepseek_v32", "gpt_oss", "granitemoehybrid", "qwen3_next"}  # no two alike; each other one takes as long
-TOKENS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+TOKENS = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 
 
 def each_of(families):
