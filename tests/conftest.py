@@ -36,7 +36,10 @@ def _compiled_once() -> None:
     from numba.core.caching import IndexDataCacheFile
     from numba.core.dispatcher import Dispatcher
 
+    from qmoe_lite.coding import dictionary
+
     sharing.compile_once(Dispatcher, IndexDataCacheFile)
+    sharing.fit_once(dictionary)
     if (launch := sys.modules.get("qmoe_lite.cuda.launch")) is not None:  # whoever compiles kernels has imported it
         sharing.keep_ptx(launch.Kernel)
 

@@ -87,13 +87,13 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON crash-safely."""
-    write_atomically(path, lambda file: _dump(file, value))
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write JSON crash-safely; `indent` is None for what nobody reads, in a tenth of the time."""
+    write_atomically(path, lambda file: _dump(file, value, indent))
 
 
-def _dump(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+def _dump(file: Path, value: Any, indent: int | None) -> None:
+    file.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
