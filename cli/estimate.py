@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qmoe_lite.inspection.estimation import Estimate
 
 _SHOWN = 0.02  # share of a sum from which on a part has a line
+_BUSY = 1.1  # times longer than on a machine of its own: from which on that is told
 
 
 def estimate(
@@ -148,7 +149,9 @@ def _print(found: Estimate) -> None:
     if work.activation_bytes:
         table.add_row("", f"{show_size(work.activation_bytes)} of activations there instead of in memory: --spill DIR")
     if work.seconds is not None:
-        table.add_row("time", _time(work.seconds))
+        now = work.seconds_now or work.seconds
+        busy = f", {_time(now)} if the machine stays as busy as it is" if now > _BUSY * work.seconds else ""
+        table.add_row("time", _time(work.seconds) + busy)
         for part, seconds in sorted(work.phases.items(), key=lambda each: -each[1]):
             if seconds >= _SHOWN * work.seconds:
                 table.add_row("", f"{_time(seconds):>9}  {part}")
@@ -214,6 +217,7 @@ def _measured(speeds: dict[str, Any]) -> Iterable[str]:
     expert, fixed = _short(speeds["expert"]), _short(speeds["expert_fixed"])
     yield f"an expert of {shape}: {expert} to solve and encode,"
     yield f"  of which {fixed} whatever its size; {_short(speeds['expert_token'])} for each token"
+    yield f"  by the {speeds['clock']}'s clock, the best of a few tries; all took {speeds['load']:.0%} longer"
     yield f"a layer: {_short(speeds['layer'])} to choose its codes"
     yield f"encoding: {1e9 * speeds['encode']:.2f} ns a weight"
     yield f"products of many tokens: {speeds['multiply'] / 1e9:.0f} Gflop/s in float32"

@@ -11,12 +11,14 @@ which is 15 weights: 1.3 for its code, 4 for the entry and its parts, 2 for the 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.calls import call, compiled
 from qmoe_lite.coding.inlined import inlined
 from qmoe_lite.coding.jobs import (
     CHOICE,
@@ -34,7 +36,6 @@ from qmoe_lite.coding.vectors import (
     add,
     add_at,
     address_of,
-    code_bits,
     load_64_at,
     prefetch_first,
     prefetch_second,
@@ -46,14 +47,14 @@ STEP_IN_BYTES = (2, 4)  # fields of an entry of `Codebook.gather_table` that lea
 
 
 @inlined(error_model="numpy")
-def _code(word: np.uint64, k: np.uint64, bits: Any) -> np.uint64:
-    return (word >> (k * code_bits(bits))) & ((np.uint64(1) << code_bits(bits)) - np.uint64(1))
+def _code(word: np.uint64, k: np.uint64, bits: np.uint64) -> np.uint64:
+    return (word >> (k * bits)) & ((np.uint64(1) << bits) - np.uint64(1))
 
 
 @inlined(error_model="numpy")
-def _group(row: np.uint64, shift: np.uint64, group: int, bits: Any) -> np.uint64:
+def _group(row: np.uint64, shift: np.uint64, group: int, bits: np.uint64) -> np.uint64:
     """Four codewords: group 0, 1, 2 or 3 of the sixteen that begin `shift` bits behind the address `row`."""
-    bit = np.uint64(4 * group) * code_bits(bits)
+    bit = np.uint64(4 * group) * bits
     return load_64_at(row + (bit >> np.uint64(3))) >> (shift + (bit & np.uint64(7)))
 
 
@@ -80,7 +81,7 @@ def _gather_codeword(
 def _gather_four(
     word: np.uint64,
     table: np.uint64,
-    bits: Any,
+    bits: np.uint64,
     fields: tuple[int, ...],
     tokens: tuple[int, ...],
     place: np.uint64,
@@ -97,42 +98,68 @@ def _gather_four(
     return place, sum0, sum1, sum2, sum3
 
 
-@inlined(error_model="numpy")
-def _gather_row(
-    codes: np.uint64,
-    bit: np.uint64,
-    groups: np.uint64,
-    ahead: np.uint64,
-    table: np.uint64,
-    bits: Any,
-    fields: tuple[int, ...],
-    tokens: tuple[int, ...],
-    lanes: tuple[int, ...],
-    place: np.uint64,
-    sums: np.uint64,
-) -> np.uint64:
-    """Walk groups of four codewords from `bit` on; add to the lanes at `sums`, and return the place behind them.
+@cache
+def rows_gatherer(width: int, fields: int, tokens: int, sums: int) -> Any:
+    """Compile the walk of a task's rows for entries of so many fields, and so many tokens and sums of a row.
 
-    Where the row's last group has fewer than four, what follows it in the stream is added too: it finds the zeros
-    behind x. What lies `ahead` bytes behind each codeword is asked for.
+    `width` is that of the codewords, or 0 for one that the walk is told.
     """
-    a = b = c = d = zeros(lanes)
-    row, shift = codes + (bit >> np.uint64(3)), bit & np.uint64(7)
-    sixteen = np.uint64(2) * code_bits(bits)
-    end = row + sixteen * (groups >> np.uint64(2))
-    while row != end:
-        prefetch_second(row + ahead)
-        place, a, b, c, d = _gather_four(_group(row, shift, 0, bits), table, bits, fields, tokens, place, a, b, c, d)
-        place, a, b, c, d = _gather_four(_group(row, shift, 1, bits), table, bits, fields, tokens, place, a, b, c, d)
-        place, a, b, c, d = _gather_four(_group(row, shift, 2, bits), table, bits, fields, tokens, place, a, b, c, d)
-        place, a, b, c, d = _gather_four(_group(row, shift, 3, bits), table, bits, fields, tokens, place, a, b, c, d)
-        row += sixteen
-    bit = shift
-    for _ in range(groups & np.uint64(3)):
-        place, a, b, c, d = _gather_four(load_codewords(row, bit), table, bits, fields, tokens, place, a, b, c, d)
-        bit += np.uint64(4) * code_bits(bits)
-    store(sums, add_at(add(add(a, b), add(c, d)), sums))
-    return place
+    entry, group, lanes = (0,) * fields, (0,) * tokens, (0,) * sums
+
+    def gather_rows(
+        rows: np.uint64,
+        codes: np.uint64,
+        told: np.uint64,
+        table: np.uint64,
+        chunks: np.uint64,
+        walked: Any,
+        sums: np.uint64,
+    ) -> np.uint64:
+        """Add rows to the lanes at `sums`; walked (rows + 1, 3): first bit, groups of four codewords, place in x.
+
+        Where a row's last group has fewer than four, what follows it in the stream is added too: it finds the zeros
+        behind x. The last of `walked` is the next task's first bit.
+        """
+        bits = np.uint64(width) if width else told
+        walks = carray(walked, (np.int64(rows) + 1, 3))
+        sixteen = np.uint64(2) * bits
+        # the next task's codes are asked for while these are walked: chunks read them in an order no processor guesses
+        ahead = (walks[rows, 0] - walks[0, 0]) >> np.uint64(3)
+        for chunk in range(chunks):
+            share = (np.uint64(1) << np.uint64(16)) // (chunks - chunk)
+            own = sums
+            for i in range(rows):
+                following = codes + (walks[i + 1, 0] >> np.uint64(3))
+                prefetch_first(following)
+                prefetch_first(following + np.uint64(64))
+                bit, groups, place = walks[i]
+                if chunk + np.uint64(1) < chunks:  # whole sixteens: so many for most rows that the processor foresees
+                    groups = ((groups * share >> np.uint64(16)) + np.uint64(2)) & ~np.uint64(3)
+                walks[i, 0], walks[i, 1] = bit + np.uint64(4) * groups * bits, walks[i, 1] - groups
+                a = b = c = d = zeros(lanes)
+                row, shift = codes + (bit >> np.uint64(3)), bit & np.uint64(7)
+                end = row + sixteen * (groups >> np.uint64(2))
+                while row != end:
+                    prefetch_second(row + ahead)
+                    four = _group(row, shift, 0, bits)
+                    place, a, b, c, d = _gather_four(four, table, bits, entry, group, place, a, b, c, d)
+                    four = _group(row, shift, 1, bits)
+                    place, a, b, c, d = _gather_four(four, table, bits, entry, group, place, a, b, c, d)
+                    four = _group(row, shift, 2, bits)
+                    place, a, b, c, d = _gather_four(four, table, bits, entry, group, place, a, b, c, d)
+                    four = _group(row, shift, 3, bits)
+                    place, a, b, c, d = _gather_four(four, table, bits, entry, group, place, a, b, c, d)
+                    row += sixteen
+                for _ in range(groups & np.uint64(3)):
+                    four = load_codewords(row, shift)
+                    place, a, b, c, d = _gather_four(four, table, bits, entry, group, place, a, b, c, d)
+                    shift += np.uint64(4) * bits
+                store(own, add_at(add(add(a, b), add(c, d)), own))
+                walks[i, 2] = place
+                own += np.uint64(4 * len(lanes))
+        return np.uint64(0)
+
+    return compiled(gather_rows, "uint64(uint64, uint64, uint64, uint64, uint64, CPointer(uint64), uint64)")
 
 
 @inlined(error_model="numpy")
@@ -141,59 +168,41 @@ def _gather_rows(
     offset: int,
     row_codewords: NDArray[Any],
     fewest: NDArray[np.int32],
-    table: NDArray[Any],
-    bits: Any,
-    fields: tuple[int, ...],
-    tokens: tuple[int, ...],
-    lanes: tuple[int, ...],
+    table: np.uint64,
+    bits: np.uint64,
+    gatherer: np.uint64,
     job: NDArray[np.int64],
     levels: NDArray[np.float32],
+    tokens: int,
     slots: NDArray[np.float32],
     chunks: int,
     first: int,
     codeword: int,
+    sums: NDArray[np.float32],
     y: NDArray[np.float32],
 ) -> None:
     """Fill y[tokens of the job, first : first + TASK_ROWS]; `codeword` is the number of the first row's first."""
-    expert = job[EXPERT]
-    rows = min(TASK_ROWS, levels.shape[1] - first)
-    bit, left = np.empty(rows + 1, dtype=np.uint64), np.empty(rows, dtype=np.uint64)
-    place = np.full(rows, address_of(slots))
-    sums = np.zeros(rows * len(lanes), dtype=np.float32)
-    stream = address_of(codes) + np.uint64(offset)
+    expert, rows = job[EXPERT], len(sums)
+    walked = np.empty((rows + 1, 3), dtype=np.uint64)
     for i in range(rows):
         count = np.int64(row_codewords[expert, first + i]) + fewest[expert]
-        bit[i], left[i] = np.uint64(codeword) * code_bits(bits), (count + 3) // 4
+        walked[i, 0], walked[i, 1], walked[i, 2] = np.uint64(codeword) * bits, (count + 3) // 4, address_of(slots)
         codeword += count
-    bit[rows] = np.uint64(codeword) * code_bits(bits)
-    # the next task's codes are asked for while these are walked: chunks read them in an order no processor guesses
-    ahead = (bit[rows] - bit[0]) >> np.uint64(3)
-    for chunk in range(chunks):
-        share = np.uint64((1 << 16) // (chunks - chunk))
-        for i in range(rows):
-            following = stream + (bit[i + 1] >> np.uint64(3))
-            prefetch_first(following)
-            prefetch_first(following + np.uint64(64))
-            groups = left[i]
-            if chunk < chunks - 1:  # whole sixteens: so many for most rows that the processor foresees the loop's end
-                groups = ((groups * share >> np.uint64(16)) + np.uint64(2)) & ~np.uint64(3)
-            own = address_of(sums) + np.uint64(4 * len(lanes) * i)
-            place[i] = _gather_row(
-                stream, bit[i], groups, ahead, address_of(table), bits, fields, tokens, lanes, place[i], own
-            )
-            bit[i] += np.uint64(4) * groups * code_bits(bits)
-            left[i] -= groups
-    width, choice = len(tokens), job[CHOICE]
+    walked[rows, 0] = np.uint64(codeword) * bits
+    stream = address_of(codes) + np.uint64(offset)
+    call(gatherer, (np.uint64(rows), stream, bits, table, np.uint64(chunks), address_of(walked), address_of(sums)))
+    choice = job[CHOICE]
     for token in range(job[COUNT]):
         for i in range(rows):
-            row, at = first + i, len(lanes) * i + token
+            row = first + i
             if levels.shape[2] == 1:  # symmetric: the sum holds the negated ones already
-                total = levels[choice, row, 0] * sums[at]
+                total = levels[choice, row, 0] * sums[i, token]
             elif levels.shape[2] == 2:
-                total = levels[choice, row, 0] * sums[at] + levels[choice, row, 1] * sums[at + width]
+                total = levels[choice, row, 0] * sums[i, token] + levels[choice, row, 1] * sums[i, token + tokens]
             else:
-                total = levels[choice, row, 0] * sums[at + 2 * width] + levels[choice, row, 1] * sums[at + width]
-                total += levels[choice, row, 2] * sums[at]
+                total = levels[choice, row, 0] * sums[i, token + 2 * tokens]
+                total += levels[choice, row, 1] * sums[i, token + tokens]
+                total += levels[choice, row, 2] * sums[i, token]
             y[job[FIRST] + token, row] = total
 
 
@@ -203,45 +212,45 @@ def gather_kernel(
     offsets: NDArray[np.int64],
     row_codewords: NDArray[Any],
     fewest: NDArray[np.int32],
-    table: NDArray[Any],
-    bits: Any,
-    fields: tuple[int, ...],
-    tokens: tuple[int, ...],
-    lanes: tuple[int, ...],
+    table: int,
+    bits: int,
+    gatherer: int,
+    tokens: int,
+    lanes: int,
     jobs: NDArray[np.int64],
     levels: NDArray[np.float32],
     slots: NDArray[np.float32],
     chunks: int,
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y (N, R) for jobs of up to len(tokens) tokens.
+    """Fill y (N, R) for jobs of up to `tokens` tokens.
 
-    codes (bytes,), offsets (E + 1,), row_codewords (E, R), fewest (E,): the matrices. table: `Codebook.gather_table`.
-    levels (choices, R, L). slots (J, C + padding, digits * tokens) from `expand_kernel`: L = 1, offset 0 and negated
-    from `tokens` on, and `lanes` is at least `tokens`; else offset (digits - 2) * tokens, and `lanes` is at least
-    (digits - 1) * tokens. Of the tuples only the length counts (bits: see `code_bits`). Rows are walked in `chunks`,
+    codes (bytes,), offsets (E + 1,), row_codewords (E, R), fewest (E,): the matrices. table, gatherer: addresses of
+    `Codebook.gather_table` and of a `rows_gatherer`. levels (choices, R, L). slots (J, C + padding, digits * tokens)
+    from `expand_kernel`: L = 1, offset 0 and negated from `tokens` on, and `lanes`, a row's sums, is at least `tokens`;
+    else offset (digits - 2) * tokens, and `lanes` is at least (digits - 1) * tokens. Rows are walked in `chunks`,
     equal shares of their codewords, so that x stays in the first-level cache: all rows of a task in one, then in the
     next.
     """
     firsts = first_codewords(row_codewords, fewest, jobs)
     blocks = firsts.shape[1]
     for task in prange(len(jobs) * blocks):
-        job = jobs[task // blocks]
+        job, first = jobs[task // blocks], task % blocks * TASK_ROWS
         _gather_rows(
             codes,
             offsets[job[EXPERT]],
             row_codewords,
             fewest,
-            table,
-            bits,
-            fields,
-            tokens,
-            lanes,
+            np.uint64(table),
+            np.uint64(bits),
+            np.uint64(gatherer),
             job,
             levels,
+            tokens,
             slots[task // blocks],
             chunks,
-            task % blocks * TASK_ROWS,
+            first,
             firsts[task // blocks, task % blocks],
+            np.zeros((min(TASK_ROWS, levels.shape[1] - first), lanes), dtype=np.float32),
             y,
         )

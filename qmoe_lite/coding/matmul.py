@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qmoe_lite.coding.block import block_kernel
+from qmoe_lite.coding.block import block_kernel, rows_multiplier
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.decode_kernels import decode_rows, slot_values
 from qmoe_lite.coding.dictionary import Dictionary
-from qmoe_lite.coding.gather import gather_kernel
+from qmoe_lite.coding.gather import gather_kernel, rows_gatherer
 from qmoe_lite.coding.guards import check_recording, enter_kernels
 from qmoe_lite.coding.jobs import expand_kernel
 from qmoe_lite.coding.packed import PackedMatrix
@@ -232,10 +232,11 @@ def _gather(
     chunk_bytes = max(CHUNK_BYTES, CACHE_BYTES - table.nbytes)
     chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // chunk_bytes), stack.columns // CHUNK_COLUMNS))
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
-    # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take seconds to compile
-    bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
-    lengths = bits, book.fields, (0,) * tokens, (0,) * sums
-    gather_kernel(*matrices, table, *lengths, jobs, levels, expanded, chunks, y)
+    # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take time to compile
+    width = book.bits if book.bits == USUAL_BITS else 0
+    gatherer = rows_gatherer(width, len(book.fields), tokens, sums)
+    called = table.ctypes.data, book.bits, gatherer.address
+    gather_kernel(*matrices, *called, tokens, sums, jobs, levels, expanded, chunks, y)
 
 
 def _block(
@@ -248,18 +249,10 @@ def _block(
 ) -> None:
     book = stack.codebook
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
-    block_kernel(
-        *matrices,
-        *book.split_table,
-        book.bits,
-        book.fields,
-        (0,) * tokens,
-        jobs,
-        levels,
-        book.digits,
-        expanded,
-        y,
-    )
+    positions, slots = book.split_table
+    multiplier = rows_multiplier(len(book.fields), tokens)
+    called = positions.ctypes.data, slots.ctypes.data, book.bits, multiplier.address
+    block_kernel(*matrices, *called, jobs, levels, book.digits, expanded, y)
 
 
 def _jobs(experts: list[int], bounds: list[int]) -> dict[int, NDArray[np.int64]]:

@@ -26,6 +26,7 @@ from qmoe_lite.models.blocks import Call, Calls, Mark, MoELayer, Stack
 from qmoe_lite.models.family import Family
 from qmoe_lite.models.placing import put
 from qmoe_lite.models.routing import Assignment, in_order
+from qmoe_lite.quantization.hessian import all_finite
 
 
 def _moved(call: Any, device: torch.device, known: dict[int, Any] | None = None) -> Any:
@@ -326,7 +327,7 @@ class BlockRunner:
         return outputs
 
     def _check(self, block: str, out: Tensor) -> None:
-        if not torch.isfinite(out).all():
+        if not all_finite(out).all():
             raise NotFiniteError(f"{block} outputs NaN or infinity in float32. Fetch the checkpoint again.")
 
     def _of_first_sample(

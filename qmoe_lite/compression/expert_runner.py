@@ -16,7 +16,7 @@ from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
-from qmoe_lite.quantization.hessian import accumulate, blend, mean, new
+from qmoe_lite.quantization.hessian import accumulate, all_finite, blend, mean, new
 
 CHUNK_TOKENS = 1 << 14  # tokens that go through an expert at a time
 KEPT_BYTES = 1 << 28  # of what an expert's tokens are in front of its last projection
@@ -45,7 +45,7 @@ class ExpertRunner:
         """Read one matrix, float32 (R, C), to where it is solved."""
         name = self._family.weight_name(layer, expert, projection)
         weight = self._checkpoint.tensor(name).to(self.device).float()
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise NotFiniteError(f"{name} in {self._checkpoint.directory} holds NaN or infinity. Fetch it again.")
         return weight
 

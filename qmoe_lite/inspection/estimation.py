@@ -51,7 +51,9 @@ class Compressing:
     activation_bytes : int
         Of all samples; part of the memory, or with --spill on a disk.
     seconds : float or None
-        None where nothing was measured.
+        On this machine if nothing else runs; None where nothing was measured.
+    seconds_now : float or None
+        If the machine stays as busy with other work as it was while it was measured.
     phases : dict, phase to seconds
         What they are made of.
     obstacles, doubts : list of str
@@ -67,6 +69,7 @@ class Compressing:
     gpu_bytes: int | None
     activation_bytes: int
     seconds: float | None
+    seconds_now: float | None
     phases: dict[str, float]
     obstacles: list[str]
     doubts: list[str]
@@ -210,7 +213,7 @@ def estimate(
         {"experts": anatomy.expert_bytes, "others": anatomy.other_bytes},
         {"experts": experts, "others": others},
         bits,
-        _compressing(anatomy, settings, need, program, phases, stops, maybe),
+        _compressing(anatomy, settings, need, program, phases, 0.0 if speeds is None else speeds.load, stops, maybe),
         running(anatomy, experts, others, budget, room.memory, settings.device, speeds, program, assumed),
         {} if speeds is None else asdict(speeds),
         read,
@@ -224,6 +227,7 @@ def _compressing(
     need: Need,
     program: int,
     phases: dict[str, float],
+    load: float,
     stops: list[str],
     maybe: list[str],
 ) -> Compressing:
@@ -239,6 +243,7 @@ def _compressing(
         need.gpu,
         need.activations,
         math.fsum(phases.values()) if phases else None,
+        (1 + load) * math.fsum(phases.values()) if phases else None,
         phases,
         stops,
         maybe,

@@ -10,8 +10,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.rate import first_step
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy
+from qmoe_lite.inspection.tries import Tries, median, one_thread
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.routing import Assignment
 from qmoe_lite.quantization.digits import count
@@ -92,6 +93,10 @@ class Speeds:
     weight : float
         Seconds of a solve that grow with the weights, not with the operations; measured where experts are larger than
         what was.
+    load : float
+        By which share the experts that were measured took longer, by the clock, than what is said of them here.
+    clock : str
+        What it is said by: the "processor" where one thread does everything, or the "wall".
     """
 
     multiply: float
@@ -109,6 +114,8 @@ class Speeds:
     disk_file: str
     save: float
     weight: float = 0.0
+    load: float = 0.0
+    clock: str = "wall"
 
 
 def solve_work(shapes: dict[str, tuple[int, int]]) -> float:
@@ -155,12 +162,12 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     run.seconds(tiny, 1, _FEW)  # kernels are compiled, or fetched
     start = time.perf_counter() - begun
     tokens = max(_FEW, *(width // _RANK for _, width in shapes.values()))
-    fixed = _mean(run, tiny, _TINY, _FEW) - _mean(run, tiny, 1, _FEW)
-    one = _mean(run, shapes, 1, tokens)
+    fixed = run.best(tiny, _TINY, _FEW) - run.best(tiny, 1, _FEW)
+    one = run.best(shapes, 1, tokens)
     expert = max(run.seconds(shapes, _SOME, tokens) - one, 0.0) / (_SOME - 1)
     several = max(1, min(settings.group_size, int(_SECONDS / max(expert, 1e-3))))
-    few = _mean(run, shapes, several, tokens)  # a whole group's memory is not in the caches
-    many = _mean(run, shapes, several, tokens + _MORE) if settings.recipe != "nearest" else few
+    few = run.best(shapes, several, tokens)  # a whole group's memory is not in the caches
+    many = run.best(shapes, several, tokens + _MORE) if settings.recipe != "nearest" else few
     if several > _SOME:
         expert = max(few - one, 0.0) / (several - 1)
     multiply = _multiply(min(max(anatomy.hidden, 256), 1024), device)
@@ -182,13 +189,15 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
         token,
         shapes,
         code.encoding / weights,
-        _median(lambda: decode_matmul(packed, x), device) / weights,
+        median(lambda: decode_matmul(packed, x), device) / weights,
         packed.bits_per_weight,
         _vector(anatomy.dtype, device),
         disk,
         disk_file,
         _save(folder),
         weight,
+        run.tries.load,
+        "processor" if run.tries.by_processor else "wall",
     )
 
 
@@ -196,25 +205,12 @@ def _of_weight(run: _Experts, shapes: dict[str, tuple[int, int]], solve: float, 
     """Return the seconds of a solve that grow with the weights: what half as wide experts take beyond an eighth."""
     half = {name: (_rounded(rows / 2), _rounded(columns / 2)) for name, (rows, columns) in shapes.items()}
     several, tokens = 2 * _SOME, max(_FEW, *(width // _RANK for _, width in half.values()))
-    small = (_mean(run, half, several, tokens) - _mean(run, half, 1, tokens)) / (several - 1) - fixed
+    small = (run.best(half, several, tokens) - run.best(half, 1, tokens)) / (several - 1) - fixed
     small -= tokens * token * token_work(half) / token_work(shapes)
     work, small_work = solve_work(shapes), solve_work(half)
     weights, few = (sum(math.prod(shape) for shape in each.values()) for each in (shapes, half))
     found = (small * work - solve * small_work) / max(few * work - weights * small_work, 1.0)
     return min(max(found, 0.0), solve / weights)
-
-
-def _median(call: Callable[[], Any], device: torch.device, seconds: float = 0.3) -> float:
-    """Median of several calls after a first one, for about so many seconds."""
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
-        begun = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return sorted(times)[len(times) // 2]
 
 
 def _affordable(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -260,6 +256,7 @@ class _Experts:
         step = first_step(0.95 * (settings.rate or 2.0))
         self._grid = replace(grid, step=step) if isinstance(grid, UniformGrid) else grid
         self._anatomy, self._dictionaries = anatomy, _Chosen(USUAL_BITS)
+        self.tries = Tries(by_processor=one_thread(torch.device(settings.device)))
 
     def seconds(self, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
         """Seconds for a layer of experts of this shape that get so many tokens each."""
@@ -270,15 +267,12 @@ class _Experts:
         if isinstance(self._grid, UniformGrid):
             compressor.dictionaries = self._dictionaries
         seen = None if self._settings.recipe == "nearest" else _seen(shapes, experts, tokens)
-        begun = time.perf_counter()
         with torch.inference_mode():
-            compressor.compress(layer, 0, seen, lambda *progress: None)
-        return time.perf_counter() - begun
+            return self.tries.once(partial(compressor.compress, layer, 0, seen, lambda *progress: None))
 
-
-def _mean(run: _Experts, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
-    """Return the mean of two times: a run meets what else the machine does too."""
-    return sum(run.seconds(shapes, experts, tokens) for _ in range(2)) / 2
+    def best(self, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
+        """Do what `seconds` does a few times; return the least."""
+        return self.tries.best(partial(self.seconds, shapes, experts, tokens))
 
 
 def _seen(shapes: dict[str, tuple[int, int]], experts: int, tokens_of_each: int) -> LayerInputs:
@@ -318,13 +312,13 @@ def _coded(rows: int, columns: int, grid: Grid, settings: Settings) -> _Code:
     else:
         counts = count(np.ascontiguousarray(digits), grid.alphabet).tolist()
         book = Codebook.paper() if settings.recipe == "paper" else Codebook.fit(counts, bits)
-    seconds = _median(lambda: encode(digits, levels, book, scales), torch.device("cpu"), 0.1)
+    seconds = median(lambda: encode(digits, levels, book, scales), torch.device("cpu"), 0.1)
     return _Code(encode(digits, levels, book, scales), choosing, seconds)
 
 
 def _multiply(width: int, device: torch.device) -> float:
     x, weight = torch.randn(1024, width, device=device), torch.randn(width, width, device=device)
-    return 2.0 * 1024 * width * width / _median(lambda: x @ weight.T, device)
+    return 2.0 * 1024 * width * width / median(lambda: x @ weight.T, device)
 
 
 def _vector(dtype: torch.dtype, device: torch.device) -> float:
@@ -333,7 +327,7 @@ def _vector(dtype: torch.dtype, device: torch.device) -> float:
         torch.full((rows, 2048), 0.5, dtype=dtype, device=device),
         torch.ones(1, 2048, dtype=dtype, device=device),
     )
-    return _MATRIX_BYTES / _median(lambda: torch.nn.functional.linear(x, weight), device)
+    return _MATRIX_BYTES / median(lambda: torch.nn.functional.linear(x, weight), device)
 
 
 def _disk(shards: list[Path], folder: Path) -> tuple[float, str]:

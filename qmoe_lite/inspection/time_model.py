@@ -15,7 +15,9 @@ from qmoe_lite.inspection.speeds import Speeds, inner_work, scaled_expert, token
 from qmoe_lite.models.blocks import MoELayer
 
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
-_AGAIN = 7  # groups that are solved once more for the rate and the dead zone: on the first and the last layer
+# solves of groups for the rate and the dead zone, besides one each, on the first and last layer: 3 to 5 were counted
+# where a layer is one group, 5 to 8 where it is several
+_AGAIN, _AGAIN_OF_SEVERAL = 4, 7
 _DENSE, _TRAINING = 2.0, 12.0  # operations a weight and token: what dense experts put out; training on it
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
@@ -91,7 +93,7 @@ def seconds_of(
     groups = [len(groups_of(layer, settings)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
-        layer, again = anatomy.layers[0], min(_AGAIN, 2 + 2 * len(groups))
+        layer, again = anatomy.layers[0], _AGAIN_OF_SEVERAL if max(groups) > 1 else _AGAIN
         group, (own, of_token) = len(groups_of(layer, settings)[0]), scaled_expert(speeds, layer.shapes)
         seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count + _of_layer(layer, settings, rows, 0)
         solving += again * group * (own + seen * inner_work(layer.shapes) / token_work(layer.shapes) * of_token)

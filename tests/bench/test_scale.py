@@ -83,7 +83,9 @@ def test_tables_fit_into_80_columns(capsys):
     phases = {phase: 1234.5 for phase in ("read", "factor", "solve", "experts' outputs", "dense forward")}
     moved = dict.fromkeys(("read", "written", "from the disk", "to the disk"), 10**12)
     took = Compressed(10**10, 2.0, 10**9, 6e4, 6e4, phases, 3 * 10**8, 10**10, "dense forward", moved)
-    show_sizes([Size(2 * 10**10, took, 10**10, 10**9, 6e4)] * 2)
+    sizes = [Size(2 * 10**10, took, 10**10, 10**9, 6e4, clock) for clock in ("wall", "processor")]
+    show_sizes(sizes)
+    assert [size.longer for size in sizes] == [took.seconds / 6e4, took.processor_seconds / 6e4]
     show_groups(dict.fromkeys((1, 4, 16), took))
     show_projected([Projected(name, 10**12, 10**10, 0.8, 10**11, 10**10, 10**10, 10**12, 9, 5e6) for name in LARGE], 1)
     printed = capsys.readouterr().out

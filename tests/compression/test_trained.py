@@ -14,7 +14,8 @@ def test_on_a_trained_qwen3_moe_qmoe_loses_less_than_rounding(run, tmp_path):
     text, held_out = model / "calibration.txt", model / "held_out.txt"
     length = ["--sequence-length", 64]
     calibrated = ["compress", model, "--calibration", text, *length]
-    code, printed, noted = run(*calibrated[:2], tmp_path / "qmoe", *calibrated[2:], "--grid", "minmax", "--tune", "none")
+    ternary = [*calibrated[2:], "--grid", "minmax", "--tune", "none"]
+    code, printed, noted = run(*calibrated[:2], tmp_path / "qmoe", *ternary)
     assert code == 0, noted
     rates = ("1.3", "2", "3")
     for rate in rates:

@@ -256,6 +256,19 @@ def test_what_is_tuned_takes_its_time(causal):
     assert phases["none"]["dense parts"] < phases["targets"]["dense parts"] == phases["block"]["dense parts"]
 
 
+def test_groups_are_solved_again_on_the_layers_that_decide_on_the_rate(causal):
+    headers = read_headers(causal("qwen3_moe"))
+    anatomy = anatomy_of(headers)
+    experts = anatomy.layers[0].count
+
+    def seconds(group_size, rate):
+        settings = Settings(sequence_length=32, validation_samples=0, blend_tokens=0, group_size=group_size, rate=rate)
+        return seconds_of(anatomy, settings, headers, SPEEDS, 10**12, [])["experts: solving and encoding"]
+
+    again = [seconds(size, 2.0) - seconds(size, None) for size in (1, experts)]
+    assert again[0] / 7 == pytest.approx(again[1] / 4 / experts)
+
+
 def test_experts_of_a_decoder_are_measured_with_its_own_activation(causal):
     anatomy = anatomy_of(read_headers(causal("qwen3_moe")))
     run = _Experts(anatomy, Settings(sequence_length=32), qm.MinMaxTernary(torch.bfloat16))
