@@ -90,7 +90,7 @@ def test_ctrl_c_finishes_the_group_under_way(tmp_path, switch, run, text_file, m
     monkeypatch.setattr(LayerCompressor, "_solve_group", pressed)
     out, log = tmp_path / "out", tmp_path / "out.log.jsonl"
     command = ["compress", switch, out, "--calibration", text_file, "--samples", 24, "--sequence-length", 32]
-    command += ["--validation-samples", 2, "--codeword-bits", 10, "--grid", "minmax"]
+    command += ["--validation-samples", 2, "--codeword-bits", 10, "--grid", "minmax", "--tune", "none"]
     code, _, noted = run(*command)
     assert code == 130
     assert "finished first; Ctrl-C once more ends at once" in noted
