@@ -264,11 +264,11 @@ def _cache() -> Iterator[CheckResult]:
     """Ask numba where it keeps a compiled function; it has tried to write there."""
     run = "export NUMBA_CACHE_DIR=DIRECTORY   # one that you may write to"
     try:
-        from qmoe_lite.coding import codebook
+        from qmoe_lite.coding import counting
     except RuntimeError as error:
         yield CheckResult("numba cache", first_line(error), "missing", True, "The kernels cannot be imported.", run)
         return
-    path = codebook._count_codewords_kernel.stats.cache_path
+    path = counting._count_codewords_kernel.stats.cache_path
     asked = os.environ.get("NUMBA_CACHE_DIR")
     if asked and not path.startswith(asked):
         follows = f"NUMBA_CACHE_DIR is {asked}, where nothing can be written."

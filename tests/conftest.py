@@ -36,7 +36,10 @@ def _compiled_once() -> None:
     from numba.core.caching import IndexDataCacheFile
     from numba.core.dispatcher import Dispatcher
 
+    from qmoe_lite.coding import dictionary
+
     sharing.compile_once(Dispatcher, IndexDataCacheFile)
+    sharing.fit_once(dictionary)
     if (launch := sys.modules.get("qmoe_lite.cuda.launch")) is not None:  # whoever compiles kernels has imported it
         sharing.keep_ptx(launch.Kernel)
 
@@ -135,13 +138,31 @@ def _compress(model: Path, out: Path, text: Path):
     return compress(model, out, calibration=text, grid=MinMaxTernary(torch.bfloat16), **settings)
 
 
+@pytest.fixture(scope="session")
+def in_windows(made_once, compressed, compressed_causal):
+    """Give a function that puts digits of codes of windows into such a model, once each."""
+    from checks import recode_in_windows
+
+    def make(model_type: str) -> Path:
+        found = compressed[0] if model_type == "switch_transformers" else compressed_causal(model_type)
+        return made_once(f"{model_type}-windows", lambda place: recode_in_windows(shutil.copytree(found, place)))
+
+    return make
+
+
 @pytest.fixture
 def directory(request, compressed, tmp_path):
-    """Give a function: model type -> a copy of its compressed directory, where counts may be written."""
+    """Give a function: model type -> a copy of its compressed directory, where counts may be written.
 
-    def get(model_type="qwen3_moe"):
+    "mixtral of windows": with digits of such codes.
+    """
+
+    def get(name="qwen3_moe"):
+        model_type = name.removesuffix(" of windows")
         found = compressed[0]
-        if model_type != "switch_transformers":
+        if model_type != name:
+            found = request.getfixturevalue("in_windows")(model_type)
+        elif model_type != "switch_transformers":
             found = request.getfixturevalue("compressed_causal")(model_type)
         shutil.copytree(found, tmp_path / model_type)
         return tmp_path / model_type

@@ -43,7 +43,7 @@ def test_without_a_place_a_process_gets_one_of_its_own_that_goes_with_it(tmp_pat
 
 @pytest.mark.slow
 def test_numba_that_was_imported_before_is_told(tmp_path):
-    after = "from qmoe_lite.coding.codebook import _count_codewords_kernel as k; print(k.stats.cache_path)"
+    after = "from qmoe_lite.coding.counting import _count_codewords_kernel as k; print(k.stats.cache_path)"
     script = "import numba\n" + SCRIPT + after
     environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     command = [sys.executable, "-c", script, PACKAGE, str(tmp_path)]

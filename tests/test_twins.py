@@ -18,7 +18,7 @@ TWINS = [
     ("coding.matmul", "decode_matmul"),
 ]
 # a CUDA kernel's twin lies in the file of the same name, or here
-CPU_KERNELS = {"_decode_kernel": "decode_kernels", "_count_codewords_kernel": "codebook", "block_kernel": "columns"}
+CPU_KERNELS = {"_decode_kernel": "decode_kernels", "_count_codewords_kernel": "counting", "block_kernel": "columns"}
 
 # they are about the GPU itself, or hold a part of a twin
 NO_TWINS = ("__init__", "cubins", "experts", "gather", "intrinsics", "launch", "packets", "static", "variants")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -238,9 +239,13 @@ def stored_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides a compression's bytes, by package."""
-    from importlib.metadata import version
-
     from qmoe_lite import __version__
 
-    others = {name: version(name) for name in ("torch", "transformers", "numba", "numpy")}
-    return {"qmoe-lite": __version__, **others}
+    return {"qmoe-lite": __version__, **_others()}
+
+
+@functools.cache  # each takes some milliseconds to read
+def _others() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "numba", "numpy")}

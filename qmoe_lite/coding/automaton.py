@@ -82,6 +82,38 @@ def build_automaton(strings: tuple[bytes, ...], digits: int) -> Automaton:
     return Automaton(next_state, emitted, tail_code)
 
 
+class SplitTree:
+    """The automata of one Tunstall tree at any size, for counting codewords: their codes are all 0.
+
+    Parameters
+    ----------
+    splits : list of bytes
+        The strings that the tree replaces by their extensions, in order.
+    digits : int
+        Size of the alphabet.
+    """
+
+    def __init__(self, splits: list[bytes], digits: int) -> None:
+        self._digits = digits
+        places = {string: place for place, string in enumerate(splits)}
+        symbols, zero = [bytes([symbol]) for symbol in range(digits)], bytes([ALPHABETS[digits].zero_symbol])
+        self._extensions = np.array([[places.get(s + symbol, len(splits)) for symbol in symbols] for s in splits])
+        # states are numbered so that a zero leads to the next one
+        heads, lengths = [places[string.rstrip(zero)] for string in splits], [len(string) for string in splits]
+        self._order = np.lexsort((lengths, heads))
+
+    def steps(self, size: int) -> Steps:
+        """Return the automaton of the tree's first so many splits as the CPU's encoder walks it."""
+        size = min(size, len(self._order))
+        order = self._order[self._order < size]
+        state_of = np.zeros(len(self._order) + 1, dtype=np.int32)
+        state_of[order] = np.arange(len(order)) * self._digits
+        extensions = self._extensions[order]
+        ends = extensions >= size
+        next_state, emitted = np.where(ends, 0, state_of[extensions]), np.where(ends, 0, -1)
+        return walk_steps(Automaton(next_state, emitted, np.zeros(ends.size, dtype=np.int32)), self._digits)
+
+
 def walk_steps(automaton: Automaton, digits: int) -> Steps:
     """Put what a step of the CPU's walk needs into one word each; see `Steps`."""
     zero = ALPHABETS[digits].zero_symbol

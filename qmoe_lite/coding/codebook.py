@@ -15,22 +15,20 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
 from numpy.typing import NDArray
 
 from qmoe_lite.coding.alphabet import ALPHABETS, Alphabet
 from qmoe_lite.coding.automaton import Automaton, Steps, build_automaton, walk_steps
+from qmoe_lite.coding.counting import count_codewords, count_rates
 from qmoe_lite.coding.gather import STEP_IN_BYTES
-from qmoe_lite.coding.guards import enter_kernels
 from qmoe_lite.coding.strings import (
     PAPER_BITS,
     PAPER_COUNTS,
     mean_length,
     paper_strings,
-    table_entry,
+    table_entries,
     tunstall_strings,
 )
-from qmoe_lite.coding.walk import LANES, check_counted, digit_bytes, walk_rows
 from qmoe_lite.errors import CodebookError, FormatError, QMoEError, SettingError
 
 _FIELD_COUNTS = (2, 3, 4, 7)  # nonzeros an entry that kernels are compiled for: each costs seconds once
@@ -140,17 +138,18 @@ class Codebook:
         >>> Codebook.choose([115, 1770, 115]).bits, Codebook.choose([25, 950, 25]).bits
         (10, 13)
         """
-        counts = tuple(counts)
-
-        def rate_of(book: Codebook) -> float:
-            return book.expected_bits_per_weight() if digits is None else book.rate(digits)
-
-        rates = {book: rate_of(book) for book in (cls.fit(counts, bits) for bits in range(8, 13))}
-        good = [book for book, rate in rates.items() if rate <= _RATE_MARGIN * min(rates.values())]
-        chosen = min(good, key=lambda book: (abs(book.bits - 10), book.bits))
-        if chosen.bits == 12 and rate_of(longer := cls.fit(counts, 13)) < rates[chosen]:
-            return longer
-        return chosen
+        counts = cls.fit(counts).counts
+        books = {bits: cls.fit(counts, bits) for bits in range(8, 14)}
+        if digits is None:
+            rates = {bits: books[bits].expected_bits_per_weight() for bits in range(8, 13)}
+        else:
+            rates = count_rates(counts, digits, range(8, 13))
+        good = [bits for bits, rate in rates.items() if rate <= _RATE_MARGIN * min(rates.values())]
+        chosen = min(good, key=lambda bits: (abs(bits - 10), bits))
+        if chosen == 12:
+            longer = books[13].expected_bits_per_weight() if digits is None else books[13].rate(digits)
+            chosen = 13 if longer < rates[12] else 12
+        return books[chosen]
 
     @staticmethod
     def paper() -> Codebook:
@@ -192,8 +191,8 @@ class Codebook:
         position. Ternary slots: 0 = digit +1, 1 = digit -1, 2 = zero; two-bit slots 0 to 2 = digits 1 to 3, 3 = zero.
         An absent nonzero is the zero slot of position 0.
         """
-        table = np.full(1 << self.bits, table_entry(b"", self.digits), dtype=np.uint64)
-        table[: len(self._strings)] = [table_entry(string, self.digits) for string in self._strings]
+        left_over = (b"",) * ((1 << self.bits) - len(self._strings))
+        table = table_entries(self._strings + left_over, self.digits)
         table.flags.writeable = False
         return table
 
@@ -318,13 +317,7 @@ class Codebook:
         -------
         int64 array, shape (R,)
         """
-        digits_bytes = digit_bytes(digits)
-        enter_kernels()
-        rows, columns = digits.shape
-        counts = np.empty(rows, dtype=np.int64)
-        _count_codewords_kernel(digits_bytes, columns, self.lowest_digit, self.digits, *self.steps, counts)
-        check_counted(counts, digits, self.alphabet)
-        return counts
+        return count_codewords(digits, self.alphabet, self.steps)
 
     def to_config(self) -> dict[str, Any]:
         """Return what a checkpoint stores: kind, counts, bits, and the table's sha256 (little-endian bytes, hex)."""
@@ -381,19 +374,3 @@ def _checked_counts(counts: Iterable[Any]) -> tuple[int, ...]:
     if min(checked) < 0 or not 0 < sum(checked) < 1 << 63:
         raise CodebookError(f"counts is {list(checked)}; expected none negative, a sum from 1 to 2**63 - 1.")
     return checked
-
-
-@njit(parallel=True, cache=True, fastmath=False)
-def _count_codewords_kernel(
-    digits: NDArray[np.uint8],
-    columns: int,
-    lowest: int,
-    n_digits: int,
-    entries: NDArray[np.uint64],
-    tails: NDArray[np.uint16],
-    counts: NDArray[np.int64],
-) -> None:
-    """Write the codewords per row of digits (R * C,) to counts (R,); see `walk_rows`."""
-    for group in prange((len(counts) + LANES - 1) // LANES):
-        codes = np.empty(LANES * columns, dtype=np.uint16)
-        walk_rows(digits, columns, lowest, n_digits, entries, tails, group * LANES, codes, counts)

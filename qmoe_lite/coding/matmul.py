@@ -232,7 +232,7 @@ def _gather(
     chunk_bytes = max(CHUNK_BYTES, CACHE_BYTES - table.nbytes)
     chunks = max(1, min(-(-4 * stack.columns * book.digits * tokens // chunk_bytes), stack.columns // CHUNK_COLUMNS))
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest
-    # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take a second to compile
+    # the usual width is compiled in, which makes one token 3 to 9% faster; each other one would take time to compile
     width = book.bits if book.bits == USUAL_BITS else 0
     gatherer = rows_gatherer(width, len(book.fields), tokens, sums)
     called = table.ctypes.data, book.bits, gatherer.address

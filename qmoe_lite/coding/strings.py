@@ -18,22 +18,47 @@ MAX_NONZEROS = 7  # per codeword, so that an entry fits its uint64
 PAPER_COUNTS, PAPER_BITS, PAPER_PAIRS = (115, 1770, 115), 16, 14  # P(0) = 0.885; at most 14 pairs a codeword
 
 
+def tunstall_splits(counts: tuple[int, ...], bits: int) -> list[bytes]:
+    """Return the strings that a Tunstall tree for codewords of so many bits replaces by their extensions, in order.
+
+    The tree for fewer bits replaces the first of them; see `split_count`.
+    """
+    shares = [max(count, 1) for count in counts]
+    digits, total, most = len(counts), sum(shares), split_count(len(counts), bits)
+    deepest, zero = ALPHABETS[digits].longest, ALPHABETS[digits].zero_symbol
+    # a leaf's weight = its probability times total**deepest: an exact integer, so order never depends on rounding.
+    # An extension weighs less than what it extends: when a weight's turn comes, all strings of that weight are there.
+    first = (-(total**deepest), 0)
+    heap, groups = [first], {first: [b""]}
+    splits = list[bytes]()
+    while heap and len(splits) < most:
+        weight, length = heapq.heappop(heap)
+        strings = groups.pop((weight, length))
+        if length == deepest:
+            continue
+        strings = [string for string in strings if length - string.count(zero) < MAX_NONZEROS]
+        strings = sorted(strings)[: most - len(splits)]
+        splits += strings
+        for symbol, share in enumerate(shares if strings else ()):
+            key = (weight // total * share, length + 1)
+            if key not in groups:
+                groups[key] = []
+                heapq.heappush(heap, key)
+            last = bytes([symbol])
+            groups[key] += [string + last for string in strings]
+    return splits
+
+
+def split_count(digits: int, bits: int) -> int:
+    """Return how many strings a Tunstall tree can replace: each by `digits` others, one of which has its codeword."""
+    return ((1 << bits) - 1) // (digits - 1)
+
+
 def tunstall_strings(counts: tuple[int, ...], bits: int) -> tuple[bytes, ...]:
     """Leaves of the Tunstall tree in lexicographic order; see `Codebook.fit`."""
-    shares = [max(count, 1) for count in counts]
-    digits, total = len(counts), sum(shares)
-    deepest, zero = ALPHABETS[digits].longest, ALPHABETS[digits].zero_symbol
-    # a leaf's weight = its probability times total**deepest: an exact integer, so order never depends on rounding
-    heap: list[tuple[int, int, bytes]] = [(-(total**deepest), 0, b"")]
-    finished: list[bytes] = []
-    while heap and len(heap) + len(finished) + digits - 1 <= 1 << bits:
-        weight, length, string = heapq.heappop(heap)
-        if length == deepest or length - string.count(zero) == MAX_NONZEROS:
-            finished.append(string)
-            continue
-        for symbol, share in enumerate(shares):
-            heapq.heappush(heap, (weight // total * share, length + 1, string + bytes([symbol])))
-    return tuple(sorted(finished + [string for _, _, string in heap]))
+    splits = tunstall_splits(counts, bits)
+    extended = (string + bytes([symbol]) for string in splits for symbol in range(len(counts)))
+    return tuple(sorted(set(extended).difference(splits)))
 
 
 def paper_strings() -> tuple[bytes, ...]:
@@ -99,9 +124,18 @@ def mean_length(strings: tuple[bytes, ...], shares: NDArray[np.float64], whole: 
     return float(2 * chances @ (entered * scale))
 
 
-def table_entry(string: bytes, digits: int) -> int:
-    """Table entry of a digit string; see `Codebook.table`."""
-    zero, slots = ALPHABETS[digits].zero_symbol, ALPHABETS[digits].slot_of_symbol
-    fields = [digits * i + slots[symbol] for i, symbol in enumerate(string) if symbol != zero]
-    fields += [digits - 1] * (MAX_NONZEROS - len(fields))
-    return int.from_bytes(bytes([len(string), *fields]), "little")
+def table_entries(strings: tuple[bytes, ...], digits: int) -> NDArray[np.uint64]:
+    """Table entries of digit strings, uint64, shape (strings,); see `Codebook.table`."""
+    zero, slots = ALPHABETS[digits].zero_symbol, np.array(ALPHABETS[digits].slot_of_symbol)
+    lengths = np.array([len(string) for string in strings])
+    symbols = np.frombuffer(b"".join(strings), dtype=np.uint8)
+    places = np.flatnonzero(symbols != zero)
+    owners = np.repeat(np.arange(len(strings)), lengths)[places]
+    positions = places - (np.cumsum(lengths) - lengths)[owners]
+    # a string's first nonzero goes into byte 1, the next one into byte 2
+    counts = np.bincount(owners, minlength=len(strings))
+    ranks = np.arange(len(places)) - (np.cumsum(counts) - counts)[owners]
+    entries = np.full((len(strings), 1 + MAX_NONZEROS), digits - 1, dtype=np.uint8)
+    entries[:, 0] = lengths
+    entries[owners, 1 + ranks] = digits * positions + slots[symbols[places]]
+    return entries.view("<u8").ravel().astype(np.uint64)

@@ -111,16 +111,6 @@ def prefetch_second(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def code_bits(typing: Any, bits: Any) -> Any:
-    """Return as a uint64 the length of a tuple, which the compiler knows, or an int as it is."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.Constant(_INT64, bits.count) if isinstance(bits, types.BaseTuple) else arguments[0]
-
-    return types.uint64(bits if isinstance(bits, types.BaseTuple) else types.int64), generate
-
-
-@intrinsic
 def zeros(typing: Any, lanes: Any) -> Any:
     """Return a vector of zeros, as long as the tuple `lanes`."""
 

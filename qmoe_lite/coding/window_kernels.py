@@ -16,14 +16,16 @@ Column scales are multiplied into x where it is laid out, a row's step into its 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange
 from numpy.typing import NDArray
 
+from qmoe_lite.coding.calls import call, compiled
 from qmoe_lite.coding.inlined import inlined
-from qmoe_lite.coding.vectors import address_of, code_bits, load_64_at, store
+from qmoe_lite.coding.vectors import address_of, load_64_at, store
 from qmoe_lite.coding.window_layout import COUNT, EXPERT, FIRST, PANEL
 from qmoe_lite.coding.window_sums import (
     accumulate_sums,
@@ -59,21 +61,21 @@ def _first_codewords(row_codewords: NDArray[Any], fewest: NDArray[np.int32], job
 
 
 @inlined(error_model="numpy")
-def _four_windows(row: np.uint64, shift: np.uint64, group: int, bits: Any) -> np.uint64:
+def _four_windows(row: np.uint64, shift: np.uint64, group: int, bits: np.uint64) -> np.uint64:
     """Four codewords and the two bits before: group 0 or 1 of the eight that begin `shift` bits behind `row`."""
-    bit = np.uint64(4 * group) * code_bits(bits)
+    bit = np.uint64(4 * group) * bits
     return load_64_at(row + (bit >> np.uint64(3))) >> (shift + (bit & np.uint64(7)))
 
 
 @inlined(error_model="numpy")
-def _window(word: np.uint64, k: int, bits: Any) -> np.uint64:
-    return (word >> (np.uint64(k) * code_bits(bits))) & ((np.uint64(4) << code_bits(bits)) - np.uint64(1))
+def _window(word: np.uint64, k: int, bits: np.uint64) -> np.uint64:
+    return (word >> (np.uint64(k) * bits)) & ((np.uint64(4) << bits) - np.uint64(1))
 
 
 @inlined(error_model="numpy")
 def _add_four(
     word: np.uint64,
-    bits: Any,
+    bits: np.uint64,
     digits: np.uint64,
     width: tuple[int, ...],
     lengths: NDArray[np.uint8],
@@ -101,59 +103,51 @@ def _add_four(
     return place, sum0, sum1, sum2, sum3
 
 
-@inlined(error_model="numpy")
-def _add_row(
-    stream: np.uint64,
-    codeword: int,
-    count: int,
-    bits: Any,
-    digits: np.uint64,
-    width: tuple[int, ...],
-    lengths: NDArray[np.uint8],
-    tokens: tuple[int, ...],
-    place: np.uint64,
-    token_bytes: np.uint64,
-    sums: np.uint64,
-) -> None:
-    """Write a row's sums, one a token. The last load begins within the row, so that it ends within the padding."""
-    bit = np.uint64(codeword) * code_bits(bits)
-    row, shift = stream + (bit >> np.uint64(3)), bit & np.uint64(7)
-    groups = (count + 3) // 4
-    a = b = c = d = no_sums(tokens, width)
-    for _ in range(groups >> 1):
-        word = _four_windows(row, shift, 0, bits)
-        place, a, b, c, d = _add_four(word, bits, digits, width, lengths, place, token_bytes, a, b, c, d)
-        word = _four_windows(row, shift, 1, bits)
-        place, a, b, c, d = _add_four(word, bits, digits, width, lengths, place, token_bytes, a, b, c, d)
-        row += code_bits(bits)
-    if groups & 1:
-        word = _four_windows(row, shift, 0, bits)
-        place, a, b, c, d = _add_four(word, bits, digits, width, lengths, place, token_bytes, a, b, c, d)
-    store_totals(sums, add_sums(add_sums(a, b), add_sums(c, d)))
+@cache
+def rows_adder(code_bits: int, entry_bytes: int, tokens: int) -> Any:
+    """Compile the walk of a task's rows for entries of so many digits and so many tokens.
 
+    `code_bits` is the width of the codewords, or 0 for one that the walk is told.
+    """
+    width, group = (0,) * entry_bytes, (0,) * tokens
 
-@inlined(error_model="numpy")
-def _add_rows(
-    codes: NDArray[np.uint8],
-    offset: int,
-    codeword: int,
-    counts: NDArray[Any],
-    fewest: int,
-    bits: Any,
-    digits: NDArray[np.int8],
-    width: tuple[int, ...],
-    lengths: NDArray[np.uint8],
-    tokens: tuple[int, ...],
-    x: NDArray[np.float32],
-    sums: NDArray[np.float32],
-) -> None:
-    """Write rows' sums (rows, tokens)."""
-    stream, table, token_bytes = address_of(codes) + np.uint64(offset), address_of(digits), np.uint64(4 * x.shape[1])
-    for i in range(len(counts)):
-        count = np.int64(counts[i]) + fewest
-        own = address_of(sums) + np.uint64(4 * len(tokens) * i)
-        _add_row(stream, codeword, count, bits, table, width, lengths, tokens, address_of(x), token_bytes, own)
-        codeword += count  # type: ignore[assignment]
+    def add_rows(
+        rows: np.uint64,
+        stream: np.uint64,
+        told: np.uint64,
+        digits: np.uint64,
+        lengths: Any,
+        walked: Any,
+        x: np.uint64,
+        token_bytes: np.uint64,
+        sums: np.uint64,
+    ) -> np.uint64:
+        """Write sums (rows, tokens); walked (rows, 2): first bit, codewords.
+
+        A row's last load begins within the row, so that it ends within the padding.
+        """
+        bits = np.uint64(code_bits) if code_bits else told
+        known, walks = carray(lengths, (np.int64(4) << bits,)), carray(walked, (rows, 2))
+        for i in range(rows):
+            bit, place = walks[i, 0], x
+            row, shift = stream + (bit >> np.uint64(3)), bit & np.uint64(7)
+            groups = (walks[i, 1] + np.uint64(3)) >> np.uint64(2)
+            a = b = c = d = no_sums(group, width)
+            for _ in range(groups >> np.uint64(1)):
+                word = _four_windows(row, shift, 0, bits)
+                place, a, b, c, d = _add_four(word, bits, digits, width, known, place, token_bytes, a, b, c, d)
+                word = _four_windows(row, shift, 1, bits)
+                place, a, b, c, d = _add_four(word, bits, digits, width, known, place, token_bytes, a, b, c, d)
+                row += bits
+            if groups & np.uint64(1):
+                word = _four_windows(row, shift, 0, bits)
+                place, a, b, c, d = _add_four(word, bits, digits, width, known, place, token_bytes, a, b, c, d)
+            store_totals(sums, add_sums(add_sums(a, b), add_sums(c, d)))
+            sums += np.uint64(4 * len(group))
+        return np.uint64(0)
+
+    pointers = "CPointer(uint8), CPointer(uint64)"
+    return compiled(add_rows, f"uint64(uint64, uint64, uint64, uint64, {pointers}, uint64, uint64, uint64)")
 
 
 @inlined(error_model="numpy")
@@ -192,18 +186,16 @@ def few_kernel(
     digits: NDArray[np.int8],
     lengths: NDArray[np.uint8],
     columns: int,
-    bits: Any,
-    width: tuple[int, ...],
-    tokens: tuple[int, ...],
+    bits: int,
+    adder: int,
     jobs: NDArray[np.int64],
     x: NDArray[np.float32],
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y (N, R) for jobs of up to len(tokens) tokens.
+    """Fill y (N, R) for jobs of up to so many tokens.
 
-    The first eight are a `WindowStack`'s. digits (4 << bits, len(width)), lengths (4 << bits,): the dictionary's
-    tables. x (J, len(tokens), C + padding) from `lay_rows`. Of the tuples only the length counts (bits: see
-    `code_bits`).
+    The first eight are a `WindowStack`'s. digits (4 << bits, width), lengths (4 << bits,): the dictionary's tables.
+    adder: address of a `rows_adder`. x (J, tokens, C + padding) from `lay_rows`.
     """
     firsts = _first_codewords(row_codewords, fewest, jobs)
     blocks = firsts.shape[1]
@@ -211,17 +203,21 @@ def few_kernel(
         job, laid, first = jobs[task // blocks], x[task // blocks], task % blocks * TASK_ROWS
         expert, codeword = job[EXPERT], firsts[task // blocks, task % blocks]
         counts = row_codewords[expert, first : first + TASK_ROWS]
-        sums = np.empty((len(counts), len(tokens)), dtype=np.float32)
-        _add_rows(
-            codes, offsets[expert], codeword, counts, fewest[expert], bits, digits, width, lengths, tokens, laid, sums
-        )
+        sums = np.empty((len(counts), x.shape[1]), dtype=np.float32)
+        walked = np.empty((len(counts), 2), dtype=np.uint64)
+        for i in range(len(counts)):
+            walked[i, 0], walked[i, 1] = codeword * bits, np.int64(counts[i]) + fewest[expert]
+            codeword += np.int64(walked[i, 1])
+        stream, table = address_of(codes) + np.uint64(offsets[expert]), address_of(digits)
+        coded = np.uint64(len(counts)), stream, np.uint64(bits), table, address_of(lengths), address_of(walked)
+        call(np.uint64(adder), (*coded, address_of(laid), np.uint64(4 * laid.shape[1]), address_of(sums)))
         own, block_rows = exception_starts[expert], max(1, 65536 // columns)
         for block in range(first // block_rows, (first + len(counts) - 1) // block_rows + 1):
             low, high = _exceptions_of(own, exception_positions, columns, first, first + len(counts), block)
             for i in range(low, high):
                 row = exception_positions[i] // np.uint32(columns)
                 column = exception_positions[i] - row * np.uint32(columns)
-                for token in range(len(tokens)):
+                for token in range(x.shape[1]):
                     added = np.float32(exception_values[i]) * laid[token, column]
                     sums[block * block_rows + np.int64(row) - first, token] += added
         for token in range(job[COUNT]):
@@ -232,7 +228,7 @@ def few_kernel(
 @inlined(error_model="numpy")
 def _write_four(
     word: np.uint64,
-    bits: Any,
+    bits: np.uint64,
     digits: np.uint64,
     width: tuple[int, ...],
     lengths: NDArray[np.uint8],
@@ -246,44 +242,59 @@ def _write_four(
     return place
 
 
-@inlined(error_model="numpy")
-def _write_chunk(
-    stream: np.uint64,
-    bit: np.uint64,
-    bits: Any,
-    digits: np.uint64,
-    width: tuple[int, ...],
-    lengths: NDArray[np.uint8],
-    place: np.uint64,
-    end: np.uint64,
-) -> tuple[np.uint64, np.uint64]:
-    """Write a row's digits from `place` up to `end`, or up to CARRY digits more; return the next bit and place."""
-    while place < end:
-        word = load_64_at(stream + (bit >> np.uint64(3))) >> (bit & np.uint64(7))
-        place = _write_four(word, bits, digits, width, lengths, place)
-        bit += np.uint64(4) * code_bits(bits)
-    return bit, place
+@cache
+def tile_multiplier(code_bits: int, entry_bytes: int, tile_rows: int, panel: int) -> Any:
+    """Compile the decoding of a task's rows and their product with panels of so many tokens, so many rows at a time.
 
+    `code_bits` is the width of the codewords, or 0 for one that the function is told.
+    """
+    width, rows, lanes = (0,) * entry_bytes, (0,) * tile_rows, (0,) * panel
 
-@inlined(error_model="numpy")
-def _multiply_chunk(
-    tile: NDArray[np.float32],
-    columns: int,
-    rows: tuple[int, ...],
-    lanes: tuple[int, ...],
-    x: np.uint64,
-    sums: NDArray[np.float32],
-) -> None:
-    """Add the product of a tile's first columns with a panel's at address `x` to sums (TASK_ROWS, lanes)."""
-    row_bytes, lane_bytes = np.uint64(4 * _STRIDE), np.uint64(4 * len(lanes))
-    for row in range(0, TASK_ROWS, len(rows)):
-        total = no_sums(rows, lanes)
-        weight, place = address_of(tile) + row_bytes * np.uint64(row), x
-        for _ in range(columns):
-            total = add_column(total, weight, row_bytes, place)
-            weight += np.uint64(4)
-            place += lane_bytes
-        accumulate_sums(address_of(sums) + lane_bytes * np.uint64(row), lane_bytes, total)
+    def multiply_tile(
+        held: np.uint64,
+        stream: np.uint64,
+        told: np.uint64,
+        digits: np.uint64,
+        lengths: Any,
+        walked: Any,
+        tile: Any,
+        columns: np.uint64,
+        panels: np.uint64,
+        x: np.uint64,
+        sums: np.uint64,
+    ) -> np.uint64:
+        """Add to sums (panels, TASK_ROWS, lanes); walked (rows, 2): next bit, bytes written behind the chunk before."""
+        bits = np.uint64(code_bits) if code_bits else told
+        known, walks = carray(lengths, (np.int64(4) << bits,)), carray(walked, (held, 2))
+        decoded = carray(tile, (TASK_ROWS, _STRIDE))
+        row_bytes, lane_bytes = np.uint64(4 * _STRIDE), np.uint64(4 * panel)
+        for start in range(np.uint64(0), columns, np.uint64(CHUNK)):
+            wide = min(np.uint64(CHUNK), columns - start)
+            for i in range(held):
+                decoded[i, :CARRY] = decoded[i, CHUNK:]
+                place = address_of(decoded[i])
+                end = place + np.uint64(4) * wide
+                bit, place = walks[i, 0], place + walks[i, 1]
+                while place < end:
+                    word = load_64_at(stream + (bit >> np.uint64(3))) >> (bit & np.uint64(7))
+                    place = _write_four(word, bits, digits, width, known, place)
+                    bit += np.uint64(4) * bits
+                walks[i, 0], walks[i, 1] = bit, place - end
+            for k in range(panels):
+                own, all_sums = x + (k * columns + start) * lane_bytes, sums + k * np.uint64(TASK_ROWS) * lane_bytes
+                for row in range(0, TASK_ROWS, len(rows)):
+                    total = no_sums(rows, lanes)
+                    weight, place = address_of(decoded[row]), own
+                    for _ in range(wide):
+                        total = add_column(total, weight, row_bytes, place)
+                        weight += np.uint64(4)
+                        place += lane_bytes
+                    accumulate_sums(all_sums + lane_bytes * np.uint64(row), lane_bytes, total)
+        return np.uint64(0)
+
+    pointers = "CPointer(uint8), CPointer(uint64), CPointer(float32)"
+    whole = ", uint64" * 4
+    return compiled(multiply_tile, f"uint64(uint64, uint64, uint64, uint64, {pointers}{whole})")
 
 
 @njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
@@ -299,43 +310,34 @@ def many_kernel(
     digits: NDArray[np.int8],
     lengths: NDArray[np.uint8],
     columns: int,
-    bits: Any,
-    width: tuple[int, ...],
-    rows: tuple[int, ...],
-    lanes: tuple[int, ...],
+    bits: int,
+    multiplier: int,
     jobs: NDArray[np.int64],
     x: NDArray[np.float32],
     y: NDArray[np.float32],
 ) -> None:
-    """Fill y (N, R) for jobs of many tokens, `rows` at a time; see `few_kernel`. x (panels, C, lanes): `lay_panels`."""
+    """Fill y (N, R) for jobs of many tokens; see `few_kernel`. x (panels, C, lanes): `lay_panels`.
+
+    multiplier: address of a `tile_multiplier`.
+    """
     firsts = _first_codewords(row_codewords, fewest, jobs)
-    blocks = firsts.shape[1]
+    blocks, lanes = firsts.shape[1], x.shape[2]
     for task in prange(len(jobs) * blocks):
         job = jobs[task // blocks]
         expert, first = job[EXPERT], task % blocks * TASK_ROWS
         held = min(TASK_ROWS, steps.shape[1] - first)
-        panels = (job[COUNT] + len(lanes) - 1) // len(lanes)
-        stream = address_of(codes) + np.uint64(offsets[expert])
+        panels = (job[COUNT] + lanes - 1) // lanes
         codeword = firsts[task // blocks, task % blocks]
         tile = np.zeros((TASK_ROWS, _STRIDE), dtype=np.float32)
-        sums = np.zeros((panels, TASK_ROWS, len(lanes)), dtype=np.float32)
-        bit, written = np.empty(held, dtype=np.uint64), np.zeros(held, dtype=np.uint64)
+        sums = np.zeros((panels, TASK_ROWS, lanes), dtype=np.float32)
+        walked = np.zeros((held, 2), dtype=np.uint64)
         for i in range(held):
-            bit[i] = np.uint64(codeword) * code_bits(bits)
+            walked[i, 0] = codeword * bits
             codeword += np.int64(row_codewords[expert, first + i]) + fewest[expert]
-        for start in range(0, columns, CHUNK):
-            wide = min(CHUNK, columns - start)
-            for i in range(held):
-                tile[i, :CARRY] = tile[i, CHUNK:]
-                place = address_of(tile) + np.uint64(4 * _STRIDE * i)
-                end = place + np.uint64(4 * wide)
-                bit[i], behind = _write_chunk(
-                    stream, bit[i], bits, address_of(digits), width, lengths, place + written[i], end
-                )
-                written[i] = behind - end
-            for panel in range(panels):
-                own = address_of(x) + np.uint64(4 * len(lanes) * ((job[PANEL] + panel) * columns + start))
-                _multiply_chunk(tile, wide, rows, lanes, own, sums[panel])
+        stream, table = address_of(codes) + np.uint64(offsets[expert]), address_of(digits)
+        coded = np.uint64(held), stream, np.uint64(bits), table, address_of(lengths), address_of(walked)
+        sizes = address_of(tile), np.uint64(columns), np.uint64(panels)
+        call(np.uint64(multiplier), (*coded, *sizes, address_of(x[job[PANEL]]), address_of(sums)))
         exceptions, block_rows = exception_starts[expert], max(1, 65536 // columns)
         for block in range(first // block_rows, (first + held - 1) // block_rows + 1):
             low, high = _exceptions_of(exceptions, exception_positions, columns, first, first + held, block)
@@ -344,10 +346,10 @@ def many_kernel(
                 column = exception_positions[i] - row * np.uint32(columns)
                 value, at = np.float32(exception_values[i]), block * block_rows + np.int64(row) - first
                 for panel in range(panels):
-                    for lane in range(len(lanes)):
+                    for lane in range(lanes):
                         sums[panel, at, lane] += value * x[job[PANEL] + panel, column, lane]
         for panel in range(panels):
-            for lane in range(min(len(lanes), job[COUNT] - panel * len(lanes))):
+            for lane in range(min(lanes, job[COUNT] - panel * lanes)):
                 for i in range(held):
-                    token = job[FIRST] + panel * len(lanes) + lane
+                    token = job[FIRST] + panel * lanes + lane
                     y[token, first + i] = steps[expert, first + i] * sums[panel, i, lane]

@@ -146,17 +146,20 @@ def _multiply(
     stack: WindowStack, jobs: NDArray[np.int64], lanes: int, x: NDArray[np.float32], y: NDArray[np.float32]
 ) -> None:
     book = stack.dictionary
-    # the usual width is compiled in; each other one would take seconds to compile
-    bits = (0,) * book.bits if book.bits == USUAL_BITS else book.bits
+    # the usual width is compiled in; each other one would take a second to compile
+    width = book.bits if book.bits == USUAL_BITS else 0
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest, stack.steps
     exceptions = stack.exception_starts, stack.exception_positions, stack.exception_values
-    few = lanes in FEW_TOKENS
-    table = book.heads_table if few else book.digits_table
-    coded = *matrices, *exceptions, table, book.lengths, stack.columns, bits, (0,) * table.shape[1]
-    if few:
-        window_kernels.few_kernel(*coded, (0,) * lanes, jobs, x, y)
+    if lanes in FEW_TOKENS:
+        table = book.heads_table
+        adder = window_kernels.rows_adder(width, table.shape[1], lanes).address
+        coded = *matrices, *exceptions, table, book.lengths, stack.columns, book.bits
+        window_kernels.few_kernel(*coded, adder, jobs, x, y)
     else:
-        window_kernels.many_kernel(*coded, (0,) * _panels()[lanes], (0,) * lanes, jobs, x, y)
+        table = book.digits_table
+        multiplier = window_kernels.tile_multiplier(width, table.shape[1], _panels()[lanes], lanes).address
+        coded = *matrices, *exceptions, table, book.lengths, stack.columns, book.bits
+        window_kernels.many_kernel(*coded, multiplier, jobs, x, y)
 
 
 @cache

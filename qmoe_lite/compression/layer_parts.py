@@ -33,7 +33,7 @@ def compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
     """Return the sums of squares of the outputs' error, of the outputs and of what the dense experts put out."""
     found = np.zeros(3)
     # float64 copies of all would be memory that is written for the first time, which takes far longer than the sums
-    for own, aim in zip(*(each.reshape(-1).split(_COMPARED) for each in (outputs, dense)), strict=True):
+    for own, aim in zip(*(torch.split(each.reshape(-1), _COMPARED) for each in (outputs, dense)), strict=True):
         parts = ((own - aim).double(), own.double(), aim.double())
         found += torch.stack([torch.dot(part, part) for part in parts]).cpu().numpy()
     return found

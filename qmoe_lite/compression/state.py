@@ -333,7 +333,7 @@ class Unfinished:
         rows = [asdict(row) for row in done.pop("projections")]
         state = {"fingerprint": self.fingerprint, "model": self.model, **self._position}
         state |= {"done": done, "projections": rows}
-        files.write_json(self.directory / STATE_FILE, state)
+        files.write_json(self.directory / STATE_FILE, state, indent=None)
 
 
 def _is_whole(file: Path, expected: list[int] | None) -> bool:

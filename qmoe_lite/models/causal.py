@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Callable, Container, Sequence
@@ -172,10 +173,19 @@ def finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Tens
 
 
 def _known(family: Causal, config: Any) -> tuple[Architecture, Names]:
-    """Return what is read off a configuration's model; the latest few are remembered."""
+    """Return what is read off a configuration's model; the latest few are remembered, and the last one's settings."""
+    now = {name: value for name, value in vars(config).items() if name != "quantization_config"}
+    last = _LAST.get(family)
+    if last is not None and last[0] is type(config) and last[1] == now:  # it is asked for each tensor of a model
+        return last[2]
     settings, kind = config.to_dict(), cast(Any, type(config))
     settings.pop("quantization_config", None)
-    return _read(family, kind, json.dumps(settings, sort_keys=True, default=str))
+    found = _read(family, kind, json.dumps(settings, sort_keys=True, default=str))
+    _LAST[family] = type(config), copy.deepcopy(now), found
+    return found
+
+
+_LAST: dict[Causal, tuple[type, dict[str, Any], tuple[Architecture, Names]]] = {}
 
 
 @functools.lru_cache(maxsize=8)

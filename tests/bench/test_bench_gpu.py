@@ -400,27 +400,17 @@ def test_a_part_in_its_own_process_says_rows_and_its_error(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(launch.available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
-    out = subprocess.run(
-        [sys.executable, ROOT / "bench" / "gpu.py", "--out", tmp_path / "x"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (out.returncode, out.stdout) == (1, "")
-    assert out.stderr == f"bench/gpu.py: {launch.reason()}\n"
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_neither_zstandard_nor_an_installation_is_needed(tmp_path):
+def test_without_a_gpu_it_says_so_in_one_line_and_needs_neither_zstandard_nor_an_installation(tmp_path):
     (tmp_path / "gpu.py").write_text(
         f"import sys; sys.modules['zstandard'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import runpy; runpy.run_path(sys.argv[1], run_name='gpu')\n"
         "import qmoe_lite.bench.layer, qmoe_lite.offload\n"
+        "import runpy; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    subprocess.run([sys.executable, tmp_path / "gpu.py", ROOT / "bench" / "gpu.py"], cwd=tmp_path, check=True)
+    command = [sys.executable, tmp_path / "gpu.py", ROOT / "bench" / "gpu.py", "--out", tmp_path / "x"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (out.returncode, out.stdout) == (1, "")
+    assert out.stderr == f"bench/gpu.py: {launch.reason()}\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["gpu.py"]
 
 
 @pytest.mark.slow

@@ -148,18 +148,25 @@ def test_versions_are_compared_with_the_ranges_that_the_package_declares(run, fi
     assert row["follows"].endswith(" is needed.")
 
 
-CACHE = "from qmoe_lite.cli.doctor import _cache; [row] = _cache(); print(row.status, row.found, row.follows, row.run)"
+CACHE = """
+import os, sys
+os.environ[sys.argv[1]] = sys.argv[2]
+from qmoe_lite.cli.doctor import _cache
+[row] = _cache()
+print(row.status, row.found, row.follows, row.run)
+"""
 
 
 @pytest.mark.slow
-def test_the_cache_is_where_numba_has_tried_to_write(tmp_path):
-    assert python(CACHE, NUMBA_CACHE_DIR=str(tmp_path / "cache"))[1].startswith(f"ok {tmp_path}/cache/")
+def test_the_cache_is_where_numba_has_tried_to_write(tmp_path, forks):
+    found = forks.run(CACHE, "NUMBA_CACHE_DIR", tmp_path / "cache").stdout
+    assert found.startswith(f"ok {tmp_path}/cache/")
     (tmp_path / "file").write_text("")
-    printed = python(CACHE, NUMBA_CACHE_DIR=str(tmp_path / "file" / "cache"))[1]
+    printed = forks.run(CACHE, "NUMBA_CACHE_DIR", tmp_path / "file" / "cache").stdout
     assert printed.startswith("broken ")
     assert "file/cache, where nothing can be written. export NUMBA_CACHE_DIR=" in printed
     # what numba does where neither the package's folder nor the user's can be written
-    printed = python(CACHE, NUMBA_CACHE_LOCATOR_CLASSES="ZipCacheLocator")[1]
+    printed = forks.run(CACHE, "NUMBA_CACHE_LOCATOR_CLASSES", "ZipCacheLocator").stdout
     assert printed.startswith("missing cannot cache function")
     assert "The kernels cannot be imported. export NUMBA_CACHE_DIR=" in printed
 

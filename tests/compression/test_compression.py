@@ -247,7 +247,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, switch, text_file, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qmoe_lite.checkpoint.atomic.save_file", full)
+        patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(OutputError, match="No space left on device"):
             qm.compress(switch, tmp_path / "out", calibration=text_file, **SMALL)
     assert bytes_of(tmp_path / "out.partial") == kept

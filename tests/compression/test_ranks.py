@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sharing
 import torch
 from checks import everything_of
 
@@ -25,10 +26,14 @@ os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  
 import torch
 import qmoe_lite as qm
 from qmoe_lite.cli.main import main
+from qmoe_lite.coding import dictionary
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.ranks import ALONE, Together
 from qmoe_lite.errors import NotFiniteError
 
+sys.path.append(sys.argv[5])
+import sharing
+sharing.fit_once(dictionary)
 switch, causal, text, place = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
 small = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1, "batch_size": 5}
 ternary = {**small, "grid": qm.MinMaxTernary(torch.bfloat16)}
@@ -113,7 +118,7 @@ def together(made_once, forks, switch, causal, text_file):
     """What came of the runs in TOGETHER: their directories, and what they said."""
 
     def make(place: Path) -> None:
-        done = forks.run(TOGETHER, switch, causal("qwen3_moe"), text_file, place)
+        done = forks.run(TOGETHER, switch, causal("qwen3_moe"), text_file, place, Path(sharing.__file__).parent)
         assert (place / "said.json").exists(), done.stderr
         (place / "stderr").write_text(done.stderr)
 

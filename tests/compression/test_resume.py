@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+import sharing
 import tiny
 import torch
 from checks import Killed, everything_of
@@ -250,9 +252,13 @@ os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  
 import torch
 import qmoe_lite as qm
 from qmoe_lite.cli.compress_ import _FinishedFirst
+from qmoe_lite.coding import dictionary
 from qmoe_lite.compression import groups
 
-model, text, place, seed = sys.argv[1:]
+model, text, place, seed, tests = sys.argv[1:]
+sys.path.append(tests)
+import sharing
+sharing.fit_once(dictionary)
 settings = {"samples": 24, "sequence_length": 32, "validation_samples": 2, "group_size": 1, "rate": 2.0}
 sync, append, calls, moment = os.fsync, groups._append, 0, None
 
@@ -306,7 +312,7 @@ print(total, moments)
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_the_files_are_the_same(tmp_path, forks, switch, text_file):
-    done = forks.run(KILLS, switch, text_file, tmp_path, 11)
+    done = forks.run(KILLS, switch, text_file, tmp_path, 11, Path(sharing.__file__).parent)
     assert done.returncode == 0, done.stderr
     expected = everything_of(tmp_path / "whole")
     for number in range(5):

@@ -11,6 +11,7 @@ import re
 import pytest
 import tiny
 import torch
+from forking import PACKAGE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -131,7 +132,7 @@ verification._Search.look_at_files = cut
 for finding in verification.verify({str(path)!r}):
     print(finding.severity, finding.name, finding.file, finding.message, sep="|")
 """
-    done = forks.run(script)
+    done = forks.run(script, imports=PACKAGE)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("error")]
     _, found, where, message = line.split("|")

@@ -12,10 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def python(*lines):
-    """Run statements in a fresh interpreter that sees the repository's root first."""
+def python(*lines, forks=None):
+    """Run statements in a fresh interpreter, or one that has imported torch, that sees the repository's root first."""
     code = "\n".join(["import sys", f"sys.path.insert(0, {str(ROOT)!r})", *lines])
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if forks is None:
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    else:
+        result = forks.run(code)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -38,13 +41,14 @@ def test_everything_imports_without_numba_cuda():
 
 
 @pytest.mark.slow
-def test_a_launch_without_numba_cuda_says_what_to_install():
+def test_a_launch_without_numba_cuda_says_what_to_install(forks):
     out = python(
         HIDDEN,
         "from qmoe_lite.cuda.codec import _pack_kernel",
         "from qmoe_lite.errors import DeviceError",
         "try: _pack_kernel._load(_pack_kernel.signatures[0], 0)",
         "except DeviceError as error: print(error)",
+        forks=forks,
     )
     assert out.startswith("numba-cuda is not installed")
 
@@ -56,24 +60,26 @@ needs_numba_cuda = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_numba_cuda
-def test_our_folder_joins_nvidia_s_namespace():
+def test_our_folder_joins_nvidia_s_namespace(forks):
     out = python(
         "import cuda, cuda.bindings, cuda.core, cuda.pathfinder",
         "from numba import cuda as target",
         "import qmoe_lite.cuda.launch as launch",
         "assert launch.cuda is target",
         "print(cuda.__file__)",
+        forks=forks,
     )
     assert Path(out.strip()) == ROOT / "cuda" / "__init__.py"
 
 
 @pytest.mark.slow
 @needs_numba_cuda
-def test_numpy_without_row_stack_is_mended():
+def test_numpy_without_row_stack_is_mended(forks):
     out = python(
         "import numpy",
         "vars(numpy).pop('row_stack', None)",
         "import qmoe_lite.cuda.launch",
         "print(numpy.row_stack is numpy.vstack)",
+        forks=forks,
     )
     assert out == "True\n"

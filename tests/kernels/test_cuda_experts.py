@@ -31,10 +31,10 @@ def emulated(monkeypatch):
 
 
 @pytest.fixture(params=["switch", "causal", "switch of windows", "causal of windows"])
-def experts(request, compressed, compressed_causal, tmp_path):
+def experts(request, compressed, compressed_causal, in_windows):
     directory = compressed[0] if "switch" in request.param else compressed_causal("qwen3_moe")
     if "windows" in request.param:
-        directory = recode_in_windows(shutil.copytree(directory, tmp_path / "windows"))
+        directory = in_windows("switch_transformers" if "switch" in request.param else "qwen3_moe")
     model = qm.load(directory, dtype=torch.float32)
     return next(module for module in model.modules() if isinstance(module, PackedExperts))
 

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from forking import PACKAGE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -241,7 +242,7 @@ try:
 except qm.QMoEError as error:
     print(type(error).__name__, error)
 """
-    done = forks.run(code, directory("switch_transformers"), used)
+    done = forks.run(code, directory("switch_transformers"), used, imports=PACKAGE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("CheckpointError")
     assert "it was truncated while the model ran" in done.stdout

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import tiny
 import torch
-from checks import Killed, bytes_of, layers_of, logits_of
+from checks import bytes_of, layers_of, logits_of
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
@@ -18,7 +20,7 @@ SMALL = {"samples": 12, "sequence_length": 16, "validation_samples": 2}
 TERNARY = {"grid": qm.MinMaxTernary(torch.bfloat16), "codeword_bits": 10, **SMALL}
 UNIFORM = {"grid": qm.UniformGrid(0.7, level_dtype=torch.bfloat16), **SMALL}
 QUICK = {"deepseek_v32", "gpt_oss", "granitemoehybrid", "qwen3_next"}  # no two alike; each other one takes as long
-TOKENS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+TOKENS = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 
 
 def each_of(families):
@@ -74,15 +76,16 @@ def test_logits_tokens_and_losses_are_those_of_the_dequantised_model(
 @pytest.mark.parametrize("model_type", sorted(tiny.MORE))
 def test_uniform_digits_resume_and_run_within_a_quarter_of_the_experts(tmp_path, causal, text_file, model_type):
     source, settings = causal(model_type), {"calibration": text_file, "batch_size": 5, **UNIFORM}
-    qm.compress(source, tmp_path / "whole", **settings)
 
-    def kill(event):
+    def copy(event):
+        """What a run that is killed here leaves."""
         if event.done == 1:
-            raise Killed
+            shutil.copytree(tmp_path / "whole.partial", tmp_path / "out.partial")
 
-    with pytest.raises(Killed):
-        qm.compress(source, tmp_path / "out", progress=kill, **settings)
-    qm.compress(source, tmp_path / "out", **settings)
+    qm.compress(source, tmp_path / "whole", progress=copy, **settings)
+    events = []
+    qm.compress(source, tmp_path / "out", progress=events.append, **settings)
+    assert min(event.done for event in events) >= 1, "the run goes on from the copy"
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     packed = qm.load(tmp_path / "out", dtype=torch.float32)
     expected = logits_of(dense_of(source, packed))
@@ -111,5 +114,6 @@ def test_both_of_transformers_layouts_are_read(tmp_path, causal, model_type):
     written = [tmp_path / "a", tmp_path / "b"]
     for directory, out in zip((source, tmp_path / "own"), written, strict=True):
         qm.compress(directory, out, recipe="nearest")
-    first, second = (qm.load(out, dtype=torch.float32) for out in written)
-    assert torch.equal(logits_of(first), logits_of(second))
+    if bytes_of(written[0]) != bytes_of(written[1]):  # dense tensors too are named as they were published, or are not
+        first, second = (qm.load(out, dtype=torch.float32) for out in written)
+        assert torch.equal(logits_of(first), logits_of(second))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -159,7 +157,7 @@ def test_a_model_is_dequantized_to_another_dtype(compressed_causal):
 
 
 @pytest.mark.slow
-def test_a_dequantized_model_is_loaded_without_us(compressed_causal, tmp_path):
+def test_a_dequantized_model_is_loaded_without_us(forks, compressed_causal, tmp_path):
     qm.load(compressed_causal("mixtral")).dequantize().save_pretrained(tmp_path / "dense")
     code = """
 import sys
@@ -167,7 +165,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model.model.layers[0].mlp.experts).__name__, "qmoe_lite" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "dense"], capture_output=True, text=True, check=False)
+    done = forks.run(code, tmp_path / "dense")
     assert done.stdout.split() == ["MixtralExperts", "False"], done.stderr
 
 

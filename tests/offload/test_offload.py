@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from checks import outputs
+from forking import PACKAGE
 from safetensors.torch import load_file
 
 import qmoe_lite as qm
@@ -616,7 +617,7 @@ for use in (lambda: model(input_ids=ids), lambda: inner(input_ids=ids), model.st
     except qm.QMoEError as error:
         print(type(error).__name__, error)
 """
-    done = forks.run(code, path, way)
+    done = forks.run(code, path, way, imports=PACKAGE)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 6
@@ -757,7 +758,7 @@ runner_of(model).close()
 if child:
     assert os.waitpid(child, 0)[1] == 0
 """
-    done = forks.run(code, path)
+    done = forks.run(code, path, imports=PACKAGE)
     assert done.returncode == 0, done.stderr
     found = done.stdout.splitlines()
     assert len(found) == 2
