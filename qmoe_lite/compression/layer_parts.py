@@ -32,7 +32,7 @@ def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
 def compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
     """Return the sums of squares of the outputs' error, of the outputs and of what the dense experts put out."""
     found = np.zeros(3)
-    # on a CPU float64 copies of all would be memory that is written for the first time, which takes longer than the sums
+    # on a CPU float64 copies of all would be memory that is written for the first time: longer than the sums take
     size = max(outputs.numel(), 1) if outputs.is_cuda else _COMPARED
     for own, aim in zip(*(torch.split(each.reshape(-1), size) for each in (outputs, dense)), strict=True):
         parts = ((own - aim).double(), own.double(), aim.double())
