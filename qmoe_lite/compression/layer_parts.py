@@ -18,7 +18,7 @@ from qmoe_lite.compression.tally import Solved
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.routing import Assignment
 
-_COMPARED = 1 << 16  # values at a time
+_COMPARED = 1 << 16  # values at a time on a CPU
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
 
 
@@ -33,8 +33,9 @@ def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
 def compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
     """Return the sums of squares of the outputs' error, of the outputs and of what the dense experts put out."""
     found = np.zeros(3)
-    # float64 copies of all would be memory that is written for the first time, which takes far longer than the sums
-    for own, aim in zip(*(each.reshape(-1).split(_COMPARED) for each in (outputs, dense)), strict=True):
+    # on a CPU float64 copies of all would be memory that is written for the first time: longer than the sums take
+    size = max(outputs.numel(), 1) if outputs.is_cuda else _COMPARED
+    for own, aim in zip(*(torch.split(each.reshape(-1), size) for each in (outputs, dense)), strict=True):
         parts = ((own - aim).double(), own.double(), aim.double())
         found += torch.stack([torch.dot(part, part) for part in parts]).cpu().numpy()
     return found

@@ -16,8 +16,8 @@ from qmoe_lite.models.blocks import MoELayer
 
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 # solves of groups for the rate and the dead zone, besides one each, on the first and last layer: 3 to 5 were counted
-# where a layer is one group, 5 to 8 where it is several
-_AGAIN, _AGAIN_OF_SEVERAL = 4, 7
+# where a layer is one group, 4 to 5 where it is several, 5 to 8 where those are single experts
+_AGAIN, _AGAIN_OF_SEVERAL = 4, 5
 _DENSE, _TRAINING = 2.0, 12.0  # operations a weight and token: what dense experts put out; training on it
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them

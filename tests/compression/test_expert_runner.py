@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qmoe_lite.compression import expert_runner
+from qmoe_lite.compression import expert_runner, layer_parts
 from qmoe_lite.compression.expert_runner import ExpertRunner
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
@@ -72,3 +72,13 @@ def test_a_hessian_and_outputs_share_what_is_in_front_of_the_last_projection(
     assert once[0] > 0
     assert torch.equal(seen.hidden.rows, other.hidden.rows)
     assert seen.hidden.rows[rows].any(dim=1).all()
+
+
+def test_squares_of_many_outputs_are_summed_in_float64(monkeypatch):
+    monkeypatch.setattr(layer_parts, "_COMPARED", 100)
+    outputs, dense = torch.randn(37, 29), torch.randn(37, 29)
+    expected = [part.double().square().sum().item() for part in (outputs - dense, outputs, dense)]
+    assert layer_parts.compared(outputs, dense).tolist() == pytest.approx(expected, rel=1e-12)
+    some, aims = outputs[:, ::2], dense[:, ::2]
+    assert layer_parts.compared(some, aims)[1] == pytest.approx(some.double().square().sum().item())
+    assert layer_parts.compared(outputs[:0], dense[:0]).tolist() == [0, 0, 0]
