@@ -251,9 +251,9 @@ def _print(report: Report, out: Path) -> None:
         f"{megabytes(sum_of(sizes, ''))} MB, {duration(report.seconds)}"
     )
     if (by_block := report.tuning_by_block) is not None:
-        lacking = f"{by_block['before']:.4f} -> {by_block['after']:.4f} of their outputs"
-        when = ", last projections dense" if report.settings["tune"] == "targets" else ""
-        print_text(f"tuned by block: experts lack {lacking}{when}, {duration(by_block['seconds'])}")
+        lacking = f"{by_block['before']:.4f} -> {by_block['after']:.4f}"
+        how = "aimed at targets" if report.settings["tune"] == "targets" else "tuned by block"
+        print_text(f"{how}: experts lack {lacking} of their outputs, {duration(by_block['seconds'])}")
     if report.tuning is not None:
         before, after, took = (report.tuning[name] for name in ("before", "after", "seconds"))
         print_text(f"tuned: KL divergence from the dense model {before:.4f} -> {after:.4f} nats, {duration(took)}")

@@ -174,8 +174,18 @@ class Together(Ranks):
     def _tells(self) -> bool:
         """Return whether no other rank has told why the run ends; none will after this one."""
         with suppress(RuntimeError):
-            return int(self._store.add("told", 1)) == 1
+            tells = int(self._store.add("told", 1)) == 1
+            if self.first:
+                self._stay()
+            return tells
         return self.rank == 1  # the store went with the first rank
+
+    def _stay(self) -> None:
+        """Break the talk off, and keep the store a while for the others, who ask it whether to tell."""
+        self._dist.destroy_process_group()
+        end = time.monotonic() + _FAREWELL
+        while time.monotonic() < end and int(self._store.add("told", 0)) + len(self._gone()) < self.count:
+            time.sleep(0.05)
 
     def _mark(self, name: str) -> None:
         with suppress(RuntimeError):

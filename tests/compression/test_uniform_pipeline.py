@@ -200,9 +200,10 @@ def test_experts_that_see_the_same_tokens_share_a_hessian(tokenizer, text_file, 
     qm.compress(dense, tmp_path / "shared", calibration=text_file, rate=2.5, **TEXT)
     whole = LayerCompressor._hessians
 
-    def apart(self, seen, rows_of, before, starved, columns):
-        alone = [whole(self, seen, [r], [b], [s], columns) for r, b, s in zip(rows_of, before, starved, strict=True)]
-        return torch.cat(alone)
+    def apart(self, seen, rows_of, before, starved, columns, aimed=()):
+        each = [aimed[i : i + 1] for i in range(len(rows_of))]
+        alone = zip(rows_of, before, starved, each, strict=True)
+        return torch.cat([whole(self, seen, [r], [b], [s], columns, a) for r, b, s, a in alone])
 
     monkeypatch.setattr(LayerCompressor, "_hessians", apart)
     qm.compress(dense, tmp_path / "apart", calibration=text_file, rate=2.5, **TEXT)
