@@ -150,16 +150,15 @@ def _multiply(
     width = book.bits if book.bits == USUAL_BITS else 0
     matrices = stack.codes, stack.offsets, stack.row_codewords, stack.fewest, stack.steps
     exceptions = stack.exception_starts, stack.exception_positions, stack.exception_values
-    if lanes in FEW_TOKENS:
-        table = book.heads_table
-        adder = window_kernels.rows_adder(width, table.shape[1], lanes).address
-        coded = *matrices, *exceptions, table, book.lengths, stack.columns, book.bits
-        window_kernels.few_kernel(*coded, adder, jobs, x, y)
+    few = lanes in FEW_TOKENS
+    table = book.heads_table if few else book.digits_table
+    coded = *matrices, *exceptions, table, book.lengths, stack.columns, book.bits
+    if few:
+        adder = window_kernels.rows_adder(width, table.shape[1], lanes)
+        window_kernels.few_kernel(*coded, adder.address, jobs, x, y)
     else:
-        table = book.digits_table
-        multiplier = window_kernels.tile_multiplier(width, table.shape[1], _panels()[lanes], lanes).address
-        coded = *matrices, *exceptions, table, book.lengths, stack.columns, book.bits
-        window_kernels.many_kernel(*coded, multiplier, jobs, x, y)
+        multiplier = window_kernels.tile_multiplier(width, table.shape[1], _panels()[lanes], lanes)
+        window_kernels.many_kernel(*coded, multiplier.address, jobs, x, y)
 
 
 @cache

@@ -107,7 +107,7 @@ class LayerTuner:
         self._lack, self._settings = lack, settings
         self._begun: tuple[int, Correction] | None = None  # of the expert that is under way
         self._found = dict[int, Found]()
-        self._latest: tuple[dict[str, Solved], dict[str, Solved], Taken] | None = None
+        self._latest: tuple[dict[str, Solved], dict[str, Solved], list[Found]] | None = None
         self._remembers = False  # what it tuned last: a rank solves and tunes its group before its turn
         self.seconds = 0.0
 
@@ -148,40 +148,35 @@ class LayerTuner:
         _, tuned, found = latest
         taken.tuning_seconds += self.seconds
         self.seconds = 0.0
-        taken.tuning_goal += found.tuning_goal
-        taken.tuning_before += found.tuning_before
-        taken.tuning_after += found.tuning_after
+        for one in found:
+            taken.tuning_goal += one.goal
+            taken.tuning_before += one.before
+            taken.tuning_after += one.after
         return tuned
 
-    def _tuned(self, group: range, solved: dict[str, Solved]) -> tuple[dict[str, Solved], Taken]:
+    def _tuned(self, group: range, solved: dict[str, Solved]) -> tuple[dict[str, Solved], list[Found]]:
         """Return a group as it is to be, and what its experts lacked."""
-        taken = Taken()
         if self._settings.tune != "block":
-            for found in (self._found[expert] for expert in group if expert in self._found):
-                taken.tuning_goal += found.goal
-                taken.tuning_before += found.before
-                taken.tuning_after += found.after
-            return solved, taken
+            return solved, [self._found[expert] for expert in group if expert in self._found]
         begun = time.perf_counter()
         tuned = {name: _copied(each) for name, each in solved.items()}
-        for place, expert in enumerate(group):
-            self._tune_expert(place, expert, tuned, taken)
+        found = [self._tune_expert(place, expert, tuned) for place, expert in enumerate(group)]
         self.seconds += time.perf_counter() - begun
-        return tuned, taken
+        return tuned, [one for one in found if one is not None]
 
-    def _tune_expert(self, place: int, expert: int, solved: dict[str, Solved], taken: Taken) -> None:
-        """Change the levels and scales of one expert in place, if training it won something."""
+    def _tune_expert(self, place: int, expert: int, solved: dict[str, Solved]) -> Found | None:
+        """Change the levels and scales of one expert in place, if training it won something; None without tokens."""
         layer, seen, device = self._layer, self._seen, self._runner.device
         rows, gates = seen.assigned.of_expert(expert)
         seed = self._settings.seed, self._number, expert
         chosen = torch.nonzero((rows < self._lack.rows) & seen.eligible[rows])[:, 0]
         chosen = draw(chosen, TUNED_TOKENS, *seed)
         if not len(chosen):
-            return
+            return None
         rows, gates = rows[chosen], gates[chosen]
         truth = self._runner.truth(layer, expert)
         goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in chunks(rows, gates)])
-        taken.tuning_goal += float(goal.double().square().sum())
+        energy = float(goal.double().square().sum())  # of the dense expert's outputs alone
         if self._lack.buffer is not None:
             goal += self._lack.share(rows, gates.square()).to(device)
         weights = {name: each.quantized.weight_of(place) for name, each in solved.items()}
@@ -196,8 +191,6 @@ class LayerTuner:
             seed,
         )
         better = found.after < found.before
-        taken.tuning_before += found.before
-        taken.tuning_after += found.after if better else found.before
         for name, each in solved.items() if better else ():
             quantized, first = each.quantized, layer.first_of_stage(name)
             assert each.grid is not None
@@ -205,6 +198,7 @@ class LayerTuner:
             quantized.levels[place] = (quantized.levels[place] * found.rows[name][:, None]).to(dtype)
             if quantized.column_scales is not None:
                 quantized.column_scales[place] = (quantized.column_scales[place] * found.columns[first]).to(_SCALES)
+        return Found(energy, found.before, found.after if better else found.before)
 
 
 def _copied(solved: Solved) -> Solved:
