@@ -92,7 +92,7 @@ class ExpertRunner:
         for place, (rows, matrices, few) in enumerate(zip(rows_of, before, starved, strict=False)):
             hessian = new(columns, device=self.device)
             for part in torch.split(rows, CHUNK_TOKENS):
-                x = self._gather(seen, part)
+                x = self.gather(seen, part)
                 inside = self.inner(x, matrices) if matrices else x
                 accumulate(hessian, inside)
                 if aimed and seen.tuner is not None:
@@ -129,12 +129,12 @@ class ExpertRunner:
         for start in range(0, len(rows), CHUNK_TOKENS):
             part, chosen = rows[start : start + CHUNK_TOKENS], wanted[start : start + CHUNK_TOKENS]
             if start + len(part) <= room:
-                x = self._gather(seen, part)
+                x = self.gather(seen, part)
                 inside = kept[start] = self.inner(x, matrices)
                 if not chosen.all():
                     x, inside = x[chosen], inside[chosen]
             else:
-                x = self._gather(seen, part[chosen])
+                x = self.gather(seen, part[chosen])
                 inside = self.inner(x, matrices)
             accumulate(hessian, inside)
             if aimed is not None and seen.tuner is not None:
@@ -172,13 +172,13 @@ class ExpertRunner:
         for start in range(0, len(rows), CHUNK_TOKENS):
             part, weights = rows[start : start + CHUNK_TOKENS], gates[start : start + CHUNK_TOKENS, None]
             weights = weights.to(self.device)
-            x = kept.pop(start) if start in kept else self.inner(self._gather(seen, part), matrices[:-1])
+            x = kept.pop(start) if start in kept else self.inner(self.gather(seen, part), matrices[:-1])
             y = matrices[-1].of(x) * weights
             seen.hidden.add(part, y.cpu())
             rides = seen.validation[part]
             if rides.any():
                 truth, some = truth or self.truth(layer, expert), rides.to(self.device)
-                x = self._gather(seen, part[rides])
+                x = self.gather(seen, part[rides])
                 found += compared(y[some], self.expert(x, truth) * weights[some])
         if len(_of_samples(seen, expert, reference=True)[0]):
             self.run_reference(expert, truth or self.truth(layer, expert), seen)
@@ -191,10 +191,16 @@ class ExpertRunner:
 
     def outputs(self, matrices: list[Linear], seen: LayerInputs, rows: Tensor, gates: Tensor) -> Tensor:
         """Return what an expert adds to some tokens."""
-        return self.expert(self._gather(seen, rows), matrices) * gates[:, None].to(self.device)
+        return self.expert(self.gather(seen, rows), matrices) * gates[:, None].to(self.device)
 
-    def _gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
+    def gather(self, seen: LayerInputs, rows: Tensor) -> Tensor:
+        """Return the inputs of some tokens."""
         return seen.inputs.gather(rows).to(self.device)
+
+    def gates_of(self, seen: LayerInputs, expert: int, rows: Tensor) -> Tensor:
+        """Return what an expert's outputs for some of its tokens are multiplied by."""
+        own, gates = seen.assigned.of_expert(expert)
+        return gates[torch.searchsorted(own, rows)].to(self.device)
 
     def expert(self, x: Tensor, matrices: list[Linear]) -> Tensor:
         """Send tokens through the matrices of one expert."""

@@ -15,6 +15,7 @@ from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.compression.dead_zone import USUAL
 from qmoe_lite.compression.expert_runner import CHUNK_TOKENS
 from qmoe_lite.compression.group_sizes import groups_of
+from qmoe_lite.compression.importance import importance_of
 from qmoe_lite.compression.layer_parts import LayerInputs, Linear, MadeInTurn, Taken, Tuner, compared, draw
 from qmoe_lite.compression.layer_waves import LayerWaves, Solver
 from qmoe_lite.compression.rate import GROUP_TOLERANCE, TOLERANCE
@@ -41,7 +42,15 @@ class LayerCompressor(LayerWaves):
     ) -> Solver:
         if seen is None:
             return partial(self._nearest, layer, group)
-        return partial(self._solve, layer, group, number, seen, {}, sums)
+        eligible = seen.eligible
+        cap = int(self._settings.token_cap * eligible.sum().item() * layer.top_k / layer.count) + 1
+        rows_of = []
+        for expert in group:
+            rows, _ = seen.assigned.of_expert(expert)
+            rows_of.append(draw(rows[eligible[rows]], cap, self._settings.seed, number, expert))
+        uniform = isinstance(self._grid, UniformGrid)
+        importance = importance_of(self, layer, group, seen, rows_of) if uniform else {}
+        return partial(self._solve, layer, group, seen, rows_of, importance, {}, sums)
 
     def _solve_group(
         self,
@@ -137,7 +146,7 @@ class LayerCompressor(LayerWaves):
             for place, expert in enumerate(group):
                 rows, gates = seen.assigned.of_expert(expert)
                 rides = seen.validation[rows].nonzero()[:CHUNK_TOKENS, 0]
-                x, shares = self._gather(seen, rows[rides]), gates[rides, None].to(self.device)
+                x, shares = self.gather(seen, rows[rides]), gates[rides, None].to(self.device)
                 weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                 both = self.linears(layer, expert, weights), self.truth(layer, expert)
                 found += compared(*(self.expert(x, matrices) * shares for matrices in both))
@@ -160,23 +169,20 @@ class LayerCompressor(LayerWaves):
         self,
         layer: MoELayer,
         group: range,
-        number: int,
         seen: LayerInputs,
+        rows_of: list[Tensor],
+        importance: dict[str, Tensor],
         first: dict[str, Factors],
         sums: list[NDArray[np.float64]] | None,
         grid: Grid,
     ) -> dict[str, Solved]:
         """Quantise a group's projections, the last one for what the quantised first ones put out.
 
+        `rows_of` are the tokens that enter each expert's Hessian, `importance` is that of outputs, by projection.
         `first` keeps the factors of the first stage, whose inputs are the same when the group is solved again. A group
         that is not has `sums`: its experts' outputs are added as they are solved, and to it what `run` returns.
         """
         options = self._settings
-        cap = int(options.token_cap * seen.eligible.sum().item() * layer.top_k / layer.count) + 1
-        rows_of = []
-        for expert in group:
-            rows, _ = seen.assigned.of_expert(expert)
-            rows_of.append(draw(rows[seen.eligible[rows]], cap, options.seed, number, expert))
         solved: dict[str, Solved] = {}
         for stage in layer.stages:
             columns = layer.shapes[stage[0]][1]
@@ -184,7 +190,7 @@ class LayerCompressor(LayerWaves):
             starved = [options.blend_tokens > 0 and len(rows) < columns for rows in rows_of]
             if solved and sums is not None:
                 factors = None  # the first stage's: not needed any more, and as large as its Hessians
-                solved |= self._solve_and_run(layer, group, seen, rows_of, starved, solved, sums, grid)
+                solved |= self._solve_and_run(layer, group, seen, rows_of, importance, starved, solved, sums, grid)
                 break
             factors, aimed = None if solved else first.get(stage[0]), dict[str, Tensor]()
             if factors is None:
@@ -198,7 +204,7 @@ class LayerCompressor(LayerWaves):
                     first[stage[0]] = factors
             for name in stage:
                 weights = aimed.pop(name) if name in aimed else self._group_weights(layer, group, name)
-                quantized, *_ = gptq_shared([weights], None, grid, factors=factors)
+                quantized, *_ = gptq_shared([weights], None, grid, factors=factors, importance=[importance.get(name)])
                 solved[name] = Solved.of(quantized, rows_of, starved, grid)
         return solved
 
@@ -208,6 +214,7 @@ class LayerCompressor(LayerWaves):
         group: range,
         seen: LayerInputs,
         rows_of: list[Tensor],
+        importance: dict[str, Tensor],
         starved: list[bool],
         solved: dict[str, Solved],
         sums: list[NDArray[np.float64]],
@@ -226,7 +233,8 @@ class LayerCompressor(LayerWaves):
             of_expert = seen, expert, rows_of[place], before, starved[place], columns
             hessian, kept = self._hessian_and_inner(*of_expert, None if seen.tuner is None else last[0])
             factors = factorise_all(hessian, None, options.dampening, options.block_size, grid.column_steps)
-            parts += gptq_shared([last], None, grid, factors=factors)
+            counts = importance[name][place : place + 1] if name in importance else None
+            parts += gptq_shared([last], None, grid, factors=factors, importance=[counts])
             weights[name] = parts[-1].weight_of(0)
             sums.append(self.run(layer, expert, weights, seen, kept))
         return {name: Solved.of(joined(parts), rows_of, starved, grid)}

@@ -70,3 +70,16 @@ def check_hessian(hessian: Array | None, full: Tensor, *, shared: bool, name: st
         raise ShapeError(message + f"expected {' or '.join(map(str, expected))}. Pass X^T X of this weight's inputs.")
     matrix = matrix.to(full.device)
     return matrix if matrix.ndim == 3 else matrix[None]
+
+
+def check_importance(importance: Array | None, full: Tensor) -> Tensor | None:
+    """Return what errors in outputs count as float32 (E, R) on the weight's device, or raise."""
+    if importance is None:
+        return None
+    shares = _to_float32(importance, "importance")
+    if shares.shape != full.shape[:-1]:
+        message = f"importance has shape {tuple(shares.shape)} for a weight of shape {tuple(full.shape)}; "
+        raise ShapeError(message + f"expected {tuple(full.shape[:-1])}. Pass one value for each row.")
+    if not (torch.isfinite(shares) & (shares >= 0)).all():
+        raise NotFiniteError("importance has values that are negative or not finite; expected 0 or more. Clamp them.")
+    return shares.to(full.device) if full.ndim == 3 else shares[None].to(full.device)

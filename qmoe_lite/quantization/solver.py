@@ -8,17 +8,18 @@ the products, C^3 / 3 for the factorisation, R C^2 for the error.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qmoe_lite.coding.guards import enter_kernels
-from qmoe_lite.errors import ShapeError
-from qmoe_lite.quantization.arguments import Array, check_hessian, check_settings, check_weight
+from qmoe_lite.errors import SettingError, ShapeError
+from qmoe_lite.quantization.arguments import Array, check_hessian, check_importance, check_settings, check_weight
 from qmoe_lite.quantization.columns import block_kernel, lost_kernel, uniform_kernel
 from qmoe_lite.quantization.factors import Factors, factorise_all
-from qmoe_lite.quantization.grid import Grid, Quantized, dequantize
+from qmoe_lite.quantization.grid import Grid, Quantized, UniformGrid, dequantize
 from qmoe_lite.quantization.hessian import full_float32
 from qmoe_lite.quantization.rounding import Rounding, UniformRounding, nearest_digits
 
@@ -35,6 +36,7 @@ def gptq(
     dampening: float = 0.1,
     block_size: int = 128,
     layer_hessian: Array | None = None,
+    importance: Array | None = None,
 ) -> Quantized:
     """Quantise weights so that the outputs on the calibration inputs change little.
 
@@ -53,6 +55,9 @@ def gptq(
         Columns between two matrix products ("blocksize"); the results differ by float32 rounding only.
     layer_hessian : float tensor or array, shape (C, C), or None, default None
         Stands in for a Hessian that is unusable.
+    importance : float tensor or array, shape (E, R) or (R,), or None, default None
+        How much the square of an error in each output counts beside the others of its matrix; 0 or more. For a grid
+        whose steps follow the rows, `UniformGrid`, alone. None: all alike, relative to their weights.
 
     Returns
     -------
@@ -90,9 +95,8 @@ def gptq(
     >>> gptq(torch.tensor([[0.9, 0.2, -1.0]]), torch.eye(3), MinMaxTernary()).digits.tolist()
     [[1, 0, -1]]
     """
-    return gptq_shared(
-        [weight], hessian, grid, dampening=dampening, block_size=block_size, layer_hessian=layer_hessian
-    )[0]
+    options = {"dampening": dampening, "block_size": block_size, "layer_hessian": layer_hessian}
+    return gptq_shared([weight], hessian, grid, importance=[importance], **options)[0]
 
 
 def gptq_shared(
@@ -103,6 +107,7 @@ def gptq_shared(
     dampening: float = 0.1,
     block_size: int = 128,
     layer_hessian: Array | None = None,
+    importance: Sequence[Array | None] | None = None,
     factors: Factors | None = None,
 ) -> list[Quantized]:
     """Quantise matrices that get the same inputs, such as gate_proj and up_proj, factorising the Hessian once.
@@ -112,6 +117,8 @@ def gptq_shared(
     weights : sequence of float tensors or arrays, shapes (E, R_i, C), or all (R_i, C)
         As `gptq` takes one.
     hessian, grid, dampening, block_size, layer_hessian
+        As in `gptq`.
+    importance : sequence, one for each of the weights, or None, default None
         As in `gptq`.
     factors : Factors or None, default None
         What `factorise_all` made of the Hessian for this grid: it takes the place of the other arguments but the grid.
@@ -135,14 +142,14 @@ def gptq_shared(
     layer = check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
     if factors is None and own is not None:
         factors = factorise_all(own, layer, dampening, block_size, grid.column_steps)
-    return [_quantise(weight, factors, grid) for weight in checked]
+    shares = [check_importance(each, weight) for each, weight in zip(importance or repeat(None), checked, strict=False)]
+    return [_quantise(weight, factors, grid, share) for weight, share in zip(checked, shares, strict=True)]
 
 
-def _quantise(full: Tensor, known: Factors | None, grid: Grid) -> Quantized:
+def _quantise(full: Tensor, known: Factors | None, grid: Grid, importance: Tensor | None) -> Quantized:
     """Quantise weight (E, R, C) or (R, C) by what is known of its Hessians."""
     group = full if full.ndim == 3 else full[None]
-    # float64 copies on the way are those of one matrix
-    levels = torch.stack([grid.fit(each) for each in group]) if group.device.type == "cpu" else grid.fit(group)
+    levels = _fit(group, grid, importance)
     rounding = grid.rounding(levels)
     lost = torch.full((len(group),), torch.nan, dtype=torch.float64, device=group.device)
     scales = None
@@ -164,6 +171,20 @@ def _quantise(full: Tensor, known: Factors | None, grid: Grid) -> Quantized:
     if full.ndim == 2:
         digits, levels, scales = digits[0], levels[0], None if scales is None else scales[0]
     return Quantized(digits, levels, error, fallback, tuple(classes), scales)
+
+
+def _fit(group: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
+    """Return the levels (E, R, L) of weights (E, R, C); importance is (E, R)."""
+    if importance is not None and not isinstance(grid, UniformGrid):
+        raise SettingError(f"importance goes with a grid of steps, not with {grid.word}. Pass a UniformGrid.")
+    if group.device.type == "cpu":  # float64 copies on the way are those of one matrix
+        shares = repeat(None) if importance is None else importance
+        return torch.stack([_fit_one(*pair, grid) for pair in zip(group, shares, strict=False)])
+    return _fit_one(group, importance, grid)
+
+
+def _fit_one(weight: Tensor, importance: Tensor | None, grid: Grid) -> Tensor:
+    return grid.fit(weight, importance) if isinstance(grid, UniformGrid) else grid.fit(weight)
 
 
 def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor, Tensor]:
