@@ -363,6 +363,19 @@ def uniform_step(row, step):
     return step * (sum(float(x) ** 2 for x in row) / len(row)) ** 0.5
 
 
+def important_steps(weight, importance, step):
+    """Return the steps of a matrix's rows: halfway between those of their RMS and those of what an error counts."""
+    sizes = [uniform_step(row, step) for row in weight]
+    counts = [max(float(each), 1e-4 * sum(map(float, importance)) / len(importance)) for each in importance]
+    both = [(size, count) for size, count in zip(sizes, counts, strict=True) if size > 0 and count > 0]
+    middle = np.exp(sum(np.log(size * count**0.5) for size, count in both) / max(len(both), 1))
+    found = []
+    for size, count in zip(sizes, counts, strict=True):
+        moved = (middle / (size * count**0.5)) ** 0.5 if size > 0 and count > 0 else 1.0
+        found.append(size * min(max(moved, 0.25), 4.0))
+    return found
+
+
 def round_uniform(value, step, dead_zone):
     """Return (digit, weight): the multiple of the step that is nearest, or nearer to zero within the dead zone."""
     if step == 0:

@@ -42,7 +42,7 @@ def importance_of(
     -------
     dict, projection to float32 tensor, shape (E, R)
         Mean square of what an error of 1 in an output becomes in the expert's output: the same for all outputs of the
-        last projection, 0 in the first ones of an expert without tokens.
+        last projection, 0 in the first ones of an expert without tokens, or with some that overflow.
     """
     *names, last = layer.projections
     found = {name: torch.zeros(len(group), layer.shapes[name][0], device=runner.device) for name in names}
@@ -50,11 +50,14 @@ def importance_of(
     for place, (expert, rows) in enumerate(zip(group, rows_of, strict=True)):
         truth, few = runner.truth(layer, expert), draw(rows, _TOKENS, expert)
         met = truth[-1].weight.square().sum(dim=0)
-        for part in torch.split(few, _CHUNK):
+        for part in torch.split(few, _CHUNK) if len(few) else ():
             passed = _derivatives(runner.gather(seen, part), truth[:-1])
             gates = runner.gates_of(seen, expert, part)[:, None]
             for name, each in zip(names, passed, strict=True):
                 found[name][place] += (each * gates).square().sum(dim=0) * (met / len(few))
+        for name in names:
+            if not found[name][place].isfinite().all():
+                found[name][place] = 0.0
     return found
 
 

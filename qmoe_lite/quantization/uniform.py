@@ -77,8 +77,8 @@ class UniformGrid:
         weight : float tensor, shape (..., R, C)
             What the levels are for.
         importance : float tensor, shape (..., R), or None, default None
-            How much the square of an error in each output counts; finite, 0 or more. None: as its weights' mean square
-            is small.
+            How much the square of an error in each output counts; finite, 0 or more. None: errors count alike that
+            are as large beside their row's RMS.
 
         Notes
         -----

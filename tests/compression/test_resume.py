@@ -73,6 +73,7 @@ def test_a_run_goes_on_after_the_last_finished_group(tmp_path, switch, whole, so
     events = []
     qm.compress(switch, tmp_path / "out", progress=events.append, **settings)
     assert everything_of(tmp_path / "out") == expected
+    events = [event for event in events if not event.warning]  # of random experts
     assert [event.place.endswith(", solved before") for event in events] == [True] * 3 + [False]
     assert [event.seconds_left is None for event in events] == [True] * 3 + [False]
     if name != "rate":  # which solves some groups several times

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qmoe_lite as qm
-from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
+from qmoe_lite.errors import DtypeError, FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.quantization import solver
 from qmoe_lite.quantization.grid import GRIDS, UniformGrid, dequantize, grid_from_config, grid_of_word
 from qmoe_lite.quantization.hessian import factorise
@@ -100,6 +100,40 @@ def test_without_a_hessian_each_weight_is_rounded_by_itself(column_steps):
     else:
         assert found.column_scales is None
     assert gptq(weight, None, qm.MinMaxTernary()).column_scales is None
+
+
+def test_steps_follow_what_errors_count():
+    weight, hessian = problem(2, 9, 20)
+    weight[0, 3], weight[1, 5] = 0, 1e-3 * weight[1, 5]
+    generator = torch.Generator().manual_seed(1)
+    importance = torch.rand(2, 9, generator=generator) ** 4
+    importance[0, 4] = 0
+    found = gptq(weight, hessian, UniformGrid(0.9), importance=importance)
+    steps = [naive.important_steps(*pair, 0.9) for pair in zip(weight.tolist(), importance.tolist(), strict=True)]
+    np.testing.assert_allclose(found.levels[..., 0].numpy(), steps, rtol=1e-5)
+    plain = gptq(weight, hessian, UniformGrid(0.9))
+    assert not torch.equal(found.levels, plain.levels)
+    # only what outputs count beside each other matters; where nothing is known, steps follow the weights
+    assert_same(gptq(weight, hessian, UniformGrid(0.9), importance=8 * importance), found)
+    assert_same(gptq(weight, hessian, UniformGrid(0.9), importance=torch.zeros(2, 9)), plain)
+    one = gptq(weight[1].numpy(), hessian[1].numpy(), UniformGrid(0.9), importance=importance[1].numpy())
+    assert torch.equal(one.digits, found.digits[1])
+
+
+@pytest.mark.parametrize(
+    ("importance", "grid", "error", "words"),
+    [
+        (torch.ones(2, 8), GRID, ShapeError, r"\(2, 8\).*expected \(2, 9\)"),
+        (-torch.ones(2, 9), GRID, NotFiniteError, "negative"),
+        (torch.full((2, 9), torch.nan), GRID, NotFiniteError, "not finite"),
+        (torch.ones(2, 9, dtype=torch.int32), GRID, DtypeError, "importance is torch.int32"),
+        (torch.ones(2, 9), qm.MinMaxTernary(), SettingError, "Pass a UniformGrid"),
+    ],
+)
+def test_importance_that_cannot_be(importance, grid, error, words):
+    weight, hessian = problem(2, 9, 20)
+    with pytest.raises(error, match=words):
+        gptq(weight, hessian, grid, importance=importance)
 
 
 def test_an_identity_hessian_has_scales_of_one():
