@@ -95,8 +95,15 @@ def gptq(
     >>> gptq(torch.tensor([[0.9, 0.2, -1.0]]), torch.eye(3), MinMaxTernary()).digits.tolist()
     [[1, 0, -1]]
     """
-    options = {"dampening": dampening, "block_size": block_size, "layer_hessian": layer_hessian}
-    return gptq_shared([weight], hessian, grid, importance=[importance], **options)[0]
+    return gptq_shared(
+        [weight],
+        hessian,
+        grid,
+        dampening=dampening,
+        block_size=block_size,
+        layer_hessian=layer_hessian,
+        importance=[importance],
+    )[0]
 
 
 def gptq_shared(
