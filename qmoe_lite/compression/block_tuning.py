@@ -29,8 +29,6 @@ from qmoe_lite.compression.twins import chunks, lack_of
 from qmoe_lite.compression.waves import borrow
 from qmoe_lite.models.blocks import MoELayer
 
-_SCALES = torch.bfloat16  # whose values column scales are
-
 
 class BlockTuning:
     """Tunes the experts of one compression.
@@ -181,10 +179,18 @@ class LayerTuner:
             goal += self._lack.share(rows, gates.square()).to(device)
         weights = {name: each.quantized.weight_of(place) for name, each in solved.items()}
         linears = self._runner.linears(layer, expert, weights)
+        grid = solved[layer.projections[0]].grid
+        assert grid is not None
         found = train_expert(
             layer,
             dict(zip(layer.projections, linears, strict=True)),
-            solved[layer.projections[0]].quantized.column_scales is not None,
+            {name: each.quantized.levels[place, :, 0] for name, each in solved.items()},
+            {
+                name: each.quantized.column_scales[place]
+                for name, each in solved.items()
+                if each.quantized.column_scales is not None and layer.first_of_stage(name) == name
+            },
+            grid.level_dtype or torch.float32,
             seen.inputs.gather(rows).to(device),
             gates[:, None].to(device),
             goal,
@@ -192,12 +198,9 @@ class LayerTuner:
         )
         better = found.after < found.before
         for name, each in solved.items() if better else ():
-            quantized, first = each.quantized, layer.first_of_stage(name)
-            assert each.grid is not None
-            dtype = each.grid.level_dtype or torch.float32
-            quantized.levels[place] = (quantized.levels[place] * found.rows[name][:, None]).to(dtype)
-            if quantized.column_scales is not None:
-                quantized.column_scales[place] = (quantized.column_scales[place] * found.columns[first]).to(_SCALES)
+            each.quantized.levels[place] = found.steps[name][:, None]
+            if each.quantized.column_scales is not None:
+                each.quantized.column_scales[place] = found.scales[layer.first_of_stage(name)]
         return Found(energy, found.before, found.after if better else found.before)
 
 

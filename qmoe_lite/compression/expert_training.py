@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qmoe_lite.coding.narrow import rescaled
 from qmoe_lite.compression.layer_parts import Linear
 from qmoe_lite.compression.schedule import BETAS, share_of_rate
 from qmoe_lite.models.blocks import MoELayer
@@ -23,16 +24,16 @@ class Trained:
 
     Attributes
     ----------
-    rows : dict, projection to float32 tensor (R,)
-        What its rows' steps are to be multiplied by.
-    columns : dict, first projection of a stage to float32 tensor (C,)
-        What column scales are to be multiplied by.
+    steps : dict, projection to float32 tensor (R,)
+        Of its rows, as they can be stored.
+    scales : dict, first projection of a stage to float32 tensor (C,)
+        Of the columns.
     before, after : float
         Sum over the tokens of the squares of what it lacked of the goal, and lacks.
     """
 
-    rows: dict[str, Tensor]
-    columns: dict[str, Tensor]
+    steps: dict[str, Tensor]
+    scales: dict[str, Tensor]
     before: float
     after: float
 
@@ -40,7 +41,9 @@ class Trained:
 def train_expert(
     layer: MoELayer,
     matrices: dict[str, Linear],
-    scaled: bool,
+    steps: dict[str, Tensor],
+    scales: dict[str, Tensor],
+    dtype: torch.dtype,
     x: Tensor,
     gates: Tensor,
     goal: Tensor,
@@ -54,8 +57,12 @@ def train_expert(
         The expert's.
     matrices : dict, projection to Linear
         Of the quantised expert.
-    scaled : bool
-        Whether columns have scales too.
+    steps : dict, projection to float32 tensor (R,)
+        Of its rows.
+    scales : dict, first projection of a stage to float32 tensor (C,)
+        Of its columns, where they have them.
+    dtype : torch dtype
+        That steps are stored in.
     x : float32 tensor, shape (N, C)
         Its tokens.
     gates : float32 tensor, shape (N, 1)
@@ -71,11 +78,11 @@ def train_expert(
     """
     with torch.inference_mode(False), torch.enable_grad():
         x, gates, goal = x.clone(), gates.clone(), goal.clone()  # what inference mode made cannot be trained on
-        expert = _Factored(layer, matrices, scaled)
+        expert = _Factored(layer, matrices, scales)
         before = expert.lacks(x, gates, goal)
         scale = float(goal.square().mean())
         if not scale > 0:
-            return expert.trained(before, before)
+            return Trained(steps, scales, before, before)
         optimizer = torch.optim.Adam(expert.parameters, lr=RATE, betas=BETAS)
         batches = list(_batches(len(x), seed))
         for number, part in enumerate(batches):
@@ -84,20 +91,21 @@ def train_expert(
             lost = (expert(x[part]) * gates[part] - goal[part]).square().mean() / scale
             lost.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        return expert.trained(before, expert.lacks(x, gates, goal))
+        steps, scales = expert.settle(steps, scales, dtype)
+        return Trained(steps, scales, before, expert.lacks(x, gates, goal))
 
 
 class _Factored:
     """An expert with factors, which are powers, since a scale of a column has to stay above 0."""
 
-    def __init__(self, layer: MoELayer, matrices: dict[str, Linear], scaled: bool) -> None:
+    def __init__(self, layer: MoELayer, matrices: dict[str, Linear], scales: dict[str, Tensor]) -> None:
         self._layer = layer
         self._matrices = {name: replace(each, weight=each.weight.clone()) for name, each in matrices.items()}
         self._rows, self._columns = dict[str, Tensor](), dict[str, Tensor]()
         for name, matrix in self._matrices.items():
             rows, columns = matrix.weight.shape
             self._rows[name] = matrix.weight.new_zeros(rows).requires_grad_()
-            if scaled and layer.first_of_stage(name) == name:
+            if name in scales:
                 self._columns[name] = matrix.weight.new_zeros(columns).requires_grad_()
 
     @property
@@ -118,9 +126,18 @@ class _Factored:
     def lacks(self, x: Tensor, gates: Tensor, goal: Tensor) -> float:
         return float((self(x) * gates - goal).double().square().sum())
 
-    def trained(self, before: float, after: float) -> Trained:
-        rows, columns = ({name: each.detach().exp() for name, each in of.items()} for of in (self._rows, self._columns))
-        return Trained(rows, columns, before, after)
+    @torch.no_grad()
+    def settle(
+        self, steps: dict[str, Tensor], scales: dict[str, Tensor], dtype: torch.dtype
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return steps and scales times their factors as they can be stored; the factors become what leads there."""
+        found = dict[str, Tensor](), dict[str, Tensor]()
+        kinds = (steps, self._rows, dtype), (scales, self._columns, torch.bfloat16)
+        for made, (known, factors, stored) in zip(found, kinds, strict=True):
+            for name, each in known.items():
+                made[name] = rescaled(each, factors[name].exp(), stored)
+                factors[name].copy_(torch.where(each > 0, made[name] / each, 1.0).log())
+        return found
 
 
 def _batches(tokens: int, seed: tuple[int, ...]) -> list[Tensor]:
