@@ -133,7 +133,7 @@ class ExpertStack:
         """The parts as they are multiplied: levels and column scales are floats, row lengths whole bytes."""
         rows, columns = self.shape
         held = dict(self.parts)
-        if self._is_narrow("row_codewords"):
+        if held["row_codewords"].shape[1] != rows:
             lengths = held["row_codewords"]
             numbers = unpack_numbers(lengths.cpu().numpy(), rows)
             held["row_codewords"] = torch.from_numpy(numbers.astype(np.uint8)).to(lengths.device)
