@@ -58,15 +58,19 @@ def pack_numbers(numbers: NDArray[np.integer], bits: int | None = None) -> NDArr
     experts, count = numbers.shape
     size = -(-count * (bits or max(1, int(numbers.max()).bit_length())) // 8)
     bits = 8 * size // count
-    single = numbers[:, :, None] >> np.arange(bits) & 1
-    return np.packbits(single.reshape(experts, -1).astype(np.uint8), axis=1, bitorder="little")
+    single = np.empty((experts, count, bits), dtype=np.uint8)
+    for bit in range(bits):
+        single[:, :, bit] = numbers >> bit & 1
+    return np.packbits(single.reshape(experts, -1), axis=1, bitorder="little")
 
 
 def unpack_numbers(packed: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
     """Return what was packed, (E, count), of (E, bytes); `bits_of_numbers` has said that it fits."""
     bits = 8 * packed.shape[1] // count
-    single = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little")
-    numbers: NDArray[np.int64] = single.reshape(len(packed), count, bits) @ (1 << np.arange(bits))
+    single = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little").reshape(len(packed), count, bits)
+    numbers = np.zeros((len(packed), count), dtype=np.int64)
+    for bit in range(bits):
+        numbers |= single[:, :, bit].astype(np.int64) << bit
     return numbers
 
 

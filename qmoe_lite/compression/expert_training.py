@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.coding.narrow import rescaled
 from qmoe_lite.compression.layer_parts import Linear
 from qmoe_lite.compression.schedule import BETAS, share_of_rate
 from qmoe_lite.models.blocks import MoELayer
@@ -18,22 +18,26 @@ EPOCHS, BATCH = 1, 64  # how often a token is seen, and tokens a step
 RATE = 0.02  # highest change of a factor's logarithm in a step
 
 
+Factors = dict[str, Tensor]  # by projection
+Settle = Callable[[Factors, Factors], tuple[Factors, Factors]]
+
+
 @dataclass(frozen=True)
 class Trained:
     """What came of an expert.
 
     Attributes
     ----------
-    steps : dict, projection to float32 tensor (R,)
-        Of its rows, as they can be stored.
-    scales : dict, first projection of a stage to float32 tensor (C,)
-        Of the columns.
+    rows : dict, projection to float32 tensor (R,)
+        What its rows' steps are to be multiplied by.
+    columns : dict, first projection of a stage to float32 tensor (C,)
+        What column scales are to be multiplied by.
     before, after : float
         Sum over the tokens of the squares of what it lacked of the goal, and lacks.
     """
 
-    steps: dict[str, Tensor]
-    scales: dict[str, Tensor]
+    rows: Factors
+    columns: Factors
     before: float
     after: float
 
@@ -41,13 +45,12 @@ class Trained:
 def train_expert(
     layer: MoELayer,
     matrices: dict[str, Linear],
-    steps: dict[str, Tensor],
-    scales: dict[str, Tensor],
-    dtype: torch.dtype,
+    scaled: bool,
     x: Tensor,
     gates: Tensor,
     goal: Tensor,
     seed: tuple[int, ...],
+    settle: Settle | None = None,
 ) -> Trained:
     """Train an expert's factors until it puts out what it should, as nearly as it can.
 
@@ -57,12 +60,8 @@ def train_expert(
         The expert's.
     matrices : dict, projection to Linear
         Of the quantised expert.
-    steps : dict, projection to float32 tensor (R,)
-        Of its rows.
-    scales : dict, first projection of a stage to float32 tensor (C,)
-        Of its columns, where they have them.
-    dtype : torch dtype
-        That steps are stored in.
+    scaled : bool
+        Whether columns have scales too.
     x : float32 tensor, shape (N, C)
         Its tokens.
     gates : float32 tensor, shape (N, 1)
@@ -71,6 +70,8 @@ def train_expert(
         What it should put out then.
     seed : tuple of int
         Of the tokens' order.
+    settle : callable, optional
+        Returns factors of rows and of columns that lead to what can be stored, given those that were trained.
 
     Returns
     -------
@@ -78,11 +79,11 @@ def train_expert(
     """
     with torch.inference_mode(False), torch.enable_grad():
         x, gates, goal = x.clone(), gates.clone(), goal.clone()  # what inference mode made cannot be trained on
-        expert = _Factored(layer, matrices, scales)
+        expert = _Factored(layer, matrices, scaled)
         before = expert.lacks(x, gates, goal)
         scale = float(goal.square().mean())
         if not scale > 0:
-            return Trained(steps, scales, before, before)
+            return expert.trained(before, before)
         optimizer = torch.optim.Adam(expert.parameters, lr=RATE, betas=BETAS)
         batches = list(_batches(len(x), seed))
         for number, part in enumerate(batches):
@@ -91,21 +92,22 @@ def train_expert(
             lost = (expert(x[part]) * gates[part] - goal[part]).square().mean() / scale
             lost.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        steps, scales = expert.settle(steps, scales, dtype)
-        return Trained(steps, scales, before, expert.lacks(x, gates, goal))
+        if settle is not None:
+            expert.settle(settle)
+        return expert.trained(before, expert.lacks(x, gates, goal))
 
 
 class _Factored:
     """An expert with factors, which are powers, since a scale of a column has to stay above 0."""
 
-    def __init__(self, layer: MoELayer, matrices: dict[str, Linear], scales: dict[str, Tensor]) -> None:
+    def __init__(self, layer: MoELayer, matrices: dict[str, Linear], scaled: bool) -> None:
         self._layer = layer
         self._matrices = {name: replace(each, weight=each.weight.clone()) for name, each in matrices.items()}
         self._rows, self._columns = dict[str, Tensor](), dict[str, Tensor]()
         for name, matrix in self._matrices.items():
             rows, columns = matrix.weight.shape
             self._rows[name] = matrix.weight.new_zeros(rows).requires_grad_()
-            if name in scales:
+            if scaled and layer.first_of_stage(name) == name:
                 self._columns[name] = matrix.weight.new_zeros(columns).requires_grad_()
 
     @property
@@ -127,17 +129,17 @@ class _Factored:
         return float((self(x) * gates - goal).double().square().sum())
 
     @torch.no_grad()
-    def settle(
-        self, steps: dict[str, Tensor], scales: dict[str, Tensor], dtype: torch.dtype
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return steps and scales times their factors as they can be stored; the factors become what leads there."""
-        found = dict[str, Tensor](), dict[str, Tensor]()
-        kinds = (steps, self._rows, dtype), (scales, self._columns, torch.bfloat16)
-        for made, (known, factors, stored) in zip(found, kinds, strict=True):
-            for name, each in known.items():
-                made[name] = rescaled(each, factors[name].exp(), stored)
-                factors[name].copy_(torch.where(each > 0, made[name] / each, 1.0).log())
-        return found
+    def settle(self, settle: Settle) -> None:
+        for factors, settled in zip((self._rows, self._columns), settle(*self._factors()), strict=True):
+            for name, each in settled.items():
+                factors[name].copy_(each.log())
+
+    def trained(self, before: float, after: float) -> Trained:
+        return Trained(*self._factors(), before, after)
+
+    def _factors(self) -> tuple[Factors, Factors]:
+        of_rows = {name: each.detach().exp() for name, each in self._rows.items()}
+        return of_rows, {name: each.detach().exp() for name, each in self._columns.items()}
 
 
 def _batches(tokens: int, seed: tuple[int, ...]) -> list[Tensor]:

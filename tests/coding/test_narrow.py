@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import naive
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from specified import read_numbers
 
 import qmoe_lite as qm
+from qmoe_lite.checkpoint import format as on_disk
 from qmoe_lite.coding.narrow import (
     HEADER_BYTES,
     bits_of_numbers,
@@ -92,6 +94,11 @@ def test_rounding_keeps_what_must_be_seen():
     found = round_scales(torch.tensor([0.0, torch.inf, torch.nan, 3.4e38, 1.0]))
     assert found[[0, 1, 3, 4]].tolist() == [0.0, torch.inf, torch.inf, 1.0]
     assert found[2].isnan()
+
+
+def test_the_example_s_bytes_are_those_that_are_written():
+    packed = pack_scales(torch.tensor([[1, 1.125, 1.5, 0]]).bfloat16())
+    assert f"`{packed.numpy().tobytes().hex(' ')}`" in (Path(on_disk.__file__).parent / "FORMAT.md").read_text()
 
 
 def test_rounded_scales_take_a_few_bits():
