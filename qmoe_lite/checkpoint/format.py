@@ -202,7 +202,7 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
     if (found := settings.get("format")) not in FORMATS:
         remedy = "Upgrade qmoe-lite" if isinstance(found, int) and found > FORMAT else "Compress the model again"
-        known = " and ".join(map(str, FORMATS))
+        known = f"{', '.join(map(str, FORMATS[:-1]))} and {FORMATS[-1]}"
         raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {known}. {remedy}.")
     return settings  # type: ignore[no-any-return]
 

@@ -73,6 +73,9 @@ def test_windows_are_stored_as_specified():
     packed = [qm.encode(*parts[:2], dictionary, parts[2]) for parts in zip(experts, steps, scales, strict=True)]
     found = on_disk.pack_experts(packed)
     assert list(found) == list(on_disk.parts_of(dictionary))
+    assert on_disk.stored_bytes(packed) == sum(part.nbytes for part in found.values())
+    shared = on_disk.pack_experts(packed, shares_scales=True)
+    assert on_disk.stored_bytes(packed, shares_scales=True) == sum(part.nbytes for part in shared.values())
 
     book = dictionary.to_config()
     trees, class_of = naive.window_trees(read_kinds(book), book["bits"], book["clip"], book["starts"], book["quarters"])
