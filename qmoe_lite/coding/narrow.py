@@ -58,20 +58,19 @@ def pack_numbers(numbers: NDArray[np.integer], bits: int | None = None) -> NDArr
     experts, count = numbers.shape
     size = -(-count * (bits or max(1, int(numbers.max()).bit_length())) // 8)
     bits = 8 * size // count
-    single = np.empty((experts, count, bits), dtype=np.uint8)
-    for bit in range(bits):
-        single[:, :, bit] = numbers >> bit & 1
+    whole = numbers.astype("<u2")[:, :, None].view(np.uint8)
+    single = np.unpackbits(whole, axis=2, count=bits, bitorder="little")
     return np.packbits(single.reshape(experts, -1), axis=1, bitorder="little")
 
 
-def unpack_numbers(packed: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
+def unpack_numbers(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint32]:
     """Return what was packed, (E, count), of (E, bytes); `bits_of_numbers` has said that it fits."""
     bits = 8 * packed.shape[1] // count
-    single = np.unpackbits(packed, axis=1, count=count * bits, bitorder="little").reshape(len(packed), count, bits)
-    numbers = np.zeros((len(packed), count), dtype=np.int64)
-    for bit in range(bits):
-        numbers |= single[:, :, bit].astype(np.int64) << bit
-    return numbers
+    wide = np.pad(packed, ((0, 0), (0, 2))).astype(np.uint32)
+    words = wide[:, :-2] | wide[:, 1:-1] << 8 | wide[:, 2:] << 16  # a number is in three bytes at most
+    first = np.arange(count) * bits
+    found: NDArray[np.uint32] = words[:, first // 8] >> (first % 8).astype(np.uint32) & np.uint32((1 << bits) - 1)
+    return found
 
 
 def pack_scales(scales: Tensor) -> Tensor | None:
@@ -99,7 +98,7 @@ def unpack_scales(packed: Tensor, count: int) -> Tensor:
     """Return the steps or column scales, bfloat16 (E, count), of uint8 (E, bytes), where these are; any bytes do."""
     stored = packed.cpu().numpy()
     base, shift = _header(stored)
-    codes = unpack_numbers(stored[:, HEADER_BYTES:], count)
+    codes = unpack_numbers(stored[:, HEADER_BYTES:], count).astype(np.int64)
     patterns = base + ((codes - 1) << shift)
     patterns = np.where(codes > 0, np.minimum(patterns, _NO_NUMBER), 0).astype(np.int16)
     return torch.from_numpy(patterns).view(torch.bfloat16).to(packed.device)
