@@ -69,8 +69,8 @@ def unpack_numbers(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint32]:
     wide = np.pad(packed, ((0, 0), (0, 2))).astype(np.uint32)
     words = wide[:, :-2] | wide[:, 1:-1] << 8 | wide[:, 2:] << 16  # a number is in three bytes at most
     first = np.arange(count) * bits
-    found: NDArray[np.uint32] = words[:, first // 8] >> (first % 8).astype(np.uint32) & np.uint32((1 << bits) - 1)
-    return found
+    found: NDArray[np.uint32] = words.take(first // 8, axis=1)  # a row's lie next to each other
+    return found >> (first % 8).astype(np.uint32) & np.uint32((1 << bits) - 1)
 
 
 def pack_scales(scales: Tensor) -> Tensor | None:

@@ -48,7 +48,9 @@ def test_numbers_come_back_in_the_bits_that_the_size_says(drawn):
     bits = bits_of_numbers(packed.shape[1], len(numbers))
     assert packed[0].tolist() == naive.pack_numbers(numbers, bits)
     assert len(numbers) < 8 or bits == max(1, max(numbers).bit_length())
-    assert unpack_numbers(packed, len(numbers)).tolist() == [numbers, numbers[::-1]]
+    unpacked = unpack_numbers(packed, len(numbers))
+    assert unpacked.tolist() == [numbers, numbers[::-1]]
+    assert unpacked.flags.c_contiguous
     assert read_numbers(packed[0].tobytes(), len(numbers)) == numbers
 
 
