@@ -411,7 +411,7 @@ def _compare(original: Original, mutant: mutate.Mutant, place: Path, seen: Seen)
         raise Fault("weights differ, and no checksum was made right")
     reader = Reader(place)
     for (name, projection, expert), weight in seen.experts.items():
-        expected = torch.from_numpy(np.asarray(reader.dense(name, projection, expert, weight.shape[1])))
+        expected = torch.from_numpy(np.asarray(reader.dense(name, projection, expert, tuple(weight.shape))))
         if not _same(weight.float(), expected.float()):
             raise Fault(f"{projection} of expert {expert} of {name} is not what the files say")
     _compare_products(seen)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import specified
 
 INDEX = "model.safetensors.index.json"
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
@@ -476,7 +477,8 @@ def seal(files: dict[str, bytes]) -> None:
             books = _books(files)
             for name in [name for name in header if name.endswith("_checksums")]:
                 try:
-                    _seal_experts(name.removesuffix("_checksums"), header, body, books)
+                    known = name.removesuffix("_checksums")
+                    _seal_experts(known, header, body, books, _shape(files, known))
                 except Exception:
                     continue
             files[file] = files[file][: len(files[file]) - len(data)] + bytes(body)
@@ -506,7 +508,17 @@ def _books(files: dict[str, bytes]) -> dict[str, int]:
         return {}
 
 
-def _seal_experts(name: str, header: dict[str, Any], body: bytearray, books: dict[str, int]) -> None:
+def _shape(files: dict[str, bytes], projection: str) -> tuple[int, int]:
+    """Rows and columns of a projection's matrices."""
+    config = json.loads(files["config.json"])
+    hidden = config["hidden_size"] if "hidden_size" in config else config["d_model"]
+    inner = config["moe_intermediate_size"] if "moe_intermediate_size" in config else config["d_ff"]
+    return (hidden, inner) if projection.endswith(("wo", "down_proj")) else (inner, hidden)
+
+
+def _seal_experts(
+    name: str, header: dict[str, Any], body: bytearray, books: dict[str, int], shape: tuple[int, int]
+) -> None:
     """Write the checksums of a projection's experts."""
 
     def raw(part: str) -> bytes:
@@ -523,17 +535,22 @@ def _seal_experts(name: str, header: dict[str, Any], body: bytearray, books: dic
     kind = header[f"{name}_row_codewords"]["dtype"]
     sums = []
     for expert, lengths in enumerate(rows("row_codewords")):
+        level = rows("levels")[expert]
+        if bits < 0:
+            lengths = specified.read_lengths(kind, lengths, shape[0])
+            level = specified.read_scales(header[f"{name}_levels"]["dtype"], level, shape[0])
         counts = np.frombuffer(lengths, "<u1" if kind == "U8" else "<u2").astype(int) + fewest[expert]
         used = -(-(int(counts.sum()) * abs(bits) + (2 if bits < 0 else 0)) // 8) + 8
         start = offsets[expert]
-        parts = raw("codes")[start : start + used], lengths, struct.pack("<i", fewest[expert]), rows("levels")[expert]
+        parts = raw("codes")[start : start + used], lengths, struct.pack("<i", fewest[expert]), level
         crc = zlib.crc32(b"".join(parts))
         if bits < 0:
-            scales = rows("column_scales")[expert]
+            scales, entry = rows("column_scales")[expert], header[f"{name}_column_scales"]
             if not scales:
-                other = header[f"{name.rpartition('.')[0]}.gate_proj_column_scales"]
-                each = (other["data_offsets"][1] - other["data_offsets"][0]) // other["shape"][0]
-                scales = bytes(body[other["data_offsets"][0] + expert * each :][:each])
+                entry = header[f"{name.rpartition('.')[0]}.gate_proj_column_scales"]
+                each = (entry["data_offsets"][1] - entry["data_offsets"][0]) // entry["shape"][0]
+                scales = bytes(body[entry["data_offsets"][0] + expert * each :][:each])
+            scales = specified.read_scales(entry["dtype"], scales, shape[1])
             starts = np.frombuffer(rows("exception_starts")[expert], "<i4")
             crc = zlib.crc32(scales + (starts - starts[0]).astype("<i4").tobytes(), crc)
             crc = zlib.crc32(raw("exception_positions")[2 * starts[0] : 2 * starts[-1]], crc)

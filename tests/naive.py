@@ -11,6 +11,7 @@ import functools
 import heapq
 import itertools
 import json
+import struct
 import zlib
 from fractions import Fraction
 
@@ -350,12 +351,28 @@ def gptq(weight, hessian, grid, dampening, levels=None):
     return digits, weights
 
 
-def bfloat16(number):
-    """Return the nearest number with 8 significant bits; of two as near, the one whose last bit is 0."""
+def round_scale(number):
+    """Return the nearest number with 5 significant bits (4 of a mantissa are stored); of two as near, the larger."""
     if number == 0:
         return 0.0
     mantissa, exponent = np.frexp(number)
-    return float(np.ldexp(round(float(mantissa) * 256), exponent - 8))
+    return float(np.ldexp(float(int(mantissa * 32 + 0.5)), exponent - 5))
+
+
+def pack_scales(numbers):
+    """Return the bytes of one expert's steps or scales, each 0 or a positive bfloat16, and the bits of each number."""
+    patterns = [struct.unpack(">H", struct.pack(">f", number)[:2])[0] for number in numbers]
+    smallest = min([p for p in patterns if p], default=0x7FFF)
+    shift = 0
+    while any(p > smallest for p in patterns) and all((p - smallest) % (2 << shift) == 0 for p in patterns if p):
+        shift += 1
+    return [smallest & 255, smallest >> 8, shift], [p and ((p - smallest) >> shift) + 1 for p in patterns]
+
+
+def pack_numbers(numbers, bits):
+    """Return numbers of so many bits each as bytes, least significant bit first."""
+    stream = "".join(format(number, f"0{bits}b")[::-1] for number in numbers)
+    return [int(stream[i : i + 8][::-1], 2) for i in range(0, len(stream), 8)]
 
 
 def uniform_step(row, step):
@@ -392,11 +409,11 @@ def uniform_scales(damped):
         first = [1.0] + [0.0] * (len(damped) - c - 1)
         costs.append(1 / np.linalg.solve(damped[c:, c:], first)[0])
     middle = np.exp(sum(np.log(cost) for cost in costs) / len(costs))
-    return [bfloat16(min(max((middle / cost) ** 0.5, 1 / 1024), 1024.0)) for cost in costs]
+    return [round_scale(min(max((middle / cost) ** 0.5, 1 / 1024), 1024.0)) for cost in costs]
 
 
 def uniform_gptq(weight, hessian, step, dead_zone, dampening, rounded=True):
-    """Return digits and weights (E, R, C), steps (E, R) and column scales (E, C); steps are bfloat16 if `rounded`."""
+    """Return digits and weights (E, R, C), steps (E, R) and column scales (E, C); steps of few bits if `rounded`."""
     digits, weights = np.zeros(np.shape(weight), int), np.zeros(np.shape(weight))
     steps, scales = np.zeros(np.shape(weight)[:2]), np.zeros((len(weight), np.shape(weight)[2]))
     for e in range(len(weight)):
@@ -405,7 +422,7 @@ def uniform_gptq(weight, hessian, step, dead_zone, dampening, rounded=True):
         for r, row in enumerate(np.asarray(weight[e], float)):
             steps[e, r] = uniform_step(row, step)
             if rounded:
-                steps[e, r] = bfloat16(steps[e, r])
+                steps[e, r] = round_scale(steps[e, r])
             errors = []
             for k in range(len(row)):
                 best = row[k] + sum(float(moves[k][i]) * errors[i] for i in range(k))

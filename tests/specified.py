@@ -32,7 +32,7 @@ class Reader:
     def __init__(self, directory: Path) -> None:
         self.settings = json.loads((directory / "config.json").read_text())["quantization_config"]
         windows = any(book["kind"] == "windows" for book in self.settings["codebooks"])
-        assert (self.settings["quant_method"], self.settings["format"]) == ("qmoe", 3 if windows else 2)
+        assert (self.settings["quant_method"], self.settings["format"]) == ("qmoe", 4 if windows else 2)
         self.tensors = {}
         index = directory / "model.safetensors.index.json"
         weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else None
@@ -65,10 +65,10 @@ class Reader:
         dtype, content = self.part(projection, part, expert)
         return list(struct.unpack(f"<{len(content) // ITEMSIZE[dtype]}{LETTER[dtype]}", content))
 
-    def dense(self, layer: str, projection: str, expert: int, columns: int) -> np.ndarray:
-        number = self.settings["layers"][layer][projection]
+    def dense(self, layer: str, projection: str, expert: int, shape: tuple[int, int]) -> np.ndarray:
+        number, (_, columns) = self.settings["layers"][layer][projection], shape
         if self.settings["codebooks"][number]["kind"] == "windows":
-            return self.dense_windows(layer, projection, expert, columns)
+            return self.dense_windows(layer, projection, expert, *shape)
         bits, name = self.settings["codebooks"][number]["bits"], f"{layer}.{projection}"
         (fewest,) = self.numbers(name, "fewest_codewords", expert)
         counts = [fewest + above for above in self.numbers(name, "row_codewords", expert)]
@@ -83,23 +83,26 @@ class Reader:
         digits = naive.decode(stream, counts, self.strings(number), bits, columns)
         return naive.dequantize(np.array(digits), values)
 
-    def dense_windows(self, layer: str, projection: str, expert: int, columns: int) -> np.ndarray:
+    def dense_windows(self, layer: str, projection: str, expert: int, rows: int, columns: int) -> np.ndarray:
         book = self.settings["codebooks"][self.settings["layers"][layer][projection]]
         bits, name = book["bits"], f"{layer}.{projection}"
         (fewest,) = self.numbers(name, "fewest_codewords", expert)
-        counts = [fewest + above for above in self.numbers(name, "row_codewords", expert)]
+        lengths = read_lengths(*self.part(name, "row_codewords", expert), rows)
+        each = "B" if len(lengths) == rows else "H"
+        counts = [fewest + above for above in struct.unpack(f"<{rows}{each}", lengths)]
         (start,) = self.numbers(name, "expert_offsets", expert)
         assert start % 16 == 0
         stream = self.part(name, "codes")[start:][: -(-(sum(counts) * bits + 2) // 8) + 8]
-        _, levels = self.part(name, "levels", expert)
-        _, scales = self.part(name, "column_scales", expert)
-        if not scales:
-            _, scales = self.part(f"{layer}.gate_proj", "column_scales", expert)
+        levels = read_scales(*self.part(name, "levels", expert), rows)
+        stored = self.part(name, "column_scales", expert)
+        if not stored[1]:
+            stored = self.part(f"{layer}.gate_proj", "column_scales", expert)
+        scales = read_scales(*stored, columns)
         starts = self.numbers(name, "exception_starts", expert)
         listed = range(starts[0], starts[-1])
         positions = struct.unpack_from(f"<{len(listed)}H", self.part(name, "exception_positions"), 2 * starts[0])
         values = struct.unpack_from(f"<{len(listed)}b", self.part(name, "exception_values"), starts[0])
-        summed = stream + self.part(name, "row_codewords", expert)[1] + struct.pack("<i", fewest) + levels + scales
+        summed = stream + lengths + struct.pack("<i", fewest) + levels + scales
         summed += struct.pack(f"<{len(starts)}i", *(place - starts[0] for place in starts))
         summed += struct.pack(f"<{len(listed)}H", *positions) + struct.pack(f"<{len(listed)}b", *values)
         assert self.numbers(name, "checksums", expert) == [zlib.crc32(summed)]
@@ -111,6 +114,29 @@ class Reader:
         trees, class_of = naive.window_trees(read_kinds(book), bits, book["clip"], book["starts"], book["quarters"])
         digits = np.array(naive.decode_windows(stream, counts, trees, class_of, bits, columns, exceptions))
         return digits.astype(np.float32) * read_bfloat16(levels)[:, None] * read_bfloat16(scales)
+
+
+def read_numbers(content: bytes, count: int) -> list[int]:
+    """Numbers of fewer bits than a tensor's dtype has."""
+    bits = 8 * len(content) // count
+    assert bits in range(1, 17)
+    assert len(content) == (count * bits + 7) // 8
+    return [int.from_bytes(content, "little") >> bits * i & (1 << bits) - 1 for i in range(count)]
+
+
+def read_lengths(dtype: str, content: bytes, rows: int) -> bytes:
+    """Row lengths of an expert of windows as they are summed."""
+    return bytes(read_numbers(content, rows)) if dtype == "U8" else content
+
+
+def read_scales(dtype: str, content: bytes, count: int) -> bytes:
+    """Steps or column scales of an expert of windows as they are summed: bfloat16."""
+    if dtype != "U8":
+        return content
+    smallest, shift = struct.unpack_from("<HB", content)
+    numbers = read_numbers(content[3:], count)
+    patterns = [smallest + ((number - 1) << shift) if number else 0 for number in numbers]
+    return struct.pack(f"<{count}H", *patterns)
 
 
 def read_bfloat16(content: bytes) -> np.ndarray:

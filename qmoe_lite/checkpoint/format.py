@@ -16,17 +16,19 @@ from torch import Tensor
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.coding.codes import Code, code_from_config
 from qmoe_lite.coding.dictionary import KIND, Dictionary
+from qmoe_lite.coding.narrow import pack_numbers, pack_scales
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.parts import EXCEPTION_PARTS
 from qmoe_lite.errors import CheckpointError, FormatError
 
 _Any = TypeVar("_Any")
-FORMAT = 3  # of what holds a dictionary's codes; directories without any are still written as format 2
-FORMATS = (2, 3)  # that are read
+FORMAT = 4  # of what holds a dictionary's codes; directories without any are still written as format 2
+FORMATS = (2, 3, 4)  # that are read
 METHOD = "qmoe"  # quant_method in config.json
 ALIGNMENT = 16  # bytes; where an expert's codes may start
 PARTS = ("codes", "expert_offsets", "row_codewords", "fewest_codewords", "levels", "checksums")
 WINDOW_PARTS = (*PARTS, "column_scales", *EXCEPTION_PARTS)
+_CHECKSUM_BYTES = 8
 PARTS_OF = {"tunstall": PARTS, "paper": PARTS, KIND: WINDOW_PARTS}  # by kind of code
 
 
@@ -69,29 +71,60 @@ def pack_experts(matrices: list[PackedMatrix], *, shares_scales: bool = False) -
         "codes" uint8 (bytes,), "expert_offsets" int64 (E + 1,), "row_codewords" (E, R), uint8 or, where one expert
         needs it, uint16, "fewest_codewords" int32 (E,), "levels" (E, R, L), "checksums" int64 (E,). Of a dictionary
         besides "column_scales" bfloat16 (E, C), or (E, 0) where they are shared, "exception_starts" int32
-        (E, blocks + 1), "exception_positions" uint16 (N,) and "exception_values" int8 (N,).
+        (E, blocks + 1), "exception_positions" uint16 (N,) and "exception_values" int8 (N,); there "row_codewords",
+        "levels" and "column_scales" are uint8 (E, bytes) where that is shorter, see `coding.narrow`.
     """
+    matrices = _alike(matrices)
+    offsets = _offsets(matrices)
+    codes = torch.zeros(offsets[-1], dtype=torch.uint8)
+    for packed, start in zip(matrices, offsets[:-1], strict=True):
+        codes[start : start + len(packed.codes)] = packed.codes
+    sums = torch.tensor([checksum(p) for p in matrices], dtype=torch.int64)
+    stored = {"codes": codes, "checksums": sums} | _small_parts(matrices, shares_scales)
+    return {part: stored[part] for part in parts_of(matrices[0].codebook)}
+
+
+def stored_bytes(matrices: list[PackedMatrix], *, shares_scales: bool = False) -> int:
+    """Return the bytes of what `pack_experts` makes of these experts, were they all."""
+    matrices = _alike(matrices)
+    small = _small_parts(matrices, shares_scales)
+    return sum(tensor.nbytes for tensor in small.values()) + _offsets(matrices)[-1] + _CHECKSUM_BYTES * len(matrices)
+
+
+def _alike(matrices: list[PackedMatrix]) -> list[PackedMatrix]:
+    """Return the matrices with row lengths of one dtype, and with column scales where their code is a dictionary."""
     if any(packed.row_codewords.dtype == torch.uint16 for packed in matrices):
         matrices = [replace(packed, row_codewords=packed.row_codewords.to(torch.uint16)) for packed in matrices]
     if isinstance(matrices[0].codebook, Dictionary):  # every matrix that is read has scales: its checksum counts them
         ones = torch.ones(matrices[0].columns, dtype=torch.bfloat16)
         matrices = [p if p.column_scales is not None else replace(p, column_scales=ones) for p in matrices]
-    row_codewords = torch.stack([packed.row_codewords.view(torch.uint8) for packed in matrices])  # uint16 has no stack
+    return matrices
+
+
+def _offsets(matrices: list[PackedMatrix]) -> list[int]:
     offsets = [0]
     for packed in matrices:
         offsets.append(offsets[-1] + -(-len(packed.codes) // ALIGNMENT) * ALIGNMENT)
-    codes = torch.zeros(offsets[-1], dtype=torch.uint8)
-    for packed, start in zip(matrices, offsets[:-1], strict=True):
-        codes[start : start + len(packed.codes)] = packed.codes
+    return offsets
+
+
+def _small_parts(matrices: list[PackedMatrix], shares_scales: bool) -> dict[str, Tensor]:
+    """Return all parts but the codes and checksums."""
+    row_codewords = torch.stack([packed.row_codewords.view(torch.uint8) for packed in matrices])  # uint16 has no stack
     stored = {
-        "codes": codes,
-        "expert_offsets": torch.tensor(offsets, dtype=torch.int64),
+        "expert_offsets": torch.tensor(_offsets(matrices), dtype=torch.int64),
         "row_codewords": row_codewords.view(matrices[0].row_codewords.dtype),
         "fewest_codewords": torch.tensor([p.fewest_codewords for p in matrices], dtype=torch.int32),
         "levels": torch.stack([p.levels for p in matrices]),
-        "checksums": torch.tensor([checksum(p) for p in matrices], dtype=torch.int64),
     }
-    return stored | _window_tensors(matrices, shares_scales) if isinstance(matrices[0].codebook, Dictionary) else stored
+    if not isinstance(matrices[0].codebook, Dictionary):
+        return stored
+    if stored["row_codewords"].dtype == torch.uint8:
+        stored["row_codewords"] = torch.from_numpy(pack_numbers(stored["row_codewords"].numpy()))
+    stored |= _window_tensors(matrices, shares_scales)
+    scales = {"levels": stored["levels"][:, :, 0], "column_scales": stored["column_scales"]}
+    narrow = {part: pack_scales(tensor) for part, tensor in scales.items()}
+    return stored | {part: tensor for part, tensor in narrow.items() if tensor is not None}
 
 
 def _window_tensors(matrices: list[PackedMatrix], shares_scales: bool) -> dict[str, Tensor]:
@@ -169,7 +202,7 @@ def quantization_of(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(f"{directory} is not compressed by qmoe. Run: qmoe compress {directory} OUT")
     if (found := settings.get("format")) not in FORMATS:
         remedy = "Upgrade qmoe-lite" if isinstance(found, int) and found > FORMAT else "Compress the model again"
-        known = " and ".join(map(str, FORMATS))
+        known = f"{', '.join(map(str, FORMATS[:-1]))} and {FORMATS[-1]}"
         raise FormatError(f"{directory} has format {found}; this qmoe-lite reads {known}. {remedy}.")
     return settings  # type: ignore[no-any-return]
 

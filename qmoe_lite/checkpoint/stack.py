@@ -16,6 +16,7 @@ from qmoe_lite.coding.codes import Code, bytes_of_stream
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.exceptions import block_rows
 from qmoe_lite.coding.matmul import MatrixStack, Stack
+from qmoe_lite.coding.narrow import HEADER_BYTES, bits_of_numbers, unpack_numbers, unpack_scales
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.validation import validate
 from qmoe_lite.coding.windows_product import WindowStack
@@ -77,6 +78,8 @@ class ExpertStack:
             "fewest_codewords": ((experts,), (torch.int32,)),
             "checksums": ((experts,), (torch.int64,)),
         }
+        if self._is_narrow("row_codewords"):
+            del expected["row_codewords"]
         for part, (shape, dtypes) in expected.items():
             found = self.parts[part]
             if tuple(found.shape) != shape or found.dtype not in dtypes:
@@ -87,7 +90,8 @@ class ExpertStack:
         if isinstance(self.codebook, Dictionary):
             self._check_window_parts()
         levels, codes = self.parts["levels"], self.parts.get("codes")
-        if levels.dim() != 3 or tuple(levels.shape[:2]) != (experts, rows) or not levels.is_floating_point():
+        usual = levels.dim() == 3 and tuple(levels.shape[:2]) == (experts, rows) and levels.is_floating_point()
+        if not usual and not self._is_narrow("levels"):
             raise FormatError(f"{tensor_name(self.name, 'levels')} is not (experts, rows, levels) of floats.")
         if codes is not None and (codes.dim() != 1 or codes.dtype != torch.uint8):
             raise FormatError(f"{tensor_name(self.name, 'codes')} is not a row of bytes. Fetch the file again.")
@@ -102,6 +106,8 @@ class ExpertStack:
             "exception_positions": ((None,), torch.uint16),
             "exception_values": (tuple(self.parts["exception_positions"].shape), torch.int8),
         }
+        if self._is_narrow("column_scales"):
+            del expected["column_scales"]
         for part, (shape, dtype) in expected.items():
             found = self.parts[part]
             fits = found.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
@@ -112,10 +118,35 @@ class ExpertStack:
                     f"config.json promises {dtype} {wanted}. Fetch both again."
                 )
 
+    def _is_narrow(self, name: str) -> bool:
+        """Return whether a part is stored in as many bits as its numbers need, as a dictionary's may be."""
+        part = self.parts[name]
+        if not isinstance(self.codebook, Dictionary) or part.dtype != torch.uint8 or part.dim() != 2:
+            return False
+        rows, columns = self.shape
+        size, count = part.shape[1], columns if name == "column_scales" else rows
+        header, most = (0, 8) if name == "row_codewords" else (HEADER_BYTES, 16)
+        return len(part) == self.experts and bits_of_numbers(size - header, count) in range(1, most + 1)
+
+    @cached_property
+    def held(self) -> dict[str, Tensor]:
+        """The parts as they are multiplied: levels and column scales are floats, row lengths whole bytes."""
+        rows, columns = self.shape
+        held = dict(self.parts)
+        if held["row_codewords"].shape[1] != rows:
+            lengths = held["row_codewords"]
+            numbers = unpack_numbers(lengths.cpu().numpy(), rows)
+            held["row_codewords"] = torch.from_numpy(numbers.astype(np.uint8)).to(lengths.device)
+        if self._is_narrow("levels"):
+            held["levels"] = unpack_scales(held["levels"], rows)[:, :, None]
+        if "column_scales" in held and self._is_narrow("column_scales"):
+            held["column_scales"] = unpack_scales(held["column_scales"], columns)
+        return held
+
     @property
     def column_scales(self) -> Tensor:
         """Column scales of a dictionary's experts, (E, C), its own or the first projection's."""
-        own = self.parts["column_scales"]
+        own = self.held["column_scales"]
         return self._first.column_scales if self._first is not None and own.shape[1] == 0 else own
 
     @cached_property
@@ -127,7 +158,7 @@ class ExpertStack:
 
     @cached_property
     def _steps(self) -> NDArray[np.float32]:
-        steps: NDArray[np.float32] = self.parts["levels"][:, :, 0].float().contiguous().numpy()
+        steps: NDArray[np.float32] = self.held["levels"][:, :, 0].float().contiguous().numpy()
         return steps
 
     @cached_property
@@ -166,8 +197,8 @@ class ExpertStack:
         """Return one expert's matrix, of its own codes and views of the other parts; it may not have been checked."""
         return PackedMatrix(
             codes=codes,
-            row_codewords=self.parts["row_codewords"][expert],
-            levels=self.parts["levels"][expert],
+            row_codewords=self.held["row_codewords"][expert],
+            levels=self.held["levels"][expert],
             codebook=self.codebook,
             columns=self.shape[1],
             fewest_codewords=int(self.parts["fewest_codewords"].numpy()[expert]),
@@ -232,8 +263,8 @@ class ExpertStack:
                 replace(
                     known,
                     codes=self.parts["codes"][start : start + used],
-                    row_codewords=self.parts["row_codewords"][expert],
-                    levels=self.parts["levels"][expert],
+                    row_codewords=self.held["row_codewords"][expert],
+                    levels=self.held["levels"][expert],
                     **self._window_parts(expert),
                 )
             )
@@ -251,7 +282,7 @@ class ExpertStack:
             return WindowStack(
                 codes=self.parts["codes"].numpy() if codes is None else codes,
                 offsets=self.parts["expert_offsets"].numpy() if offsets is None else offsets,
-                row_codewords=self.parts["row_codewords"].numpy(),
+                row_codewords=self.held["row_codewords"].numpy(),
                 fewest=self.parts["fewest_codewords"].numpy(),
                 steps=self._steps,
                 column_scales=self._float_scales,
@@ -264,9 +295,9 @@ class ExpertStack:
         return MatrixStack(
             codes=self.parts["codes"].numpy() if codes is None else codes,
             offsets=self.parts["expert_offsets"].numpy() if offsets is None else offsets,
-            row_codewords=self.parts["row_codewords"].numpy(),
+            row_codewords=self.held["row_codewords"].numpy(),
             fewest=self.parts["fewest_codewords"].numpy(),
-            levels=self.parts["levels"],
+            levels=self.held["levels"],
             codebook=self.codebook,
             columns=self.shape[1],
         )

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from qmoe_lite.coding.narrow import rescaled
 from qmoe_lite.compression.correction import Correction, Found, Lack
-from qmoe_lite.compression.expert_training import train_expert
+from qmoe_lite.compression.expert_training import Factors, train_expert
 from qmoe_lite.compression.layer_parts import LayerInputs, Taken, draw
 from qmoe_lite.compression.layer_waves import LayerWaves
 from qmoe_lite.compression.list_buffer import ListBuffer
@@ -28,6 +30,7 @@ from qmoe_lite.compression.tally import Solved
 from qmoe_lite.compression.twins import chunks, lack_of
 from qmoe_lite.compression.waves import borrow
 from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.quantization.grid import UniformGrid
 
 _SCALES = torch.bfloat16  # whose values column scales are
 
@@ -189,6 +192,7 @@ class LayerTuner:
             gates[:, None].to(device),
             goal,
             seed,
+            partial(_settled, solved, place),
         )
         better = found.after < found.before
         for name, each in solved.items() if better else ():
@@ -199,6 +203,23 @@ class LayerTuner:
             if quantized.column_scales is not None:
                 quantized.column_scales[place] = (quantized.column_scales[place] * found.columns[first]).to(_SCALES)
         return Found(energy, found.before, found.after if better else found.before)
+
+
+def _settled(solved: dict[str, Solved], place: int, rows: Factors, columns: Factors) -> tuple[Factors, Factors]:
+    """Return factors of an expert's rows and columns that lead to steps and scales as they are stored."""
+    found: tuple[Factors, Factors] = {}, {}
+    for name, each in solved.items():
+        if not isinstance(each.grid, UniformGrid):
+            return rows, columns
+        dtype, scales = each.grid.level_dtype or torch.float32, each.quantized.column_scales
+        found[0][name] = _stored_factors(each.quantized.levels[place, :, 0], rows[name], dtype)
+        if name in columns and scales is not None:
+            found[1][name] = _stored_factors(scales[place], columns[name], _SCALES)
+    return found
+
+
+def _stored_factors(scales: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(scales > 0, rescaled(scales, factors, dtype) / scales, 1.0)
 
 
 def _copied(solved: Solved) -> Solved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,10 @@ from qmoe_lite.models.family import inner
 
 EPOCHS, BATCH = 1, 64  # how often a token is seen, and tokens a step
 RATE = 0.02  # highest change of a factor's logarithm in a step
+
+
+Factors = dict[str, Tensor]  # by projection
+Settle = Callable[[Factors, Factors], tuple[Factors, Factors]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Trained:
         Sum over the tokens of the squares of what it lacked of the goal, and lacks.
     """
 
-    rows: dict[str, Tensor]
-    columns: dict[str, Tensor]
+    rows: Factors
+    columns: Factors
     before: float
     after: float
 
@@ -45,6 +50,7 @@ def train_expert(
     gates: Tensor,
     goal: Tensor,
     seed: tuple[int, ...],
+    settle: Settle | None = None,
 ) -> Trained:
     """Train an expert's factors until it puts out what it should, as nearly as it can.
 
@@ -64,6 +70,8 @@ def train_expert(
         What it should put out then.
     seed : tuple of int
         Of the tokens' order.
+    settle : callable, optional
+        Returns factors of rows and of columns that lead to what can be stored, given those that were trained.
 
     Returns
     -------
@@ -84,6 +92,8 @@ def train_expert(
             lost = (expert(x[part]) * gates[part] - goal[part]).square().mean() / scale
             lost.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+        if settle is not None:
+            expert.settle(settle)
         return expert.trained(before, expert.lacks(x, gates, goal))
 
 
@@ -118,9 +128,18 @@ class _Factored:
     def lacks(self, x: Tensor, gates: Tensor, goal: Tensor) -> float:
         return float((self(x) * gates - goal).double().square().sum())
 
+    @torch.no_grad()
+    def settle(self, settle: Settle) -> None:
+        for factors, settled in zip((self._rows, self._columns), settle(*self._factors()), strict=True):
+            for name, each in settled.items():
+                factors[name].copy_(each.log())
+
     def trained(self, before: float, after: float) -> Trained:
-        rows, columns = ({name: each.detach().exp() for name, each in of.items()} for of in (self._rows, self._columns))
-        return Trained(rows, columns, before, after)
+        return Trained(*self._factors(), before, after)
+
+    def _factors(self) -> tuple[Factors, Factors]:
+        of_rows = {name: each.detach().exp() for name, each in self._rows.items()}
+        return of_rows, {name: each.detach().exp() for name, each in self._columns.items()}
 
 
 def _batches(tokens: int, seed: tuple[int, ...]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.checkpoint.format import pack_experts
+from qmoe_lite.checkpoint.format import pack_experts, stored_bytes
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
@@ -25,7 +25,6 @@ from qmoe_lite.quantization.grid import Grid, Quantized, UniformGrid
 
 _SAMPLE = 1 << 22  # digits, over all experts of a projection, that choose its codebook; at least a row of each
 _REWRITE = 0.005  # share of the bits from which on all experts are written again
-_EXPERT_BYTES = 16  # of an expert's offset and checksum
 
 
 class Solved(NamedTuple):
@@ -201,8 +200,7 @@ class WindowTally:
 
     def bits(self, packed: list[PackedMatrix]) -> int:
         """Return the bits that a group takes as it is stored."""
-        shared = sum(p.column_scales.nbytes for p in packed if p.column_scales is not None and self._shares_scales)
-        return 8 * (sum(p.nbytes + _EXPERT_BYTES for p in packed) - shared)
+        return 8 * stored_bytes(packed, shares_scales=self._shares_scales)
 
     def keep(self, solved: Solved, packed: list[PackedMatrix]) -> None:
         """Take over a group of experts as `encode` wrote them."""

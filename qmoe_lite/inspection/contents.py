@@ -15,6 +15,7 @@ from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import quantization_of
 from qmoe_lite.checkpoint.report import FILE_NAME, ProjectionReport, Report, read_report, stored_bytes
 from qmoe_lite.coding.codebook import Codebook
+from qmoe_lite.coding.narrow import dtype_of_levels
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import read_config
@@ -231,7 +232,7 @@ def _stored(
         rows=rows,
         columns=columns,
         part_bytes={part: tensor.nbytes for part, tensor in parts.items()},
-        level_dtype=str(parts["levels"].dtype).removeprefix("torch."),
+        level_dtype=str(dtype_of_levels(parts["levels"])).removeprefix("torch."),
         codeword_bits=codebook.bits,
         zeros=zeros,
         report=report,

@@ -28,6 +28,7 @@ from qmoe_lite.checkpoint.report import FILE_NAME, read_report
 from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.checkpoint.weight_file import THREADS, page_memory
 from qmoe_lite.coding.codes import Code, code_from_config
+from qmoe_lite.coding.narrow import dtype_of_levels
 from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, QMoEError, first_line
@@ -359,7 +360,7 @@ class _Search:
             first = self.firsts.get(f"{layer.experts}.{layer.first_of_stage(projection.projection)}")
             stack = ExpertStack(name, layer.count, shape, projection.codebook, read.result(), first=first)
             self.firsts = {name: stack} if first is None else self.firsts
-            found = str(stack.parts["levels"].dtype).removeprefix("torch.")
+            found = str(dtype_of_levels(stack.parts["levels"])).removeprefix("torch.")
             if level_dtype not in (None, found):
                 text = f"{name}_levels in {file} is {found}; config.json says {level_dtype}. Fetch the file again."
                 self.error(projection.tensors["levels"], file, FormatError(text))

@@ -20,6 +20,7 @@ from qmoe_lite.coding.codes import Code
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.guards import check_recording
 from qmoe_lite.coding.matmul import Stack
+from qmoe_lite.coding.narrow import dtype_of_levels
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, ShapeError
 from qmoe_lite.models.blocks import MoELayer
@@ -244,7 +245,7 @@ class PackedExperts(nn.Module):
             stack, first = self.stack(projection), self.layer.first_of_stage(projection)
             if isinstance(stack.codebook, Dictionary):
                 shared = None if first == projection else self._packets(first)
-                made: Any = stack_window_packets(stack.parts, stack.codebook, stack.shape[1], shared)
+                made: Any = stack_window_packets(stack.held, stack.codebook, stack.shape[1], shared)
             else:
                 made = stack_packets(stack.parts, stack.codebook, stack.shape[1])
             self._packets_of[projection] = made
@@ -352,9 +353,9 @@ def empty_experts(family: Family, checkpoint: Checkpoint, config: Any) -> list[P
         for projection in experts.layer.projections:
             name, parts = f"{experts.layer.experts}.{projection}", parts_of(experts.codebooks[projection])
             found = {part: checkpoint.meta(tensor_name(name, part)) for part in parts}
-            if level_dtype is not None and str(found["levels"].dtype) != f"torch.{level_dtype}":
-                text = f"{name}_levels is {found['levels'].dtype}; config.json says {level_dtype}"
-                raise FormatError(f"{text}. Fetch both again.")
+            dtype = dtype_of_levels(found["levels"])
+            if level_dtype is not None and str(dtype) != f"torch.{level_dtype}":
+                raise FormatError(f"{name}_levels is {dtype}; config.json says {level_dtype}. Fetch both again.")
             experts.fill(projection, found)
         if (layout := experts.layer.layout) is not None and layout.biased:
             for tensor in (f"{layout.first}_bias", "down_proj_bias"):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qmoe_lite.coding.narrow import round_scales
 from qmoe_lite.errors import SettingError
 from qmoe_lite.quantization.rounding import MOST_STEPS, UniformRounding, check_levels, level_dtype_name, round_levels
 
@@ -33,7 +34,8 @@ class UniformGrid:
     dead_zone : float, default 0.06
         How much farther than halfway from 0 a weight must lie, in steps, to take the next digit: at least 0, under 0.5.
     level_dtype : torch.bfloat16, torch.float16 or None, default None
-        Dtype that the steps are rounded to before any weight is rounded; None keeps float32.
+        Dtype that the steps are rounded to before any weight is rounded, bfloat16 with as few bits of mantissa as
+        `round_scales` leaves; None keeps float32.
     column_steps : bool, default True
         Scale the columns by what the Hessian says of them (`column_scales`). False: steps follow the rows alone.
 
@@ -90,7 +92,8 @@ class UniformGrid:
         steps = length * (self.step / math.sqrt(weight.shape[-1]))
         if importance is not None:
             steps = steps * _moved(steps[..., 0], importance)[..., None]
-        levels = round_levels(steps.to(torch.float32), self.level_dtype)
+        steps = steps.to(torch.float32)
+        levels = round_levels(round_scales(steps) if self.level_dtype == torch.bfloat16 else steps, self.level_dtype)
         return torch.where(levels < torch.finfo(torch.float32).tiny, 0.0, levels)
 
     def rounding(self, levels: Tensor) -> UniformRounding:
@@ -123,12 +126,12 @@ def column_scales(diagonal: Tensor) -> Tensor:
     Returns
     -------
     float32 tensor, shape (E, C)
-        The diagonal over its geometric mean, between 1 / 1024 and 1024, rounded to bfloat16.
+        The diagonal over its geometric mean, between 1 / 1024 and 1024, rounded by `round_scales`.
     """
     logarithms = diagonal.double().log()
     bound = math.log(_SCALE_BOUND)
     ratios = (logarithms - logarithms.mean(dim=-1, keepdim=True)).clamp_(-bound, bound).exp_()
-    return ratios.to(torch.bfloat16).to(torch.float32)
+    return round_scales(ratios.to(torch.float32))
 
 
 def _moved(steps: Tensor, importance: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.format import checksum, tensor_name
+from qmoe_lite.checkpoint.stack import ExpertStack
 from qmoe_lite.coding.dictionary import Dictionary
+from qmoe_lite.coding.narrow import repack_scales, unpack_scales
 from qmoe_lite.models.cpu_dispatch import product, run_stretches
 from qmoe_lite.models.experts import PackedExperts
 from qmoe_lite.models.routing import Assignment, in_order
@@ -68,31 +69,34 @@ class TunedExperts(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors that the factors change, rounded as they are stored: levels, scales, checksums.
 
-        Their names are those of the whole model's tensors.
+        Their names are those of the whole model's tensors. Where these take few bits, the factors become what
+        leads to them: what is computed from then on is what a reader will compute.
         """
-        experts = self.packed
+        layer = self.packed.layer
         changed: dict[str, Tensor] = {}
-        for name in experts.layer.projections:
-            stack = experts.stack(name)
-            own = {"levels": stack.parts["levels"], "checksums": torch.empty_like(stack.parts["checksums"])}
-            own["levels"] = (own["levels"].float() * self.rows[name].exp()[:, :, None]).to(own["levels"].dtype)
+        stacks: dict[str, ExpertStack] = {}
+        for name in layer.projections:
+            stack = self.packed.stack(name)
+            own = {"levels": self._rounded(stack, "levels", self.rows[name])}
             if name in self.columns:
-                scales = stack.parts["column_scales"]
-                own["column_scales"] = (scales.float() * self.columns[name].exp()).to(scales.dtype)
-            for part, tensor in own.items():
-                changed[tensor_name(f"{experts.layer.experts}.{name}", part)] = tensor
-        for name in experts.layer.projections:
-            self._sum_up(name, changed)
+                own["column_scales"] = self._rounded(stack, "column_scales", self.columns[name])
+            first = stacks.get(layer.first_of_stage(name))
+            stacks[name] = ExpertStack(
+                stack.name, stack.experts, stack.shape, stack.codebook, stack.parts | own, first=first
+            )
+            own["checksums"] = torch.empty_like(stack.parts["checksums"])
+            for expert in range(layer.count):
+                own["checksums"][expert] = checksum(stacks[name].matrix(expert, stack.checked(expert).codes))
+            changed |= {tensor_name(stack.name, part): tensor for part, tensor in own.items()}
         return changed
 
-    def _sum_up(self, projection: str, changed: dict[str, Tensor]) -> None:
-        """Fill a projection's checksums: of its matrices with their new levels and scales."""
-        experts = self.packed
-        stack, layer = experts.stack(projection), experts.layer
-        first = tensor_name(f"{layer.experts}.{layer.first_of_stage(projection)}", "column_scales")
-        levels, sums = (changed[tensor_name(f"{layer.experts}.{projection}", part)] for part in ("levels", "checksums"))
-        for expert in range(layer.count):
-            packed = replace(stack.checked(expert), levels=levels[expert])
-            if first in changed:
-                packed = replace(packed, column_scales=changed[first][expert])
-            sums[expert] = checksum(packed)
+    def _rounded(self, stack: ExpertStack, part: str, factors: Tensor) -> Tensor:
+        """Return steps or scales times the exponentials of factors, which may be changed, as they are stored."""
+        stored, known = stack.parts[part], stack.held[part].float()
+        if stored.dtype != torch.uint8:
+            return (known * factors.exp().view(*factors.shape, *[1] * (known.dim() - 2))).to(stored.dtype)
+        known = known.view(factors.shape)
+        packed = repack_scales(stored, known * factors.exp())
+        found = unpack_scales(packed, factors.shape[1]).float()
+        factors.copy_(torch.where(known > 0, found / known, 1.0).log())
+        return packed

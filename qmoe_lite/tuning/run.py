@@ -171,6 +171,7 @@ def tune(
         tuner = Tuner(load(source, dtype=torch.float32))
         before = tuner.measure(kept, wanted)
         tuner.train(drawn, states, epochs=epochs, batch=batch_size, rate=learning_rate, seed=seed, progress=show)
+        stored = tuner.stored()  # before it is measured: what is measured is what is stored
         after = tuner.measure(kept, wanted)
         if not after.divergence < before.divergence:
             raise BadResultError(
@@ -196,7 +197,7 @@ def tune(
             learning_rate=learning_rate,
             seconds=time.perf_counter() - begun,
         )
-        _write(checkpoint, partial, target, tuner.stored(), report, gap, tokens)
+        _write(checkpoint, partial, target, stored, report, gap, tokens)
     return report
 
 

@@ -10,7 +10,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from specified import Reader, read_kinds
+from specified import Reader, read_kinds, read_lengths, read_scales
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint import format as on_disk
@@ -19,6 +19,7 @@ from qmoe_lite.errors import FormatError
 
 TEXT = (Path(on_disk.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 DIGIT = {"0": 0, "+": 1, "-": -1}
+NARROW = ("row_codewords", "levels", "column_scales")
 LEVELS = [[-0.5, 0.75], [-1.0, 1.5]]
 
 
@@ -26,6 +27,10 @@ def blocks() -> list[list[list[str]]]:
     """The example's two blocks of lines of words."""
     parts = TEXT.partition("## Example")[2].split("```")[1::2]
     return [[line.split() for line in part.strip().splitlines()] for part in parts]
+
+
+def bytes_of(*tensors: torch.Tensor) -> bytes:
+    return b"".join(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
@@ -37,7 +42,7 @@ def test_a_reader_of_the_specification_reads_what_compress_wrote(directory, mode
     name, module = list(modules.items())[-1]
     projection = module.layer.projections[-1]
     for expert in (0, module.num_experts - 1):
-        found = reader.dense(name, projection, expert, module.layer.shapes[projection][1])
+        found = reader.dense(name, projection, expert, module.layer.shapes[projection])
         assert np.array_equal(found, module.dense(expert, projection).double().numpy())
 
 
@@ -68,13 +73,21 @@ def test_windows_are_stored_as_specified():
     packed = [qm.encode(*parts[:2], dictionary, parts[2]) for parts in zip(experts, steps, scales, strict=True)]
     found = on_disk.pack_experts(packed)
     assert list(found) == list(on_disk.parts_of(dictionary))
+    assert on_disk.stored_bytes(packed) == sum(part.nbytes for part in found.values())
+    shared = on_disk.pack_experts(packed, shares_scales=True)
+    assert on_disk.stored_bytes(packed, shares_scales=True) == sum(part.nbytes for part in shared.values())
 
     book = dictionary.to_config()
     trees, class_of = naive.window_trees(read_kinds(book), book["bits"], book["clip"], book["starts"], book["quarters"])
     starts, positions, values = (found[f"exception_{name}"].numpy() for name in ("starts", "positions", "values"))
     block_rows = 65536 // 4000
+    kinds = {torch.uint8: "U8", torch.uint16: "U16", torch.bfloat16: "BF16"}
     for expert, digits in enumerate(experts):
-        counts = found["row_codewords"][expert].numpy().astype(int) + int(found["fewest_codewords"][expert])
+        row = {name: (kinds[found[name].dtype], bytes_of(found[name][expert])) for name in NARROW}
+        lengths = read_lengths(*row["row_codewords"], 35)
+        assert read_scales(*row["levels"], 35) == bytes_of(steps[expert])
+        assert read_scales(*row["column_scales"], 4000) == bytes_of(scales[expert])
+        counts = np.frombuffer(lengths, np.uint8).astype(int) + int(found["fewest_codewords"][expert])
         begin, size = int(found["expert_offsets"][expert]), (int(counts.sum()) * book["bits"] + 2 + 7) // 8 + 8
         codes = found["codes"][begin : begin + size].numpy().tobytes()
         exceptions = []
@@ -88,8 +101,7 @@ def test_windows_are_stored_as_specified():
         assert (packed[expert].dense().numpy() == expected).all()
         own = slice(starts[expert, 0], starts[expert, -1])
         rest = starts[expert] - starts[expert, 0], positions[own], values[own]
-        stored = (found["row_codewords"][expert], found["fewest_codewords"][expert], steps[expert], scales[expert])
-        summed = codes + b"".join(part.reshape(-1).view(torch.uint8).numpy().tobytes() for part in stored)
+        summed = codes + lengths + bytes_of(found["fewest_codewords"][expert], steps[expert], scales[expert])
         assert zlib.crc32(summed + b"".join(part.tobytes() for part in rest)) == int(found["checksums"][expert])
 
 

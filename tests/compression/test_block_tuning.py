@@ -60,6 +60,22 @@ def test_a_goal_of_zeros_changes_nothing():
     assert all(torch.equal(each, torch.ones(4)) for each in found.rows.values())
 
 
+def test_what_an_expert_lacks_is_measured_with_factors_that_can_be_stored():
+    layer = layer_of(4, 4)
+    matrices = {name: Linear(torch.eye(4), None, torch.nn.functional.silu) for name in layer.shapes}
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    given = layer, matrices, True, x, torch.ones(64, 1), 3 * x, (0,)
+
+    def halves(*factors):
+        return tuple({name: torch.full_like(each, 0.5) for name, each in of.items()} for of in factors)
+
+    found = train_expert(*given, halves)
+    assert all((each == 0.5).all() for of in (found.rows, found.columns) for each in of.values())
+    gate, up = 0.25 * x, 0.25 * x  # a row's and a column's half
+    lacks = 0.25 * torch.nn.functional.silu(gate) * up - 3 * x
+    assert found.after == pytest.approx(float(lacks.square().sum()), rel=1e-5)
+
+
 def test_tokens_are_left_out_of_every_expert():
     index = torch.tensor([[0, 1], [1, -1], [2, 0], [1, 2]])
     assigned = Assignment.group(index, torch.arange(8.0).view(4, 2), 3)

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
+from qmoe_lite.checkpoint.atomic import write_tensors
 from qmoe_lite.checkpoint.format import FORMAT, WINDOW_PARTS
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.verdict import Verdict
 from qmoe_lite.errors import BadResultError, FormatError, SettingError
 from qmoe_lite.offload import attach
+from qmoe_lite.tuning.train import Tuner
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_experts": 5}  # rows that their metadata do not outweigh
 MODELS = {
@@ -287,11 +289,17 @@ def test_what_does_not_go_together_is_one_line(made, text_file, tmp_path):
         ("exception_positions", lambda t: torch.zeros(len(t) + 1, dtype=torch.int16).view(torch.uint16)),
         ("exception_starts", lambda t: t + 1),
         ("exception_starts", lambda t: t - 1),
-        ("column_scales", lambda t: t * math.nan),
+        ("column_scales", lambda t: torch.full((5, 64), math.nan, dtype=torch.bfloat16)),
+        ("column_scales", lambda t: t | 255),
         ("column_scales", lambda t: t[:, :-1]),
-        ("row_codewords", lambda t: (t.view(torch.int8) + 1).view(torch.uint8) if t.dtype == torch.uint8 else t),
+        ("row_codewords", lambda t: t ^ 1),
+        ("row_codewords", lambda t: torch.cat([t, t, t], 1)),
         ("codes", lambda t: t ^ 255),
-        ("levels", lambda t: t.repeat(1, 1, 2)),
+        ("levels", lambda t: torch.ones(5, 96, 2, dtype=torch.bfloat16)),
+        ("levels", lambda t: t.repeat(1, 2)),
+        ("levels", lambda t: t[:, :, None]),
+        ("levels", lambda t: t[:-1]),
+        ("levels", lambda t: torch.cat([t[:, :2], t[:, 2:3] | 128, t[:, 3:]], 1)),  # the shift
     ],
 )
 def test_forged_parts_are_refused_before_a_kernel_sees_them(made, tmp_path, part, forge):
@@ -305,6 +313,37 @@ def test_forged_parts_are_refused_before_a_kernel_sees_them(made, tmp_path, part
         save_file(tensors, file, {"format": "pt"})
     with pytest.raises(FormatError):
         logits(qm.load(out))
+
+
+def test_a_directory_of_format_3_is_read(made, tmp_path):
+    """Its row lengths are bytes, its steps and scales bfloat16."""
+    old, model = tmp_path / "old", qm.load(made()[1], dtype=torch.float32)
+    shutil.copytree(made()[1], old)
+    experts = {name: m for name, m in model.named_modules() if isinstance(m, qm.PackedExperts)}
+    held = {
+        f"{name}.{projection}_{part}": tensor
+        for name, module in experts.items()
+        for projection in module.layer.projections
+        for part, tensor in module.stack(projection).held.items()
+    }
+    index = json.loads((old / "model.safetensors.index.json").read_text())
+    narrow = 0
+    for file in sorted(old.glob("*.safetensors")):
+        tensors = load_file(file)
+        narrow += sum(held.get(name, tensor).dtype != tensor.dtype for name, tensor in tensors.items())
+        index["metadata"]["crc32"] |= write_tensors(file, {name: held.get(name, t) for name, t in tensors.items()})
+    assert narrow == 2 * (2 + 1 + 2)  # layers; steps and scales of gate and down, steps of up
+    (old / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((old / "config.json").read_text())
+    config["quantization_config"]["format"] = 3
+    (old / "qmoe_report.json").unlink()  # it says what was stored
+    (old / "config.json").write_text(json.dumps(config))
+    again = qm.load(old, dtype=torch.float32)
+    for name, module in experts.items():
+        assert torch.equal(again.get_submodule(name).dense(3, "up_proj"), module.dense(3, "up_proj"))
+    assert [finding.severity for finding in qm.verify(old)] == ["note"]  # there is no report
+    stored = Tuner(again).stored()
+    assert all(torch.equal(stored[name], held[name]) for name in stored if name in held)
 
 
 def test_a_forged_dictionary_is_refused(made, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.reader import Checkpoint
+from qmoe_lite.coding.narrow import unpack_scales
 from qmoe_lite.errors import BadResultError, CheckpointError, OutputError, SettingError, TextError
 from qmoe_lite.inspection.verification import verify
 from qmoe_lite.tuning.run import tune
@@ -74,13 +75,18 @@ def test_stored_factors_are_those_that_were_trained(rated):
         for experts in tuner.experts:
             for parameter in experts.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    trained = tuner.experts[0].rows["gate_proj"].detach().clone()
     name = tuner.experts[0].packed.layer.experts
     stack = tuner.experts[0].packed.stack("gate_proj")
     stored, rows, columns = tuner.stored(), tuner.experts[0].rows, tuner.experts[0].columns
     levels, scales = stored[f"{name}.gate_proj_levels"], stored[f"{name}.gate_proj_column_scales"]
-    exact = stack.parts["levels"].float() * rows["gate_proj"].exp()[:, :, None]
+    levels, scales = (unpack_scales(each, count) for each, count in zip((levels, scales), stack.shape, strict=True))
+    exact = stack.held["levels"][:, :, 0].float() * rows["gate_proj"].exp()
     assert torch.equal(levels, exact.to(levels.dtype))
-    assert torch.equal(scales, (stack.parts["column_scales"].float() * columns["gate_proj"].exp()).to(scales.dtype))
+    assert torch.equal(scales, (stack.held["column_scales"].float() * columns["gate_proj"].exp()).to(scales.dtype))
+    moved = (rows["gate_proj"] - trained).abs()  # to the nearest numbers that there are codes for
+    assert moved.max() > 0
+    assert moved.mean() < 0.03
     assert set(columns) == {"gate_proj", "down_proj"}
 
 
