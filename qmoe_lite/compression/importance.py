@@ -1,7 +1,7 @@
 """How much an error in each output of an expert's projections counts: what rows' steps follow besides their weights.
 
 To first order an error in one output of a first projection is passed on times the activation's derivative, the gate and
-the column of the last projection that it meets. How often a neuron is on, and what is made of it, differs by orders.
+the column of the last projection that it meets: little where a neuron is seldom on, or where others make little of it.
 """
 
 from __future__ import annotations
