@@ -25,7 +25,8 @@ def round_scales(values: Tensor) -> Tensor:
     """Return float32 numbers rounded to four bits of mantissa: sixteen in an octave, and exact in bfloat16."""
     dropped = _FLOAT32_MANTISSA - MANTISSA_BITS
     bits = values.contiguous().view(torch.int32) + (1 << dropped - 1)
-    return (bits & -(1 << dropped)).view(torch.float32)
+    rounded = (bits & -(1 << dropped)).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded)  # a GPU's NaN has all bits set: the sum would wrap to zero
 
 
 def rescaled(scales: Tensor, factors: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -69,11 +69,12 @@ def gptq(
     ShapeError
         Shapes that do not go together, or an empty weight.
     DtypeError
-        `weight` or a Hessian is not floating point.
+        `weight`, a Hessian or `importance` is not floating point.
     NotFiniteError
-        NaN or infinity in `weight`; names the expert, row and column.
+        NaN or infinity in `weight`; names the expert, row and column. The same in `importance`, or a value under 0.
     SettingError
-        `dampening` or `block_size` outside its range; levels that overflow the grid's level dtype.
+        `dampening` or `block_size` outside its range; levels that overflow the grid's level dtype; `importance` with a
+        grid that has no steps.
 
     Notes
     -----

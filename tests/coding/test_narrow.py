@@ -96,6 +96,8 @@ def test_rounding_keeps_what_must_be_seen():
     found = round_scales(torch.tensor([0.0, torch.inf, torch.nan, 3.4e38, 1.0]))
     assert found[[0, 1, 3, 4]].tolist() == [0.0, torch.inf, torch.inf, 1.0]
     assert found[2].isnan()
+    everywhere = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x400000], dtype=torch.int32).view(torch.float32)
+    assert round_scales(everywhere).isnan().all()  # the first is what a GPU makes
 
 
 def test_the_example_s_bytes_are_those_that_are_written():
