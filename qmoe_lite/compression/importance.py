@@ -16,8 +16,7 @@ from qmoe_lite.compression.layer_parts import LayerInputs, Linear, draw
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
 
-_TOKENS = 2048  # of an expert, that are looked at
-_CHUNK = 512  # at a time
+_TOKENS = 512  # of an expert, that are looked at: more hardly change a step
 
 
 def importance_of(
@@ -41,28 +40,34 @@ def importance_of(
     Returns
     -------
     dict, projection to float32 tensor, shape (E, R)
-        Mean square of what an error of 1 in an output becomes in the expert's output: the same for all outputs of the
-        last projection, 0 in the first ones of an expert without tokens, or with some that overflow.
+        Mean square of what an error of 1 in an output becomes in the expert's output, over its tokens and one more for
+        which all outputs of a projection count alike. The same for all outputs of the last projection; 0 in the first
+        ones of an expert without tokens, or with some that overflow.
     """
     *names, last = layer.projections
     found = {name: torch.zeros(len(group), layer.shapes[name][0], device=runner.device) for name in names}
     found[last] = torch.ones(len(group), layer.shapes[last][0], device=runner.device)
     for place, (expert, rows) in enumerate(zip(group, rows_of, strict=True)):
-        truth, few = runner.truth(layer, expert), draw(rows, _TOKENS, expert)
-        met = truth[-1].weight.square().sum(dim=0)
-        for part in torch.split(few, _CHUNK) if len(few) else ():
-            passed = _derivatives(runner.gather(seen, part), truth[:-1])
-            gates = runner.gates_of(seen, expert, part)[:, None]
-            for name, each in zip(names, passed, strict=True):
-                found[name][place] += (each * gates).square().sum(dim=0) * (met / len(few))
-        for name in names:
-            if not found[name][place].isfinite().all():
-                found[name][place] = 0.0
+        few = draw(rows, _TOKENS, expert)
+        for name, each in zip(names, _of_expert(runner, layer, expert, seen, few) if len(few) else (), strict=False):
+            found[name][place] = torch.where(each.isfinite().all(), each, 0.0)
     return found
+
+
+def _of_expert(runner: ExpertRunner, layer: MoELayer, expert: int, seen: LayerInputs, rows: Tensor) -> list[Tensor]:
+    """Return how much the outputs of an expert's first projections count, each (R,), by some of its tokens.
+
+    By a few alone neurons that are often on may seem to be always off, and lose their digits.
+    """
+    *first, last = runner.truth(layer, expert)
+    passed, gates = _derivatives(runner.gather(seen, rows), first), runner.gates_of(seen, expert, rows)[:, None]
+    met, tokens = last.weight.square().sum(dim=0), len(rows)
+    sums = [(each * gates).square().sum(dim=0) * met for each in passed]
+    return [(each + each.mean() / tokens) / (tokens + 1) for each in sums]
 
 
 def _derivatives(x: Tensor, first: list[Linear]) -> tuple[Tensor, ...]:
     """Return how the input of the last projection (N, C) follows its own output of each of the first ones."""
     with torch.inference_mode(False), torch.enable_grad():
-        outputs = [matrix.of(x).clone().requires_grad_() for matrix in first]
+        outputs = [matrix.of(x).requires_grad_() for matrix in first]
         return torch.autograd.grad(inner(first[0].activation, outputs).sum(), outputs)

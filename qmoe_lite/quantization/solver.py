@@ -8,7 +8,6 @@ the products, C^3 / 3 for the factorisation, R C^2 for the error.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 
 import numpy as np
 import torch
@@ -150,8 +149,9 @@ def gptq_shared(
     layer = check_hessian(layer_hessian, checked[0], shared=False, name="layer_hessian")
     if factors is None and own is not None:
         factors = factorise_all(own, layer, dampening, block_size, grid.column_steps)
-    shares = [check_importance(each, weight) for each, weight in zip(importance or repeat(None), checked, strict=False)]
-    return [_quantise(weight, factors, grid, share) for weight, share in zip(checked, shares, strict=True)]
+    shares = importance or [None] * len(checked)
+    pairs = [(each, check_importance(share, each)) for each, share in zip(checked, shares, strict=True)]
+    return [_quantise(each, factors, grid, share) for each, share in pairs]
 
 
 def _quantise(full: Tensor, known: Factors | None, grid: Grid, importance: Tensor | None) -> Quantized:
@@ -185,14 +185,10 @@ def _fit(group: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
     """Return the levels (E, R, L) of weights (E, R, C); importance is (E, R)."""
     if importance is not None and not isinstance(grid, UniformGrid):
         raise SettingError(f"importance goes with a grid of steps, not with {grid.word}. Pass a UniformGrid.")
+    given = (group,) if importance is None else (group, importance)
     if group.device.type == "cpu":  # float64 copies on the way are those of one matrix
-        shares = repeat(None) if importance is None else importance
-        return torch.stack([_fit_one(*pair, grid) for pair in zip(group, shares, strict=False)])
-    return _fit_one(group, importance, grid)
-
-
-def _fit_one(weight: Tensor, importance: Tensor | None, grid: Grid) -> Tensor:
-    return grid.fit(weight, importance) if isinstance(grid, UniformGrid) else grid.fit(weight)
+        return torch.stack([grid.fit(*each) for each in zip(*given, strict=True)])
+    return grid.fit(*given)
 
 
 def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,7 @@ def test_it_is_what_an_error_becomes(names, activation):
     for place, name in enumerate(names[:-1]):
         moved = [(outputs(runner, place, row) - outputs(runner)) / SMALL for row in range(ROWS)]
         expected = torch.stack([each.square().sum(dim=1).mean() for each in moved])
+        expected = (TOKENS * expected + expected.mean()) / (TOKENS + 1)  # of one more token they count alike
         torch.testing.assert_close(found[name][0].double(), expected, rtol=1e-3, atol=1e-9)
     assert torch.equal(found[names[-1]], torch.ones(1, 3))
 
@@ -68,3 +69,14 @@ def test_without_tokens_or_beyond_all_numbers_all_outputs_count_alike():
     assert not importance_of(runner, layer, range(1), None, [torch.arange(0)])["wi"].any()
     runner.matrices[1].weight[:] = torch.inf
     assert not importance_of(runner, layer, range(1), None, [torch.arange(TOKENS)])["wi"].any()
+
+
+def test_an_output_that_few_tokens_are_without_is_not_given_up():
+    """A neuron that one token has off counts half as much as it would if all were on as often: not nothing."""
+    runner = Runner(1, torch.relu)
+    layer = SimpleNamespace(projections=("wi", "wo"), shapes={"wi": (ROWS, COLUMNS), "wo": (3, ROWS)})
+    found = importance_of(runner, layer, range(1), None, [torch.arange(1)])["wi"][0]
+    on = runner.matrices[0].of(runner.x[:1])[0] > 0
+    assert 0 < on.sum() < ROWS
+    torch.testing.assert_close(found[~on], (found.mean() / 2).expand(int((~on).sum())))
+    assert (found[on] > found.mean() / 2).all()
