@@ -16,7 +16,7 @@ from qmoe_lite.compression.layer_parts import LayerInputs, Linear, draw
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import inner
 
-_TOKENS = 512  # of an expert, that are looked at: more hardly change a step
+TOKENS = 512  # of an expert, that are looked at: more hardly change a step
 
 
 def importance_of(
@@ -48,7 +48,7 @@ def importance_of(
     found = {name: torch.zeros(len(group), layer.shapes[name][0], device=runner.device) for name in names}
     found[last] = torch.ones(len(group), layer.shapes[last][0], device=runner.device)
     for place, (expert, rows) in enumerate(zip(group, rows_of, strict=True)):
-        few = draw(rows, _TOKENS, expert)
+        few = draw(rows, TOKENS, expert)
         for name, each in zip(names, _of_expert(runner, layer, expert, seen, few) if len(few) else (), strict=False):
             found[name][place] = torch.where(each.isfinite().all(), each, 0.0)
     return found

@@ -29,6 +29,7 @@ from qmoe_lite.coding.matmul import decode_matmul
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
 from qmoe_lite.compression.dictionaries import Dictionaries
+from qmoe_lite.compression.importance import TOKENS
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
@@ -43,7 +44,7 @@ from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.solver import gptq
 
 _WORK = 26e9  # operations of an expert's solve that are worth measuring
-_FEW, _MORE = 32, 2048  # tokens of an expert: at least, and with what its time is measured besides
+_FEW, _MORE = 32, 2048  # tokens of a small expert, and of others besides as many as what counts for outputs is seen by
 _RANK = 16  # columns to a token at least: of fewer tokens, the error is computed in another way, which takes longer
 _LEAST = 0.7  # share of a token's products that it takes at least: half of a Hessian's are mirrored
 _SOME, _TINY = 3, 9  # experts of a layer, of this model's shape and of small ones
@@ -161,7 +162,7 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     begun = time.perf_counter()
     run.seconds(tiny, 1, _FEW)  # kernels are compiled, or fetched
     start = time.perf_counter() - begun
-    tokens = max(_FEW, *(width // _RANK for _, width in shapes.values()))
+    tokens = max(TOKENS, *(width // _RANK for _, width in shapes.values()))
     fixed = run.best(tiny, _TINY, _FEW) - run.best(tiny, 1, _FEW)
     one = run.best(shapes, 1, tokens)
     expert = max(run.seconds(shapes, _SOME, tokens) - one, 0.0) / (_SOME - 1)
@@ -204,7 +205,7 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
 def _of_weight(run: _Experts, shapes: dict[str, tuple[int, int]], solve: float, fixed: float, token: float) -> float:
     """Return the seconds of a solve that grow with the weights: what half as wide experts take beyond an eighth."""
     half = {name: (_rounded(rows / 2), _rounded(columns / 2)) for name, (rows, columns) in shapes.items()}
-    several, tokens = 2 * _SOME, max(_FEW, *(width // _RANK for _, width in half.values()))
+    several, tokens = 2 * _SOME, max(TOKENS, *(width // _RANK for _, width in half.values()))
     small = (run.best(half, several, tokens) - run.best(half, 1, tokens)) / (several - 1) - fixed
     small -= tokens * token * token_work(half) / token_work(shapes)
     work, small_work = solve_work(shapes), solve_work(half)
