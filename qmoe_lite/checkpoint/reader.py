@@ -22,7 +22,7 @@ from qmoe_lite.checkpoint.header import read_header, rewritten
 from qmoe_lite.checkpoint.index_file import check_inside, read_index
 from qmoe_lite.checkpoint.pickles import load_pickle, load_tensors
 from qmoe_lite.checkpoint.sources import DTYPES, Source, View, dequantised, method_of, whole
-from qmoe_lite.checkpoint.weight_file import WeightFile
+from qmoe_lite.checkpoint.weight_file import WeightFile, ask_for
 from qmoe_lite.errors import CheckpointError, FormatError, NotFiniteError, first_line, unreadable
 
 _KINDS = (("model.safetensors", "safetensors"), ("pytorch_model.bin", "bin"))
@@ -259,6 +259,18 @@ class Checkpoint:
         """Map one tensor into memory; no byte is read before it is touched, unless it is dequantised."""
         view, source = self._view(name)
         return view.of(source)
+
+    def will_need(self, names: Iterable[str]) -> None:
+        """Ask the system to read some tensors, of whole layers an expert's slice, ahead; nothing waits for it."""
+        for name in names if self._kind == "safetensors" else ():
+            view, source = self._view(name)
+            for stored in self._made_of.get(view.stored, [view.stored]):
+                path = self.directory / self._file_of[stored]
+                start, header = self._header(path)
+                (first, end), shape = (header[stored][key] for key in ("data_offsets", "shape"))
+                parts = 1 if view.expert is None or shape[:1] != [source.shape[0]] else shape[0]
+                size, part = (end - first) // parts, 0 if parts == 1 else view.expert
+                ask_for(path, start + first + part * size, size)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one tensor without reading it."""

@@ -23,6 +23,7 @@ from qmoe_lite.errors import CheckpointError, unreadable
 
 PAGE = 4096  # bytes; what O_DIRECT wants places, lengths and addresses to be multiples of
 THREADS = 4
+_ASKED = 1 << 17  # bytes that the system is asked for at a time: of more it takes what it reads at once
 _PIECE = 1 << 20  # bytes of a checksum at a time; they stay in a core's cache
 
 
@@ -34,6 +35,19 @@ def room(length: int) -> int:
 def page_memory(size: int) -> NDArray[np.uint8]:
     """Anonymous memory of this process alone that begins on a page; none of it is resident before it is touched."""
     return np.frombuffer(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
+
+
+def ask_for(path: Path, offset: int, length: int) -> None:
+    """Let the system read some bytes of a file into its cache, while something else is computed."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # who reads it will say so
+        return
+    try:
+        for start in range(offset, offset + length, _ASKED):
+            os.posix_fadvise(file, start, min(_ASKED, offset + length - start), os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(file)
 
 
 class WeightFile:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -148,7 +149,9 @@ class LayerWaves(ExpertRunner, ABC):
         if seen is not None and self.tuning is not None:
             seen = self.tuning.begin(layer, number, seen, ranks)
         tallies, found, taken, done = self._tallies(layer), np.zeros(3), Taken(), 0
-        for wave in waves(self.groups(layer), ranks):
+        all_waves = list(waves(self.groups(layer), ranks))
+        for wave, following in zip_longest(all_waves, all_waves[1:], fillvalue=[]):
+            self._read_ahead(layer, following[ranks.rank : ranks.rank + 1])
             with nullcontext() if seen is None else self.each_group:
                 if not ranks.first:  # which of them knows all groups
                     tallies = self._tallies(layer, tallies)
@@ -167,6 +170,11 @@ class LayerWaves(ExpertRunner, ABC):
                     found, done = sum(of_group, found), done + 1
                     group_done(done, found[0] / found[2] if found[2] else None, solved_now)
         return self._finish(layer, tallies, found, taken) if ranks.first else None
+
+    def _read_ahead(self, layer: MoELayer, groups: list[range]) -> None:
+        """Let the disk work while a group is solved: the system reads this rank's next one."""
+        names = partial(self._family.weight_name, layer)
+        self._checkpoint.will_need(names(expert, each) for of in groups for expert in of for each in layer.projections)
 
     def _run_group(
         self, layer: MoELayer, group: range, solved: dict[str, Solved], seen: LayerInputs

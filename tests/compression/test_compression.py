@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import dense_model
 
 import qmoe_lite as qm
+from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.compression import tally as tally_module
 from qmoe_lite.compression.calibration import hessian_masks, make_samples, read_tokens, window_length
 from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import draw
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import (
@@ -97,6 +99,23 @@ def test_nearest_is_plain_rounding(tmp_path, switch):
                 assert torch.equal(module.dense(e, "wi"), expected)
     assert report.matrices == 16
     assert not report.degraded
+
+
+def test_the_next_group_is_read_while_one_is_solved(switch, tmp_path, monkeypatch):
+    events, solve = [], LayerCompressor._solve_group
+
+    def solved(self, layer, group, *rest):
+        events.append(("solve", layer.block[:7], group.start))
+        return solve(self, layer, group, *rest)
+
+    def asked(self, names):
+        events.extend(("read", name[:7], int(name.split("expert_")[1][0])) for name in names if ".wi." in name)
+
+    monkeypatch.setattr(LayerCompressor, "_solve_group", solved)
+    monkeypatch.setattr(Checkpoint, "will_need", asked)
+    qm.compress(switch, tmp_path / "out", recipe="nearest", group_size=1)
+    order = [("read", 1), ("solve", 0), ("read", 2), ("solve", 1), ("read", 3), ("solve", 2), ("solve", 3)]
+    assert events == [(what, stack, expert) for stack in ("encoder", "decoder") for what, expert in order]
 
 
 def test_the_report_adds_up(compressed, switch):

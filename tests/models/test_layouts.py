@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
+from qmoe_lite.checkpoint import reader
 from qmoe_lite.errors import CheckpointError, SettingError
 from qmoe_lite.models.building import read_config
 from qmoe_lite.models.skeletons import open_checkpoint
@@ -131,6 +132,19 @@ def test_a_mixture_of_layouts_over_shards_is_read(tmp_path, tokenizer, text_file
 def test_fp8_with_block_scales_gives_its_bfloat16_twins_bytes(tmp_path, tokenizer, text_file, model_type, own):
     source = make(tmp_path / "m", tokenizer, model_type, own=own)
     assert_the_same_comes_out(*fp8_twins(source, tmp_path), tmp_path, text_file)
+
+
+def test_an_expert_s_own_bytes_are_read_ahead(tmp_path, tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reader, "ask_for", lambda path, *where: asked.append((path, *where)))
+    expert, stack = "model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.mlp.experts.down_proj"
+    split, fused = make(tmp_path / "split", tokenizer), make(tmp_path / "fused", tokenizer, own=True)
+    for path, name, part in (split, expert, ...), (fused, stack, 3), (fp8_twins(split, tmp_path)[0], expert, ...):
+        open_checkpoint(path)[1].will_need([expert])
+        (file, start, size), *_ = asked
+        weight = load_file(path / "model.safetensors")[name][part]
+        assert file.read_bytes()[start : start + size] == weight.contiguous().view(torch.uint8).numpy().tobytes()
+        asked.clear()
 
 
 def compressed(kind, **weights):
