@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -238,6 +239,9 @@ class _Drawn:
     def tensor(self, name: str) -> Tensor:
         """Return the same matrix for each expert."""
         return self._of[name.split(".")[-2]]
+
+    def will_need(self, names: Iterable[str]) -> None:
+        """Do nothing: they are here."""
 
 
 class _Chosen(Dictionaries):
