@@ -51,7 +51,10 @@ class MatrixParts:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight: all tensors with their padding, everything but the codebook or dictionary."""
+        """Bits per weight of all tensors with their padding, everything but the codebook or dictionary.
+
+        A model's files hold the row lengths, steps and scales of a dictionary's matrices in fewer (`coding.narrow`).
+        """
         rows, columns = self.shape
         return 8 * self.nbytes / (rows * columns)
 

@@ -186,8 +186,8 @@ def compress(
     Notes
     -----
     QMoE (arXiv:2310.16795), section 3. Departs from it: tokens over the cap are left out at random instead of the last
-    ones; the last projection's Hessian comes from the quantised first one; levels are rounded to 16 bits before the
-    solver; experts with few tokens borrow from the layer's.
+    ones; the last projection's Hessian comes from the quantised first one; levels are rounded to 16 bits or fewer
+    before the solver; experts with few tokens borrow from the layer's.
     """
     options = Settings(
         recipe=recipe,
