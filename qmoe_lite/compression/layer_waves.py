@@ -150,7 +150,7 @@ class LayerWaves(ExpertRunner, ABC):
             seen = self.tuning.begin(layer, number, seen, ranks)
         tallies, found, taken, done = self._tallies(layer), np.zeros(3), Taken(), 0
         all_waves = list(waves(self.groups(layer), ranks))
-        for wave, following in zip_longest(all_waves, all_waves[1:], fillvalue=[]):
+        for wave, following in zip_longest(all_waves, all_waves[1:], fillvalue=list[range]()):
             self._read_ahead(layer, following[ranks.rank : ranks.rank + 1])
             with nullcontext() if seen is None else self.each_group:
                 if not ranks.first:  # which of them knows all groups
