@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.format import ALIGNMENT, checksum, tensor_name
+from qmoe_lite.checkpoint.reader import Place
 from qmoe_lite.coding.codes import Code, bytes_of_stream
 from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.exceptions import block_rows
@@ -301,3 +303,21 @@ class ExpertStack:
             codebook=self.codebook,
             columns=self.shape[1],
         )
+
+
+def index_bytes(places: Mapping[str, Place], shape: tuple[int, int]) -> int:
+    """Return the memory that a projection's parts but the codes take: as they are stored, and as they are multiplied.
+
+    Row lengths and scales in few bits are unpacked; of a dictionary's, steps and scales are held in float32 too.
+    """
+    total = sum(place.length for part, place in places.items() if part != "codes")
+    if "column_scales" not in places:
+        return total
+    for part, count in (("row_codewords", shape[0]), ("levels", shape[0]), ("column_scales", shape[1])):
+        experts, *others = places[part].shape
+        if others == [0]:  # the first projection's
+            continue
+        wide = 1 if part == "row_codewords" else 2
+        total += experts * count * (wide if places[part].dtype == torch.uint8 and others != [count] else 0)
+        total += experts * count * (4 if wide == 2 else 0)
+    return total

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.format import parts_of, tensor_name
 from qmoe_lite.checkpoint.reader import Checkpoint, Place
-from qmoe_lite.checkpoint.stack import ExpertStack
+from qmoe_lite.checkpoint.stack import ExpertStack, index_bytes
 from qmoe_lite.checkpoint.weight_file import PAGE, WeightFile, page_memory, room
 from qmoe_lite.coding.matmul import Stack
 from qmoe_lite.coding.packed import PackedMatrix
@@ -60,7 +60,7 @@ class Layer:
             places = {part: checkpoint.place(tensor_name(name, part)) for part in names}
             self._places[projection] = places
             self._starts[projection] = self._read(places["expert_offsets"]).numpy()
-            self.index_bytes += sum(place.length for part, place in places.items() if part != "codes")
+            self.index_bytes += index_bytes(places, experts.layer.shapes[projection])
         self._stacks: dict[str, Stack] = {}  # the codes in memory, of those experts that are there
         self._sums: dict[str, NDArray[np.int64]] = {}  # CRC-32 of the codes alone; -1 before they were first read
 

@@ -80,6 +80,8 @@ def check_importance(importance: Array | None, full: Tensor) -> Tensor | None:
     if shares.shape != full.shape[:-1]:
         message = f"importance has shape {tuple(shares.shape)} for a weight of shape {tuple(full.shape)}; "
         raise ShapeError(message + f"expected {tuple(full.shape[:-1])}. Pass one value for each row.")
-    if not (torch.isfinite(shares) & (shares >= 0)).all():
-        raise NotFiniteError("importance has values that are negative or not finite; expected 0 or more. Clamp them.")
+    if not torch.isfinite(shares).all():
+        raise NotFiniteError("importance has values that are not finite; expected 0 or more. Clamp them.")
+    if (shares < 0).any():
+        raise SettingError("importance has negative values; expected 0 or more. Clamp them.")
     return shares.to(full.device) if full.ndim == 3 else shares[None].to(full.device)

@@ -70,10 +70,10 @@ def gptq(
     DtypeError
         `weight`, a Hessian or `importance` is not floating point.
     NotFiniteError
-        NaN or infinity in `weight`; names the expert, row and column. The same in `importance`, or a value under 0.
+        NaN or infinity in `weight`; names the expert, row and column. The same in `importance`.
     SettingError
-        `dampening` or `block_size` outside its range; levels that overflow the grid's level dtype; `importance` with a
-        grid that has no steps.
+        `dampening` or `block_size` outside its range; levels that overflow the grid's level dtype; `importance` under
+        0, or with a grid that has no steps.
 
     Notes
     -----

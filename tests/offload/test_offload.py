@@ -48,6 +48,21 @@ def limited(request):
     return get
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
+def test_a_budget_counts_all_that_is_held_beside_the_codes(in_windows, limited, model_type):
+    model, runner = limited(in_windows(model_type), 9)
+    outputs(model)
+    for layer in runner._layers:
+        held = {}
+        for stack in layer.parts.values():
+            assert stack.parts["levels"].dtype == torch.uint8
+            parts = [*stack.parts.items(), *stack.held.items()]
+            arrays = [torch.from_numpy(stack._steps), torch.from_numpy(stack._float_scales)]
+            arrays += [part for name, part in parts if name != "codes"]
+            held |= {array.data_ptr(): array.nbytes for array in arrays}
+        assert layer.index_bytes == sum(held.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_changes_nothing(directory, limited, dtype):
     """It is switched, for the whole process, while another thread loads a model."""

@@ -124,7 +124,7 @@ def test_steps_follow_what_errors_count():
     ("importance", "grid", "error", "words"),
     [
         (torch.ones(2, 8), GRID, ShapeError, r"\(2, 8\).*expected \(2, 9\)"),
-        (-torch.ones(2, 9), GRID, NotFiniteError, "negative"),
+        (-torch.ones(2, 9), GRID, SettingError, "negative"),
         (torch.full((2, 9), torch.nan), GRID, NotFiniteError, "not finite"),
         (torch.ones(2, 9, dtype=torch.int32), GRID, DtypeError, "importance is torch.int32"),
         (torch.ones(2, 9), qm.MinMaxTernary(), SettingError, "Pass a UniformGrid"),
