@@ -109,7 +109,8 @@ def _head(found: Inspection) -> Table:
     if steps := [row.report.step for row in rows if row.report and row.report.step is not None]:
         zones = [row.report.dead_zone for row in rows if row.report and row.report.dead_zone is not None]
         zone = f"; dead zones {min(zones):.3f} to {max(zones):.3f} steps" if zones else ""
-        table.add_row("steps", f"{min(steps):.3f} to {max(steps):.3f} times the root mean square of a row, on average{zone}")
+        range_of = f"{min(steps):.3f} to {max(steps):.3f}"
+        table.add_row("steps", f"{range_of} times the root mean square of a row, on average{zone}")
     if found.report and found.report.verdict:
         table.add_row("verdict", str(Verdict.from_json(found.report.verdict)))
     before = found.report.sizes if found.report else {}
