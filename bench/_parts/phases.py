@@ -80,8 +80,9 @@ def _watched() -> Iterator[tuple[str, Any, str]]:
         "read": [(Checkpoint, "tensor"), (LayerCompressor, "_weights")],  # mapped by one, touched by the other
         "checksums": [(run, "contents_of")],
         "dense forward": [(BlockRunner, name) for name in ("enter", "run", "leave")],
-        "gather": [(LayerCompressor, "_gather")],
+        "gather": [(LayerCompressor, "gather")],
         "Hessian": [(LayerCompressor, "_hessians"), (LayerCompressor, "_hessian_and_inner")],
+        "importance": [(layer, "importance_of")],
         "factor": [(layer, "factorise_all")],
         "solve": [(layer, "gptq_shared"), (layer, "gptq")],
         "encode": [(WindowTally, "encode"), (WindowTally, "finish"), (CodebookTally, "finish")],
