@@ -84,7 +84,7 @@ def pack_experts(matrices: list[PackedMatrix], *, shares_scales: bool = False) -
     return {part: stored[part] for part in parts_of(matrices[0].codebook)}
 
 
-def stored_bytes(matrices: list[PackedMatrix], *, shares_scales: bool = False) -> int:
+def bytes_of_experts(matrices: list[PackedMatrix], *, shares_scales: bool = False) -> int:
     """Return the bytes of what `pack_experts` makes of these experts, were they all."""
     matrices = _alike(matrices)
     small = _small_parts(matrices, shares_scales)

@@ -313,11 +313,11 @@ def index_bytes(places: Mapping[str, Place], shape: tuple[int, int]) -> int:
     total = sum(place.length for part, place in places.items() if part != "codes")
     if "column_scales" not in places:
         return total
-    for part, count in (("row_codewords", shape[0]), ("levels", shape[0]), ("column_scales", shape[1])):
-        experts, *others = places[part].shape
-        if others == [0]:  # the first projection's
-            continue
-        wide = 1 if part == "row_codewords" else 2
-        total += experts * count * (wide if places[part].dtype == torch.uint8 and others != [count] else 0)
-        total += experts * count * (4 if wide == 2 else 0)
+    (rows, columns), lengths = shape, places["row_codewords"]
+    if lengths.dtype == torch.uint8 and lengths.shape[1] != rows:
+        total += lengths.shape[0] * rows
+    for part, count in (("levels", rows), ("column_scales", columns)):
+        experts, width, *_ = places[part].shape
+        if width:  # else they are the first projection's
+            total += experts * count * (6 if places[part].dtype == torch.uint8 else 4)
     return total

@@ -37,15 +37,20 @@ def page_memory(size: int) -> NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
 
 
+def read_ahead(file: int, offset: int, length: int) -> None:
+    """Let the system read some bytes of an open file into its cache, while something else is computed."""
+    for start in range(offset, offset + length, _ASKED):
+        os.posix_fadvise(file, start, min(_ASKED, offset + length - start), os.POSIX_FADV_WILLNEED)
+
+
 def ask_for(path: Path, offset: int, length: int) -> None:
-    """Let the system read some bytes of a file into its cache, while something else is computed."""
+    """Do what `read_ahead` does, of a file that need not be open."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # who reads it will say so
         return
     try:
-        for start in range(offset, offset + length, _ASKED):
-            os.posix_fadvise(file, start, min(_ASKED, offset + length - start), os.POSIX_FADV_WILLNEED)
+        read_ahead(file, offset, length)
     finally:
         os.close(file)
 

@@ -48,8 +48,10 @@ def importance_of(
     found = {name: torch.zeros(len(group), layer.shapes[name][0], device=runner.device) for name in names}
     found[last] = torch.ones(len(group), layer.shapes[last][0], device=runner.device)
     for place, (expert, rows) in enumerate(zip(group, rows_of, strict=True)):
-        few = draw(rows, TOKENS, expert)
-        for name, each in zip(names, _of_expert(runner, layer, expert, seen, few) if len(few) else (), strict=False):
+        if not len(rows):
+            continue
+        counts = _of_expert(runner, layer, expert, seen, draw(rows, TOKENS, expert))
+        for name, each in zip(names, counts, strict=True):
             found[name][place] = torch.where(each.isfinite().all(), each, 0.0)
     return found
 

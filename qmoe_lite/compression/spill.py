@@ -22,9 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qmoe_lite.checkpoint.weight_file import read_ahead
 from qmoe_lite.errors import FormatError, OutputError, SettingError
-
-_ASKED = 1 << 17  # bytes that the system is asked to read ahead at a time: of more it takes what it reads at once
 
 
 def check_folder(spill: str | Path | None) -> None:
@@ -80,13 +79,13 @@ class SpilledRows:
         runs = list(_runs(numbers))
         with self._told("activations cannot be read"):
             for first, count in runs:  # the disk gets all of them before it is waited for
-                self._ask_for(first, count)
+                read_ahead(self._file, first * self._bytes, count * self._bytes)
             begin = 0
             for first, count in runs:
                 self._read(flat[begin : begin + count * self._bytes], first * self._bytes)
                 begin += count * self._bytes
             if isinstance(where, slice):
-                self._ask_for(where.stop, len(numbers))
+                read_ahead(self._file, where.stop * self._bytes, len(numbers) * self._bytes)
         damaged = numbers[self._sums_of(flat) != self._sums[numbers]]
         if len(damaged):
             text = f"activations in {self._folder} were damaged on the disk (row {damaged[0]}). Check the disk"
@@ -121,12 +120,6 @@ class SpilledRows:
             return np.arange(*where.indices(len(self._sums)), dtype=np.int64)
         numbers: NDArray[np.int64] = where.numpy()
         return numbers
-
-    def _ask_for(self, first: int, count: int) -> None:
-        """Let the system read rows ahead, as far as there are so many."""
-        end = (first + count) * self._bytes
-        for offset in range(first * self._bytes, end, _ASKED):
-            os.posix_fadvise(self._file, offset, min(_ASKED, end - offset), os.POSIX_FADV_WILLNEED)
 
     def _read(self, into: memoryview, offset: int) -> None:
         while into:

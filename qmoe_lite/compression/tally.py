@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qmoe_lite.checkpoint.format import pack_experts, stored_bytes
+from qmoe_lite.checkpoint.format import bytes_of_experts, pack_experts
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
@@ -200,7 +200,7 @@ class WindowTally:
 
     def bits(self, packed: list[PackedMatrix]) -> int:
         """Return the bits that a group takes as it is stored."""
-        return 8 * stored_bytes(packed, shares_scales=self._shares_scales)
+        return 8 * bytes_of_experts(packed, shares_scales=self._shares_scales)
 
     def keep(self, solved: Solved, packed: list[PackedMatrix]) -> None:
         """Take over a group of experts as `encode` wrote them."""

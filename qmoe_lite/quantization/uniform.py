@@ -139,7 +139,7 @@ def _moved(steps: Tensor, importance: Tensor) -> Tensor:
     counts = importance.to(steps.dtype)
     counts = torch.maximum(counts, counts.mean(dim=-1, keepdim=True) * _LEAST_IMPORTANT)
     known = (steps > 0) & (counts > 0)
-    logarithms = torch.where(known, -0.5 * torch.where(known, steps * counts.sqrt(), 1.0).log(), 0.0)
+    logarithms = -0.5 * torch.where(known, steps * counts.sqrt(), 1.0).log()
     mean = logarithms.sum(dim=-1, keepdim=True) / known.sum(dim=-1, keepdim=True).clamp(min=1)
     bound = math.log(_MOST_MOVED)
     return torch.where(known, (logarithms - mean).clamp(-bound, bound).exp(), 1.0)

@@ -14,7 +14,8 @@ from specified import Reader, read_kinds, read_lengths, read_scales
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint import format as on_disk
-from qmoe_lite.checkpoint.stack import ExpertStack
+from qmoe_lite.checkpoint.reader import Place
+from qmoe_lite.checkpoint.stack import ExpertStack, index_bytes
 from qmoe_lite.errors import FormatError
 
 TEXT = (Path(on_disk.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
@@ -73,9 +74,9 @@ def test_windows_are_stored_as_specified():
     packed = [qm.encode(*parts[:2], dictionary, parts[2]) for parts in zip(experts, steps, scales, strict=True)]
     found = on_disk.pack_experts(packed)
     assert list(found) == list(on_disk.parts_of(dictionary))
-    assert on_disk.stored_bytes(packed) == sum(part.nbytes for part in found.values())
+    assert on_disk.bytes_of_experts(packed) == sum(part.nbytes for part in found.values())
     shared = on_disk.pack_experts(packed, shares_scales=True)
-    assert on_disk.stored_bytes(packed, shares_scales=True) == sum(part.nbytes for part in shared.values())
+    assert on_disk.bytes_of_experts(packed, shares_scales=True) == sum(part.nbytes for part in shared.values())
 
     book = dictionary.to_config()
     trees, class_of = naive.window_trees(read_kinds(book), book["bits"], book["clip"], book["starts"], book["quarters"])
@@ -139,3 +140,10 @@ def test_a_stack_checks_an_expert_whose_codes_lie_elsewhere():
     parts["expert_offsets"][0] = 8
     with pytest.raises(FormatError, match=r"expert 0 of experts\.wi does not lie inside its codes"):
         stack.span(0)
+
+
+def test_steps_that_take_as_many_bytes_as_there_are_rows_are_counted_unpacked():
+    """Eight numbers of 5 bits and their header are 8 bytes."""
+    small = {"row_codewords": (2, 8), "levels": (2, 8), "column_scales": (2, 0)}
+    places = {part: Place(Path("f"), 0, shape[0] * shape[1], torch.uint8, shape) for part, shape in small.items()}
+    assert index_bytes(places, (8, 64)) == 16 + 16 + 2 * 8 * (2 + 4)
