@@ -37,6 +37,8 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
     if grid is None:
         settings = replace(settings, rate=settings.rate or USUAL_RATE)
         grid = UniformGrid(level_dtype=torch.bfloat16)
+    if settings.sensitivity is not None and settings.rate is None:
+        raise SettingError("sensitivity shares out a rate's bits, and there is no rate. Set one.")
     if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
         raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
     return grid, settings

@@ -1,14 +1,16 @@
 """The knob between size and loss: which step makes the experts of a model take a given number of bits.
 
-All layers share one step, in units of each row's RMS, so that matrices that need more bits get them. It is found on the
-first group of experts and corrected as layers finish; the last layer is solved again until the whole model fits, but
-no layer's step leaves the others' by more than an octave: a missed rate is reported, a ruined layer would not be.
+All layers share one step, in units of each row's RMS, so that matrices that need more bits get them, or steps differ by
+what is known of the layers: see shares.py. The step is found on the first group of experts and corrected as layers
+finish; the last layer is solved again until the whole model fits, but no layer's step leaves the others' by an octave
+more: a missed rate is reported, a ruined layer would not be.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -78,7 +80,9 @@ class RateControl:
     level_weights : int
         Weights of the layers that say so.
     octave : float
-        Mean binary logarithm of their steps.
+        Mean binary logarithm of their steps, less their shares.
+    shares : list of float
+        Octaves by which the step of each layer to come is to differ from the others'; empty where none is.
     """
 
     rate: float
@@ -90,17 +94,24 @@ class RateControl:
     level: float = 0.0
     level_weights: int = 0
     octave: float = 0.0
+    shares: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Begin with what bell-shaped weights would need."""
         if not self.step:
-            self.step = first_step(0.95 * self.rate)
+            self.step = bounded(first_step(0.95 * self.rate) * 2.0**self._apart)
+
+    @property
+    def _apart(self) -> float:
+        """Octaves by which the next layer's step is to differ from the mean of it and those after it."""
+        return self.shares[0] - fmean(self.shares) if self.shares else 0.0
 
     @property
     def aim(self) -> float:
-        """Bits a weight that is left for the layers to come."""
+        """Bits a weight that the next layer should take."""
         left = self.weights - self.done_weights
-        return (self.rate * self.weights - self.done_bits) / left if left else self.rate
+        mean = (self.rate * self.weights - self.done_bits) / left if left else self.rate
+        return mean - self.slope * self._apart
 
     @property
     def first(self) -> bool:
@@ -110,7 +121,8 @@ class RateControl:
     def within(self, step: float) -> float:
         """Return a step within those that are tried, and not far from those of finished layers."""
         if not self.first:
-            step = min(max(step, 2.0 ** (self.octave - MOST_APART)), 2.0 ** (self.octave + MOST_APART))
+            octave = self.octave + (self.shares[0] if self.shares else 0.0)
+            step = min(max(step, 2.0 ** (octave - MOST_APART)), 2.0 ** (octave + MOST_APART))
         return bounded(step)
 
     def corrected(self, tried: list[tuple[float, float]], aim: float, tolerance: float = TOLERANCE) -> float | None:
@@ -147,11 +159,12 @@ class RateControl:
 
         `tells` is False of a layer whose bits do not follow the step, such as one of zeros.
         """
+        share, self.shares = (self.shares[0], self.shares[1:]) if self.shares else (0.0, [])
         if tells:
             level = bits / weights + self.slope * math.log2(self.step)
             self.level_weights += weights
             self.level += (level - self.level) * weights / self.level_weights
-            self.octave += (math.log2(self.step) - self.octave) * weights / self.level_weights
+            self.octave += (math.log2(self.step) - share - self.octave) * weights / self.level_weights
         self.done_weights, self.done_bits = self.done_weights + weights, self.done_bits + bits
         if self.done_weights < self.weights and self.level_weights:
             self.step = self.within(2.0 ** ((self.level - self.aim) / self.slope))

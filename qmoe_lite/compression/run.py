@@ -40,6 +40,7 @@ from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples, text_for, twins_for
 from qmoe_lite.compression.settings import Progress, Settings
+from qmoe_lite.compression.shares import Sensitivity, layers_of, shares_of
 from qmoe_lite.compression.spill import check_folder
 from qmoe_lite.compression.state import Unfinished
 from qmoe_lite.compression.stored import know_layers_before, run_stored
@@ -80,6 +81,7 @@ def compress(
     seed: int = 0,
     rate: float | None = None,
     tune: str | None = None,
+    sensitivity: Sensitivity | str | Path | None = None,
     stop_when_bad: bool = False,
     check_first: bool = False,
     family: str | None = None,
@@ -89,7 +91,7 @@ def compress(
     each_group: AbstractContextManager[Any] | None = None,
     ranks: Ranks = ALONE,
 ) -> Report:
-    """Compress the experts of a Mixture-of-Experts model.
+    """Compress the experts of a Mixture-of-Experts model; `qmoe_lite.compression.Settings` says more of the settings.
 
     Parameters
     ----------
@@ -98,8 +100,8 @@ def compress(
     out : path or str
         Directory to make; it appears when everything is done. Until then the work is in `OUT.partial`.
     calibration : path or str, optional
-        Text file, .jsonl file of texts or messages, directory of them, or data set name; by default a small text in
-        the package, of Python's documentation and sources. None for `recipe="nearest"`.
+        Text file, .jsonl file of texts or messages, directory of them, or data set name; by default the package's
+        own, Python's documentation and sources. None for `recipe="nearest"`.
     grid : grid, optional
         Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)` for a Switch Transformer and
         the recipes "paper" and "nearest", and for other families a `UniformGrid` at a rate of 2.
@@ -145,6 +147,9 @@ def compress(
         What experts do about what is lost, at no bits: see `block_tuning`. "targets": each one's last projection is
         solved for what its block lacks; "block": its steps and scales are trained for that too; "none". By default
         "targets", and "none" for the recipes "paper" and "nearest".
+    sensitivity : Sensitivity or path, optional
+        Which layers lose how much, from `qmoe_lite.sensitivity` or `qmoe sensitivity`: those that lose much then get
+        more of the rate's bits.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
     check_first : bool
@@ -179,10 +184,6 @@ def compress(
     CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
         What is wrong with the input, before or where it is met.
 
-    See Also
-    --------
-    qmoe_lite.compression.Settings : The settings at more length, with where their defaults come from.
-
     Notes
     -----
     QMoE (arXiv:2310.16795), section 3. Departs from it: tokens over the cap are left out at random instead of the last
@@ -206,6 +207,7 @@ def compress(
         seed=seed,
         rate=None if rate is None else check_rate(rate),
         tune=tune,
+        sensitivity=layers_of(sensitivity),
         stop_when_bad=stop_when_bad,
         check_first=check_first,
         device=str(ranks.device(device)),
@@ -250,6 +252,7 @@ class _Run:
         self.checkpoint.check_index()
         self.layers = check_promise(self.family, self.config, self.checkpoint)
         check_dense(self.family, self.model, self.checkpoint)
+        shares_of(self.settings.sensitivity, self.layers)  # refuses another model's
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         stored = functools.partial(self.family.stored, self.config, checkpoint=self.checkpoint)
         self.writer = Writer(self.partial, self.checkpoint, stored, len(self.layers))
@@ -356,8 +359,7 @@ class _Run:
                 books = self.done.codebooks[layer.experts]
                 run_stored(self.compressor, layer, self.writer, number, books, seen, self.ranks)
             return
-        know_layers_before(number, self.layers, self.compressor, self.done, self.settings.rate, self.adapts)
-
+        know_layers_before(number, self.layers, self.compressor, self.done, self.settings, self.adapts)
         tell_of_group = self._tell.layer(number, layer, 0 if seen is None else len(seen.assigned.rows))
         result = self.compressor.compress(layer, number, seen, tell_of_group, self.unfinished.groups, self.ranks)
         if result is not None:

@@ -61,6 +61,9 @@ class Settings:
         "targets": each expert's last projection is solved for what is missing; "block": its steps and scales are
         trained for that too: see `block_tuning`; or "none". None takes "targets", and "none" unless the recipe is
         "default".
+    sensitivity : dict, experts module to float, or None
+        What each layer quantised alone loses, by which bits are shared out: see `sensitivity`. None gives all layers
+        the same step.
     device : str
         Where blocks run and experts are solved; activations stay in the CPU's memory.
     """
@@ -83,6 +86,7 @@ class Settings:
     stop_when_bad: bool = False
     check_first: bool = False
     tune: str | None = None
+    sensitivity: dict[str, float] | None = None
     device: str = "cpu"
 
     @property

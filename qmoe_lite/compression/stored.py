@@ -14,6 +14,8 @@ from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.rate import RateControl
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.shares import shares_of
 from qmoe_lite.compression.state import Done
 from qmoe_lite.compression.waves import give_back, lend, waves
 from qmoe_lite.errors import ResumeError
@@ -21,7 +23,12 @@ from qmoe_lite.models.blocks import MoELayer
 
 
 def know_layers_before(
-    number: int, layers: list[MoELayer], compressor: LayerCompressor, done: Done, rate: float | None, adapts: bool
+    number: int,
+    layers: list[MoELayer],
+    compressor: LayerCompressor,
+    done: Done,
+    settings: Settings,
+    adapts: bool,
 ) -> None:
     """Let a compressor know what it is to know when it comes to a layer, whatever was finished since.
 
@@ -35,8 +42,8 @@ def know_layers_before(
         Its dictionaries, its rate and its dead zone are set.
     done : Done
         Knows the layers before.
-    rate : float or None
-        Bits a weight that were asked for.
+    settings : Settings
+        Of the run: its rate, and how the layers share it.
     adapts : bool
         The dead zone follows the model.
 
@@ -50,8 +57,9 @@ def know_layers_before(
         books = [book for name in before for book in done.codebooks[name].values() if book["kind"] == KIND]
         each = {book["sha256"]: book for book in books}
         compressor.dictionaries.resume(Dictionary.from_config(book) for book in each.values())
-        if rate is not None:
-            first = {"rate": rate, "weights": sum(layer.weights for layer in layers)}
+        if settings.rate is not None:
+            first = {"rate": settings.rate, "weights": sum(layer.weights for layer in layers)}
+            first["shares"] = shares_of(settings.sensitivity, layers)
             compressor.rate = RateControl(**(done.rates[before[-1]] if before else first))
         if adapts:
             compressor.dead_zone = DeadZone(**(done.dead_zones[before[-1]] if before else {}))

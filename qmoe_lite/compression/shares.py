@@ -1,0 +1,95 @@
+"""Which layers get more of a model's bits: those that lose much where they alone are quantised."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+from qmoe_lite.checkpoint.atomic import write_json
+from qmoe_lite.errors import FormatError, SettingError
+from qmoe_lite.models.blocks import MoELayer
+
+_FOLLOWED = 0.5  # of the way to where all layers lose the same
+_FURTHEST = 1.0  # octaves between a layer's step and the mean
+_MAKE_IT = "Make it by qmoe sensitivity MODEL FILE."
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What each layer's experts, quantised alone, make a model lose; see `layer_sensitivity`.
+
+    Attributes
+    ----------
+    rate : float
+        Stored bits a weight that they took, about.
+    tokens : int
+        Whose predictions were compared.
+    layers : dict, experts module to float
+        KL divergence from the dense model, nats a token, in the order in which layers run.
+    """
+
+    rate: float
+    tokens: int
+    layers: dict[str, float]
+
+    def write(self, file: str | Path) -> None:
+        """Write it as JSON."""
+        write_json(Path(file), asdict(self))
+
+    @classmethod
+    def read(cls, file: str | Path) -> Sensitivity:
+        """Read what `write` wrote; raise FormatError for anything else."""
+        try:
+            found = json.loads(Path(file).read_text(encoding="utf-8"))
+            layers = {str(name): float(each) for name, each in found["layers"].items()}
+            result = cls(float(found["rate"]), int(found["tokens"]), layers)
+        except OSError as error:
+            raise FormatError(f"{file} cannot be read: {error.strerror}. {_MAKE_IT}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise FormatError(f"{file} holds no sensitivity. {_MAKE_IT}") from error
+        if not layers or not all(math.isfinite(each) and each >= 0 for each in layers.values()):
+            raise FormatError(f"{file} holds a sensitivity below 0 or not finite, or none. {_MAKE_IT}")
+        return result
+
+
+def layers_of(sensitivity: Sensitivity | str | Path | None) -> dict[str, float] | None:
+    """Return what each layer loses, as given or from a file."""
+    if sensitivity is None:
+        return None
+    found = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.read(sensitivity)
+    return dict(found.layers)
+
+
+def shares_of(losses: dict[str, float] | None, layers: Sequence[MoELayer]) -> list[float]:
+    """Return by how many octaves each layer's step is to differ from the others'; their mean is 0.
+
+    Small losses of layers add up, and each grows with the square of its step; all bits fall alike with the step's
+    logarithm. So the sum is smallest for given bits where all layers lose the same.
+
+    Parameters
+    ----------
+    losses : dict, experts module to float, or None
+        What each layer loses at equal steps.
+    layers : sequence of MoELayer
+        Of the model.
+
+    Raises
+    ------
+    SettingError
+        The losses are of other layers.
+    """
+    if losses is None:
+        return []
+    names = [layer.experts for layer in layers]
+    if other := next(
+        (name for name in {**dict.fromkeys(names), **losses} if (name in losses) != (name in names)), None
+    ):
+        raise SettingError(f"the sensitivity is of another model: {other} is in one of them alone. {_MAKE_IT}")
+    known = [losses[name] for name in names if losses[name] > 0]
+    octaves = [-0.5 * _FOLLOWED * math.log2(max(losses[name], min(known))) if known else 0.0 for name in names]
+    near = [min(max(each - fmean(octaves), -_FURTHEST), _FURTHEST) for each in octaves]
+    return [each - fmean(near) for each in near]
