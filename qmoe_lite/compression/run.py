@@ -78,6 +78,7 @@ def compress(
     validation_samples: int = 8,
     batch_size: int = 16,
     activations: str = "float32",
+    products: str = "float32",
     seed: int = 0,
     rate: float | None = None,
     tune: str | None = None,
@@ -138,6 +139,8 @@ def compress(
         Samples per pass through a block.
     activations : str
         "float32", or "bfloat16" at half the memory.
+    products : str
+        "float32", or "bfloat16": what experts and tokens are multiplied in, faster on devices that can.
     seed : int
         Seed for samples, masked spans and drawn tokens.
     rate : float, optional
@@ -204,6 +207,7 @@ def compress(
         validation_samples=validation_samples,
         batch_size=batch_size,
         activations=activations,
+        products=products,
         seed=seed,
         rate=None if rate is None else check_rate(rate),
         tune=tune,
