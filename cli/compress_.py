@@ -89,6 +89,12 @@ def compress(
             show_default=False,
         ),
     ] = 0,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            help="What qmoe sensitivity wrote: layers that lose much get more of the rate's bits.", metavar="FILE"
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
     family: Annotated[
@@ -146,6 +152,7 @@ def compress(
         "activations": activations,
         "products": products,
         "tune": "block" if tune == "full" else tune,
+        "sensitivity": sensitivity,
         "spill": spill,
         "seed": seed,
         "device": device,

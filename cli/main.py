@@ -22,6 +22,7 @@ from qmoe_lite.cli import (
     import_qmoe,
     inspect_,
     pack,
+    sensitivity,
     serve,
     tune,
     unpack,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("estimate")(estimate.estimate)
 app.command("compress")(compress_.compress)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("tune")(tune.tune)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)

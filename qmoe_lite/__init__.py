@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qmoe_lite.coding.matmul import decode_matmul as decode_matmul
     from qmoe_lite.coding.packed import PackedMatrix as PackedMatrix
     from qmoe_lite.compression.importing import import_qmoe as import_qmoe
+    from qmoe_lite.compression.layer_sensitivity import sensitivity as sensitivity
     from qmoe_lite.compression.run import compress as compress
     from qmoe_lite.errors import QMoEError as QMoEError
     from qmoe_lite.inspection.estimation import Estimate as Estimate
@@ -61,6 +62,7 @@ _HOMES = {
     "import_qmoe": "compression.importing",
     "load": "offload.loading",
     "pack": "checkpoint.packing",
+    "sensitivity": "compression.layer_sensitivity",
     "tune": "tuning.run",
     "unpack": "checkpoint.packing",
     "verify": "inspection.verification",
@@ -89,6 +91,7 @@ __all__ = [  # sorted; a test compares it with _HOMES
     "import_qmoe",
     "load",
     "pack",
+    "sensitivity",
     "tune",
     "unpack",
     "verify",

@@ -32,13 +32,14 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
         raise SettingError("stop_when_bad needs validation samples. Set validation_samples, and calibrate.")
     if settings.tune != "none" and settings.recipe == "nearest":
         raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or tune none.")
-    if grid is None and settings.rate is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES):
+    ternary = grid is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES)
+    if settings.sensitivity is not None and settings.rate is None and (ternary or grid is not None):
+        raise SettingError("sensitivity shares out a rate's bits, and there is no rate. Set one.")
+    if ternary and settings.rate is None:
         return MinMaxTernary(level_dtype=torch.bfloat16), settings
     if grid is None:
         settings = replace(settings, rate=settings.rate or USUAL_RATE)
         grid = UniformGrid(level_dtype=torch.bfloat16)
-    if settings.sensitivity is not None and settings.rate is None:
-        raise SettingError("sensitivity shares out a rate's bits, and there is no rate. Set one.")
     if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
         raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
     return grid, settings

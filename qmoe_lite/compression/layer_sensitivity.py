@@ -39,7 +39,7 @@ from qmoe_lite.quantization.grid import UniformGrid
 
 COMPARED_TOKENS = 1024  # of which predictions are compared, at least
 _TOKENS_OF_EXPERT = 256  # in its Hessian, on average
-_LEAST_TOKENS = 4096  # in all Hessians of a layer
+LEAST_TOKENS = 4096  # in all Hessians of a layer
 
 
 def sensitivity(
@@ -180,7 +180,7 @@ class _Pass:
     def _samples(self, calibration: str | Path | None, tokenizer: Any) -> RunSamples:
         """Return the dense model's samples, as many as fill whole batches."""
         length = self._settings.sequence_length
-        tokens = max(_LEAST_TOKENS, *(_TOKENS_OF_EXPERT * layer.count // layer.top_k for layer in self._layers))
+        tokens = max(LEAST_TOKENS, *(_TOKENS_OF_EXPERT * layer.count // layer.top_k for layer in self._layers))
         wanted = self._windows * (1 + -(-tokens // (self._windows * length)))
         text = text_for(self._settings.recipe, calibration)
         found, _ = RunSamples.make(text, tokenizer, wanted, self._family.seq2seq, self._settings)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -42,14 +41,21 @@ def entropy(counts: NDArray[Any]) -> float:
     return float(-(shares @ np.log2(shares)))
 
 
+_BITS = np.array([0.15, 0.3, 0.6, 0.87, 1.16, 1.66, 2.15, 2.69, 3.26, 4.2, 6.2])
+_OCTAVES = np.log2([8.5, 6.0, 4.0, 3.0, 2.0, 1.36, 0.95, 0.65, 0.44, 0.23, 0.0575])
+
+
 def first_step(bits: float) -> float:
     """Return the step, in units of a row's RMS, at which bell-shaped weights have about so many bits of entropy.
 
     At high rates the entropy of a Gaussian is log2(sqrt(2 pi e) / step); at low ones the table is of real layers.
     """
-    bits_at = np.array([0.3, 0.6, 0.87, 1.16, 1.66, 2.15, 2.69, 3.26, 4.2])
-    steps = np.array([6.0, 4.0, 3.0, 2.0, 1.36, 0.95, 0.65, 0.44, 0.23])
-    return float(2.0 ** np.interp(bits, bits_at, np.log2(steps)))
+    return float(2.0 ** np.interp(bits, _BITS, _OCTAVES))
+
+
+def _bits_at(octaves: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return about how many bits bell-shaped weights have at steps, whose binary logarithms are given."""
+    return np.interp(-octaves, -_OCTAVES, _BITS)
 
 
 def bounded(step: float) -> float:
@@ -76,7 +82,7 @@ class RateControl:
     done_bits : float
         Bits that they take as stored.
     level : float
-        Mean bits a weight of finished layers, had their step been 1.
+        Mean octaves by which finished layers' steps are longer than those of bell-shaped weights of as many bits.
     level_weights : int
         Weights of the layers that say so.
     octave : float
@@ -99,19 +105,18 @@ class RateControl:
     def __post_init__(self) -> None:
         """Begin with what bell-shaped weights would need."""
         if not self.step:
-            self.step = bounded(first_step(0.95 * self.rate) * 2.0**self._apart)
-
-    @property
-    def _apart(self) -> float:
-        """Octaves by which the next layer's step is to differ from the mean of it and those after it."""
-        return self.shares[0] - fmean(self.shares) if self.shares else 0.0
+            self.step = bounded(first_step(0.95 * self.aim))
 
     @property
     def aim(self) -> float:
-        """Bits a weight that the next layer should take."""
+        """Bits a weight that the next layer should take, for all to come to take what is left."""
         left = self.weights - self.done_weights
         mean = (self.rate * self.weights - self.done_bits) / left if left else self.rate
-        return mean - self.slope * self._apart
+        if not self.shares:
+            return mean
+        octaves, shares = np.linspace(-5.0, 5.0, 2001), np.array(self.shares)
+        means = _bits_at(octaves[:, None] + shares).mean(axis=1)  # were the step 1 so many octaves longer
+        return float(_bits_at(np.interp(-mean, -means, octaves) + shares[:1])[0])
 
     @property
     def first(self) -> bool:
@@ -161,13 +166,13 @@ class RateControl:
         """
         share, self.shares = (self.shares[0], self.shares[1:]) if self.shares else (0.0, [])
         if tells:
-            level = bits / weights + self.slope * math.log2(self.step)
+            level = math.log2(self.step / first_step(bits / weights))
             self.level_weights += weights
             self.level += (level - self.level) * weights / self.level_weights
             self.octave += (math.log2(self.step) - share - self.octave) * weights / self.level_weights
         self.done_weights, self.done_bits = self.done_weights + weights, self.done_bits + bits
         if self.done_weights < self.weights and self.level_weights:
-            self.step = self.within(2.0 ** ((self.level - self.aim) / self.slope))
+            self.step = self.within(first_step(self.aim) * 2.0**self.level)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values: `RateControl(**values)` goes on from there."""

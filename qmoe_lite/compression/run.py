@@ -107,8 +107,7 @@ def compress(
         Levels that a row may take; by default `MinMaxTernary(level_dtype=torch.bfloat16)` for a Switch Transformer and
         the recipes "paper" and "nearest", and for other families a `UniformGrid` at a rate of 2.
     device : str or torch device
-        Where blocks run and experts are solved: "auto" takes the first GPU that can be used, else the CPU; see
-        :func:`qmoe_lite.devices.find_device`.
+        Where blocks run and experts are solved: "auto" is the first usable GPU, else the CPU; see `find_device`.
     resume : bool
         Resume from `OUT.partial`; False discards it.
     progress : callable, optional
@@ -147,12 +146,10 @@ def compress(
         Stored bits a weight, averaged over all experts of the model, 0.6 to 4: the step of a `UniformGrid` is chosen
         for it.
     tune : str, optional
-        What experts do about what is lost, at no bits: see `block_tuning`. "targets": each one's last projection is
-        solved for what its block lacks; "block": its steps and scales are trained for that too; "none". By default
-        "targets", and "none" for the recipes "paper" and "nearest".
+        What experts do about what is lost: see `block_tuning`. "targets", but for the recipes "paper" and "nearest" the
+        default: their last projections are solved for it; "block": steps and scales are trained too; "none".
     sensitivity : Sensitivity or path, optional
-        Which layers lose how much, from `qmoe_lite.sensitivity` or `qmoe sensitivity`: those that lose much then get
-        more of the rate's bits.
+        Which layers lose how much, by `qmoe_lite.sensitivity` or of a file: those that lose much get more of the bits.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
     check_first : bool
@@ -189,9 +186,8 @@ def compress(
 
     Notes
     -----
-    QMoE (arXiv:2310.16795), section 3. Departs from it: tokens over the cap are left out at random instead of the last
-    ones; the last projection's Hessian comes from the quantised first one; levels are rounded to 16 bits or fewer
-    before the solver; experts with few tokens borrow from the layer's.
+    QMoE (arXiv:2310.16795), section 3; but tokens over the cap are left out at random, the last projection's Hessian
+    comes from the quantised first one, levels are rounded before the solver, and starved experts borrow a Hessian.
     """
     options = Settings(
         recipe=recipe,

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from qmoe_lite.checkpoint.atomic import write_json
 from qmoe_lite.errors import FormatError, SettingError
 from qmoe_lite.models.blocks import MoELayer
 
-_FOLLOWED = 0.5  # of the way to where all layers lose the same
+_FOLLOWED = 0.35  # of the way to where all layers lose the same
 _FURTHEST = 1.0  # octaves between a layer's step and the mean
 _MAKE_IT = "Make it by qmoe sensitivity MODEL FILE."
 
@@ -36,9 +37,17 @@ class Sensitivity:
     tokens: int
     layers: dict[str, float]
 
+    def shares(self) -> list[float]:
+        """Return by how many octaves the layers' steps will differ from the mean."""
+        return octaves(list(self.layers.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self)
+
     def write(self, file: str | Path) -> None:
-        """Write it as JSON."""
-        write_json(Path(file), asdict(self))
+        """Write it as JSON; raise OutputError where that cannot be done."""
+        write_json(Path(file), self.to_json())
 
     @classmethod
     def read(cls, file: str | Path) -> Sensitivity:
@@ -65,17 +74,14 @@ def layers_of(sensitivity: Sensitivity | str | Path | None) -> dict[str, float] 
 
 
 def shares_of(losses: dict[str, float] | None, layers: Sequence[MoELayer]) -> list[float]:
-    """Return by how many octaves each layer's step is to differ from the others'; their mean is 0.
-
-    Small losses of layers add up, and each grows with the square of its step; all bits fall alike with the step's
-    logarithm. So the sum is smallest for given bits where all layers lose the same.
+    """Return by how many octaves each layer's step is to differ from the others', none without losses.
 
     Parameters
     ----------
     losses : dict, experts module to float, or None
-        What each layer loses at equal steps.
+        What each layer alone loses at equal steps.
     layers : sequence of MoELayer
-        Of the model.
+        Of the model, in the order in which they run.
 
     Raises
     ------
@@ -85,11 +91,21 @@ def shares_of(losses: dict[str, float] | None, layers: Sequence[MoELayer]) -> li
     if losses is None:
         return []
     names = [layer.experts for layer in layers]
-    if other := next(
-        (name for name in {**dict.fromkeys(names), **losses} if (name in losses) != (name in names)), None
-    ):
-        raise SettingError(f"the sensitivity is of another model: {other} is in one of them alone. {_MAKE_IT}")
-    known = [losses[name] for name in names if losses[name] > 0]
-    octaves = [-0.5 * _FOLLOWED * math.log2(max(losses[name], min(known))) if known else 0.0 for name in names]
-    near = [min(max(each - fmean(octaves), -_FURTHEST), _FURTHEST) for each in octaves]
+    if others := losses.keys() ^ set(names):
+        raise SettingError(f"the sensitivity is of another model: {min(others)} is not in both. {_MAKE_IT}")
+    return octaves([losses[name] for name in names])
+
+
+def octaves(losses: Sequence[float]) -> list[float]:
+    """Return by how many octaves steps are to differ for what layers lose; their mean is 0.
+
+    Small losses add up, and each grows with the square of its step, while all bits fall alike with a step's logarithm:
+    so the sum is smallest for given bits where all layers lose the same. A third of that way is gone, since what a
+    layer loses alone later ones partly make up for when they are solved.
+    """
+    known = [each for each in losses if each > 0]
+    if not known:
+        return [0.0] * len(losses)
+    wanted = [-0.5 * _FOLLOWED * math.log2(max(each, min(known))) for each in losses]
+    near = [min(max(each - fmean(wanted), -_FURTHEST), _FURTHEST) for each in wanted]
     return [each - fmean(near) for each in near]

@@ -1,0 +1,148 @@
+"""What layers lose alone, and how a rate's bits are shared out by it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import qmoe_lite as qm
+from qmoe_lite.compression import layer_sensitivity
+from qmoe_lite.compression.expert_runner import ExpertRunner
+from qmoe_lite.compression.shares import Sensitivity, octaves, shares_of
+from qmoe_lite.errors import FormatError, SettingError, TextError
+from qmoe_lite.models.blocks import MoELayer
+from qmoe_lite.models.dense import load_dense
+from qmoe_lite.models.family import inner
+from qmoe_lite.models.routing import in_order
+from qmoe_lite.models.skeletons import open_checkpoint
+
+LENGTH = 32
+
+
+class Quantised(torch.nn.Module):
+    """Experts one by one, of matrices that were noted."""
+
+    def __init__(self, family, matrices):
+        super().__init__()
+        self.family, self.matrices = family, matrices
+
+    def forward(self, hidden, *routing, **named):
+        index, gates = self.family.routing(in_order(routing, named))
+        x = hidden.reshape(-1, hidden.shape[-1])
+        out = torch.zeros_like(x)
+        for expert, (*first, last) in self.matrices.items():
+            inside = inner(first[0].activation, [x @ each.weight.T for each in first])
+            out += inside @ last.weight.T * (gates * (index == expert)).sum(dim=1, keepdim=True)
+        return out.view_as(hidden)
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """Matrices of the experts that a pass quantises, by layer and expert."""
+    found, run = {}, ExpertRunner.run
+
+    def note(self, layer, expert, weights_of, *rest):
+        found.setdefault(layer.experts, {})[expert] = self.linears(layer, expert, weights_of)
+        return run(self, layer, expert, weights_of, *rest)
+
+    monkeypatch.setattr(ExpertRunner, "run", note)
+    monkeypatch.setattr(layer_sensitivity, "COMPARED_TOKENS", 2 * LENGTH)
+    monkeypatch.setattr(layer_sensitivity, "LEAST_TOKENS", 4 * LENGTH)
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "switch"])
+@torch.inference_mode()
+def test_it_is_what_the_whole_model_says(request, noted, causal, switch, text_file, tokenizer, model_type):
+    directory = switch if model_type == "switch" else causal(model_type)
+    places, samples, make = [], [], layer_sensitivity.RunSamples.make
+    request.getfixturevalue("monkeypatch").setattr(
+        layer_sensitivity.RunSamples, "make", lambda *what: samples.append(make(*what)) or samples[0]
+    )
+    found = qm.sensitivity(
+        directory, calibration=text_file, rate=1.5, sequence_length=LENGTH, device="cpu", progress=places.append
+    )
+    assert list(found.layers) == list(noted)
+    assert len(places) == len(noted) > 1
+    ids, labels = samples[0][0].all.input_ids[:2], samples[0][0].all.labels
+    given = {"input_ids": torch.from_numpy(ids)}
+    told = torch.ones(ids.shape, dtype=torch.bool)
+    family, checkpoint = open_checkpoint(directory)
+    model = load_dense(directory, family, checkpoint, torch.float32).eval()
+    if labels is not None:
+        told = torch.from_numpy(labels[:2] != -100)
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(torch.from_numpy(labels[:2]))
+    dense = model(**given).logits.log_softmax(-1)
+    for name, matrices in noted.items():
+        parent, _, leaf = name.rpartition(".")
+        whole = getattr(model.get_submodule(parent), leaf)
+        setattr(model.get_submodule(parent), leaf, Quantised(family, matrices))
+        other = model(**given).logits.log_softmax(-1)
+        setattr(model.get_submodule(parent), leaf, whole)
+        expected = (dense.exp() * (dense - other)).sum(dim=-1)[told].mean()
+        assert found.layers[name] == pytest.approx(float(expected), rel=1e-3)
+        assert found.layers[name] > 0
+    assert found.tokens == int(told.sum())
+
+
+def test_steps_of_layers_that_lose_more_are_shorter():
+    assert octaves([0.1, 0.1, 0.1]) == pytest.approx([0, 0, 0])
+    most, middle, least = octaves([0.4, 0.1, 0.025])
+    assert most < middle < least
+    assert most + middle + least == pytest.approx(0)
+    assert middle - most == pytest.approx(least - middle) == pytest.approx(0.35)  # half of log2 4, followed in part
+    assert octaves([0.0, 0.0]) == [0, 0]
+    assert max(map(abs, octaves([1e-9, 1.0, 0.0]))) < 2
+
+
+def test_more_bits_for_layers_that_lose_more(causal, text_file, tmp_path):
+    model = causal("qwen3_moe")
+    names = [row.layer for row in qm.compress(model, tmp_path / "nearest", recipe="nearest", rate=2.0).projections]
+    losses = Sensitivity(2.0, 1, dict.fromkeys(names, 0.01) | {names[-1]: 0.1})
+    losses.write(tmp_path / "layers.json")
+    report = qm.compress(
+        model, tmp_path / "out", recipe="nearest", rate=2.0, sensitivity=tmp_path / "layers.json", device="cpu"
+    )
+    assert report.bits_per_weight == pytest.approx(2.0, rel=0.02)
+    bits = {row.layer: row.bits_per_weight for row in report.projections}
+    assert bits[names[-1]] > bits[names[0]] + 0.3
+    assert report.settings["sensitivity"] == losses.layers
+    with pytest.raises(SettingError, match="another model: block is not in both"):
+        shares_of({"other": 1.0}, [MoELayer("block", each, 2, {}) for each in dict.fromkeys(names)])
+    with pytest.raises(SettingError, match="shares out a rate's bits"):
+        qm.compress(model, tmp_path / "x", calibration=text_file, recipe="paper", sensitivity=losses)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"rate": 2, "tokens": 1, "layers": {}}', '{"rate": 2, "tokens": 1, "layers": {"a": -1}}']
+)
+def test_what_is_no_sensitivity_is_refused(tmp_path, text):
+    (tmp_path / "layers.json").write_text(text)
+    with pytest.raises(FormatError, match=r"layers\.json holds .*qmoe sensitivity MODEL FILE"):
+        Sensitivity.read(tmp_path / "layers.json")
+    with pytest.raises(FormatError, match="cannot be read: No such file"):
+        Sensitivity.read(tmp_path / "missing.json")
+
+
+def test_the_command_writes_what_compress_takes(run, monkeypatch, tmp_path, causal):
+    found = Sensitivity(2.0, 1024, {"model.layers.0.mlp.experts": 0.08, "model.layers.1.mlp.experts": 0.01})
+    monkeypatch.setattr(layer_sensitivity, "sensitivity", lambda *what, **given: found)
+    code, printed, _ = run("sensitivity", "m", tmp_path / "layers.json")
+    assert code == 0
+    assert "model.layers.0" in printed
+    assert "0.080000" in printed
+    assert "-0.26" in printed
+    assert Sensitivity.read(tmp_path / "layers.json") == found
+    code, printed, _ = run("sensitivity", "m", tmp_path / "layers.json", "--json")
+    assert json.loads(printed) == found.to_json()
+    code, _, noted = run("sensitivity", "m", tmp_path / "no" / "layers.json")
+    assert (code, noted.count("\n")) == (1, 1)
+    assert "folder" in noted
+
+
+def test_too_little_text_is_told_of(causal, tmp_path):
+    (tmp_path / "short.txt").write_text("few words " * 20)
+    with pytest.raises(TextError, match="are needed"):
+        qm.sensitivity(causal("qwen3_moe"), calibration=tmp_path / "short.txt", sequence_length=LENGTH)
