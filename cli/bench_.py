@@ -155,6 +155,9 @@ def accuracy(
         str | None,
         typer.Option(help="none, targets or block, as compress takes it, where it calibrates.", show_default="targets"),
     ] = None,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="What qmoe sensitivity wrote, for the rates.", metavar="FILE")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples.", min=1)] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.", min=16)] = 512,
     held_out: Annotated[int | None, typer.Option(help="Samples of the held-out text. [default: all]", min=1)] = None,
@@ -184,6 +187,7 @@ def accuracy(
         sequence_length=sequence_length,
         held_out=held_out,
         directory=directory,
+        settings={"sensitivity": sensitivity},
         progress=_output.note,
     )
     _show(report, json, print_accuracy, plot, draw_accuracy)
