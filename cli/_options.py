@@ -41,6 +41,13 @@ CalibrationOption = Annotated[
     ),
 ]
 SequenceLengthOption = Annotated[int, typer.Option(help="Tokens per sample.")]
+ProductsOption = Annotated[
+    str,
+    typer.Option(
+        help="What experts and tokens are multiplied in: float32, or bfloat16, faster on GPUs and on processors with "
+        "AVX512-BF16 or AMX."
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option(help="auto: the first GPU that can be used, else the CPU; or cpu, cuda, cuda:1.")
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import duration, megabytes, print_rows, print_table, print_text
-from qmoe_lite.cli._options import CalibrationOption, DeviceOption, JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import CalibrationOption, DeviceOption, JsonOption, ProductsOption, SequenceLengthOption
 
 if TYPE_CHECKING:
     from qmoe_lite.checkpoint.report import Report
@@ -65,6 +65,7 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="How activations are kept: float32, or bfloat16 at half the memory.")
     ] = "float32",
+    products: ProductsOption = "float32",
     spill: Annotated[
         Path | None,
         typer.Option(
@@ -143,6 +144,7 @@ def compress(
         "validation_samples": validation_samples,
         "batch_size": batch_size,
         "activations": activations,
+        "products": products,
         "tune": "targets" if tune == "full" else tune,
         "spill": spill,
         "seed": seed,

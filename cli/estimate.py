@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import duration, print_table, print_text
-from qmoe_lite.cli._options import DeviceOption, JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import DeviceOption, JsonOption, ProductsOption, SequenceLengthOption
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +36,7 @@ def estimate(
     validation_samples: Annotated[int, typer.Option(help="Samples that measure the error.", min=0)] = 8,
     batch_size: Annotated[int, typer.Option(help="Samples per pass through a block.", min=1)] = 16,
     activations: Annotated[str, typer.Option(help="How activations are kept: float32, or bfloat16.")] = "float32",
+    products: ProductsOption = "float32",
     tune: Annotated[
         str | None, typer.Option(help="none, targets or block, as compress takes it.", show_default="targets")
     ] = None,
@@ -87,6 +88,7 @@ def estimate(
         spill=spill,
         batch_size=batch_size,
         activations=activations,
+        products=products,
         tune=tune,
         device=device,
         expert_cache=expert_cache,

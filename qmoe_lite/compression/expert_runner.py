@@ -52,7 +52,10 @@ class ExpertRunner:
     def linears(self, layer: MoELayer, expert: int, weights: dict[str, Tensor]) -> list[Linear]:
         """Return an expert's matrices, those given, with their biases."""
         activation = self._family.activation(self._config, layer.experts)
-        return [Linear(weight, self._bias(layer, expert, name), activation) for name, weight in weights.items()]
+        products = torch.bfloat16 if self._settings.products == "bfloat16" else None
+        return [
+            Linear(weight, self._bias(layer, expert, name), activation, products) for name, weight in weights.items()
+        ]
 
     def _bias(self, layer: MoELayer, expert: int, projection: str) -> Tensor | None:
         if layer.layout is None or not layer.layout.biased:

@@ -113,15 +113,22 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix (R, C) of an expert, its bias (R,), where it has one, and the expert's activation."""
+    """One matrix (R, C) of an expert, its bias (R,), where it has one, and the expert's activation.
+
+    Products are in the dtype `products` where there is one, and sums over columns in float32.
+    """
 
     weight: Tensor
     bias: Tensor | None
     activation: Callable[[Tensor], Tensor] | Joint
+    products: torch.dtype | None = None
 
     def of(self, x: Tensor) -> Tensor:
         """Return what tokens (N, C) become, (N, R)."""
-        y = x @ self.weight.T
+        if self.products is None:
+            y = x @ self.weight.T
+        else:
+            y = (x.to(self.products) @ self.weight.to(self.products).T).float()
         return y if self.bias is None else y + self.bias
 
 

@@ -77,6 +77,7 @@ def compress(
     validation_samples: int = 8,
     batch_size: int = 16,
     activations: str = "float32",
+    products: str = "float32",
     seed: int = 0,
     rate: float | None = None,
     tune: str | None = None,
@@ -89,7 +90,7 @@ def compress(
     each_group: AbstractContextManager[Any] | None = None,
     ranks: Ranks = ALONE,
 ) -> Report:
-    """Compress the experts of a Mixture-of-Experts model.
+    """Compress the experts of a Mixture-of-Experts model; `qmoe_lite.compression.Settings` says more of the settings.
 
     Parameters
     ----------
@@ -136,6 +137,8 @@ def compress(
         Samples per pass through a block.
     activations : str
         "float32", or "bfloat16" at half the memory.
+    products : str
+        "float32", or "bfloat16": what experts and tokens are multiplied in, faster on devices that can.
     seed : int
         Seed for samples, masked spans and drawn tokens.
     rate : float, optional
@@ -179,10 +182,6 @@ def compress(
     CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
         What is wrong with the input, before or where it is met.
 
-    See Also
-    --------
-    qmoe_lite.compression.Settings : The settings at more length, with where their defaults come from.
-
     Notes
     -----
     QMoE (arXiv:2310.16795), section 3. Departs from it: tokens over the cap are left out at random instead of the last
@@ -203,6 +202,7 @@ def compress(
         validation_samples=validation_samples,
         batch_size=batch_size,
         activations=activations,
+        products=products,
         seed=seed,
         rate=None if rate is None else check_rate(rate),
         tune=tune,

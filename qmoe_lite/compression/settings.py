@@ -48,6 +48,9 @@ class Settings:
         Samples per pass through a block.
     activations : str
         "float32", or "bfloat16" at half the memory.
+    products : str
+        What experts and tokens are multiplied in: "float32", or "bfloat16" where the device multiplies it faster.
+        Routers, all else that is dense, Hessians and the solver stay in float32.
     seed : int
         Seed for samples, masked spans and drawn tokens.
     rate : float or None
@@ -78,6 +81,7 @@ class Settings:
     validation_samples: int = 8
     batch_size: int = 16
     activations: str = "float32"
+    products: str = "float32"
     seed: int = 0
     rate: float | None = None
     stop_when_bad: bool = False
@@ -114,6 +118,7 @@ class Settings:
             ("validation_samples", self.validation_samples >= 0, "at least 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("activations", self.activations in ("float32", "bfloat16"), "float32 or bfloat16"),
+            ("products", self.products in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("tune", self.tune is None or self.tune in TUNE, "none, targets or block"),
         )
         for name, good, expected in ranges:

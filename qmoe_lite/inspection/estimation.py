@@ -130,6 +130,7 @@ def estimate(
     validation_samples: int = 8,
     batch_size: int = 16,
     activations: str = "float32",
+    products: str = "float32",
     tune: str | None = None,
     device: str | torch.device = "auto",
     expert_cache: int | str | None = None,
@@ -145,7 +146,9 @@ def estimate(
     model : path or str
         A directory with a config.json, with or without weights; or a name on the hub, of which config.json and the
         headers of the shards are fetched.
-    rate, grid, recipe, samples, sequence_length, validation_samples, batch_size, activations, tune, device, family
+    rate, grid, recipe, samples, sequence_length, validation_samples, batch_size
+        As `compress` takes them.
+    activations, products, tune, device, family
         As `compress` takes them.
     expert_cache : int or str, optional
         Memory for experts when the model runs, such as "4GiB"; by default what they take, or what there is.
@@ -172,6 +175,7 @@ def estimate(
         validation_samples=validation_samples,
         batch_size=batch_size,
         activations=activations,
+        products=products,
         tune=tune,
         rate=None if rate is None else check_rate(rate),
         device=str(find_device(device)),

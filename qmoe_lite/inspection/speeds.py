@@ -173,7 +173,8 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     if several > _SOME:
         expert = max(few - one, 0.0) / (several - 1)
     multiply = _multiply(min(max(anatomy.hidden, 256), 1024), device)
-    least = _LEAST * token_work(shapes) / multiply if settings.recipe != "nearest" else 0.0
+    counted = settings.recipe != "nearest" and settings.products == "float32"
+    least = _LEAST * token_work(shapes) / multiply if counted else 0.0
     token = max((many - few) / (several * _MORE), least)
     expert = max(expert - tokens * token, 0.0)
     fixed = min(max(fixed, 0.0) / (_TINY - 1), expert)

@@ -415,8 +415,10 @@ def test_two_bit_models_are_stored_and_run_too(tmp_path, compressed, switch, tex
     assert all(report.held_out_error[name] < compressed[1].held_out_error[name] for name in names)
 
 
-def test_bfloat16_activations_come_close(tmp_path, compressed, switch, text_file):
-    report = qm.compress(switch, tmp_path / "out", calibration=text_file, activations="bfloat16", **SMALL)
+@pytest.mark.parametrize("what", ["activations", "products"])
+def test_bfloat16_comes_close(tmp_path, compressed, switch, text_file, what):
+    report = qm.compress(switch, tmp_path / "out", calibration=text_file, **{what: "bfloat16"}, **SMALL)
+    assert report.held_out_error != compressed[1].held_out_error
     for name, error in compressed[1].held_out_error.items():
         assert report.held_out_error[name] == pytest.approx(error, rel=0.2)
 

@@ -82,3 +82,17 @@ def test_squares_of_many_outputs_are_summed_in_float64(monkeypatch):
     some, aims = outputs[:, ::2], dense[:, ::2]
     assert layer_parts.compared(some, aims)[1] == pytest.approx(some.double().square().sum().item())
     assert layer_parts.compared(outputs[:0], dense[:0]).tolist() == [0, 0, 0]
+
+
+def test_products_in_bfloat16_round_operands_and_sums(runner):
+    """Sums over columns are exact enough to be rounded once, to 8 bits."""
+    layer, seen = MoELayer("model.layers.0.mlp.experts", "drawn", 2, SHAPES), seen_by(2)
+    runner._settings = Settings(products="bfloat16")
+    x = runner.gather(seen, torch.arange(40))
+    for matrix in runner.truth(layer, 0):
+        rows = x[:, : matrix.weight.shape[1]]
+        exact = rows.bfloat16().double() @ matrix.weight.bfloat16().double().T
+        found = matrix.of(rows)
+        assert found.dtype == matrix.weight.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+        assert not torch.equal(found, rows @ matrix.weight.T)
