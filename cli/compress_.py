@@ -76,8 +76,8 @@ def compress(
         str | None,
         typer.Option(
             help="Make up for what is lost, at no bits. targets: GPTQ solves each expert's last matrix for what is "
-            "missing (asymmetric calibration); block: then the expert's steps and scales are trained; full: then those "
-            "of the whole model, as qmoe tune does; none. [default: targets, or none for the other recipes]",
+            "missing (asymmetric calibration); block: then the expert's steps and scales are trained; full: targets, "
+            "then the whole model trained as qmoe tune does; none. [default: targets, or none for the other recipes]",
             show_default=False,
         ),
     ] = None,
@@ -151,7 +151,7 @@ def compress(
         "batch_size": batch_size,
         "activations": activations,
         "products": products,
-        "tune": "block" if tune == "full" else tune,
+        "tune": "targets" if tune == "full" else tune,
         "sensitivity": sensitivity,
         "spill": spill,
         "seed": seed,

@@ -23,7 +23,14 @@ def tune(
     sequence_length: SequenceLengthOption = 512,
     epochs: Annotated[int, typer.Option(help="How often each sample is seen.", min=1)] = 1,
     batch_size: Annotated[int, typer.Option(help="Samples a step of training.", min=1)] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, for relative changes.")] = 0.01,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Of Adam, for relative changes. [default: .01, or a third or a ninth of that where validation samples "
+            "come no nearer to the dense model]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for samples and their order.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -59,7 +66,7 @@ def tune(
 
 def _print(report: TuneReport, out: Path) -> None:
     before = report.loss_before - report.dense_loss
-    print_text(f"{out}: {report.samples} samples, {duration(report.seconds)}")
+    print_text(f"{out}: {report.samples} samples, learning rate {report.learning_rate:.4f}, {duration(report.seconds)}")
     print_text(f"KL divergence from the dense model {report.before:.4f} -> {report.after:.4f} nats a token")
     print_text(
         f"loss above the dense model's {report.dense_loss:.3f}: {before:+.3f} -> {report.gap:+.3f} "

@@ -31,6 +31,7 @@ from qmoe_lite.models.building import read_config
 from qmoe_lite.models.dense import load_dense
 from qmoe_lite.models.skeletons import open_checkpoint
 from qmoe_lite.offload.loading import load
+from qmoe_lite.tuning.learning_rate import HIGHEST, Held, train_at_its_rate
 from qmoe_lite.tuning.train import Step, Tuner, run_dense
 
 VALIDATION = 8  # samples from the text's end that nothing is trained on
@@ -50,6 +51,7 @@ class TuneReport:
         loss - dense_loss; the error is over samples.
     samples, validation_samples, sequence_length, epochs, batch_size : int
     learning_rate : float
+        As it was given, or chosen.
     seconds : float
     """
 
@@ -83,7 +85,7 @@ def tune(
     sequence_length: int = 512,
     epochs: int = 1,
     batch_size: int = 2,
-    learning_rate: float = 0.01,
+    learning_rate: float | None = None,
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> TuneReport:
@@ -107,8 +109,9 @@ def tune(
         How often each sample is seen.
     batch_size : int
         Samples a step.
-    learning_rate : float
-        Highest relative change of a step's size, about, in a step of training.
+    learning_rate : float, optional
+        Highest relative change of a step's size, about, in a step of training. By default .01, or a third or a ninth of
+        that where the validation samples come no nearer to the dense model: then training begins anew.
     seed : int
         Seed for samples and their order.
     progress : callable, optional
@@ -138,8 +141,9 @@ def tune(
     -----
     The dense model's final states are kept, not its logits, and the two models are in memory one after the other, in
     float32. Where the validation samples say that nothing was won, `out` is not written: a BadResultError says so.
+    The same arguments give the same bytes, on the same machine with as many threads.
     """
-    if min(samples, epochs, batch_size) < 1 or not 0 < learning_rate <= 0.1:
+    if min(samples, epochs, batch_size) < 1 or not 0 < (HIGHEST if learning_rate is None else learning_rate) <= 0.1:
         raise SettingError("samples, epochs and batch size are at least 1, the learning rate more than 0, at most 0.1.")
     begun, target = time.perf_counter(), Path(out)
     check_free(target)
@@ -152,9 +156,11 @@ def tune(
     runs = len(drawn) + len(kept)
     whole = runs + epochs * -(-len(drawn) // batch_size)
 
-    def show(step: Step) -> None:
+    def show(step: Step, rate: float, given_up: int) -> None:
         place = f"step {step.number} of {step.steps}: {step.divergence:.4f} nats from the dense model"
-        tell(Progress(runs + step.number, whole, place))
+        if given_up:
+            place += f", again at a learning rate of {rate:.4f}"
+        tell(Progress(runs + given_up + step.number, whole + given_up, place))
 
     with locked(partial):
         check_free(target)
@@ -170,13 +176,16 @@ def tune(
         del model
         tuner = Tuner(load(source, dtype=torch.float32))
         before = tuner.measure(kept, wanted)
-        tuner.train(drawn, states, epochs=epochs, batch=batch_size, rate=learning_rate, seed=seed, progress=show)
-        stored = tuner.stored()  # before it is measured: what is measured is what is stored
-        after = tuner.measure(kept, wanted)
+        how: dict[str, Any] = {"epochs": epochs, "batch": batch_size, "seed": seed, "progress": show}
+        held = Held(kept, wanted)
+        stored, after, rate = train_at_its_rate(
+            tuner, drawn, states, held, before.divergence, rate=learning_rate, **how
+        )
         if not after.divergence < before.divergence:
             raise BadResultError(
-                f"training won nothing ({before.divergence:.4f} to {after.divergence:.4f} nats from the dense model on "
-                f"validation samples): {target} was not written. Use more samples, or a lower learning rate."
+                f"training won nothing at a learning rate of {rate:.4g} ({before.divergence:.4f} to "
+                f"{after.divergence:.4f} nats from the dense model on validation samples): {target} was not written. "
+                "Use more samples, or a lower learning rate."
             )
         tokens = sum(after.tokens)
         gap = paired_gap(after.losses, after.dense_losses, after.tokens)
@@ -194,7 +203,7 @@ def tune(
             sequence_length=drawn.input_ids.shape[1],
             epochs=epochs,
             batch_size=batch_size,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             seconds=time.perf_counter() - begun,
         )
         _write(checkpoint, partial, target, stored, report, gap, tokens)

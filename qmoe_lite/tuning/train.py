@@ -87,6 +87,16 @@ class Tuner:
                 self.experts.append(TunedExperts(module))
                 setattr(model.get_submodule(parent), child, self.experts[-1])
         self.norms = _copy_norms(model)
+        self._norms_before = {name: norm.detach().clone() for name, norm in self.norms.items()}
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Undo all training."""
+        for experts in self.experts:
+            for factors in experts.parameters():
+                factors.zero_()
+        for name, norm in self.norms.items():
+            norm.copy_(self._norms_before[name])
 
     def parameters(self, rate: float) -> list[dict[str, Any]]:
         """Return all that is trained as Adam takes it: a norm's learning rate goes by the size of its weights."""
@@ -135,7 +145,8 @@ class Tuner:
         rate: float,
         seed: int,
         progress: Callable[[Step], None] | None = None,
-    ) -> None:
+        goes_on: Callable[[], bool] | None = None,
+    ) -> bool:
         """Train on some samples.
 
         Parameters
@@ -152,6 +163,13 @@ class Tuner:
             Of the samples' order.
         progress : callable, optional
             Called after each step.
+        goes_on : callable, optional
+            Called after half of the steps; training ends there where it returns False.
+
+        Returns
+        -------
+        bool
+            Whether it ended there.
 
         Raises
         ------
@@ -176,6 +194,9 @@ class Tuner:
                 schedule.step()
                 if progress is not None:
                     progress(Step(number, len(order), total / count))
+                if goes_on is not None and number == len(order) // 2 and not goes_on():
+                    return True
+        return False
 
     @torch.no_grad()
     def measure(self, drawn: Samples, dense: list[Tensor]) -> Measured:

@@ -220,9 +220,11 @@ def test_what_cannot_be_tuned_is_refused(causal, tmp_path, change, words):
 
 
 @pytest.mark.parametrize(
-    ("options", "epochs"), [(("full",), 1), (("block", "--tune-epochs", 3), 3)], ids=["full", "both"]
+    ("options", "tune", "epochs"),
+    [(("full",), "targets", 1), (("block", "--tune-epochs", 3), "block", 3)],
+    ids=["full", "both"],
 )
-def test_the_whole_is_tuned_after_the_blocks(run, tmp_path, monkeypatch, options, epochs):
+def test_the_whole_is_tuned_after_targets_or_blocks(run, tmp_path, monkeypatch, options, tune, epochs):
     asked = {}
 
     def refuse(*arguments, **given):
@@ -233,4 +235,4 @@ def test_the_whole_is_tuned_after_the_blocks(run, tmp_path, monkeypatch, options
     code, _, noted = run("compress", "m", tmp_path / "out", "--tune", *options)
     assert code != 0
     assert "enough" in noted
-    assert (asked["tune"], asked["epochs"]) == ("block", epochs)
+    assert (asked["tune"], asked["epochs"]) == (tune, epochs)

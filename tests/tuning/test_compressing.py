@@ -12,7 +12,7 @@ from qmoe_lite.errors import BadResultError, OutputError, ResumeError, SettingEr
 from qmoe_lite.tuning import compressing
 from qmoe_lite.tuning.compressing import compress_and_tune
 
-SETTINGS = {"rate": 1.6, "samples": 8, "sequence_length": 32, "validation_samples": 2, "tune": "none"}
+SETTINGS = {"rate": 1.6, "samples": 8, "sequence_length": 32, "validation_samples": 2, "tune": "targets"}
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def names(folder):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_while_it_tunes_goes_on_there(asked, tmp_path, monkeypatch):
+def test_a_full_run_that_is_interrupted_while_it_tunes_goes_on_there_to_the_same_bytes(asked, tmp_path, monkeypatch):
     given, calls = asked
 
     def interrupt(*arguments, **settings):
@@ -53,6 +53,9 @@ def test_a_run_that_is_interrupted_while_it_tunes_goes_on_there(asked, tmp_path,
     assert report.tuning["after"] < report.tuning["before"]
     with pytest.raises(OutputError, match="exists already"):
         compress_and_tune(out=tmp_path / "out", **given)
+    compress_and_tune(out=tmp_path / "at_once", **given)
+    for file in sorted((tmp_path / "at_once").glob("*.safetensors*")):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
 def test_tuning_that_wins_nothing_leaves_what_was_compressed_and_says_so(asked, tmp_path, monkeypatch):
