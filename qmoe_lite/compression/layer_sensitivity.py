@@ -21,13 +21,14 @@ from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import USUAL_RATE
+from qmoe_lite.compression.documents import DEFAULT_TEXT
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.losses import IGNORED, slices, summed_divergence
+from qmoe_lite.compression.losses import IGNORED, head_products, slices, summed_divergence
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import bounded, check_rate, first_step
-from qmoe_lite.compression.run_samples import RunSamples, text_for
+from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.shares import Sensitivity
 from qmoe_lite.devices import find_device
@@ -166,23 +167,21 @@ class _Pass:
                 self._runner.leave(stack, hidden)
                 memory = hidden
         assert memory is not None
-        told = torch.ones(memory.read(slice(0, windows)).shape[:2], dtype=torch.bool)
-        if samples.all.labels is not None:
-            told = torch.from_numpy(samples.all.labels[:windows] != IGNORED)
-        head = self._family.head(self._model, self._checkpoint)
-        states = [memory.read(slice(at, at + windows))[told] for at in (0, *range(count, len(memory), windows))]
-        found = dict(zip(done, _divergences(states[0], states[1:], *head), strict=True))
-        tokens_compared = int(told.sum())
-        return Sensitivity(
-            self._rate, tokens_compared, {layer.experts: found[number] for number, layer in enumerate(self._layers)}
-        )
+        labels = samples.all.labels
+        told = torch.ones(windows, memory.shape[1], dtype=torch.bool)
+        if labels is not None:
+            told = torch.from_numpy(labels[:windows] != IGNORED)
+        dense, *others = (memory.read(slice(at, at + windows))[told] for at in (0, *range(count, len(memory), windows)))
+        losses = _divergences(dense, others, *self._family.head(self._model, self._checkpoint))
+        found = {self._layers[number].experts: loss for number, loss in zip(done, losses, strict=True)}
+        return Sensitivity(self._rate, len(dense), {layer.experts: found[layer.experts] for layer in self._layers})
 
     def _samples(self, calibration: str | Path | None, tokenizer: Any) -> RunSamples:
         """Return the dense model's samples, as many as fill whole batches."""
         length = self._settings.sequence_length
         tokens = max(LEAST_TOKENS, *(_TOKENS_OF_EXPERT * layer.count // layer.top_k for layer in self._layers))
         wanted = self._windows * (1 + -(-tokens // (self._windows * length)))
-        text = text_for(self._settings.recipe, calibration)
+        text = DEFAULT_TEXT if calibration is None else calibration
         found, _ = RunSamples.make(text, tokenizer, wanted, self._family.seq2seq, self._settings)
         count = found.calibration // self._windows * self._windows
         if count < 2 * self._windows:
@@ -219,9 +218,8 @@ def _divergences(
 ) -> list[float]:
     """Return KL(dense || other) of each, nats a token, of what the last norm puts out (N, C) and the head (V, C)."""
     sums = [0.0] * len(others)
-    matrix = weight.float().T
     for part in slices(len(dense), len(weight)):
-        logits = finish(dense[part] @ matrix)
+        expected = finish(head_products(dense[part], weight))
         for place, other in enumerate(others):
-            sums[place] += summed_divergence(finish(other[part] @ matrix), logits)[0]
+            sums[place] += summed_divergence(finish(head_products(other[part], weight)), expected)[0]
     return [each / len(dense) for each in sums]

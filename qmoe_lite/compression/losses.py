@@ -80,12 +80,14 @@ def loss_of_states(
         Makes logits of the products.
     """
     total = 0.0
-    pieces = [weight[first : first + _ROWS] for first in range(0, len(weight), _ROWS)]
     for part in slices(len(labels), len(weight)):
-        some = states[part]
-        logits = torch.cat([some @ piece.float().T for piece in pieces], dim=1)
-        total += summed_loss(finish(logits), labels[part])
+        total += summed_loss(finish(head_products(states[part], weight)), labels[part])
     return total
+
+
+def head_products(states: Tensor, weight: Tensor) -> Tensor:
+    """Return the products (N, V) of states (N, C), float32, with a head (V, C), a piece of which is made float32."""
+    return torch.cat([states @ piece.float().T for piece in torch.split(weight, _ROWS)], dim=1)
 
 
 def summed_divergence(logits: Tensor, reference: Tensor) -> tuple[float, int]:
