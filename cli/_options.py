@@ -44,8 +44,8 @@ SequenceLengthOption = Annotated[int, typer.Option(help="Tokens per sample.")]
 ProductsOption = Annotated[
     str,
     typer.Option(
-        help="What experts and tokens are multiplied in: float32, or bfloat16, faster on GPUs and on processors with "
-        "AVX512-BF16 or AMX."
+        help="What experts and tokens are multiplied in: float32, or bfloat16, faster on processors with AVX512-BF16 "
+        "or AMX."
     ),
 ]
 DeviceOption = Annotated[

@@ -172,8 +172,10 @@ def accuracy(
     from qmoe_lite.bench._show.accuracy import draw_accuracy, print_accuracy
     from qmoe_lite.bench.accuracy import RATES, measure
     from qmoe_lite.cli import _output
+    from qmoe_lite.compression.shares import Sensitivity
 
     _check(plot)
+    layers = None if sensitivity is None else Sensitivity.read(sensitivity)
     _output.quiet_transformers()
     report = measure(
         model,
@@ -187,7 +189,7 @@ def accuracy(
         sequence_length=sequence_length,
         held_out=held_out,
         directory=directory,
-        settings={"sensitivity": sensitivity},
+        settings={"sensitivity": layers},
         progress=_output.note,
     )
     _show(report, json, print_accuracy, plot, draw_accuracy)

@@ -29,7 +29,7 @@ def sensitivity(
 ) -> None:
     """Measure what each layer's experts, quantised alone, make a model lose; compress then shares out the bits by it.
 
-    All weights are read once, and some thousand tokens go through. A file serves for all rates.
+    Some thousand tokens go through the model once. A file serves for all rates.
 
     Example: qmoe sensitivity Qwen/Qwen3-30B-A3B layers.json --calibration text.txt
     """
@@ -39,6 +39,8 @@ def sensitivity(
 
     if not out.resolve().parent.is_dir():
         raise OutputError(f"{out} cannot be written: there is no folder {out.parent}. Make it.")
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder. Name a file.")
     _output.quiet_transformers()
     with _output.progress_shown("measuring", show=not json) as progress:
         found = layer_sensitivity.sensitivity(

@@ -30,6 +30,8 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
         raise SettingError(f"rate is {settings.rate:g}, which only the uniform grid reaches. Leave the grid out.")
     if settings.stop_when_bad and (settings.recipe == "nearest" or settings.validation_samples == 0):
         raise SettingError("stop_when_bad needs validation samples. Set validation_samples, and calibrate.")
+    if settings.products != "float32" and settings.recipe == "nearest":
+        raise SettingError("recipe nearest multiplies no tokens. Leave products out.")
     if settings.tune != "none" and settings.recipe == "nearest":
         raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or tune none.")
     ternary = grid is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES)

@@ -54,8 +54,10 @@ def difference(before: Any, now: dict[str, Any]) -> str | None:
     if not isinstance(before, dict):
         return "it is of another version of qmoe-lite"
     for name, value in now.items():
-        if (known := before.get(name)) != value:
-            digest = isinstance(value, dict) and "sha256" in value
+        if name not in before:
+            return "it is of another version of qmoe-lite"
+        if (known := before[name]) != value:
+            digest = any(isinstance(each, dict) and "sha256" in each for each in (known, value))
             return f"{name} is another" if digest else f"{name} is {value}, and was {known}"
     return None
 

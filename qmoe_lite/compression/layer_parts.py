@@ -115,7 +115,7 @@ class LayerResult:
 class Linear:
     """One matrix (R, C) of an expert, its bias (R,), where it has one, and the expert's activation.
 
-    Products are in the dtype `products` where there is one, and sums over columns in float32.
+    Products are in the dtype `products` where there is one; what they come to is float32 again.
     """
 
     weight: Tensor

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.finding import find_model
-from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import USUAL_RATE
@@ -26,16 +25,19 @@ from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.losses import IGNORED, head_products, slices, summed_divergence
+from qmoe_lite.compression.opening import check_family, opened
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import bounded, check_rate, first_step
+from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.shares import Sensitivity
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import TextError
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.building import read_config, skeleton
-from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promise, open_checkpoint, unused
+from qmoe_lite.models.causal import Causal
+from qmoe_lite.models.family import FAMILIES
+from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.quantization.grid import UniformGrid
 
 COMPARED_TOKENS = 1024  # of which predictions are compared, at least
@@ -59,7 +61,7 @@ def sensitivity(
     Parameters
     ----------
     model : path or str
-        Dense Hugging Face directory, or a name on the hub. Every layer's weights are read once.
+        Dense Hugging Face directory, or a name on the hub; one pass goes through it.
     calibration : path or str, optional
         Text, as `compress` takes it.
     rate : float
@@ -89,10 +91,11 @@ def sensitivity(
 
     Notes
     -----
-    Memory: a block, a group of experts, and the activations of 1,024 tokens for each layer.
+    Memory: a block, a group of experts, and for each layer the activations of 1,024 tokens, or of a longer sample.
     """
     check_rate(rate)
-    windows = -(-COMPARED_TOKENS // sequence_length)
+    check_family(family)
+    windows = -(-COMPARED_TOKENS // max(sequence_length, 1))
     settings = Settings(
         sequence_length=sequence_length,
         batch_size=windows,
@@ -117,25 +120,26 @@ class _Pass:
     """One pass through a model: samples of the dense one, and behind them a copy of the first few for each layer."""
 
     def __init__(self, model: Path, settings: Settings, rate: float, auto: bool) -> None:
-        self._family, self._checkpoint = open_checkpoint(model, auto)
-        check_method(self._checkpoint.config, model)
         self._settings, self._rate = settings, rate
-        self._config = read_config(str(model))
-        self._model = skeleton(self._family, self._config, torch.float32)
-        if extra := unused(self._family, self._model, self._checkpoint):
-            self._checkpoint.forget(extra)
-        self._checkpoint.check_index()
-        self._layers = check_promise(self._family, self._config, self._checkpoint)
-        check_dense(self._family, self._model, self._checkpoint)
+        found = opened(model, auto)
+        self._family, self._checkpoint, self._config = found.family, found.checkpoint, found.config
+        self._model, self._layers = found.model, found.layers
         grid = UniformGrid(level_dtype=torch.bfloat16, step=bounded(first_step(0.95 * rate)))
         self._compressor = _Compressor(self._family, self._config, self._checkpoint, grid, settings)
+        if isinstance(self._family, Causal) and self._family.model_type not in FAMILIES:
+            check_first_blocks(
+                self._family, self._checkpoint, self._config, self._layers, self._compressor, self._settings
+            )
         self._runner = BlockRunner(self._model, self._family, self._checkpoint, self._layers, settings)
         self._windows = settings.batch_size  # of a copy
 
     def run(self, calibration: str | Path | None, progress: Callable[[Progress], None]) -> Sensitivity:
         check_window(self._config, self._settings.sequence_length)
         tokenizer = open_tokenizer(self._checkpoint.directory)
-        samples, windows = self._samples(calibration, tokenizer), self._windows
+        samples, notes = self._samples(calibration, tokenizer)
+        for note in notes:
+            progress(Progress(0, len(self._layers), note))
+        windows = self._windows
         self._family.load_outside_blocks(self._model, self._checkpoint, torch.float32)
         ids = [samples.all.input_ids]
         if samples.all.labels is not None:
@@ -164,6 +168,8 @@ class _Pass:
                         self._compressor.compress(self._layers[number], number, seen, lambda *_: None)
                         caught.finish()
                         done.append(number)
+                        del seen
+                    del caught  # its buffers are as large as `hidden`
                 self._runner.leave(stack, hidden)
                 memory = hidden
         assert memory is not None
@@ -172,17 +178,18 @@ class _Pass:
         if labels is not None:
             told = torch.from_numpy(labels[:windows] != IGNORED)
         dense, *others = (memory.read(slice(at, at + windows))[told] for at in (0, *range(count, len(memory), windows)))
+        progress(Progress(len(done), len(self._layers), "comparing predictions"))
         losses = _divergences(dense, others, *self._family.head(self._model, self._checkpoint))
         found = {self._layers[number].experts: loss for number, loss in zip(done, losses, strict=True)}
         return Sensitivity(self._rate, len(dense), {layer.experts: found[layer.experts] for layer in self._layers})
 
-    def _samples(self, calibration: str | Path | None, tokenizer: Any) -> RunSamples:
-        """Return the dense model's samples, as many as fill whole batches."""
+    def _samples(self, calibration: str | Path | None, tokenizer: Any) -> tuple[RunSamples, list[str]]:
+        """Return the dense model's samples, as many as fill whole batches, and what is less than it should be."""
         length = self._settings.sequence_length
         tokens = max(LEAST_TOKENS, *(_TOKENS_OF_EXPERT * layer.count // layer.top_k for layer in self._layers))
         wanted = self._windows * (1 + -(-tokens // (self._windows * length)))
         text = DEFAULT_TEXT if calibration is None else calibration
-        found, _ = RunSamples.make(text, tokenizer, wanted, self._family.seq2seq, self._settings)
+        found, notes = RunSamples.make(text, tokenizer, wanted, self._family.seq2seq, self._settings)
         count = found.calibration // self._windows * self._windows
         if count < 2 * self._windows:
             few = f"the text gave {found.calibration} samples of {length} tokens"
@@ -190,7 +197,7 @@ class _Pass:
         check_ids(found.all, self._config.get_text_config().vocab_size)
         labels = found.all.labels
         kept = Samples(found.all.input_ids[:count], None if labels is None else labels[:count], found.all.windows)
-        return RunSamples(kept, count, count)
+        return RunSamples(kept, count, count), notes
 
     def _copied(self, buffer: ListBuffer) -> ListBuffer:
         """Return a buffer with the first windows once more at its end."""
@@ -222,4 +229,4 @@ def _divergences(
         expected = finish(head_products(dense[part], weight))
         for place, other in enumerate(others):
             sums[place] += summed_divergence(finish(head_products(other[part], weight)), expected)[0]
-    return [each / len(dense) for each in sums]
+    return [max(each / len(dense), 0.0) for each in sums]  # of equal predictions rounding makes less than 0

@@ -78,7 +78,7 @@ def check_first_blocks(
                 rows, weights = caught.assigned.of_expert(expert)
                 if len(rows):
                     x = caught.inputs.gather(rows).to(compressor.device)
-                    y = compressor.expert(x, compressor.truth(layer, expert))
+                    y = compressor.expert(x, [replace(each, products=None) for each in compressor.truth(layer, expert)])
                     caught.outputs.add(rows, y.cpu() * weights[:, None])
             caught.finish()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

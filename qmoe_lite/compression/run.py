@@ -21,7 +21,6 @@ from qmoe_lite.checkpoint.finding import find_model
 from qmoe_lite.checkpoint.format import quantization_config
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.report import FILE_NAME, Report, read_report, versions
-from qmoe_lite.checkpoint.sources import check_method
 from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.block_tuning import BlockTuning
@@ -34,6 +33,7 @@ from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.notes import make_report, name_of_text
+from qmoe_lite.compression.opening import check_family, opened
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.ranks import ALONE, Ranks
 from qmoe_lite.compression.rate import check_rate
@@ -46,11 +46,10 @@ from qmoe_lite.compression.state import Unfinished
 from qmoe_lite.compression.stored import know_layers_before, run_stored
 from qmoe_lite.compression.telling import Teller
 from qmoe_lite.compression.verdict import Verdict, bad_layer
-from qmoe_lite.errors import BadResultError, OutputError, SettingError
-from qmoe_lite.models.building import read_config, skeleton
+from qmoe_lite.errors import BadResultError, OutputError
 from qmoe_lite.models.causal import Causal
 from qmoe_lite.models.family import FAMILIES
-from qmoe_lite.models.skeletons import capacity_lifted, check_dense, check_promise, open_checkpoint, unused
+from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 
 SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
@@ -217,8 +216,7 @@ def compress(
     target = Path(out)
     check_free(target)
     calibration = text_for(options.recipe, calibration)
-    if family not in (None, "auto"):
-        raise SettingError(f"family {family} is unknown; it is read in config.json. Give 'auto', or nothing.")
+    check_family(family)
     check_folder(spill)
     partial = target.with_name(f"{target.name}.partial")
     telling = Teller(progress, None if log is None else Path(log), before) if ranks.first else Teller(None, None)
@@ -239,19 +237,11 @@ class _Run:
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, partial
-        self.family, self.checkpoint = open_checkpoint(model, auto)
-        check_method(self.checkpoint.config, model)
+        found = opened(model, auto)
+        self.family, self.checkpoint, self.config = found.family, found.checkpoint, found.config
+        self.model, self.layers, self.degraded = found.model, found.layers, found.notes
         self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
         self.adapts = grid is None and isinstance(self.grid, UniformGrid)  # its dead zone follows the model
-        self.config = read_config(str(model))
-        self.degraded = list[str]()
-        self.model = skeleton(self.family, self.config, torch.float32)
-        if extra := unused(self.family, self.model, self.checkpoint):
-            self.checkpoint.forget(extra)
-            self.degraded.append(f"left out {len(extra)} tensors that transformers does not load, such as {extra[0]}")
-        self.checkpoint.check_index()
-        self.layers = check_promise(self.family, self.config, self.checkpoint)
-        check_dense(self.family, self.model, self.checkpoint)
         shares_of(self.settings.sensitivity, self.layers)  # refuses another model's
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         stored = functools.partial(self.family.stored, self.config, checkpoint=self.checkpoint)

@@ -60,17 +60,23 @@ class Sensitivity:
             raise FormatError(f"{file} cannot be read: {error.strerror}. {_MAKE_IT}") from error
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise FormatError(f"{file} holds no sensitivity. {_MAKE_IT}") from error
-        if not layers or not all(math.isfinite(each) and each >= 0 for each in layers.values()):
-            raise FormatError(f"{file} holds a sensitivity below 0 or not finite, or none. {_MAKE_IT}")
+        _check(layers, str(file))
         return result
 
 
 def layers_of(sensitivity: Sensitivity | str | Path | None) -> dict[str, float] | None:
-    """Return what each layer loses, as given or from a file."""
+    """Return what each layer loses, as given or from a file; raise FormatError for what cannot be."""
     if sensitivity is None:
         return None
     found = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.read(sensitivity)
-    return dict(found.layers)
+    layers = {name: float(each) for name, each in found.layers.items()}
+    _check(layers, "what was given")
+    return layers
+
+
+def _check(layers: dict[str, float], where: str) -> None:
+    if not layers or not all(math.isfinite(each) and each >= 0 for each in layers.values()):
+        raise FormatError(f"{where} holds a sensitivity below 0 or not finite, or none. {_MAKE_IT}")
 
 
 def shares_of(losses: dict[str, float] | None, layers: Sequence[MoELayer]) -> list[float]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from qmoe_lite.compression.calibration import Samples
+from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.tuning.train import Measured, Step, Tuner
 
 HIGHEST = 0.01  # which is tried first
@@ -83,11 +84,15 @@ def train_at_its_rate(
         last = tried == rates[-1]
         steps = _Steps(tried, given_up, progress)
         how: dict[str, Any] = {"epochs": epochs, "batch": batch, "seed": seed, "progress": steps}
-        if not tuner.train(drawn, dense, rate=tried, goes_on=None if last else better, **how):
-            stored = tuner.stored()  # before it is measured: what is measured is what is stored
-            after = tuner.measure(held.samples, held.dense)
-            if last or after.divergence < before:
-                break
+        try:
+            if not tuner.train(drawn, dense, rate=tried, goes_on=None if last else better, **how):
+                stored = tuner.stored()  # before it is measured: what is measured is what is stored
+                after = tuner.measure(held.samples, held.dense)
+                if last or after.divergence < before:
+                    break
+        except NotFiniteError:
+            if last:
+                raise
         given_up += steps.made
         tuner.reset()
     return stored, after, tried

@@ -65,7 +65,7 @@ def test_it_is_what_the_whole_model_says(request, noted, causal, switch, text_fi
         directory, calibration=text_file, rate=1.5, sequence_length=LENGTH, device="cpu", progress=places.append
     )
     assert list(found.layers) == list(noted)
-    assert len(places) == len(noted) > 1
+    assert len(places) == len(noted) + 1 > 2
     ids, labels = samples[0][0].all.input_ids[:2], samples[0][0].all.labels
     given = {"input_ids": torch.from_numpy(ids)}
     told = torch.ones(ids.shape, dtype=torch.bool)
@@ -126,6 +126,20 @@ def test_what_is_no_sensitivity_is_refused(tmp_path, text):
         Sensitivity.read(tmp_path / "missing.json")
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -1.0])
+def test_a_sensitivity_that_cannot_be_is_refused(tmp_path, causal, loss):
+    given = Sensitivity(2.0, 1, {"model.layers.0.mlp.experts": loss})
+    with pytest.raises(FormatError, match="below 0 or not finite"):
+        qm.compress(causal("qwen3_moe"), tmp_path / "out", recipe="nearest", rate=2.0, sensitivity=given)
+
+
+def test_what_a_family_or_a_length_cannot_be_is_refused(causal):
+    with pytest.raises(SettingError, match="family foo is unknown"):
+        qm.sensitivity(causal("qwen3_moe"), family="foo")
+    with pytest.raises(SettingError, match="sequence_length is 0"):
+        qm.sensitivity(causal("qwen3_moe"), sequence_length=0)
+
+
 def test_the_command_writes_what_compress_takes(run, monkeypatch, tmp_path, causal):
     found = Sensitivity(2.0, 1024, {"model.layers.0.mlp.experts": 0.08, "model.layers.1.mlp.experts": 0.01})
     monkeypatch.setattr(layer_sensitivity, "sensitivity", lambda *what, **given: found)
@@ -140,6 +154,7 @@ def test_the_command_writes_what_compress_takes(run, monkeypatch, tmp_path, caus
     code, _, noted = run("sensitivity", "m", tmp_path / "no" / "layers.json")
     assert (code, noted.count("\n")) == (1, 1)
     assert "folder" in noted
+    assert "is a folder" in run("sensitivity", "m", tmp_path)[2]
 
 
 def test_too_little_text_is_told_of(causal, tmp_path):

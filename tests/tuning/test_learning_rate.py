@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qmoe_lite as qm
+from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.tuning.learning_rate import HIGHEST, Held, train_at_its_rate
 from qmoe_lite.tuning.train import Measured, Step, Tuner
 
@@ -21,6 +22,8 @@ class Told:
     def train(self, drawn, dense, *, rate, progress, goes_on, **how):
         half, end = next(self.tries)
         self.rates.append(rate)
+        if half != half:
+            raise NotFiniteError("the loss is NaN.")
         self.found = half
         progress(Step(STEPS // 2, STEPS, 0.0))
         if goes_on is not None and not goes_on():
@@ -48,8 +51,9 @@ class Told:
         ([(1.1, None), (1.1, None), (1.1, 0.8)], None, [1, 3, 9], [0, 4, 8, 8]),
         ([(0.9, 1.0), (1.1, None), (1.1, 1.2)], None, [1, 3, 9], [0, 0, 8, 12, 12]),
         ([(1.1, 1.2)], 0.02, [0.5], [0, 0]),
+        ([(float("nan"), None), (0.9, 0.8)], None, [1, 3], [0, 0]),
     ],
-    ids=["first", "half", "end", "twice", "never", "given"],
+    ids=["first", "half", "end", "twice", "never", "given", "nan"],
 )
 def test_a_rate_at_which_the_divergence_rises_is_given_up(tries, rate, tried, given_up):
     tuner, seen = Told(*tries), []
