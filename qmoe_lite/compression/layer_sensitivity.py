@@ -35,8 +35,6 @@ from qmoe_lite.compression.shares import Sensitivity
 from qmoe_lite.devices import find_device
 from qmoe_lite.errors import TextError
 from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.causal import Causal
-from qmoe_lite.models.family import FAMILIES
 from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.quantization.grid import UniformGrid
 
@@ -126,10 +124,7 @@ class _Pass:
         self._model, self._layers = found.model, found.layers
         grid = UniformGrid(level_dtype=torch.bfloat16, step=bounded(first_step(0.95 * rate)))
         self._compressor = _Compressor(self._family, self._config, self._checkpoint, grid, settings)
-        if isinstance(self._family, Causal) and self._family.model_type not in FAMILIES:
-            check_first_blocks(
-                self._family, self._checkpoint, self._config, self._layers, self._compressor, self._settings
-            )
+        check_first_blocks(self._family, self._checkpoint, self._config, self._layers, self._compressor, settings)
         self._runner = BlockRunner(self._model, self._family, self._checkpoint, self._layers, settings)
         self._windows = settings.batch_size  # of a copy
 

@@ -22,6 +22,7 @@ from qmoe_lite.errors import UnsupportedFamilyError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.causal import Causal
+from qmoe_lite.models.family import FAMILIES, Family
 from qmoe_lite.models.routing import in_order
 
 _TOKENS = (3, 12)  # samples, tokens of each: a few, since the experts that they take are in memory together
@@ -39,14 +40,14 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def check_first_blocks(
-    family: Causal,
+    family: Family,
     checkpoint: Checkpoint,
     config: Any,
     layers: list[MoELayer],
     compressor: LayerCompressor,
     settings: Settings,
 ) -> None:
-    """Compare the hidden states after the first blocks.
+    """Compare the hidden states after the first blocks, of a type that is not among the tested ones.
 
     Parameters
     ----------
@@ -58,6 +59,8 @@ def check_first_blocks(
     UnsupportedFamilyError
         They differ, or the model's own code fails.
     """
+    if not isinstance(family, Causal) or family.model_type in FAMILIES:
+        return
     (stack,) = family.stacks(config)
     tried = layers[:_SPARSE]
     last = stack.blocks.index(tried[-1].block)

@@ -47,8 +47,6 @@ from qmoe_lite.compression.stored import know_layers_before, run_stored
 from qmoe_lite.compression.telling import Teller
 from qmoe_lite.compression.verdict import Verdict, bad_layer
 from qmoe_lite.errors import BadResultError, OutputError
-from qmoe_lite.models.causal import Causal
-from qmoe_lite.models.family import FAMILIES
 from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 
@@ -247,8 +245,7 @@ class _Run:
         stored = functools.partial(self.family.stored, self.config, checkpoint=self.checkpoint)
         self.writer = Writer(self.partial, self.checkpoint, stored, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
-        if isinstance(self.family, Causal) and self.family.model_type not in FAMILIES:
-            check_first_blocks(self.family, self.checkpoint, self.config, self.layers, self.compressor, self.settings)
+        check_first_blocks(self.family, self.checkpoint, self.config, self.layers, self.compressor, self.settings)
         self._tell = tell
         self._warning: str | None = None
         self.verdict: Verdict | None = None

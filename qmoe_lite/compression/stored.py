@@ -58,11 +58,11 @@ def know_layers_before(
         each = {book["sha256"]: book for book in books}
         compressor.dictionaries.resume(Dictionary.from_config(book) for book in each.values())
         if settings.rate is not None:
-            first = {
-                "weights": sum(layer.weights for layer in layers),
-                "shares": shares_of(settings.sensitivity, layers),
-            }
-            compressor.rate = RateControl(**(done.rates[before[-1]] if before else {"rate": settings.rate, **first}))
+            if before:
+                compressor.rate = RateControl(**done.rates[before[-1]])
+            else:
+                weights = sum(layer.weights for layer in layers)
+                compressor.rate = RateControl(settings.rate, weights, shares=shares_of(settings.sensitivity, layers))
         if adapts:
             compressor.dead_zone = DeadZone(**(done.dead_zones[before[-1]] if before else {}))
     except (TypeError, KeyError) as error:

@@ -16,7 +16,7 @@ from qmoe_lite.compression.lock import check_free
 from qmoe_lite.compression.ranks import ALONE
 from qmoe_lite.compression.run import compress
 from qmoe_lite.compression.settings import Progress
-from qmoe_lite.compression.shares import Sensitivity, layers_of
+from qmoe_lite.compression.shares import layers_of
 from qmoe_lite.errors import BadResultError, ResumeError, SettingError
 from qmoe_lite.tuning.run import tune
 
@@ -62,9 +62,9 @@ def compress_and_tune(
     target = Path(out)
     check_free(target)
     untuned, request = (target.with_name(f"{target.name}.untuned{end}") for end in ("", ".json"))
-    if (layers := layers_of(settings.get("sensitivity"))) is not None:
-        settings["sensitivity"] = Sensitivity(0.0, 0, layers)
     asked = {name: str(value) for name, value in {"model": model, "calibration": calibration, **settings}.items()}
+    if "sensitivity" in settings:  # what a file holds, not its name
+        asked["sensitivity"] = str(layers_of(settings["sensitivity"]))
     if not resume:
         shutil.rmtree(untuned, ignore_errors=True)
     if untuned.exists():

@@ -55,12 +55,10 @@ def noted(monkeypatch):
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "switch"])
 @torch.inference_mode()
-def test_it_is_what_the_whole_model_says(request, noted, causal, switch, text_file, tokenizer, model_type):
+def test_it_is_what_the_whole_model_says(monkeypatch, noted, causal, switch, text_file, model_type):
     directory = switch if model_type == "switch" else causal(model_type)
     places, samples, make = [], [], layer_sensitivity.RunSamples.make
-    request.getfixturevalue("monkeypatch").setattr(
-        layer_sensitivity.RunSamples, "make", lambda *what: samples.append(make(*what)) or samples[0]
-    )
+    monkeypatch.setattr(layer_sensitivity.RunSamples, "make", lambda *what: samples.append(make(*what)) or samples[0])
     found = qm.sensitivity(
         directory, calibration=text_file, rate=1.5, sequence_length=LENGTH, device="cpu", progress=places.append
     )
@@ -140,7 +138,7 @@ def test_what_a_family_or_a_length_cannot_be_is_refused(causal):
         qm.sensitivity(causal("qwen3_moe"), sequence_length=0)
 
 
-def test_the_command_writes_what_compress_takes(run, monkeypatch, tmp_path, causal):
+def test_the_command_writes_what_compress_takes(run, monkeypatch, tmp_path):
     found = Sensitivity(2.0, 1024, {"model.layers.0.mlp.experts": 0.08, "model.layers.1.mlp.experts": 0.01})
     monkeypatch.setattr(layer_sensitivity, "sensitivity", lambda *what, **given: found)
     code, printed, _ = run("sensitivity", "m", tmp_path / "layers.json")
