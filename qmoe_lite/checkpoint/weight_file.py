@@ -68,6 +68,8 @@ class WeightFile:
         It cannot be opened.
     """
 
+    _close = staticmethod(os.close)  # a file that is left at the interpreter's end has no `os` any more
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.direct = True
@@ -177,7 +179,7 @@ class WeightFile:
     def close(self) -> None:
         for file in (self._file, self._direct_file):
             if file >= 0:
-                os.close(file)
+                self._close(file)
         self._file = self._direct_file = -1
 
     def __del__(self) -> None:

@@ -241,3 +241,12 @@ def test_what_a_read_runs_into_is_kept():
     assert isinstance(reads[1].error, QMoEError)
     assert "report this" in str(reads[1].error)
     readers.close()
+
+
+def test_a_file_that_is_left_at_the_interpreter_s_end_is_closed(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"expert")
+    before = set(os.listdir("/proc/self/fd"))
+    file = WeightFile(tmp_path / "file")
+    monkeypatch.setattr("qmoe_lite.checkpoint.weight_file.os", None)  # as modules are emptied then
+    del file
+    assert set(os.listdir("/proc/self/fd")) <= before
