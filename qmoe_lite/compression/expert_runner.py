@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qmoe_lite.checkpoint.reader import Checkpoint
-from qmoe_lite.compression.layer_parts import LayerInputs, Linear, compared
+from qmoe_lite.compression.layer_parts import LayerInputs, Linear, compared, last_sample
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import NotFiniteError
 from qmoe_lite.models.blocks import MoELayer
@@ -103,8 +103,7 @@ class ExpertRunner:
             hessian = mean(hessian, len(rows))
             if few:
                 if of_layer is None or matrices:  # in front of the first projection it is the same for all
-                    sample = seen.sample.to(self.device)
-                    of_layer = self._mean_hessian(sample, matrices, columns)
+                    of_layer = self._of_layer(seen, matrices, columns)
                 hessian = blend(hessian, of_layer, len(rows), self._settings.blend_tokens)
             if aimed and seen.tuner is not None:
                 seen.tuner.aim(*aimed[place], hessian)
@@ -144,15 +143,19 @@ class ExpertRunner:
                 seen.tuner.take(expert, part[chosen], x, inside)
         hessian = mean(hessian, len(drawn))
         if few:
-            of_layer = self._mean_hessian(seen.sample.to(self.device), matrices, columns)
+            of_layer = self._of_layer(seen, matrices, columns)
             hessian = blend(hessian, of_layer, len(drawn), self._settings.blend_tokens)
         if aimed is not None and seen.tuner is not None:
             seen.tuner.aim(expert, aimed, hessian)
         return hessian[None], kept
 
-    def _mean_hessian(self, x: Tensor, before: list[Linear], columns: int) -> Tensor:
-        """Mean over tokens of x x^T, of what the matrices in front make of the inputs."""
-        hessian = new(columns, device=self.device)
+    def _of_layer(self, seen: LayerInputs, before: list[Linear], columns: int) -> Tensor:
+        """Mean over the layer's sample of x x^T, of what the matrices in front make of some of it, if there are any."""
+        sample, hessian = seen.sample, new(columns, device=self.device)
+        if before:
+            some = last_sample(len(sample), columns)
+            sample = sample[torch.arange(some) * len(sample) // some]
+        x = sample.to(self.device)
         accumulate(hessian, self.inner(x, before) if before else x)
         return mean(hessian, len(x))
 

@@ -20,6 +20,7 @@ from qmoe_lite.models.routing import Assignment
 
 _COMPARED = 1 << 16  # values at a time on a CPU
 LAYER_SAMPLE = 4096  # tokens that stand for the whole layer where an expert saw too few of its own
+_SAMPLE_A_COLUMN = 2  # of them for each column of a last projection, in front of which each expert has to run them
 
 
 def draw(rows: Tensor, most: int, *seed: int) -> Tensor:
@@ -39,6 +40,11 @@ def compared(outputs: Tensor, dense: Tensor) -> NDArray[np.float64]:
         parts = ((own - aim).double(), own.double(), aim.double())
         found += torch.stack([torch.dot(part, part) for part in parts]).cpu().numpy()
     return found
+
+
+def last_sample(tokens: int, columns: int) -> int:
+    """Return how many of the layer's sample of so many tokens enter the Hessian of an expert's last projection."""
+    return min(tokens, _SAMPLE_A_COLUMN * columns)
 
 
 class Inputs(Protocol):

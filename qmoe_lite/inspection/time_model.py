@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qmoe_lite.checkpoint.headers import Headers
 from qmoe_lite.compression.group_sizes import groups_of
-from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
+from qmoe_lite.compression.layer_parts import LAYER_SAMPLE, last_sample
 from qmoe_lite.compression.run_samples import TUNED_TOKENS
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy
@@ -86,16 +86,16 @@ def seconds_of(
             if calibrated:
                 pairs = rows.all * rows.tokens[number] * layer.top_k
                 tuning += _tuning(layer, settings, rows, number)
-                sample = _of_layer(layer, settings, rows, number)  # in a group's first Hessian, each expert's second
-                first = 2.0 * layer.shapes[layer.projections[0]][1] ** 2 * len(groups_of(layer, settings))
-                again = sample * (first + layer.count * inner_work(layer.shapes)) / token_work(layer.shapes)
+                first, last = _of_layer(layer, settings, rows, number)
+                work = first * 2.0 * layer.shapes[layer.projections[0]][1] ** 2 * len(groups_of(layer, settings))
+                again = (work + last * layer.count * inner_work(layer.shapes)) / token_work(layer.shapes)
                 tokens += (pairs + again) * of_token
     groups = [len(groups_of(layer, settings)) for layer in anatomy.layers]
     codes = sum(1 + (several > 1) for several in groups)
     if calibrated and settings.rate is not None:
         layer, again = anatomy.layers[0], _AGAIN_OF_SEVERAL if max(groups) > 1 else _AGAIN
         group, (own, of_token) = len(groups_of(layer, settings)[0]), scaled_expert(speeds, layer.shapes)
-        seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count + _of_layer(layer, settings, rows, 0)
+        seen = rows.samples * rows.tokens[0] * layer.top_k / layer.count + _of_layer(layer, settings, rows, 0)[1]
         solving += again * group * (own + seen * inner_work(layer.shapes) / token_work(layer.shapes) * of_token)
         codes += again
         assumed.append(f"{again} groups of experts are solved once more for the rate")
@@ -132,12 +132,12 @@ def _tuning(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> floa
     return work
 
 
-def _of_layer(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> int:
-    """Return how many tokens of the layer go through an expert besides its own, for its last projection's Hessian."""
-    own, needed = rows.samples * rows.tokens[stack] * layer.top_k, max(c for _, c in layer.shapes.values())
-    if not settings.blend_tokens or own >= needed * layer.count:
-        return 0
-    return min(LAYER_SAMPLE, rows.samples * rows.tokens[stack])
+def _of_layer(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> tuple[int, int]:
+    """Return how many tokens of the layer enter a group's first Hessian, and each expert's of its last projection."""
+    tokens = rows.samples * rows.tokens[stack]
+    own, sample = tokens * layer.top_k / layer.count, min(LAYER_SAMPLE, tokens) if settings.blend_tokens else 0
+    first, last = (layer.shapes[names[0]][1] for names in layer.stages)
+    return sample if own < first else 0, last_sample(sample, last) if own < last else 0
 
 
 def _dense(anatomy: Anatomy, settings: Settings, rows: Rows, speeds: Speeds) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import naive
 import pytest
 import torch
 
@@ -72,6 +75,18 @@ def test_a_hessian_and_outputs_share_what_is_in_front_of_the_last_projection(
     assert once[0] > 0
     assert torch.equal(seen.hidden.rows, other.hidden.rows)
     assert seen.hidden.rows[rows].any(dim=1).all()
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(20, range(20)), (96, range(0, 96, 2)), (0, [])])
+def test_of_the_layer_s_sample_a_last_projection_takes_two_tokens_a_column(runner, tokens, taken):
+    layer, sample = MoELayer("model.layers.0.mlp.experts", "drawn", 2, SHAPES), torch.randn(tokens, 32)
+    seen = dataclasses.replace(seen_by(2), sample=sample)
+    before = runner.truth(layer, 1)[:-1]
+    h = runner.inner(sample[list(taken)], before)
+    expected = torch.from_numpy(naive.gram(h)).float() / max(len(h), 1)
+    torch.testing.assert_close(runner._of_layer(seen, before, 24), expected, rtol=1e-4, atol=1e-5)
+    first = torch.from_numpy(naive.gram(sample)).float() / max(tokens, 1)
+    torch.testing.assert_close(runner._of_layer(seen, [], 32), first, rtol=1e-4, atol=1e-5)
 
 
 def test_squares_of_many_outputs_are_summed_in_float64(monkeypatch):
