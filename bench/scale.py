@@ -32,7 +32,8 @@ from qmoe_lite.bench._parts.phases import Compressed, compress_watched
 from qmoe_lite.bench._show.text import duration, print_rows, print_text
 
 GROUPS = (1, 4, 16)  # experts; QMoE, table 1
-KERNELS = ("dense forward", "Hessian", "factor", "solve", "tuning", "experts' outputs")  # products, Cholesky, the solver
+# products, Cholesky, the solver
+KERNELS = ("dense forward", "Hessian", "factor", "solve", "tuning", "experts' outputs")
 T = TypeVar("T")
 
 
