@@ -417,17 +417,18 @@ def uniform_gptq(weight, hessian, step, dead_zone, dampening, rounded=True):
     digits, weights = np.zeros(np.shape(weight), int), np.zeros(np.shape(weight))
     steps, scales = np.zeros(np.shape(weight)[:2]), np.zeros((len(weight), np.shape(weight)[2]))
     for e in range(len(weight)):
-        damped = dampen(hessian[e], dampening)
-        moves, scales[e] = answers(damped), uniform_scales(damped)
+        order = sorted(range(len(hessian[e])), key=lambda c: -hessian[e][c][c])  # act-order: ties as they stand
+        damped = dampen(hessian[e], dampening)[np.ix_(order, order)]
+        moves, scales[e, order] = answers(damped), uniform_scales(damped)
         for r, row in enumerate(np.asarray(weight[e], float)):
             steps[e, r] = uniform_step(row, step)
             if rounded:
                 steps[e, r] = round_scale(steps[e, r])
             errors = []
-            for k in range(len(row)):
-                best = row[k] + sum(float(moves[k][i]) * errors[i] for i in range(k))
-                digits[e, r, k], weights[e, r, k] = round_uniform(best, steps[e, r] * scales[e, k], dead_zone)
-                errors.append(weights[e, r, k] - row[k])
+            for k, c in enumerate(order):
+                best = row[c] + sum(float(moves[k][i]) * errors[i] for i in range(k))
+                digits[e, r, c], weights[e, r, c] = round_uniform(best, steps[e, r] * scales[e, c], dead_zone)
+                errors.append(weights[e, r, c] - row[c])
     return digits, weights, steps, scales
 
 

@@ -21,6 +21,7 @@ from qmoe_lite.quantization.grid import Grid
 
 _NOT_DECISIVE = ("stop_when_bad", "check_first", "batch_size")
 _SIZES_OF_GROUPS = ("group_size", "group_bytes")
+_SOLVER = 2  # raised when it rounds otherwise: what another one began would not end with the same bytes
 _LARGE = 1 << 30  # bytes of a model that take a while to read
 
 
@@ -34,6 +35,7 @@ def fingerprint_of(checkpoint: Checkpoint, settings: Settings, grid: Grid, sampl
     ids = [] if samples is None else [samples.input_ids, *([] if samples.labels is None else [samples.labels])]
     return {
         "format": FORMAT,
+        "the solver's version": _SOLVER,
         "the model's config.json": _digest(json.dumps(checkpoint.config, sort_keys=True).encode()),
         "the model's weight files": _digest(json.dumps(sizes).encode()),
         **decisive,

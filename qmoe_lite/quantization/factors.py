@@ -30,6 +30,8 @@ class Factors:
         What was added to the metric's diagonal for the factor; NaN where the factor is another's.
     block_size : int
         Columns of a block of the factor.
+    order : int64 tensor, shape (E or 1, C), or None
+        The columns as they are rounded: `factor` and `scales` follow it, `metric` does not. None: as they stand.
     scales : float32 tensor, shape (E or 1, C), or None
         The factor is that of the weights with their columns divided by these.
     """
@@ -39,6 +41,7 @@ class Factors:
     metric: Tensor
     added: Tensor
     block_size: int
+    order: Tensor | None = None
     scales: Tensor | None = None
 
 
@@ -56,7 +59,8 @@ def factorise_all(
     dampening, block_size
         As `gptq` takes them.
     column_steps : bool, default False
-        Divide the columns by scales that come from the factor, for a grid whose steps follow the columns.
+        Divide the columns by scales that come from the factor, for a grid whose steps follow the columns, and round
+        those first that matter most.
 
     Raises
     ------
@@ -64,26 +68,31 @@ def factorise_all(
         `dampening` or `block_size` outside its range.
     """
     dampening, block_size = check_settings(dampening, block_size)
-    known = _factorise(own, layer, dampening, block_size)
+    known = _factorise(own, layer, dampening, block_size, column_steps)
     return _scale_columns(known) if column_steps else known
 
 
-def _factorise(own: Tensor, layer: Tensor | None, dampening: float, block_size: int) -> Factors:
+def _factorise(own: Tensor, layer: Tensor | None, dampening: float, block_size: int, sort: bool) -> Factors:
     """Return a factor for each Hessian, the class of each, and the Hessians that the error is measured with."""
-    factor, info = factorise(own, dampening, block_size)
+    order = _largest_first(own) if sort else None
+    factor, info = factorise(own, dampening, block_size, order)
     classes = ["own" if code == 0 else "nearest" for code in info.tolist()]
     extra = torch.where(info.to(own.device) == 0, added(own, dampening), torch.nan)
     for step in _dampening_steps(dampening):
         for index in _indices(classes, "nearest"):
-            candidate, code = factorise(own[index : index + 1], step, block_size)
+            own_order = None if order is None else order[index : index + 1]
+            candidate, code = factorise(own[index : index + 1], step, block_size, own_order)
             if code.item() == 0:
                 factor[index], classes[index], extra[index] = candidate[0], "dampened", added(own[index], step)
     if layer is not None and "nearest" in classes:
+        layer_order = _largest_first(layer) if sort else None
         for step in (dampening, *_dampening_steps(dampening)):
-            candidate, code = factorise(layer, step, block_size)
+            candidate, code = factorise(layer, step, block_size, layer_order)
             if code.item() == 0:
                 for index in _indices(classes, "nearest"):
                     factor[index], classes[index], extra[index] = candidate[0], "blended", added(layer[0], step)
+                    if order is not None and layer_order is not None:
+                        order[index] = layer_order[0]
                 break
     metric = own
     finite = all_finite(own).tolist()
@@ -94,7 +103,16 @@ def _factorise(own: Tensor, layer: Tensor | None, dampening: float, block_size: 
                 metric[index] = layer[0]
             elif not finite[index]:
                 metric[index] = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
-    return Factors(factor, classes, metric, extra, block_size)
+    return Factors(factor, classes, metric, extra, block_size, order)
+
+
+def _largest_first(hessian: Tensor) -> Tensor:
+    """Return the columns by the Hessian's diagonal, (E, C): act-order, `desc_act` in others' settings.
+
+    Where steps follow the columns its worth is that they come to differ less, so that the columns' digits are more alike and
+    one code suits them all.
+    """
+    return hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
 
 
 def _scale_columns(known: Factors) -> Factors:

@@ -182,17 +182,21 @@ def all_finite(matrices: Tensor) -> Tensor:
     return torch.isfinite(highest) & torch.isfinite(lowest)
 
 
-def factorise(hessian: Tensor, dampening: float, block_size: int = 128) -> tuple[Tensor, Tensor]:
+def factorise(
+    hessian: Tensor, dampening: float, block_size: int = 128, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Factorise each dampened Hessian as M M^T, M upper triangular, into what elimination by blocks of columns needs.
 
     Parameters
     ----------
     hessian : float32 tensor, shape (E, C, C)
-        Without dampening; only the upper triangle is read.
+        Without dampening; only the upper triangle is read where there is no order.
     dampening : float
         Fraction of the mean diagonal that is added to the diagonal ("percdamp" in GPTQ).
     block_size : int, default 128
         Columns of a block, the last one may be narrower.
+    order : int64 tensor, shape (E, C), or None
+        The columns as they are eliminated; None: as they stand.
 
     Returns
     -------
@@ -211,11 +215,15 @@ def factorise(hessian: Tensor, dampening: float, block_size: int = 128) -> tuple
     factor move the columns after them by M itself, so that only blocks are inverted.
     """
     if hessian.is_cuda:
-        return _factorise_together(hessian, dampening, block_size)
+        return _factorise_together(hessian, dampening, block_size, order)
     factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     info = torch.zeros(len(hessian), dtype=torch.int32)
+    turned = None if order is None else torch.empty_like(factor[0])
     with full_float32():
         for index, matrix in enumerate(hessian):
+            if order is not None and turned is not None:  # rows, in the factor's own memory, then columns
+                torch.index_select(matrix, 0, order[index], out=factor[index])
+                matrix = torch.index_select(factor[index], 1, order[index], out=turned)
             info[index] = code = _factorise_one(matrix, dampening, block_size, factor[index])
             if code != 0:
                 factor[index] = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
@@ -248,13 +256,18 @@ def _factorise_one(matrix: Tensor, dampening: float, block_size: int, factor: Te
     return 0
 
 
-def _factorise_together(hessian: Tensor, dampening: float, block_size: int) -> tuple[Tensor, Tensor]:
+def _factorise_together(
+    hessian: Tensor, dampening: float, block_size: int, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Do what `factorise` says, a block of columns of all matrices at a time; the host waits once, at the end."""
     columns = hessian.shape[-1]
     identity = torch.eye(columns, dtype=hessian.dtype, device=hessian.device)
     finite = all_finite(hessian)
     info = torch.where(finite, 0, NOT_FINITE).to(torch.int32)
-    factor = dampen(torch.where(finite[:, None, None], hessian, identity), dampening)
+    if order is not None:
+        hessian = hessian[torch.arange(len(hessian), device=order.device)[:, None, None], order[..., None], order[:, None]]
+    factor = torch.where(finite[:, None, None], hessian, identity)
+    factor.diagonal(dim1=1, dim2=2).add_(added(factor, dampening)[:, None])
     with full_float32():
         for start in reversed(range(0, columns, block_size)):
             end = min(start + block_size, columns)

@@ -84,7 +84,8 @@ def gptq(
     saw: dampening makes their diagonal positive, so they are rounded like any weight, and held-out inputs may use them.
 
     A grid whose steps follow the columns works on the weights divided by its column scales, with a factor scaled alike:
-    GPTQ commutes with that. The scales come from the factor, and are rounded, before any weight is.
+    GPTQ commutes with that. The scales come from the factor, and are rounded, before any weight is. With such a grid
+    the columns of the largest diagonal come first (act-order); what is returned stands in the weight's order.
 
     Every row is summed in one order by one thread: the number of Numba threads changes no bit.
 
@@ -167,8 +168,9 @@ def _quantise(full: Tensor, known: Factors | None, grid: Grid, importance: Tenso
             scales = group.new_ones(len(group), group.shape[-1])
     else:
         classes = known.classes if len(known.classes) == len(group) else known.classes * len(group)
-        scales = None if known.scales is None else known.scales.expand(len(group), -1)
-        digits, lost = _solve(group, known, scales, levels, rounding)
+        digits, lost = _solve(group, known, levels, rounding)
+        if known.scales is not None:
+            scales = _put_back(known.scales, known.order).expand(len(group), -1)
         broken = torch.nonzero(lost.isinf()).flatten().tolist()
         if broken:  # its scales stay: they are those of the other matrices of this input
             whole = group if scales is None else group / scales[:, None]
@@ -228,38 +230,51 @@ def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor,
     return digits.mT.to(block.device), errors.mT.to(block.device)
 
 
-def _solve(
-    weight: Tensor, known: Factors, scales: Tensor | None, levels: Tensor, rounding: Rounding
-) -> tuple[Tensor, Tensor]:
-    """Return the digits (E, R, C) of weight / scales (E, C), and tr(D H D^T), D = weight - quantised, float64 (E,).
+def _put_back(ordered: Tensor, order: Tensor | None) -> Tensor:
+    """Return values (E, C) of columns that are in some order, as the columns stand."""
+    return ordered if order is None else torch.empty_like(ordered).scatter_(1, order, ordered)
+
+
+def _solve(weight: Tensor, known: Factors, levels: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """Return the digits (E, R, C) of weight / scales, and tr(D H D^T), D = weight - quantised, float64 (E,).
 
     It is infinite where errors overflowed, and the expert needs another way; NaN where it has to be computed from D.
     """
     experts, rows, columns = weight.shape
     factor = known.factor.expand(experts, -1, -1)
+    scales, order = (None if each is None else each.expand(experts, -1) for each in (known.scales, known.order))
     digits = torch.empty(weight.shape, dtype=rounding.digit_dtype, device=weight.device)
     squares = torch.zeros((2, experts), dtype=torch.float64, device=weight.device)
     # memory that is written for the first time costs as much as a product: few experts on the CPU, in the same place
     some = max(1, _CHUNK // (rows * columns)) if weight.device.type == "cpu" else experts
     scratch = torch.empty((2, min(some, experts), columns, rows), dtype=torch.float32, device=weight.device)
+    symbols = torch.empty(scratch.shape[1:], dtype=rounding.digit_dtype, device=weight.device)
     with full_float32():
         for first in range(0, experts, some):
             part = slice(first, first + some)
             chosen = rounding.part(part)
             whole, work = scratch[:, : len(weight[part])]  # a column's rows lie next to each other
-            whole.copy_(weight[part].mT)
+            if order is None:
+                whole.copy_(weight[part].mT)
+            else:
+                work.copy_(weight[part].mT)
+                for own, ordered, column in zip(work, whole, order[part], strict=True):
+                    torch.index_select(own, 0, column, out=ordered)
             if scales is not None:
                 whole.div_(scales[part, :, None])
             work.copy_(whole)
             for start in range(0, columns, known.block_size):
                 end = min(start + known.block_size, columns)
                 block, upper = work[:, start:end].mT, factor[part, start:end, start:end]
-                symbols, errors = solve_block(block, upper, chosen)
-                digits[part, :, start:end] = symbols
+                found, errors = solve_block(block, upper, chosen)
+                symbols[: len(found), start:end] = found.mT
                 widths = None if scales is None else scales[part, start:end]
-                squares[:, part] += _lose(whole, symbols.mT, errors.mT, levels[part], widths, start, work)
+                squares[:, part] += _lose(whole, found.mT, errors.mT, levels[part], widths, start, work)
                 lost = work[:, start:end]
                 _add_product(work[:, end:], factor[part, start:end, end:].mT, lost)
+            for place, own in enumerate(digits[part]):
+                ordered = symbols[place]
+                own.copy_((ordered if order is None else ordered[order[first + place].argsort()]).mT)
     damped = squares[0]
     difference = damped - known.added * squares[1]
     difference[difference * _CANCELLATION < damped] = torch.nan

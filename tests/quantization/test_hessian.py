@@ -101,7 +101,7 @@ def factorise(request):
     """What the CPU does, and what a GPU does."""
     if request.param == "one by one":
         return hs.factorise
-    return lambda hessian, dampening, block=128: hs._factorise_together(hessian, dampening, block)
+    return lambda hessian, dampening, block=128, order=None: hs._factorise_together(hessian, dampening, block, order)
 
 
 @pytest.mark.parametrize("columns", [1, 27, 28, 29, 63])
@@ -131,6 +131,18 @@ def test_the_blocks_of_the_factor_give_the_hessian_back(factorise, columns, bloc
         root[:start, part] = factor[0, :start, part].double() @ root[part, part]
     expected = naive.dampen(hessian.numpy(), 0.1)
     np.testing.assert_allclose((root @ root.T).numpy(), expected, atol=3e-6 * hessian.abs().max().item())
+
+
+@pytest.mark.parametrize("block", [8, 128])
+def test_columns_are_eliminated_in_the_order_that_is_given(factorise, block):
+    hessian = torch.stack([torch.from_numpy(naive.gram(inputs(80, 29, seed))).float() for seed in (0, 1, 2)])
+    hessian[1] = torch.nan
+    orders = torch.stack([torch.randperm(29, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1, 2)])
+    factor, info = factorise(hessian, 0.1, block, orders)
+    turned = torch.stack([matrix[order][:, order] for matrix, order in zip(hessian, orders, strict=True)])
+    expected, codes = factorise(turned, 0.1, block)
+    assert info.tolist() == codes.tolist() == [0, hs.NOT_FINITE, 0]
+    assert torch.equal(factor.triu(), expected.triu())
 
 
 @pytest.mark.parametrize("block", [1, 7, 40, 100, 128])

@@ -154,16 +154,49 @@ def test_steps_by_column_lose_less_at_fewer_bits():
     assert torch.equal(found.levels, plain.levels)
 
 
+def order_of(hessian):
+    """Return the columns by the Hessian's diagonal, the largest first."""
+    return torch.tensor(sorted(range(len(hessian)), key=lambda column: -hessian[column, column].item()))
+
+
 def test_the_solver_commutes_with_the_columns_scales():
     """Weights divided by scales, with a Hessian scaled alike, on a grid of the rows alone: the same digits."""
     weight, hessian = problem(1, 28, 63)
     found = gptq(weight, hessian, GRID, dampening=0.0)
-    scales = found.column_scales
+    scales, order = found.column_scales, order_of(hessian[0])
     rounding = GRID.rounding(found.levels)
-    factor, info = factorise(hessian * scales[:, :, None] * scales[:, None], 0.0)
+    factor, info = factorise(hessian * scales[:, :, None] * scales[:, None], 0.0, order=order[None])
     assert not info.any()
-    digits, _ = solver.solve_block(weight / scales[:, None], factor, rounding)
-    assert (digits == found.digits).float().mean() >= 0.999
+    digits, _ = solver.solve_block((weight / scales[:, None])[..., order], factor, rounding)
+    assert (digits == found.digits[..., order]).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("columns", [1, 29, 300])
+def test_columns_that_matter_most_are_rounded_first_wherever_they_stand(columns):
+    weight, hessian = problem(3, 20, columns)
+    found = gptq(weight, hessian, GRID)
+    for expert in range(3):
+        shuffled = torch.randperm(columns, generator=torch.Generator().manual_seed(expert))
+        for turn in (order_of(hessian[expert]), shuffled):
+            turned = gptq(weight[expert][:, turn], hessian[expert][turn][:, turn], GRID)
+            assert torch.equal(turned.digits, found.digits[expert][:, turn])
+            assert torch.equal(turned.column_scales, found.column_scales[expert, turn])
+            torch.testing.assert_close(turned.error, found.error[expert : expert + 1])
+    plain = gptq(weight, torch.eye(columns).expand(3, -1, -1), GRID)
+    assert torch.equal(plain.digits, gptq(weight, None, GRID).digits)
+
+
+def test_an_expert_that_takes_the_layer_s_hessian_takes_its_order():
+    weight, hessian = problem(3, 20, 63)
+    layer = hessian[2].clone()
+    hessian[1] = torch.nan
+    found = gptq(weight, hessian, GRID, layer_hessian=layer)
+    assert found.hessian_class == ("own", "blended", "own")
+    assert order_of(layer).tolist() != order_of(hessian[0]).tolist()
+    for expert, own in enumerate((hessian[0], layer, hessian[2])):
+        alone = gptq(weight[expert], own, GRID)
+        assert torch.equal(found.digits[expert], alone.digits)
+        assert torch.equal(found.column_scales[expert], alone.column_scales)
 
 
 def test_matrices_of_one_input_share_the_scales_and_no_bit_changes():
