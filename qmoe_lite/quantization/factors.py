@@ -109,8 +109,8 @@ def _factorise(own: Tensor, layer: Tensor | None, dampening: float, block_size: 
 def _largest_first(hessian: Tensor) -> Tensor:
     """Return the columns by the Hessian's diagonal, (E, C): act-order, `desc_act` in others' settings.
 
-    Where steps follow the columns its worth is that they come to differ less, so that the columns' digits are more alike and
-    one code suits them all.
+    Where steps follow the columns, these come to differ less, so that columns' digits are more alike and one code suits
+    them all.
     """
     return hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
 

@@ -265,7 +265,8 @@ def _factorise_together(
     finite = all_finite(hessian)
     info = torch.where(finite, 0, NOT_FINITE).to(torch.int32)
     if order is not None:
-        hessian = hessian[torch.arange(len(hessian), device=order.device)[:, None, None], order[..., None], order[:, None]]
+        experts = torch.arange(len(hessian), device=order.device)[:, None, None]
+        hessian = hessian[experts, order[..., None], order[:, None]]
     factor = torch.where(finite[:, None, None], hessian, identity)
     factor.diagonal(dim1=1, dim2=2).add_(added(factor, dampening)[:, None])
     with full_float32():
