@@ -32,7 +32,7 @@ from qmoe_lite.bench._parts.phases import Compressed, compress_watched
 from qmoe_lite.bench._show.text import duration, print_rows, print_text
 
 GROUPS = (1, 4, 16)  # experts; QMoE, table 1
-# products, Cholesky, the solver
+# products, Cholesky, the solver, tuning
 KERNELS = ("dense forward", "Hessian", "factor", "solve", "tuning", "experts' outputs")
 T = TypeVar("T")
 

@@ -23,7 +23,8 @@ def expert_bytes(layer: MoELayer, settings: Settings) -> int:
     -----
     A stage's Hessian and its factor, its widest matrix in float32, and the digits of all matrices that were solved. The
     first stage's factor stays where the group may be solved again for a rate; the best solve's digits and codes do. The
-    CPU factorises and solves one expert after another; a GPU all of them, with copies of the Hessians and weights.
+    CPU factorises and solves one expert after another, whose own copies are not counted; a GPU all of them, with copies
+    of the Hessians and weights.
     """
     cpu = settings.device == "cpu"
     most = kept = digits = 0

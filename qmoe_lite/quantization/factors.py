@@ -33,7 +33,7 @@ class Factors:
     order : int64 tensor, shape (E or 1, C), or None
         The columns as they are rounded: `factor` and `scales` follow it, `metric` does not. None: as they stand.
     scales : float32 tensor, shape (E or 1, C), or None
-        The factor is that of the weights with their columns divided by these.
+        The factor is that of the weights with their columns divided by these. Where there is an order.
     """
 
     factor: Tensor

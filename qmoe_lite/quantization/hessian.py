@@ -163,14 +163,6 @@ def blend(own: Tensor, layer: Tensor, tokens: Tensor | int, n0: float) -> Tensor
     return torch.where(share > 0, share * own, 0.0) + (1 - share) * layer
 
 
-def dampen(hessian: Tensor, dampening: float) -> Tensor:
-    """Return a copy with `dampening` of its mean diagonal added to the diagonal of each matrix (..., C, C)."""
-    damped = hessian.clone()
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    diagonal += added(hessian, dampening)[..., None]
-    return damped
-
-
 def added(hessian: Tensor, dampening: float) -> Tensor:
     """Return what dampening adds to the diagonal of each matrix (..., C, C)."""
     return dampening * hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
@@ -264,10 +256,10 @@ def _factorise_together(
     identity = torch.eye(columns, dtype=hessian.dtype, device=hessian.device)
     finite = all_finite(hessian)
     info = torch.where(finite, 0, NOT_FINITE).to(torch.int32)
-    if order is not None:
-        experts = torch.arange(len(hessian), device=order.device)[:, None, None]
-        hessian = hessian[experts, order[..., None], order[:, None]]
     factor = torch.where(finite[:, None, None], hessian, identity)
+    if order is not None:  # a matrix at a time: an index of all would take six times their memory
+        for own, column in zip(factor, order, strict=True):
+            own.copy_(own[column][:, column])
     factor.diagonal(dim1=1, dim2=2).add_(added(factor, dampening)[:, None])
     with full_float32():
         for start in reversed(range(0, columns, block_size)):

@@ -169,8 +169,8 @@ def _quantise(full: Tensor, known: Factors | None, grid: Grid, importance: Tenso
     else:
         classes = known.classes if len(known.classes) == len(group) else known.classes * len(group)
         digits, lost = _solve(group, known, levels, rounding)
-        if known.scales is not None:
-            scales = _put_back(known.scales, known.order).expand(len(group), -1)
+        if known.scales is not None and known.order is not None:
+            scales = known.scales.gather(1, known.order.argsort(dim=1)).expand(len(group), -1)
         broken = torch.nonzero(lost.isinf()).flatten().tolist()
         if broken:  # its scales stay: they are those of the other matrices of this input
             whole = group if scales is None else group / scales[:, None]
@@ -230,11 +230,6 @@ def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor,
     return digits.mT.to(block.device), errors.mT.to(block.device)
 
 
-def _put_back(ordered: Tensor, order: Tensor | None) -> Tensor:
-    """Return values (E, C) of columns that are in some order, as the columns stand."""
-    return ordered if order is None else torch.empty_like(ordered).scatter_(1, order, ordered)
-
-
 def _solve(weight: Tensor, known: Factors, levels: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """Return the digits (E, R, C) of weight / scales, and tr(D H D^T), D = weight - quantised, float64 (E,).
 
@@ -243,6 +238,7 @@ def _solve(weight: Tensor, known: Factors, levels: Tensor, rounding: Rounding) -
     experts, rows, columns = weight.shape
     factor = known.factor.expand(experts, -1, -1)
     scales, order = (None if each is None else each.expand(experts, -1) for each in (known.scales, known.order))
+    back = None if order is None else order.argsort(dim=1)
     digits = torch.empty(weight.shape, dtype=rounding.digit_dtype, device=weight.device)
     squares = torch.zeros((2, experts), dtype=torch.float64, device=weight.device)
     # memory that is written for the first time costs as much as a product: few experts on the CPU, in the same place
@@ -274,7 +270,7 @@ def _solve(weight: Tensor, known: Factors, levels: Tensor, rounding: Rounding) -
                 _add_product(work[:, end:], factor[part, start:end, end:].mT, lost)
             for place, own in enumerate(digits[part]):
                 ordered = symbols[place]
-                own.copy_((ordered if order is None else ordered[order[first + place].argsort()]).mT)
+                own.copy_((ordered if back is None else ordered[back[first + place]]).mT)
     damped = squares[0]
     difference = damped - known.added * squares[1]
     difference[difference * _CANCELLATION < damped] = torch.nan

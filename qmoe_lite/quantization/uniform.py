@@ -121,7 +121,7 @@ def column_scales(diagonal: Tensor) -> Tensor:
     ----------
     diagonal : float32 tensor, shape (E, C)
         Above 0: the diagonal of the upper Cholesky factor of each inverse Hessian. An error in a column costs its
-        square over this entry's square, once the columns after it have made up for it as far as they can.
+        square over this entry's square, once the columns rounded after it have made up for it as far as they can.
 
     Returns
     -------

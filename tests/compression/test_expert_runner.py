@@ -77,7 +77,9 @@ def test_a_hessian_and_outputs_share_what_is_in_front_of_the_last_projection(
     assert seen.hidden.rows[rows].any(dim=1).all()
 
 
-@pytest.mark.parametrize(("tokens", "taken"), [(20, range(20)), (96, range(0, 96, 2)), (0, [])])
+@pytest.mark.parametrize(
+    ("tokens", "taken"), [(20, range(20)), (96, range(0, 96, 2)), (100, [i * 100 // 48 for i in range(48)]), (0, [])]
+)
 def test_of_the_layer_s_sample_a_last_projection_takes_two_tokens_a_column(runner, tokens, taken):
     layer, sample = MoELayer("model.layers.0.mlp.experts", "drawn", 2, SHAPES), torch.randn(tokens, 32)
     seen = dataclasses.replace(seen_by(2), sample=sample)

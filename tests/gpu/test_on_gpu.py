@@ -326,19 +326,34 @@ def test_gptq_finds_the_cpu_s_uniform_digits(shape):
     torch.testing.assert_close(ours.error.cpu(), cpu.error, rtol=2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("columns", [1, 29, 300])
-def test_hessians_are_factorised_as_on_the_cpu(columns):
+def test_hessians_are_factorised_as_on_the_cpu(columns, ordered):
     _, hessian = weights_and_hessians(4, 1, columns)
     hessian[1] = -hessian[1]
     hessian[2, 0, 0] = torch.nan
-    ours, info = factorise(hessian.to(DEVICE), 0.1)
-    cpu, expected = factorise(hessian, 0.1)
+    order = torch.stack([torch.randperm(columns) for _ in range(4)]) if ordered else None
+    ours, info = factorise(hessian.to(DEVICE), 0.1, order=None if order is None else order.to(DEVICE))
+    cpu, expected = factorise(hessian, 0.1, order=order)
     assert torch.equal(info, expected)
     for start in range(0, columns, 128):  # below the diagonal of blocks lies anything
         part = slice(start, start + 128)
         torch.testing.assert_close(
             ours[:, : start + 128, part].cpu(), cpu[:, : start + 128, part], rtol=1e-3, atol=1e-4
         )
+
+
+def test_an_order_takes_no_more_memory_than_the_hessians():
+    _, hessian = weights_and_hessians(8, 1, 512)
+    hessian = hessian.to(DEVICE)
+    order = torch.arange(512, device=DEVICE).flip(0).expand(8, -1)
+    peaks = []
+    for own in (None, order):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        factorise(hessian, 0.1, order=own)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= peaks[0] + hessian.nbytes // 2
 
 
 def test_errors_are_rounded_as_quotients():

@@ -15,7 +15,7 @@ from qmoe_lite.checkpoint.headers import Held, read_headers
 from qmoe_lite.checkpoint.report import read_report
 from qmoe_lite.compression.choice import grid_and_rate
 from qmoe_lite.compression.settings import Settings
-from qmoe_lite.inspection import estimation
+from qmoe_lite.inspection import estimation, time_model
 from qmoe_lite.inspection.anatomy import anatomy_of
 from qmoe_lite.inspection.fitting import Room, doubts, obstacles
 from qmoe_lite.inspection.memory_model import need_of, rows_of
@@ -243,6 +243,18 @@ def test_experts_with_few_tokens_take_the_time_of_the_layer_s(causal):
     few, alone = seconds(samples=1), seconds(samples=1, blend_tokens=0)
     assert 1.5 * alone < few < (1 + anatomy.layers[0].count) * alone  # the sample here is that of all tokens
     assert seconds(samples=1000) == pytest.approx(1000 * alone)
+
+
+def test_each_stage_takes_of_the_layer_s_tokens_what_it_needs(causal):
+    anatomy = anatomy_of(read_headers(causal("qwen3_moe")))
+    shapes = {"gate_proj": (768, 2048), "up_proj": (768, 2048), "down_proj": (2048, 768)}
+    layer = replace(anatomy.layers[0], count=128, top_k=8, shapes=shapes)
+    for samples, expected in ((32, (4096, 1536)), (4, (512, 512)), (128, (4096, 0)), (256, (0, 0))):
+        settings = Settings(sequence_length=128, samples=samples, validation_samples=0, tune="none")
+        rows = rows_of(anatomy, settings)
+        assert time_model._of_layer(layer, settings, rows, 0) == expected
+        off = replace(settings, blend_tokens=0)
+        assert time_model._of_layer(layer, off, rows, 0) == (0, 0)
 
 
 def test_what_is_tuned_takes_its_time(causal):

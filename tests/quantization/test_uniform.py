@@ -182,8 +182,25 @@ def test_columns_that_matter_most_are_rounded_first_wherever_they_stand(columns)
             assert torch.equal(turned.digits, found.digits[expert][:, turn])
             assert torch.equal(turned.column_scales, found.column_scales[expert, turn])
             torch.testing.assert_close(turned.error, found.error[expert : expert + 1])
-    plain = gptq(weight, torch.eye(columns).expand(3, -1, -1), GRID)
-    assert torch.equal(plain.digits, gptq(weight, None, GRID).digits)
+
+
+def test_an_expert_whose_errors_overflow_has_the_nearest_digits_by_its_scales(monkeypatch):
+    weight, hessian = problem(2, 20, 63)
+    sound = gptq(weight, hessian, GRID)
+    solve = solver.solve_block
+
+    def overflows(block, factor, table):
+        digits, errors = solve(block, factor, table)
+        errors[1] = torch.inf
+        return digits, errors
+
+    monkeypatch.setattr(solver, "solve_block", overflows)
+    found = gptq(weight, hessian, GRID)
+    assert found.hessian_class == ("own", "nearest")
+    assert torch.equal(found.digits[0], sound.digits[0])
+    assert torch.equal(found.column_scales, sound.column_scales)
+    scaled = weight[1] / found.column_scales[1]
+    assert torch.equal(found.digits[1], nearest_digits(scaled, GRID.rounding(found.levels[1])))
 
 
 def test_an_expert_that_takes_the_layer_s_hessian_takes_its_order():
