@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_lite.bench._parts.common import machine_line
-from qmoe_lite.bench._show.text import print_rows
+from qmoe_lite.bench._show.text import print_rows, print_wrapped
 
 AGAIN = 0.4  # share of the runs that are killed a second time
 SHAPE = {"hidden_size": 64, "moe_intermediate_size": 48, "num_hidden_layers": 3, "num_experts": 8}
@@ -290,7 +290,7 @@ def main() -> None:
             read_only(runs, draws, sum(sizes))
         if left := [*runs.spill.iterdir()]:
             runs.wrong.append(f"left in the folder for activations: {left[0].name}")
-    print(machine_line("torch", "transformers"))
+    print_wrapped(machine_line("torch", "transformers"))
     rows = [[kind, outcome, str(count)] for (kind, outcome), count in sorted(runs.found.items())]
     print_rows(f"a run takes {runs.seconds:.2f} s; seed {options.seed}", ("what befell it", "and then", "runs"), rows)
     print(f"{len(runs.wrong)} went wrong; {time.monotonic() - begun:.0f} s")

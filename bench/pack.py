@@ -24,7 +24,7 @@ import torch
 import zstandard
 
 from qmoe_lite.bench._parts.common import machine_line
-from qmoe_lite.bench._show.text import megabytes, print_rows, print_text
+from qmoe_lite.bench._show.text import megabytes, print_rows, print_wrapped
 from qmoe_lite.checkpoint.atomic import write_json, write_tensors
 from qmoe_lite.checkpoint.format import pack_experts
 from qmoe_lite.checkpoint.packing import Packed, pack, unpack
@@ -159,7 +159,7 @@ def main() -> None:
         rows = [row for name, place in places.items() for row in measure(name, place, scratch, arguments.threads)]
     headings = ["directory", "as", "MB", "takes", "saved", "MB/s", "and back"]
     print_rows(f"One file of a directory, {arguments.threads} threads", headings, rows, text=2)
-    print_text(machine_line())
+    print_wrapped(machine_line())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from qmoe_lite.bench._parts.common import machine_line
 from qmoe_lite.bench._parts.large_models import LARGE, rate_of
 from qmoe_lite.bench._parts.made_checkpoint import FAMILIES, config_of, make_checkpoint, make_text
 from qmoe_lite.bench._parts.phases import Compressed, compress_watched
-from qmoe_lite.bench._show.text import duration, print_rows, print_text
+from qmoe_lite.bench._show.text import duration, print_rows, print_text, print_wrapped
 
 GROUPS = (1, 4, 16)  # experts; QMoE, table 1
 # products, Cholesky, the solver, tuning
@@ -195,7 +195,7 @@ def show_sizes(sizes: list[Size]) -> None:
         text=1,
     )
     kernels = (f"{sum(s.took.phases.get(p, 0.0) for p in KERNELS) / s.took.seconds:.0%}" for s in sizes)
-    print_text(f"{', '.join(KERNELS)}: {' and '.join(kernels)} of the time")
+    print_wrapped(f"{', '.join(KERNELS)}: {' and '.join(kernels)} of the time")
     if len(sizes) > 1:
         small, large = (size.took.peak_bytes for size in sizes)
         print_text(f"peak of the larger one against the other: {large / small:.3f}")
@@ -281,7 +281,7 @@ def main() -> None:
         found |= {"machine": machine, "groups": {group: asdict(took) for group, took in groups.items()}}
         print(json.dumps(found, indent=2))
         return
-    print(machine)
+    print_wrapped(machine)
     windows = f"{options.samples} samples of {options.sequence_length} tokens"
     print(f"{options.family}, {windows}, rate {options.rate:g}, activations on disk\n")
     show_sizes(sizes)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qmoe_lite.bench._parts.common import machine_line
-from qmoe_lite.bench._show.text import print_rows
+from qmoe_lite.bench._show.text import print_rows, print_wrapped
 
 PROMPTS = 24
 LEAVE = 0.1  # share of streamed answers that are left in the middle
@@ -259,7 +259,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or make_model(Path(scratch))
         tally, took = soak(model, options.clients, options.minutes, options.share, options.seed)
-    print(machine_line("torch", "transformers"))
+    print_wrapped(machine_line("torch", "transformers"))
     title = f"{options.clients} clients for {took / 60:.1f} minutes, memory for {options.share:.0%} of the experts"
     sys.exit(0 if show(tally, took, title) else 1)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.bench._show.text import print_text
+from qmoe_lite.bench._show.text import print_wrapped
 from qmoe_lite.cli._options import JsonOption
 from qmoe_lite.errors import SettingError
 
@@ -274,6 +274,6 @@ def _show(report: Any, json: bool, show: Any, plot: Path | None, draw: Any) -> N
         _output.print_json(report.to_json())
     else:
         show(report)
-        print_text(report.machine)
+        print_wrapped(report.machine)
     if plot is not None:
         draw(report, plot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 def print_text(text: str = "") -> None:
     """Print one line on standard output."""
     sys.stdout.write(text + "\n")
+
+
+def print_wrapped(text: str) -> None:
+    """Print a sentence, a paragraph or what a machine is called, in lines of at most 80 columns."""
+    print_text(textwrap.fill(text, 80, break_on_hyphens=False))
 
 
 def print_table(table: Table) -> None:

@@ -30,8 +30,8 @@ def bench(tmp_path):
         picture = tmp_path / "picture.png"
         plain = CliRunner().invoke(bench_.app, [*arguments, "--plot", str(picture)], catch_exceptions=False)
         assert plain.exit_code == 0, plain.output
-        *lines, machine = plain.stdout.splitlines()
-        assert max(map(len, lines)) <= 80
+        assert max(map(len, plain.stdout.splitlines())) <= 80
+        machine = plain.stdout[-200:]
         assert "qmoe-lite" in machine
         assert "numba" in machine
         pixels = matplotlib.image.imread(picture)

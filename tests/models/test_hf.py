@@ -85,7 +85,7 @@ def test_generation_gives_the_same_tokens(pair, tmp_path, model_type):
     ours.save_pretrained(tmp_path / "again")
     dense = auto.from_pretrained(dense_directory, dtype=torch.float32)
     tiny.fill_dense(dense, ours, layers_of(ours))
-    ids = torch.randint(3, 15, (2, 9))
+    ids = torch.randint(3, 15, (8, 9))
     options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1, "eos_token_id": None}
     expected = dense.generate(ids, **options)
     assert expected.unique().numel() > 2
