@@ -33,7 +33,7 @@ from qmoe_lite.bench._parts import gpu as parts  # noqa: E402
 from qmoe_lite.bench._parts import gpu_choice, gpu_demo, gpu_layer, gpu_offload, gpu_paper, gpu_rates  # noqa: E402
 from qmoe_lite.bench._parts.common import machine_line  # noqa: E402
 from qmoe_lite.bench._parts.gpu import Row, one_line  # noqa: E402
-from qmoe_lite.bench._show.text import print_text  # noqa: E402
+from qmoe_lite.bench._show.text import print_text, print_wrapped  # noqa: E402
 from qmoe_lite.cuda import launch  # noqa: E402
 
 BUDGET = 475.0  # seconds for all of it: the tests' and the parts', each of which may take what those before it left
@@ -85,7 +85,8 @@ def run(quick: bool, out: Path, debug: bool, seconds: float) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     shown = _Tee(sys.stdout)
     with redirect_stdout(shown):
-        print_text(f"{report['gpu']}; {report['machine']}\n")
+        print_wrapped(f"{report['gpu']}; {report['machine']}")
+        print_text()
         own = {"tests": TEST_SECONDS} | {name: part.seconds for name, part in PARTS.items()}
         for number, name in enumerate(own):
             left = begun + seconds - time.monotonic()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qmoe_lite.bench._show.text import print_table, print_text
+from qmoe_lite.bench._show.text import print_table, print_text, print_wrapped
 from qmoe_lite.cli._options import DeviceOption, JsonOption, Placement
 
 SAMPLES, SEQUENCE, PASSES = 1536, 128, 2
@@ -162,7 +161,7 @@ def _print(result: dict[str, Any]) -> None:
         f"QMoE recovers {result['recovered']:.1%} of what rounding to nearest loses "
         f"({result['dense']['tokens']:,} predicted tokens)."
     )
-    print_text(textwrap.fill(f"Verdict: {Verdict.from_json(result['verdict'])}", 80))
+    print_wrapped(f"Verdict: {Verdict.from_json(result['verdict'])}")
     sample = result["sample"]
     print_text(f"\nThe gap in:  {sample['text']}")
     for name, title in (("truth", "the text"), ("dense", "dense"), ("qmoe", "QMoE")):

@@ -31,9 +31,9 @@ class Factors:
     block_size : int
         Columns of a block of the factor.
     order : int64 tensor, shape (E or 1, C), or None
-        The columns as they are rounded: `factor` and `scales` follow it, `metric` does not. None: as they stand.
+        The columns as they are rounded: `factor` follows it, `metric` and `scales` do not. None: as they stand.
     scales : float32 tensor, shape (E or 1, C), or None
-        The factor is that of the weights with their columns divided by these. Where there is an order.
+        The factor is that of the weights with their columns divided by these.
     """
 
     factor: Tensor
@@ -127,6 +127,8 @@ def _scale_columns(known: Factors) -> Factors:
     for start in range(0, factor.shape[-1], known.block_size):
         end = start + known.block_size
         factor[:, start:end, end:] *= scales[:, start:end, None]
+    if known.order is not None:
+        scales = torch.empty_like(scales).scatter_(1, known.order, scales)
     return replace(known, factor=factor, scales=scales)
 
 

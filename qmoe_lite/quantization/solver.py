@@ -168,9 +168,8 @@ def _quantise(full: Tensor, known: Factors | None, grid: Grid, importance: Tenso
             scales = group.new_ones(len(group), group.shape[-1])
     else:
         classes = known.classes if len(known.classes) == len(group) else known.classes * len(group)
-        digits, lost = _solve(group, known, levels, rounding)
-        if known.scales is not None and known.order is not None:
-            scales = known.scales.gather(1, known.order.argsort(dim=1)).expand(len(group), -1)
+        scales = None if known.scales is None else known.scales.expand(len(group), -1)
+        digits, lost = _solve(group, known, scales, levels, rounding)
         broken = torch.nonzero(lost.isinf()).flatten().tolist()
         if broken:  # its scales stay: they are those of the other matrices of this input
             whole = group if scales is None else group / scales[:, None]
@@ -230,15 +229,20 @@ def solve_block(block: Tensor, factor: Tensor, table: Rounding) -> tuple[Tensor,
     return digits.mT.to(block.device), errors.mT.to(block.device)
 
 
-def _solve(weight: Tensor, known: Factors, levels: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """Return the digits (E, R, C) of weight / scales, and tr(D H D^T), D = weight - quantised, float64 (E,).
+def _solve(
+    weight: Tensor, known: Factors, scales: Tensor | None, levels: Tensor, rounding: Rounding
+) -> tuple[Tensor, Tensor]:
+    """Return the digits (E, R, C) of weight / scales (E, C), and tr(D H D^T), D = weight - quantised, float64 (E,).
 
     It is infinite where errors overflowed, and the expert needs another way; NaN where it has to be computed from D.
     """
     experts, rows, columns = weight.shape
     factor = known.factor.expand(experts, -1, -1)
-    scales, order = (None if each is None else each.expand(experts, -1) for each in (known.scales, known.order))
-    back = None if order is None else order.argsort(dim=1)
+    order = back = None
+    if known.order is not None:
+        order = known.order.expand(experts, -1)
+        back = order.argsort(dim=1)
+        scales = None if scales is None else scales.gather(1, order)
     digits = torch.empty(weight.shape, dtype=rounding.digit_dtype, device=weight.device)
     squares = torch.zeros((2, experts), dtype=torch.float64, device=weight.device)
     # memory that is written for the first time costs as much as a product: few experts on the CPU, in the same place

@@ -31,13 +31,14 @@ def bench(tmp_path):
         plain = CliRunner().invoke(bench_.app, [*arguments, "--plot", str(picture)], catch_exceptions=False)
         assert plain.exit_code == 0, plain.output
         assert max(map(len, plain.stdout.splitlines())) <= 80
-        machine = plain.stdout[-200:]
-        assert "qmoe-lite" in machine
-        assert "numba" in machine
         pixels = matplotlib.image.imread(picture)
         assert len({tuple(color) for row in pixels for color in row}) > 20, "nothing is drawn"
         printed = CliRunner().invoke(bench_.app, [*arguments, "--json"], catch_exceptions=False)
-        return plain.stdout, json.loads(printed.stdout)
+        found = json.loads(printed.stdout)
+        assert "qmoe-lite" in found["machine"]
+        assert "numba" in found["machine"]
+        assert plain.stdout.replace("\n", " ").endswith(f" {found['machine']} "), "the last line, or two of them"
+        return plain.stdout, found
 
     return call
 
