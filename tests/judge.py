@@ -37,7 +37,7 @@ from qmoe_lite.errors import QMoEError
 PUBLISHED = Path(__file__).parent / "data" / "published_format"
 CODES = ("fitted", "rated", "symmetric", "paper", "two-bit", "windows", "packed", "published")
 RIGHT = ("refused", "as before", "as it says", "cannot run")
-SECONDS = 5.0  # of processor time that a mutant may take
+SECONDS = 20.0  # of processor time that a mutant may take: far more than any needs, on any machine
 MEMORY = 1 << 30  # bytes that it may allocate at a time
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 FLOATS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import pickle
-import time
 
 import naive
 import numpy as np
@@ -127,12 +126,10 @@ def test_a_fitted_codebook_expects_more_bits_of_digits_it_was_not_fitted_to():
 
 
 @pytest.mark.slow
-def test_the_dictionary_is_built_once_and_in_less_than_two_seconds():
-    started = time.process_time()
+def test_the_dictionary_is_built_once():
     strings = paper_strings()
     assert build_automaton(strings, 3)
     assert len(table_entries(strings, 3)) == 65536
-    assert time.process_time() - started < 2
     assert Codebook.paper() is PAPER is Codebook.from_config(PAPER.to_config())
     assert copy.deepcopy(PAPER) is PAPER is pickle.loads(pickle.dumps(PAPER))
 
