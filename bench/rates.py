@@ -178,7 +178,7 @@ def measure_model(directory: str, weights: int = WEIGHTS) -> ModelRatesReport:
     """
     from qmoe_lite.offload.loading import load  # transformers takes seconds, and random digits do not need it
 
-    model = load(directory)
+    model = load(directory, device="cpu")
     layers = [module for module in model.modules() if isinstance(module, PackedExperts)]
     rates = tuple(_measure_projection(each, name, weights) for each in layers for name in each.layer.projections)
     return ModelRatesReport(directory, rates, _total(rates), _machine())

@@ -93,7 +93,7 @@ def make_requests(model: Path, seed: int) -> list[Asked]:
     from qmoe_lite.text.generation import Sampling, generate
 
     draws = random.Random(seed)
-    loaded, tokenizer = qmoe_lite.load(model), open_tokenizer(model)
+    loaded, tokenizer = qmoe_lite.load(model, device="cpu"), open_tokenizer(model)
     vocabulary = [word for word in tokenizer.get_vocab() if word.isalnum() and word.isascii()]
     found = []
     for number in range(PROMPTS):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe_lite.bench._show.text import duration, print_text
-from qmoe_lite.cli._options import CalibrationOption, JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import CalibrationOption, DeviceOption, JsonOption, SequenceLengthOption
 
 if TYPE_CHECKING:
     from qmoe_lite.tuning.run import TuneReport
@@ -31,6 +31,7 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples and their order.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -55,6 +56,7 @@ def tune(
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            device=device,
             seed=seed,
             progress=progress,
         )

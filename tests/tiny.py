@@ -64,6 +64,8 @@ def _save_with_loud_experts(
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.normal_() if name.endswith("_bias") else parameter.mul_(factor)
+            elif name == "lm_head.bias":
+                parameter.normal_()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -234,7 +236,8 @@ MORE = {  # families of which what is read off them is tested, but not every cor
         "n_group": 1,
         "topk_group": 1,
     },
-    "phimoe": {"intermediate_size": 20, "num_local_experts": 4},
+    # with biases, as published
+    "phimoe": {"intermediate_size": 20, "num_local_experts": 4, "lm_head_bias": True, "attention_bias": True},
     "qwen3_5_moe_text": {**_NEXT, "shared_expert_intermediate_size": 32},
     "qwen3_next": {**_NEXT, "shared_expert_intermediate_size": 32},
     "sarvam_mla": _LATENT_4,

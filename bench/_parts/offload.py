@@ -185,7 +185,7 @@ def load_contender(kind: str, directory: Path, budget: int | None) -> nn.Module:
     from qmoe_lite.offload.runner import attach
 
     if kind == "ours":
-        model: nn.Module = qm.load(directory / "packed")
+        model: nn.Module = qm.load(directory / "packed", device="cpu")
         if budget is not None:
             attach(model, ram_cache=budget, remember=False)
         return model

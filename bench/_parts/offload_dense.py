@@ -103,7 +103,7 @@ def load_dense_in_memory(directory: Path) -> nn.Module:
 
     import qmoe_lite as qm
 
-    packed: Any = qm.load(directory)
+    packed: Any = qm.load(directory, device="cpu")
 
     def make(number: int, place: Any, config: Any) -> nn.Module:
         with torch.device("meta"):

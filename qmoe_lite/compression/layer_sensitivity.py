@@ -174,7 +174,8 @@ class _Pass:
             told = torch.from_numpy(labels[:windows] != IGNORED)
         dense, *others = (memory.read(slice(at, at + windows))[told] for at in (0, *range(count, len(memory), windows)))
         progress(Progress(len(done), len(self._layers), "comparing predictions"))
-        losses = _divergences(dense, others, *self._family.head(self._model, self._checkpoint))
+        weight, finish = self._family.head(self._model, self._checkpoint)
+        losses = _divergences(dense, others, weight.to(self._settings.device), finish)
         found = {self._layers[number].experts: loss for number, loss in zip(done, losses, strict=True)}
         return Sensitivity(self._rate, len(dense), {layer.experts: found[layer.experts] for layer in self._layers})
 

@@ -73,7 +73,7 @@ def loss_of_states(
     states : float32 tensor, shape (N, C)
         What the last block and norm put out.
     weight : float tensor, shape (V, C)
-        Of the head, any float dtype; a slice of states is multiplied at a time.
+        Of the head, any float dtype; a slice of states is multiplied at a time, where the weight is.
     labels : int64 tensor, shape (N,)
         The tokens to predict.
     finish : callable, optional
@@ -86,7 +86,8 @@ def loss_of_states(
 
 
 def head_products(states: Tensor, weight: Tensor) -> Tensor:
-    """Return the products (N, V) of states (N, C), float32, with a head (V, C), a piece of which is made float32."""
+    """Return products (N, V) of states (N, C), float32, with a head (V, C), where that is; a piece is made float32."""
+    states = states.to(weight.device)
     return torch.cat([states @ piece.float().T for piece in torch.split(weight, _ROWS)], dim=1)
 
 

@@ -332,7 +332,8 @@ class _Run:
                 runner.leave(stack, hidden)
                 memory = hidden
             assert memory is not None
-            head = self.family.head(self.model, self.checkpoint)
+            weight, finish = self.family.head(self.model, self.checkpoint)
+            head = weight.to(self.settings.device), finish
             self.verdict = samples.judge(memory, *head, self.settings.rate, self.ranks)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:

@@ -154,7 +154,7 @@ def finish(model: Any, head: str, bias: Tensor | None, products: Tensor) -> Tens
     """
     from transformers import PreTrainedModel
 
-    logits = products if bias is None else products + bias
+    logits = products if bias is None else products + bias.to(products.device)
     body = next(name for name, module in model.named_children() if isinstance(module, PreTrainedModel))
     stand_ins = {
         body: _Given(_Output(logits[None])),

@@ -41,7 +41,8 @@ def compress_and_tune(
     model, out, calibration, resume, progress, log, before, each_group, **settings
         As for `compress`.
     epochs : int
-        As for `tune`, which takes the same text, sequence length and seed, and as many samples where they were named.
+        As for `tune`, which takes the same text, sequence length, seed and device, and as many samples where they were
+        named.
 
     Returns
     -------
@@ -63,6 +64,7 @@ def compress_and_tune(
     check_free(target)
     untuned, request = (target.with_name(f"{target.name}.untuned{end}") for end in ("", ".json"))
     asked = {name: str(value) for name, value in {"model": model, "calibration": calibration, **settings}.items()}
+    asked.pop("device", None)  # what was compressed may be tuned elsewhere
     if "sensitivity" in settings:  # what a file holds, not its name
         asked["sensitivity"] = str(layers_of(settings["sensitivity"]))
     if not resume:
@@ -74,7 +76,8 @@ def compress_and_tune(
         write_json(request, asked)
         telling: dict[str, Any] = {"progress": progress, "log": log, "before": before, "each_group": each_group}
         compress(model, untuned, calibration=calibration, resume=resume, **telling, **settings)
-    shared = {name: settings[name] for name in ("samples", "sequence_length", "seed") if settings.get(name) is not None}
+    taken = ("samples", "sequence_length", "seed", "device")
+    shared = {name: settings[name] for name in taken if settings.get(name) is not None}
     try:
         tune(untuned, target, dense=model, calibration=calibration, epochs=epochs, progress=progress, **shared)
         shutil.rmtree(untuned)

@@ -25,18 +25,19 @@ class TunedExperts(nn.Module):
     Parameters
     ----------
     experts : PackedExperts
-        On the CPU; not changed.
+        Not changed; factors are on its device.
     """
 
     def __init__(self, experts: PackedExperts) -> None:
         super().__init__()
         self._packed = [experts]  # in a list: its buffers are no part of this module
         layer = experts.layer
+        device = experts.stack(layer.projections[0]).parts["codes"].device
         self.rows, self.columns = nn.ParameterDict(), nn.ParameterDict()
         for name, (rows, columns) in layer.shapes.items():
-            self.rows[name] = nn.Parameter(torch.zeros(layer.count, rows))
+            self.rows[name] = nn.Parameter(torch.zeros(layer.count, rows, device=device))
             if layer.first_of_stage(name) == name and isinstance(experts.codebooks[name], Dictionary):
-                self.columns[name] = nn.Parameter(torch.zeros(layer.count, columns))
+                self.columns[name] = nn.Parameter(torch.zeros(layer.count, columns, device=device))
 
     @property
     def packed(self) -> PackedExperts:
@@ -67,7 +68,7 @@ class TunedExperts(nn.Module):
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        """Return the tensors that the factors change, rounded as they are stored: levels, scales, checksums.
+        """Return the tensors that the factors change, on the CPU, rounded as stored: levels, scales, checksums.
 
         Their names are those of the whole model's tensors. Where these take few bits, the factors become what
         leads to them: what is computed from then on is what a reader will compute.
@@ -77,26 +78,26 @@ class TunedExperts(nn.Module):
         stacks: dict[str, ExpertStack] = {}
         for name in layer.projections:
             stack = self.packed.stack(name)
+            parts = {part: tensor.cpu() for part, tensor in stack.parts.items()}
             own = {"levels": self._rounded(stack, "levels", self.rows[name])}
             if name in self.columns:
                 own["column_scales"] = self._rounded(stack, "column_scales", self.columns[name])
             first = stacks.get(layer.first_of_stage(name))
-            stacks[name] = ExpertStack(
-                stack.name, stack.experts, stack.shape, stack.codebook, stack.parts | own, first=first
-            )
-            own["checksums"] = torch.empty_like(stack.parts["checksums"])
+            stacks[name] = ExpertStack(stack.name, stack.experts, stack.shape, stack.codebook, parts | own, first=first)
+            own["checksums"] = torch.empty_like(parts["checksums"])
             for expert in range(layer.count):
-                own["checksums"][expert] = checksum(stacks[name].matrix(expert, stack.checked(expert).codes))
+                codes = self.packed.packed(expert, name).codes.cpu()
+                own["checksums"][expert] = checksum(stacks[name].matrix(expert, codes))
             changed |= {tensor_name(stack.name, part): tensor for part, tensor in own.items()}
         return changed
 
     def _rounded(self, stack: ExpertStack, part: str, factors: Tensor) -> Tensor:
         """Return steps or scales times the exponentials of factors, which may be changed, as they are stored."""
-        stored, known = stack.parts[part], stack.held[part].float()
+        stored, known, times = stack.parts[part].cpu(), stack.held[part].float().cpu(), factors.exp().cpu()
         if stored.dtype != torch.uint8:
-            return (known * factors.exp().view(*factors.shape, *[1] * (known.dim() - 2))).to(stored.dtype)
-        known = known.view(factors.shape)
-        packed = repack_scales(stored, known * factors.exp())
+            return (known * times.view(*times.shape, *[1] * (known.dim() - 2))).to(stored.dtype)
+        known = known.view(times.shape)
+        packed = repack_scales(stored, known * times)
         found = unpack_scales(packed, factors.shape[1]).float()
         factors.copy_(torch.where(known > 0, found / known, 1.0).log())
         return packed

@@ -26,6 +26,7 @@ from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import MOST
 from qmoe_lite.compression.settings import Progress
 from qmoe_lite.compression.verdict import judge
+from qmoe_lite.devices import find_device, moved
 from qmoe_lite.errors import BadResultError, CheckpointError, OutputError, SettingError
 from qmoe_lite.models.building import read_config
 from qmoe_lite.models.dense import load_dense
@@ -52,6 +53,8 @@ class TuneReport:
     samples, validation_samples, sequence_length, epochs, batch_size : int
     learning_rate : float
         As it was given, or chosen.
+    device : str
+        Where both models ran.
     seconds : float
     """
 
@@ -68,6 +71,7 @@ class TuneReport:
     epochs: int
     batch_size: int
     learning_rate: float
+    device: str
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -86,6 +90,7 @@ def tune(
     epochs: int = 1,
     batch_size: int = 2,
     learning_rate: float | None = None,
+    device: str | torch.device = "auto",
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> TuneReport:
@@ -112,6 +117,9 @@ def tune(
     learning_rate : float, optional
         Highest relative change of a step's size, about, in a step of training. By default .01, or a third or a ninth of
         that where the validation samples come no nearer to the dense model: then training begins anew.
+    device : str or torch device
+        Where both models run: "auto" is the first usable GPU, if the dense model, in float32, takes at most half of the
+        memory that is free there, else the CPU, which `progress` is told; see `find_device`.
     seed : int
         Seed for samples and their order.
     progress : callable, optional
@@ -136,12 +144,14 @@ def tune(
         Predictions are NaN or infinite.
     BadResultError
         Training won nothing on the validation samples.
+    DeviceError
+        A GPU that was named cannot be used, or has too little memory.
 
     Notes
     -----
     The dense model's final states are kept, not its logits, and the two models are in memory one after the other, in
     float32. Where the validation samples say that nothing was won, `out` is not written: a BadResultError says so.
-    The same arguments give the same bytes, on the same machine with as many threads.
+    On a CPU the same arguments give the same bytes, on the same machine with as many threads.
     """
     if min(samples, epochs, batch_size) < 1 or not 0 < (HIGHEST if learning_rate is None else learning_rate) <= 0.1:
         raise SettingError("samples, epochs and batch size are at least 1, the learning rate more than 0, at most 0.1.")
@@ -169,12 +179,13 @@ def tune(
                 f"{partial} exists: unfinished work, maybe of a compression. Move it, or choose another OUT."
             )
         model = load_dense(reference, *open_checkpoint(reference), torch.float32)
+        model, where = _placed(model, device, reference, tell)
         states = run_dense(model, drawn, lambda done: tell(Progress(done, whole, f"dense model, sample {done}")))
         wanted = run_dense(
             model, kept, lambda done: tell(Progress(len(drawn) + done, whole, "dense model, validation"))
         )
         del model
-        tuner = Tuner(load(source, dtype=torch.float32))
+        tuner = Tuner(load(source, device=where, dtype=torch.float32))
         before = tuner.measure(kept, wanted)
         how: dict[str, Any] = {"epochs": epochs, "batch": batch_size, "seed": seed, "progress": show}
         held = Held(kept, wanted)
@@ -204,10 +215,25 @@ def tune(
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=rate,
+            device=str(where),
             seconds=time.perf_counter() - begun,
         )
         _write(checkpoint, partial, target, stored, report, gap, tokens)
     return report
+
+
+def _placed(
+    model: Any, device: str | torch.device, path: Path, tell: Callable[[Progress], None]
+) -> tuple[Any, torch.device]:
+    """Move a dense model where it is to run; return it and that device."""
+    where = find_device(device)
+    if where.type != "cpu" and str(device) == "auto":
+        size, free = sum(each.nbytes for each in model.parameters()), torch.cuda.mem_get_info(where)[0]
+        if 2 * size > free:
+            sizes = f"{size / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB free on {where}"
+            tell(Progress(0, 1, f"the dense model takes {sizes}: tuned on the CPU"))
+            return model, torch.device("cpu")
+    return moved(model, where, path), where
 
 
 def _check_pair(source: Path, reference: Path) -> Checkpoint:

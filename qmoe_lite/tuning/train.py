@@ -62,7 +62,7 @@ def run_dense(model: Any, drawn: Samples, progress: Callable[[int], None] | None
     head, found = Head(model), []
     with capacity_lifted(model):
         for row in range(len(drawn)):
-            found.append(states_of(model, head, drawn, [row])[1][0].clone())
+            found.append(states_of(model, head, drawn, [row])[1][0].cpu().clone())
             if progress is not None:
                 progress(row + 1)
     return found
@@ -74,7 +74,7 @@ class Tuner:
     Parameters
     ----------
     model : transformers model
-        Loaded by `qmoe_lite.load` in float32, on the CPU. Its experts are replaced.
+        Loaded by `qmoe_lite.load` in float32. Its experts are replaced.
     """
 
     def __init__(self, model: Any) -> None:
@@ -124,7 +124,7 @@ class Tuner:
             predicted = labels != IGNORED
             for part in slices(len(labels), self.head.vocabulary):
                 with torch.no_grad():
-                    expected = self.head.logits(dense[row][part].float()).log_softmax(-1)[predicted[part]]
+                    expected = self.head.logits(self._beside(dense[row][part])).log_softmax(-1)[predicted[part]]
                 found = self.head.logits(inner[part]).log_softmax(-1)[predicted[part]]
                 loss = kl_div(found, expected, reduction="sum", log_target=True)
                 total += float(loss.detach())
@@ -208,7 +208,7 @@ class Tuner:
                 predicted, own, wanted = labels != IGNORED, 0.0, 0.0
                 for part in slices(len(labels), self.head.vocabulary):
                     logits = self.head.logits(states[part])
-                    reference = self.head.logits(expected[part].float())
+                    reference = self.head.logits(self._beside(expected[part]))
                     divergences.append(summed_divergence(logits[predicted[part]], reference[predicted[part]])[0])
                     own += summed_loss(logits, labels[part])
                     wanted += summed_loss(reference, labels[part])
@@ -218,9 +218,13 @@ class Tuner:
         return Measured(math.fsum(divergences) / sum(tokens), losses, dense_losses, tokens)
 
     def stored(self) -> dict[str, Tensor]:
-        """Return all tensors that training changed, as they are stored, by the model's names."""
+        """Return all tensors that training changed, on the CPU, as they are stored, by the model's names."""
         changed = {name: tensor for experts in self.experts for name, tensor in experts.stored().items()}
-        return changed | {name: norm.detach() for name, norm in self.norms.items()}
+        return changed | {name: norm.detach().cpu() for name, norm in self.norms.items()}
+
+    def _beside(self, states: Tensor) -> Tensor:
+        """Return what the dense model's head was given where the model is, as float32."""
+        return states.to(self.model.device, torch.float32)
 
 
 def _copy_norms(model: Any) -> dict[str, nn.Parameter]:

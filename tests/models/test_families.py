@@ -18,6 +18,8 @@ import qmoe_lite as qm
 from qmoe_lite import models
 from qmoe_lite.compression.calibration import make_samples, read_tokens
 from qmoe_lite.compression.documents import read_text
+from qmoe_lite.compression.losses import head_products
+from qmoe_lite.compression.opening import opened
 from qmoe_lite.errors import CheckpointError, SettingError, UnsupportedFamilyError
 from qmoe_lite.models.architecture import Joint
 from qmoe_lite.models.blocks import Layout, recorded_calls
@@ -48,6 +50,16 @@ def test_the_readme_names_each_family_by_how_it_is_tested():
     assert all(f"`{name}`" in row for name, row in zip(named, rows, strict=True))
     assert named.pop("CAUSAL") == sorted([*tiny.CAUSAL, "switch_transformers"])
     assert named == {name: sorted(getattr(tiny, name)) for name in named}
+
+
+@pytest.mark.parametrize("model_type", sorted(tiny.CAUSAL | tiny.MORE))
+def test_logits_are_made_where_the_head_is(causal, model_type):
+    found = opened(causal(model_type), auto=False)
+    found.family.load_outside_blocks(found.model, found.checkpoint, torch.float32)
+    weight, finish = found.family.head(found.model, found.checkpoint)
+    logits = finish(head_products(torch.ones(5, weight.shape[1]), weight.to("meta")))  # refuses what is elsewhere
+    assert logits.is_meta
+    assert logits.shape == (5, len(weight))
 
 
 def test_another_type_is_refused_by_name_and_taken_by_auto(tmp_path, causal, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from checks import bytes_of
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.reader import Checkpoint
@@ -154,3 +155,14 @@ def test_a_model_with_other_files_keeps_them(rated, causal, text_file, tmp_path)
     tune(tmp_path / "in", tmp_path / "out", dense=causal("qwen3_moe"), calibration=text_file, **SETTINGS)
     assert (tmp_path / "out" / "README.md").read_text() == "kept\n"
     assert {file.name for file in (tmp_path / "in").iterdir()} == {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_model_that_would_fill_the_gpu_is_tuned_on_the_cpu(monkeypatch, rated, tuned, causal, text_file, tmp_path):
+    told = []
+    monkeypatch.setattr("qmoe_lite.tuning.run.find_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 20_000))
+    given = {"dense": causal("qwen3_moe"), "calibration": text_file, "progress": told.append, **SETTINGS}
+    report = tune(rated, tmp_path / "out", **given)
+    assert report.device == "cpu"
+    assert "GB free on cuda:0: tuned on the CPU" in told[0].place
+    assert bytes_of(tmp_path / "out") == bytes_of(tuned)
