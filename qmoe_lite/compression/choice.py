@@ -24,6 +24,8 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
     SettingError
         The recipe, the grid and the rate do not go together.
     """
+    if grid is not None and not hasattr(grid, "to_config"):
+        raise SettingError(f"grid is {grid!r}; expected a UniformGrid, a MinMaxTernary or a MinMaxTwoBit. Give one.")
     if settings.recipe == "paper" and (settings.rate is not None or (grid is not None and grid.alphabet != 3)):
         raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for other grids.")
     if settings.rate is not None and grid is not None and not isinstance(grid, UniformGrid):

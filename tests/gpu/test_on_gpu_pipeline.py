@@ -1,28 +1,35 @@
 """Whole compressions on a GPU beside the CPU's: targets, tuning, sensitivity, and a run that goes on. No conftest.
 
-Sums in another order flip a digit here and there, and later layers see it: figures are close, never equal.
+Sums in another order flip a digit here and there, and later layers see it: figures are close, never equal. Where there
+is no GPU, one is pretended: nothing may be left on the other device.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 from checks import Killed, bytes_of
+from pretend_gpu import pretended
 
 import qmoe_lite as qm
 from qmoe_lite.compression.shares import Sensitivity
 from qmoe_lite.cuda import launch
 from qmoe_lite.inspection.verification import verify
 
-if not launch.available():
-    pytest.skip(f"needs a GPU: {launch.reason()}", allow_module_level=True)
-
 DEVICE = "cuda:0"
 WIDE = {"hidden_size": 64, "moe_intermediate_size": 96, "num_hidden_layers": 2}
 SETTINGS = {"samples": 48, "sequence_length": 32, "validation_samples": 8, "rate": 2.0}
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "phimoe", "switch_transformers"])
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    with nullcontext() if launch.available() else pretended(monkeypatch):
+        yield
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "switch_transformers"])
 def made(request, tmp_path_factory):
     """A small random model of a family, and the settings to compress it with."""
     path, tokenizer = tmp_path_factory.mktemp(request.param), tiny.make_tokenizer()
@@ -39,7 +46,8 @@ def assert_alike(found, expected):
     assert found.bits_per_weight == pytest.approx(expected.bits_per_weight, rel=0.01)
     assert found.held_out_error == pytest.approx(expected.held_out_error, rel=0.3)
     assert found.verdict["dense_loss"] == pytest.approx(expected.verdict["dense_loss"], abs=1e-3)
-    assert found.verdict["gap"] == pytest.approx(expected.verdict["gap"], abs=0.1 * abs(expected.verdict["gap"]) + 0.02)
+    error = sum(each.verdict["standard_error"] for each in (found, expected))
+    assert found.verdict["gap"] == pytest.approx(expected.verdict["gap"], abs=3 * error)
 
 
 @pytest.mark.parametrize("tune", ["none", "targets", "block"])
@@ -91,15 +99,14 @@ def test_the_whole_model_is_tuned_as_on_the_cpu(made, tmp_path):
     assert found.after == pytest.approx(expected.after, rel=0.1)
 
 
-@pytest.mark.parametrize("tune", ["targets", "block"])
-def test_a_run_that_was_killed_ends_with_the_same_bytes(made, tmp_path, tune):
+def test_a_run_that_was_killed_ends_with_the_same_bytes(made, tmp_path):
     model, given = made
 
     def kill(event):
         if event.done == 1:
             raise Killed
 
-    given |= {"device": DEVICE, "tune": tune, "group_bytes": 1 << 16}
+    given |= {"device": DEVICE, "tune": "block", "group_bytes": 1 << 16}
     with pytest.raises(Killed):
         qm.compress(model, tmp_path / "killed", progress=kill, **given)
     for name in ("killed", "whole"):
