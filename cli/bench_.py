@@ -153,7 +153,9 @@ def accuracy(
     tuned: Annotated[bool, typer.Option("--tuned", help="Measure each once more after qmoe tune.")] = False,
     tune: Annotated[
         str | None,
-        typer.Option(help="none, targets or block, as compress takes it, where it calibrates.", show_default="targets"),
+        typer.Option(
+            help="none, targets or block, as compress takes it, where it calibrates.", show_default="as compress does"
+        ),
     ] = None,
     sensitivity: Annotated[
         str | None, typer.Option(help="What qmoe sensitivity wrote, for the rates.", metavar="FILE")

@@ -77,7 +77,8 @@ def compress(
         typer.Option(
             help="Make up for what is lost, at no bits. targets: GPTQ solves each expert's last matrix for what is "
             "missing (asymmetric calibration); block: then the expert's steps and scales are trained; full: targets, "
-            "then the whole model trained as qmoe tune does; none. [default: targets, or none for the other recipes]",
+            "then the whole model trained as qmoe tune does; none. [default: block at a rate of up to 2.75 bits, else "
+            "targets; none for the other recipes]",
             show_default=False,
         ),
     ] = None,

@@ -38,7 +38,8 @@ def estimate(
     activations: Annotated[str, typer.Option(help="How activations are kept: float32, or bfloat16.")] = "float32",
     products: ProductsOption = "float32",
     tune: Annotated[
-        str | None, typer.Option(help="none, targets or block, as compress takes it.", show_default="targets")
+        str | None,
+        typer.Option(help="none, targets or block, as compress takes it.", show_default="as compress does"),
     ] = None,
     spill: Annotated[
         Path | None, typer.Option(help="Folder for activations, as compress takes it.", metavar="DIR")

@@ -1,4 +1,4 @@
-"""Which grid and rate a compression takes where they were left open, and which go together."""
+"""Which grid, rate and tuning a compression takes where they were left open, and which go together."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import replace
 import torch
 
 from qmoe_lite.checkpoint.report import ProjectionReport
+from qmoe_lite.coding.strings import PAPER_BITS
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import SettingError
 from qmoe_lite.quantization.grid import Grid, MinMaxTernary, UniformGrid
 
 TERNARY_FAMILIES = ("switch_transformers",)  # the paper's realm: .8 bits and fewer by the ternary grid
 USUAL_RATE = 2.0  # stored bits a weight of other families
+TRAINED_RATE = 2.75  # up to which training wins beyond targets; bench/results/tuned-by-block.txt
 
 
-def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid, Settings]:
-    """Return the grid and the settings that hold, with what is chosen where nothing was asked for.
+def choose(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid, Settings]:
+    """Return the grid and the settings that hold, with what the recipe decides, and what nothing was asked for.
 
     Raises
     ------
@@ -34,19 +36,24 @@ def grid_and_rate(grid: Grid | None, settings: Settings, model_type: str) -> tup
         raise SettingError("stop_when_bad needs validation samples. Set validation_samples, and calibrate.")
     if settings.products != "float32" and settings.recipe == "nearest":
         raise SettingError("recipe nearest multiplies no tokens. Leave products out.")
-    if settings.tune != "none" and settings.recipe == "nearest":
+    if settings.tune not in (None, "none") and settings.recipe == "nearest":
         raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or tune none.")
+    if settings.recipe != "default":
+        settings = replace(settings, tune=settings.tune or "none")
+    if settings.recipe == "paper":
+        settings = replace(settings, codeword_bits=PAPER_BITS, blend_tokens=0)
     ternary = grid is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES)
     if settings.sensitivity is not None and settings.rate is None and (ternary or grid is not None):
         raise SettingError("sensitivity shares out a rate's bits, and there is no rate. Set one.")
     if ternary and settings.rate is None:
-        return MinMaxTernary(level_dtype=torch.bfloat16), settings
+        return MinMaxTernary(level_dtype=torch.bfloat16), replace(settings, tune=settings.tune or "targets")
     if grid is None:
         settings = replace(settings, rate=settings.rate or USUAL_RATE)
         grid = UniformGrid(level_dtype=torch.bfloat16)
     if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
         raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
-    return grid, settings
+    trains = settings.rate is not None and settings.rate <= TRAINED_RATE
+    return grid, replace(settings, tune=settings.tune or ("block" if trains else "targets"))
 
 
 def as_used(grid: Grid, projections: Sequence[ProjectionReport]) -> Grid:

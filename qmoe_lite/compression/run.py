@@ -25,7 +25,7 @@ from qmoe_lite.checkpoint.writer import Writer
 from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.block_tuning import BlockTuning
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
-from qmoe_lite.compression.choice import as_used, grid_and_rate
+from qmoe_lite.compression.choice import as_used, choose
 from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.identity import check_same, contents_of, fingerprint_of
 from qmoe_lite.compression.layer import LayerCompressor
@@ -143,8 +143,9 @@ def compress(
         Stored bits a weight, averaged over all experts of the model, 0.6 to 4: the step of a `UniformGrid` is chosen
         for it.
     tune : str, optional
-        What experts do about what is lost: see `block_tuning`. "targets", but for the recipes "paper" and "nearest" the
-        default: their last projections are solved for it; "block": steps and scales are trained too; "none".
+        What experts do about what is lost: see `block_tuning`. "targets": their last projections are solved for it;
+        "block": steps and scales are trained too; "none". By default "block" at a rate of up to 2.75 bits, else
+        "targets", and "none" for the recipes "paper" and "nearest".
     sensitivity : Sensitivity or path, optional
         Which layers lose how much, by `qmoe_lite.sensitivity` or of a file: those that lose much get more of the bits.
     stop_when_bad : bool
@@ -210,7 +211,6 @@ def compress(
         device=str(ranks.device(device)),
     )
     options.check()
-    options = options.resolved()
     target = Path(out)
     check_free(target)
     calibration = text_for(options.recipe, calibration)
@@ -238,7 +238,7 @@ class _Run:
         found = opened(model, auto)
         self.family, self.checkpoint, self.config = found.family, found.checkpoint, found.config
         self.model, self.layers, self.degraded = found.model, found.layers, found.notes
-        self.grid, self.settings = grid_and_rate(grid, settings, self.family.model_type)
+        self.grid, self.settings = choose(grid, settings, self.family.model_type)
         self.adapts = grid is None and isinstance(self.grid, UniformGrid)  # its dead zone follows the model
         shares_of(self.settings.sensitivity, self.layers)  # refuses another model's
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.errors import SettingError
 
 RECIPES = ("default", "paper", "nearest")
 TUNE = ("none", "targets", "block")
-PAPER_BITS = 16  # of a codeword in the paper's dictionary
 _CPU_GROUP, _GPU_GROUP = 1 << 30, 4 << 30  # bytes
 
 
@@ -62,8 +61,7 @@ class Settings:
         Search all tensors for NaN and infinity before the first layer; costs one reading of the model.
     tune : str or None
         "targets": each expert's last projection is solved for what is missing; "block": its steps and scales are
-        trained for that too: see `block_tuning`; or "none". None takes "targets", and "none" unless the recipe is
-        "default".
+        trained for that too: see `block_tuning`; or "none". None leaves it to the recipe and the rate.
     sensitivity : dict, experts module to float, or None
         What each layer quantised alone loses, by which bits are shared out: see `sensitivity`. None gives all layers
         the same step.
@@ -97,13 +95,6 @@ class Settings:
     def group_room(self) -> int:
         """Bytes that a group may take."""
         return self.group_bytes or (_CPU_GROUP if self.device == "cpu" else _GPU_GROUP)
-
-    def resolved(self) -> Settings:
-        """Return the settings that hold, with those that the recipe decides."""
-        tune = self.tune or ("targets" if self.recipe == "default" else "none")
-        if self.recipe == "paper":
-            return replace(self, codeword_bits=PAPER_BITS, blend_tokens=0, tune=tune)
-        return replace(self, tune=tune)
 
     def check(self) -> None:
         """Raise SettingError for a value outside its range."""

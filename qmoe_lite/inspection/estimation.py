@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qmoe_lite.checkpoint.headers import read_headers
-from qmoe_lite.compression.choice import grid_and_rate
+from qmoe_lite.compression.choice import choose
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.spill import check_folder
@@ -184,7 +184,7 @@ def estimate(
     check_folder(spill)
     headers = read_headers(model)
     anatomy = anatomy_of(headers, family == "auto")
-    grid, settings = grid_and_rate(grid, settings.resolved(), anatomy.family.model_type)
+    grid, settings = choose(grid, settings, anatomy.family.model_type)
     read, assumed = list(anatomy.read), list(anatomy.assumed)
     bits = settings.rate or bits_of_grid(headers, anatomy, grid, read, assumed)
     target = None if out is None else Path(out)

@@ -133,7 +133,7 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float, spill
     anatomy : Anatomy
         Of the dense model.
     settings, grid
-        As `choice.grid_and_rate` resolved them.
+        As `choice.choose` returned them.
     bits : float
         Stored bits a weight that the experts will take.
     spilled : bool

@@ -146,7 +146,7 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     anatomy : Anatomy
         Of the dense model.
     settings, grid
-        As `choice.grid_and_rate` resolved them.
+        As `choice.choose` returned them.
     shards : list of Path
         Files that are read to measure the disk; none: one is written into `folder` for it, and removed.
     folder : Path

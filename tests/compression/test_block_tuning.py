@@ -11,6 +11,7 @@ from checks import Killed
 from transformers import AutoModelForCausalLM
 
 import qmoe_lite as qm
+from qmoe_lite.compression.choice import TRAINED_RATE, choose
 from qmoe_lite.compression.correction import Correction, Lack
 from qmoe_lite.compression.expert_training import train_expert
 from qmoe_lite.compression.layer_parts import Linear
@@ -147,10 +148,12 @@ def test_few_large_tokens_among_those_with_twins_do_not_make_a_change_overshoot(
 
 
 def test_what_is_tuned_by_default():
-    assert Settings().resolved().tune == "targets"
-    assert Settings(tune="none").resolved().tune == "none"
-    assert [Settings(recipe=each).resolved().tune for each in ("paper", "nearest")] == ["none", "none"]
-    assert Settings(recipe="paper", tune="block").resolved().tune == "block"
+    def tune(grid=None, model="qwen3_moe", **given):
+        return choose(grid, Settings(**given), model)[1].tune
+
+    assert tune() == tune(rate=TRAINED_RATE) == tune(recipe="paper", tune="block") == "block"
+    assert tune(rate=TRAINED_RATE + 0.01) == tune(model="switch_transformers") == tune(qm.MinMaxTwoBit()) == "targets"
+    assert tune(recipe="paper") == tune(recipe="nearest") == tune(tune="none") == "none"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.headers import Held, read_headers
 from qmoe_lite.checkpoint.report import read_report
-from qmoe_lite.compression.choice import grid_and_rate
+from qmoe_lite.compression.choice import choose
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection import estimation, time_model
 from qmoe_lite.inspection.anatomy import anatomy_of
@@ -163,7 +163,7 @@ def test_missing_shards_and_damaged_headers(causal, tmp_path):
 
 def test_what_cannot_fit_is_told_from_what_may_not(switch):
     anatomy = anatomy_of(read_headers(switch))
-    grid, settings = grid_and_rate(None, Settings(samples=4000, sequence_length=128), "switch_transformers")
+    grid, settings = choose(None, Settings(samples=4000, sequence_length=128), "switch_transformers")
     need = need_of(anatomy, settings, grid, 1.0)
     assert need.certain < need.memory
     assert need.certain_disk < need.disk
