@@ -68,7 +68,9 @@ def tune(
 
 def _print(report: TuneReport, out: Path) -> None:
     before = report.loss_before - report.dense_loss
-    print_text(f"{out}: {report.samples} samples, learning rate {report.learning_rate:.3g}, {duration(report.seconds)}")
+    where = "" if report.device == "cpu" else f" on {report.device}"
+    how = f"{report.samples} samples, learning rate {report.learning_rate:.3g}, {duration(report.seconds)}{where}"
+    print_text(f"{out}: {how}")
     print_text(f"KL divergence from the dense model {report.before:.4f} -> {report.after:.4f} nats a token")
     print_text(
         f"loss above the dense model's {report.dense_loss:.3f}: {before:+.3f} -> {report.gap:+.3f} "

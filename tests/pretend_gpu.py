@@ -1,7 +1,8 @@
 """A GPU that is none: tensors on the CPU that say they are on it, and refuse what those of a real one refuse.
 
 Whole compressions run so, on what a GPU would run but the kernels, which their CPU twins stand for: a tensor that was
-left on the other device is found without a GPU.
+left on the other device is found without a GPU. Not seen: what a backward pass does inside of an autograd.Function;
+experts multiplied together from packets, which run one after another here; torch's grouped products; streams.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ GPU = torch.device("cuda", 0)
 MEMORY = 80 << 30
 _SAID = {"device": GPU, "is_cuda": True, "is_cpu": False}
 _REFUSED = {"numpy", "__array__", "data_ptr", "untyped_storage", "storage"}
-_ACROSS = {"copy_", "__set__", "_has_compatible_shallow_copy_type"}  # may have tensors of both
+_ACROSS = {"copy_", "_has_compatible_shallow_copy_type"}  # may have tensors of both
+_WHOLE = {"stack", "index_select", "gather", "index_add", "index_add_"}  # no number of the CPU's either
 
 
 class OnGpu(torch.Tensor):
@@ -61,8 +63,11 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return _moved(name, *args, **kwargs)
         in_backward = torch._C._current_graph_task_id() != -1  # gradients come there as plain tensors
         if ours and not in_backward and name not in _ACROSS:
-            _check(name, args, tensors)
+            _check(name, func, args, tensors)
         device = kwargs.get("device")
+        drawn = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Generator)]
+        if drawn and (_is_gpu(device) or (device is None and ours)):
+            raise RuntimeError(f"{name}: expected a generator of {GPU}, but found {drawn[0].device}")
         if name == "__format__":  # of a number, if the type is Tensor itself
             return func(_plain(args[0]), *args[1:])
         if name == "histc" and ours:  # of integers on a GPU alone
@@ -71,15 +76,21 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             kwargs = kwargs | {"device": "cpu"}
         stays = device is not None and not _is_gpu(device)
         found = func(*args, **kwargs)
-    if stays or not (ours or _is_gpu(device)):
+    if stays:
+        return tree_map(_plain, found)
+    if not (ours or _is_gpu(device)):
         return found
     return tree_map(_on_gpu, found)
 
 
-def _check(name: str, args: Any, tensors: list[torch.Tensor]) -> None:
-    others = [each for each in tensors if not isinstance(each, OnGpu) and each.dim()]
+def _check(name: str, func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
+    if name == "__set__" and func.__self__.__name__ == "data":
+        return
     if name in ("__getitem__", "index_put_", "__setitem__") and isinstance(args[0], OnGpu):
-        return  # indices may be on the CPU, and a slice is copied to
+        indexed = name == "index_put_" or any(isinstance(each, torch.Tensor | list) for each in tree_iter(args[1]))
+        tensors = [args[0], *args[2:3]] if indexed else args[:1]  # indices may be on the CPU, and a slice is copied to
+        tensors = [each for each in tensors if isinstance(each, torch.Tensor)]
+    others = [each for each in tensors if not isinstance(each, OnGpu) and (each.dim() or name in _WHOLE)]
     if others:
         shapes = ", ".join(f"{tuple(each.shape)} on {'cuda' if isinstance(each, OnGpu) else 'cpu'}" for each in tensors)
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {shapes}")
@@ -127,15 +138,12 @@ def _converted(value: Any, convert: Any) -> Any:
     return value
 
 
-def _stand_in(twin: Any) -> Any:
-    """Return what the CPU's function of the same name makes of tensors that are on the GPU, on the GPU."""
+def _stand_in(on_cpu: Any) -> Any:
+    """Return a CUDA twin that is what the CPU's function makes of tensors on the GPU."""
 
-    @functools.wraps(twin)
+    @functools.wraps(on_cpu)
     def call(*args: Any) -> Any:
-        first = next(iter(_tensors(args)))
-        assert isinstance(first, OnGpu), f"{twin.__name__} was called for tensors on the CPU"
-        assert all(isinstance(each, OnGpu) for each in _tensors(args)), f"{twin.__name__}: tensors on two devices"
-        on_cpu = getattr(_CPU[twin.__module__], twin.__name__)
+        assert all(isinstance(each, OnGpu) for each in _tensors(args)), f"{on_cpu.__name__}: a tensor on the CPU"
         return _converted(on_cpu(*_converted(args, _plain)), _on_gpu)
 
     return call
@@ -147,16 +155,19 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     return found
 
 
-_CPU = {codec.__name__: cpu_codec, matmul.__name__: cpu_matmul, solver.__name__: cpu_solver}
-_TWINS = [(codec, ("encode", "decode", "decode_dense")), (matmul, ("decode_matmul",)), (solver, ("solve_block",))]
+_TWINS = [
+    (codec, cpu_codec, ("encode", "decode", "decode_dense")),
+    (matmul, cpu_matmul, ("decode_matmul",)),
+    (solver, cpu_solver, ("solve_block",)),
+]
 
 
 @contextmanager
 def pretended(monkeypatch: Any) -> Iterator[None]:
     """Have a GPU that is none: `compress(.., device="cuda:0")` and others take it."""
-    for module, names in _TWINS:
+    for twin, on_cpu, names in _TWINS:
         for name in names:
-            monkeypatch.setattr(module, name, _stand_in(getattr(module, name)))
+            monkeypatch.setattr(twin, name, _stand_in(getattr(on_cpu, name)))
     monkeypatch.setattr(launch, "reason", lambda index=0: None)
     monkeypatch.setattr(PackedExperts, "in_turn", True)  # no kernel that multiplies experts together
     said = {"mem_get_info": (MEMORY, MEMORY), "synchronize": None, "is_available": True}

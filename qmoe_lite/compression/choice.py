@@ -19,14 +19,14 @@ TRAINED_RATE = 2.75  # up to which training wins beyond targets; bench/results/t
 
 
 def choose(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid, Settings]:
-    """Return the grid and the settings that hold, with what the recipe decides, and what nothing was asked for.
+    """Return the grid and the settings that hold, with what the recipe decides and what was left open.
 
     Raises
     ------
     SettingError
         The recipe, the grid and the rate do not go together.
     """
-    if grid is not None and not hasattr(grid, "to_config"):
+    if grid is not None and (isinstance(grid, type) or not hasattr(grid, "to_config")):
         raise SettingError(f"grid is {grid!r}; expected a UniformGrid, a MinMaxTernary or a MinMaxTwoBit. Give one.")
     if settings.recipe == "paper" and (settings.rate is not None or (grid is not None and grid.alphabet != 3)):
         raise SettingError("the paper's dictionary codes ternary weights only. Use recipe default for other grids.")

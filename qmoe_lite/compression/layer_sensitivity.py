@@ -24,7 +24,7 @@ from qmoe_lite.compression.documents import DEFAULT_TEXT
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.losses import IGNORED, head_products, slices, summed_divergence
+from qmoe_lite.compression.losses import IGNORED, head_on, head_products, slices, summed_divergence
 from qmoe_lite.compression.opening import check_family, opened
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import bounded, check_rate, first_step
@@ -175,7 +175,7 @@ class _Pass:
         dense, *others = (memory.read(slice(at, at + windows))[told] for at in (0, *range(count, len(memory), windows)))
         progress(Progress(len(done), len(self._layers), "comparing predictions"))
         weight, finish = self._family.head(self._model, self._checkpoint)
-        losses = _divergences(dense, others, weight.to(self._settings.device), finish)
+        losses = _divergences(dense, others, head_on(weight, self._settings.device), finish)
         found = {self._layers[number].experts: loss for number, loss in zip(done, losses, strict=True)}
         return Sensitivity(self._rate, len(dense), {layer.experts: found[layer.experts] for layer in self._layers})
 

@@ -85,6 +85,14 @@ def loss_of_states(
     return total
 
 
+def head_on(weight: Tensor, device: str) -> Tensor:
+    """Return a head's weight on a device, or where it is if that has no room: only the time of comparing differs."""
+    try:
+        return weight.to(device)
+    except torch.OutOfMemoryError:
+        return weight
+
+
 def head_products(states: Tensor, weight: Tensor) -> Tensor:
     """Return products (N, V) of states (N, C), float32, with a head (V, C), where that is; a piece is made float32."""
     states = states.to(weight.device)

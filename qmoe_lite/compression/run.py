@@ -32,6 +32,7 @@ from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import check_free, locked
+from qmoe_lite.compression.losses import head_on
 from qmoe_lite.compression.notes import make_report, name_of_text
 from qmoe_lite.compression.opening import check_family, opened
 from qmoe_lite.compression.positions import check_window
@@ -333,7 +334,7 @@ class _Run:
                 memory = hidden
             assert memory is not None
             weight, finish = self.family.head(self.model, self.checkpoint)
-            head = weight.to(self.settings.device), finish
+            head = head_on(weight, self.settings.device), finish
             self.verdict = samples.judge(memory, *head, self.settings.rate, self.ranks)
 
     def _finish_layer(self, number: int, seen: LayerInputs | None) -> None:

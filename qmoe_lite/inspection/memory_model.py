@@ -165,7 +165,10 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float, spill
         if cpu:
             stages["a block's dense part"] |= {"block in float32": weights, "one batch in it": passing}
         device_parts.append(weights + passing)
-        stages["logits of validation samples"] = {"logits": _logits(anatomy, rows)}
+        if cpu:
+            stages["logits of validation samples"] = {"logits": _logits(anatomy, rows)}
+        else:
+            device_parts.append(_logits(anatomy, rows) + 4 * anatomy.vocabulary * anatomy.hidden)
     stages["a group of experts"] = {"codes of the layer": writing[0]} | ({"the group": group[1]} if cpu else {})
     stages["writing a layer"] = {"codes of the layer, and what they are put together from": writing[1]}
     stages["writing what is not in experts"] = {"tensors": min(_DENSE_SHARD, anatomy.kept_bytes)}

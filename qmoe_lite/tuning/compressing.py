@@ -40,6 +40,7 @@ def compress_and_tune(
     ----------
     model, out, calibration, resume, progress, log, before, each_group, **settings
         As for `compress`.
+        But for `tune`, which is "targets" unless another is named or the recipe decides.
     epochs : int
         As for `tune`, which takes the same text, sequence length, seed and device, and as many samples where they were
         named.
@@ -60,11 +61,13 @@ def compress_and_tune(
         raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or do not tune.")
     if settings.pop("ranks", ALONE).count > 1:
         raise SettingError("tuning is the work of one process. Compress without it, then tune: qmoe tune.")
+    if settings.get("tune") is None and settings.get("recipe", "default") == "default":
+        settings["tune"] = "targets"  # the whole model's training wins more after targets than after block
     target = Path(out)
     check_free(target)
     untuned, request = (target.with_name(f"{target.name}.untuned{end}") for end in ("", ".json"))
     asked = {name: str(value) for name, value in {"model": model, "calibration": calibration, **settings}.items()}
-    asked.pop("device", None)  # what was compressed may be tuned elsewhere
+    asked.pop("device", None)  # what was compressed may be tuned on another
     if "sensitivity" in settings:  # what a file holds, not its name
         asked["sensitivity"] = str(layers_of(settings["sensitivity"]))
     if not resume:
@@ -96,6 +99,7 @@ def compress_and_tune(
 def _check_same(untuned: Path, request: Path, asked: dict[str, str]) -> None:
     """Raise ResumeError unless a compressed model that waits for its tuning was made by the same command."""
     known = read_json(request) if request.is_file() else {}
+    known.pop("device", None)
     differing = sorted(name for name in {*known, *asked} if known.get(name) != asked.get(name))
     if differing:
         name = differing[0]

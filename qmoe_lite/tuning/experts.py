@@ -86,8 +86,9 @@ class TunedExperts(nn.Module):
             stacks[name] = ExpertStack(stack.name, stack.experts, stack.shape, stack.codebook, parts | own, first=first)
             own["checksums"] = torch.empty_like(parts["checksums"])
             for expert in range(layer.count):
-                codes = self.packed.packed(expert, name).codes.cpu()
-                own["checksums"][expert] = checksum(stacks[name].matrix(expert, codes))
+                self.packed.packed(expert, name)  # checked, if nothing has asked for it yet
+                start, used = stacks[name].span(expert)
+                own["checksums"][expert] = checksum(stacks[name].matrix(expert, parts["codes"][start : start + used]))
             changed |= {tensor_name(stack.name, part): tensor for part, tensor in own.items()}
         return changed
 

@@ -137,7 +137,7 @@ def tune(
     CheckpointError
         `compressed` is not compressed, `dense` is, or the two are not of one architecture.
     SettingError
-        A number out of range.
+        A number out of range, or another device.
     TextError
         The text is missing, or too short to train on and to validate with.
     NotFiniteError
@@ -155,7 +155,7 @@ def tune(
     """
     if min(samples, epochs, batch_size) < 1 or not 0 < (HIGHEST if learning_rate is None else learning_rate) <= 0.1:
         raise SettingError("samples, epochs and batch size are at least 1, the learning rate more than 0, at most 0.1.")
-    begun, target = time.perf_counter(), Path(out)
+    begun, target, first_choice = time.perf_counter(), Path(out), find_device(device)
     check_free(target)
     source, reference = find_model(compressed), find_model(dense)
     checkpoint = _check_pair(source, reference)
@@ -179,7 +179,8 @@ def tune(
                 f"{partial} exists: unfinished work, maybe of a compression. Move it, or choose another OUT."
             )
         model = load_dense(reference, *open_checkpoint(reference), torch.float32)
-        model, where = _placed(model, device, reference, tell)
+        where = _with_room(model, first_choice, tell) if str(device) == "auto" else first_choice
+        model = moved(model, where, reference)
         states = run_dense(model, drawn, lambda done: tell(Progress(done, whole, f"dense model, sample {done}")))
         wanted = run_dense(
             model, kept, lambda done: tell(Progress(len(drawn) + done, whole, "dense model, validation"))
@@ -222,18 +223,17 @@ def tune(
     return report
 
 
-def _placed(
-    model: Any, device: str | torch.device, path: Path, tell: Callable[[Progress], None]
-) -> tuple[Any, torch.device]:
-    """Move a dense model where it is to run; return it and that device."""
-    where = find_device(device)
-    if where.type != "cpu" and str(device) == "auto":
-        size, free = sum(each.nbytes for each in model.parameters()), torch.cuda.mem_get_info(where)[0]
-        if 2 * size > free:
-            sizes = f"{size / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB free on {where}"
-            tell(Progress(0, 1, f"the dense model takes {sizes}: tuned on the CPU"))
-            return model, torch.device("cpu")
-    return moved(model, where, path), where
+def _with_room(model: Any, device: torch.device, tell: Callable[[Progress], None]) -> torch.device:
+    """Return the device, or the CPU where a dense model would take over half of what is free there."""
+    if device.type == "cpu":
+        return device
+    torch.cuda.empty_cache()  # what a compression left
+    size, free = sum(each.nbytes for each in model.parameters()), torch.cuda.mem_get_info(device)[0]
+    if 2 * size <= free:
+        return device
+    sizes = f"the dense model takes {size / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB are free on {device}"
+    tell(Progress(0, 1, "tuning", f"{sizes}: both models run on the CPU"))
+    return torch.device("cpu")
 
 
 def _check_pair(source: Path, reference: Path) -> Checkpoint:

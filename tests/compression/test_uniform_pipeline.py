@@ -279,6 +279,7 @@ def test_what_does_not_go_together_is_one_line(made, text_file, tmp_path):
 
     refused("only the uniform grid reaches", rate=2, grid=qm.MinMaxTernary())
     refused("grid is 'two-bit'; expected a UniformGrid", grid="two-bit")
+    refused("expected a UniformGrid", grid=qm.UniformGrid)
     refused("paper's dictionary codes ternary", rate=2, recipe="paper")
     refused("expected 0.6 to 4 stored bits", rate=5)
     refused("takes 9 to 12", grid=qm.UniformGrid(), codeword_bits=8)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import tiny
+import torch
 from checks import Killed, bytes_of
 from pretend_gpu import pretended
 
@@ -41,6 +43,32 @@ def made(request, tmp_path_factory):
     return model, SETTINGS | {"calibration": path / "text.txt"}
 
 
+@pytest.mark.skipif(launch.available(), reason="of the pretended GPU alone")
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda gpu, cpu: gpu + cpu,
+        lambda gpu, cpu: torch.nn.functional.linear(gpu, cpu),
+        lambda gpu, cpu: torch.cat([gpu, cpu]),
+        lambda gpu, cpu: torch.stack([gpu[0, 0], cpu[0, 0]]),
+        lambda gpu, cpu: cpu[gpu > 0],
+        lambda gpu, cpu: gpu.__setitem__(torch.tensor([0, 1]), cpu),
+        lambda gpu, cpu: gpu.index_put_((torch.tensor([0, 1]),), cpu),
+        lambda gpu, cpu: gpu.normal_(generator=torch.Generator()),
+        lambda gpu, cpu: gpu.numpy(),
+        lambda gpu, cpu: np.asarray(gpu),
+    ],
+)
+def test_what_a_gpu_refuses_is_refused(mixed):
+    cpu = torch.ones(2, 2)
+    gpu = cpu.to(DEVICE)
+    gpu[:] = cpu
+    assert torch.equal((gpu * 2.0 + cpu[0, 0])[torch.tensor([0])].cpu(), torch.full((1, 2), 3.0))
+    assert gpu.device == torch.zeros(1, device=DEVICE).device != cpu.device == gpu.cpu().device
+    with pytest.raises((RuntimeError, TypeError)):
+        mixed(gpu, cpu)
+
+
 def assert_alike(found, expected):
     """Compare two reports: bits, what layers lose, and both models' losses."""
     assert found.bits_per_weight == pytest.approx(expected.bits_per_weight, rel=0.01)
@@ -50,6 +78,7 @@ def assert_alike(found, expected):
     assert found.verdict["gap"] == pytest.approx(expected.verdict["gap"], abs=3 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["none", "targets", "block"])
 def test_a_compression_is_the_cpu_s(made, tmp_path, tune):
     model, given = made
@@ -62,6 +91,7 @@ def test_a_compression_is_the_cpu_s(made, tmp_path, tune):
             assert found.tuning_by_block[at] == pytest.approx(expected.tuning_by_block[at], rel=0.1)
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16_lose_no_more(made, tmp_path):
     model, given = made
     expected = qm.compress(model, tmp_path / "float32", device=DEVICE, **given)
@@ -77,6 +107,7 @@ def test_sensitivity_is_the_cpu_s(made):
     assert found.layers == pytest.approx(expected.layers, rel=0.1)
 
 
+@pytest.mark.slow
 def test_bits_are_shared_out_by_sensitivity(made, tmp_path):
     model, given = made
     own = qm.sensitivity(model, device=DEVICE, calibration=given["calibration"], sequence_length=32)
@@ -87,6 +118,7 @@ def test_bits_are_shared_out_by_sensitivity(made, tmp_path):
     assert_alike(found, expected)
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_tuned_as_on_the_cpu(made, tmp_path):
     model, given = made
     qm.compress(model, tmp_path / "out", device=DEVICE, **given | {"rate": 1.2, "tune": "none"})
@@ -99,6 +131,7 @@ def test_the_whole_model_is_tuned_as_on_the_cpu(made, tmp_path):
     assert found.after == pytest.approx(expected.after, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bytes(made, tmp_path):
     model, given = made
 
@@ -106,7 +139,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(made, tmp_path):
         if event.done == 1:
             raise Killed
 
-    given |= {"device": DEVICE, "tune": "block", "group_bytes": 1 << 16}
+    given = given | {"device": DEVICE, "tune": "block", "group_bytes": 1 << 16}
     with pytest.raises(Killed):
         qm.compress(model, tmp_path / "killed", progress=kill, **given)
     for name in ("killed", "whole"):

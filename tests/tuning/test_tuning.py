@@ -160,9 +160,10 @@ def test_a_model_with_other_files_keeps_them(rated, causal, text_file, tmp_path)
 def test_a_model_that_would_fill_the_gpu_is_tuned_on_the_cpu(monkeypatch, rated, tuned, causal, text_file, tmp_path):
     told = []
     monkeypatch.setattr("qmoe_lite.tuning.run.find_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 20_000))
     given = {"dense": causal("qwen3_moe"), "calibration": text_file, "progress": told.append, **SETTINGS}
     report = tune(rated, tmp_path / "out", **given)
     assert report.device == "cpu"
-    assert "GB free on cuda:0: tuned on the CPU" in told[0].place
+    assert "GB are free on cuda:0: both models run on the CPU" in told[0].warning
     assert bytes_of(tmp_path / "out") == bytes_of(tuned)
