@@ -153,9 +153,7 @@ def accuracy(
     tuned: Annotated[bool, typer.Option("--tuned", help="Measure each once more after qmoe tune.")] = False,
     tune: Annotated[
         str | None,
-        typer.Option(
-            help="none, targets or block, as compress takes it, where it calibrates.", show_default="as compress does"
-        ),
+        typer.Option(help="none, targets or block, as compress takes it, where it calibrates.", show_default=False),
     ] = None,
     sensitivity: Annotated[
         str | None, typer.Option(help="What qmoe sensitivity wrote, for the rates.", metavar="FILE")

@@ -39,7 +39,7 @@ def estimate(
     products: ProductsOption = "float32",
     tune: Annotated[
         str | None,
-        typer.Option(help="none, targets or block, as compress takes it.", show_default="as compress does"),
+        typer.Option(help="none, targets or block, as compress takes it.", show_default=False),
     ] = None,
     spill: Annotated[
         Path | None, typer.Option(help="Folder for activations, as compress takes it.", metavar="DIR")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe_lite.bench._show.text import duration, print_text
-from qmoe_lite.cli._options import CalibrationOption, DeviceOption, JsonOption, SequenceLengthOption
+from qmoe_lite.cli._options import CalibrationOption, JsonOption, SequenceLengthOption
 
 if TYPE_CHECKING:
     from qmoe_lite.tuning.run import TuneReport
@@ -31,7 +31,13 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto: the first GPU that can be used and has twice the room for the dense model in float32, else the "
+            "CPU; or cpu, cuda, cuda:1."
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples and their order.", min=0)] = 0,
     json: JsonOption = False,
 ) -> None:
