@@ -417,7 +417,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_needs_neither_zstandard_nor_an
 @pytest.mark.skipif(launch.available(), reason="there is a GPU, so the tests would run")
 def test_the_tests_of_the_gpu_need_none_of_pytest_s_plugins():
     """The suite's own options ask for pytest-xdist."""
-    code = "from qmoe_lite.bench import gpu; raise SystemExit(gpu.run_tests(0, 2))"
+    code = "from qmoe_lite.bench import gpu; raise SystemExit(gpu.run_tests(0, 1000))"
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
