@@ -38,22 +38,26 @@ def choose(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid
         raise SettingError("recipe nearest multiplies no tokens. Leave products out.")
     if settings.tune not in (None, "none") and settings.recipe == "nearest":
         raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or tune none.")
-    if settings.recipe != "default":
-        settings = replace(settings, tune=settings.tune or "none")
     if settings.recipe == "paper":
         settings = replace(settings, codeword_bits=PAPER_BITS, blend_tokens=0)
     ternary = grid is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES)
     if settings.sensitivity is not None and settings.rate is None and (ternary or grid is not None):
         raise SettingError("sensitivity shares out a rate's bits, and there is no rate. Set one.")
     if ternary and settings.rate is None:
-        return MinMaxTernary(level_dtype=torch.bfloat16), replace(settings, tune=settings.tune or "targets")
+        return MinMaxTernary(level_dtype=torch.bfloat16), _tuned(settings)
     if grid is None:
         settings = replace(settings, rate=settings.rate or USUAL_RATE)
         grid = UniformGrid(level_dtype=torch.bfloat16)
     if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
         raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
+    return grid, _tuned(settings)
+
+
+def _tuned(settings: Settings) -> Settings:
+    """Return settings that say what is tuned, of which all else is chosen."""
     trains = settings.rate is not None and settings.rate <= TRAINED_RATE
-    return grid, replace(settings, tune=settings.tune or ("block" if trains else "targets"))
+    usual = ("block" if trains else "targets") if settings.recipe == "default" else "none"
+    return replace(settings, tune=settings.tune or usual)
 
 
 def as_used(grid: Grid, projections: Sequence[ProjectionReport]) -> Grid:

@@ -99,7 +99,7 @@ def compress_and_tune(
 def _check_same(untuned: Path, request: Path, asked: dict[str, str]) -> None:
     """Raise ResumeError unless a compressed model that waits for its tuning was made by the same command."""
     known = read_json(request) if request.is_file() else {}
-    known.pop("device", None)
+    known.pop("device", None)  # of an earlier version
     differing = sorted(name for name in {*known, *asked} if known.get(name) != asked.get(name))
     if differing:
         name = differing[0]
