@@ -12,7 +12,7 @@ from qmoe_lite.compression.settings import Progress
 from qmoe_lite.errors import QMoEError, SettingError
 from qmoe_lite.inspection.estimation import Estimate, estimate
 
-_NO_MATTER = ("stop_when_bad", "check_first", "codeword_bits", "dampening", "seed", "sensitivity")
+_NO_MATTER = ("stop_when_bad", "check_first", "codeword_bits", "dampening", "seed")
 
 
 class Beforehand:

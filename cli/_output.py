@@ -74,22 +74,24 @@ class _PlainLines:
     """One line for each block, and at least one a minute, with the time that is left."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._start, self._first, self._last = title, time.monotonic(), 0, 0.0
+        self._title, self._start, self._last = title, time.monotonic(), 0.0
+        self._first: int | None = None  # groups that an earlier run did
         self._block = ""
 
     def __call__(self, event: Progress) -> None:
         warn(event)
         now = time.monotonic()
-        if not self._last:
-            self._first = event.done - 1  # a resumed run does not count what an earlier one did
+        if self._first is None and event.done:
+            self._first = event.done - 1
         block = event.place.split(",")[0]
         if block == self._block and event.done < event.total and now - self._last < 60:
             return
         self._block, self._last = block, now
         left = event.seconds_left
-        if left is None:
+        if left is None and self._first is not None:
             left = (now - self._start) / max(event.done - self._first, 1) * (event.total - event.done)
-        where = f"{event.done} of {event.total} groups ({event.place}), about {duration(left)} left"
+        time_left = "" if left is None else f", about {duration(left)} left"
+        where = f"{event.done} of {event.total} groups ({event.place}){time_left}"
         note(f"{self._title}: {where}{figures(event)}")
 
 

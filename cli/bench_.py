@@ -156,7 +156,8 @@ def accuracy(
         typer.Option(help="none, targets or block, as compress takes it, where it calibrates.", show_default=False),
     ] = None,
     sensitivity: Annotated[
-        str | None, typer.Option(help="What qmoe sensitivity wrote, for the rates.", metavar="FILE")
+        str | None,
+        typer.Option(help="As compress takes it, for the rates.", metavar="FILE|none", show_default=False),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples.", min=1)] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.", min=16)] = 512,
@@ -172,10 +173,10 @@ def accuracy(
     from qmoe_lite.bench._show.accuracy import draw_accuracy, print_accuracy
     from qmoe_lite.bench.accuracy import RATES, measure
     from qmoe_lite.cli import _output
-    from qmoe_lite.compression.shares import Sensitivity
+    from qmoe_lite.compression.shares import layers_of
 
     _check(plot)
-    layers = None if sensitivity is None else Sensitivity.read(sensitivity)
+    layers = layers_of(sensitivity)
     _output.quiet_transformers()
     report = measure(
         model,

@@ -91,9 +91,12 @@ def compress(
         ),
     ] = 0,
     sensitivity: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="What qmoe sensitivity wrote: layers that lose much get more of the rate's bits.", metavar="FILE"
+            help="What qmoe sensitivity wrote: layers that lose much get more of the rate's bits; none: all layers "
+            "get the same step. [default: measured first]",
+            metavar="FILE|none",
+            show_default=False,
         ),
     ] = None,
     device: DeviceOption = "auto",

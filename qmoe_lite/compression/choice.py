@@ -10,6 +10,7 @@ import torch
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.strings import PAPER_BITS
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.shares import MEASURED, NONE
 from qmoe_lite.errors import SettingError
 from qmoe_lite.quantization.grid import Grid, MinMaxTernary, UniformGrid
 
@@ -18,8 +19,10 @@ USUAL_RATE = 2.0  # stored bits a weight of other families
 TRAINED_RATE = 2.75  # up to which training wins beyond targets; bench/results/tuned-by-block.txt
 
 
-def choose(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid, Settings]:
-    """Return the grid and the settings that hold, with what the recipe decides and what was left open.
+def choose(grid: Grid | None, settings: Settings, model_type: str, layers: int) -> tuple[Grid, Settings]:
+    """Return the grid and the settings that hold for a model of so many sparse layers.
+
+    What the recipe decides is in them, and what was left open.
 
     Raises
     ------
@@ -41,23 +44,25 @@ def choose(grid: Grid | None, settings: Settings, model_type: str) -> tuple[Grid
     if settings.recipe == "paper":
         settings = replace(settings, codeword_bits=PAPER_BITS, blend_tokens=0)
     ternary = grid is None and (settings.recipe != "default" or model_type in TERNARY_FAMILIES)
-    if settings.sensitivity is not None and settings.rate is None and (ternary or grid is not None):
+    if isinstance(settings.sensitivity, dict) and settings.rate is None and (ternary or grid is not None):
         raise SettingError("sensitivity shares out a rate's bits, and there is no rate. Set one.")
     if ternary and settings.rate is None:
-        return MinMaxTernary(level_dtype=torch.bfloat16), _tuned(settings)
+        return MinMaxTernary(level_dtype=torch.bfloat16), _decided(settings, layers)
     if grid is None:
         settings = replace(settings, rate=settings.rate or USUAL_RATE)
         grid = UniformGrid(level_dtype=torch.bfloat16)
     if isinstance(grid, UniformGrid) and settings.codeword_bits is not None and not 9 <= settings.codeword_bits <= 12:
         raise SettingError(f"codeword_bits is {settings.codeword_bits}; the uniform grid's code takes 9 to 12.")
-    return grid, _tuned(settings)
+    return grid, _decided(settings, layers)
 
 
-def _tuned(settings: Settings) -> Settings:
-    """Return settings that say what is tuned, of which all else is chosen."""
-    trains = settings.rate is not None and settings.rate <= TRAINED_RATE
-    usual = ("block" if trains else "targets") if settings.recipe == "default" else "none"
-    return replace(settings, tune=settings.tune or usual)
+def _decided(settings: Settings, layers: int) -> Settings:
+    """Return settings that say what is tuned and how layers share the bits, of which all else is chosen."""
+    tune, shares = NONE, NONE
+    if settings.recipe == "default":
+        tune = "block" if settings.rate is not None and settings.rate <= TRAINED_RATE else "targets"
+        shares = NONE if settings.rate is None or layers == 1 else MEASURED
+    return replace(settings, tune=settings.tune or tune, sensitivity=settings.sensitivity or shares)
 
 
 def as_used(grid: Grid, projections: Sequence[ProjectionReport]) -> Grid:

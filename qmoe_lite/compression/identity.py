@@ -29,7 +29,7 @@ def fingerprint_of(checkpoint: Checkpoint, settings: Settings, grid: Grid, sampl
     """Return all that decides what a compression writes, as JSON values by name; what is long as a digest."""
     ignored = {*_NOT_DECISIVE, *(_SIZES_OF_GROUPS if settings.rate is None else ())}  # a rate's steps go by groups
     decisive = {name: value for name, value in asdict(settings).items() if name not in ignored}
-    if settings.sensitivity is not None:
+    if isinstance(settings.sensitivity, dict):
         decisive["sensitivity"] = _digest(json.dumps(settings.sensitivity).encode())
     sizes = [(name, (checkpoint.directory / name).stat().st_size) for name in checkpoint.files]
     ids = [] if samples is None else [samples.input_ids, *([] if samples.labels is None else [samples.labels])]

@@ -8,6 +8,7 @@ end each copy's predictions are compared with the dense model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from qmoe_lite.compression.block_runner import BlockRunner
 from qmoe_lite.compression.calibration import Samples, check_ids, hessian_masks, open_tokenizer
 from qmoe_lite.compression.choice import USUAL_RATE
 from qmoe_lite.compression.documents import DEFAULT_TEXT
+from qmoe_lite.compression.freed import return_freed
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
-from qmoe_lite.compression.losses import IGNORED, head_on, head_products, slices, summed_divergence
-from qmoe_lite.compression.opening import check_family, opened
+from qmoe_lite.compression.losses import IGNORED, divergence_of, head_on, head_products, slices
+from qmoe_lite.compression.opening import Opened, check_family, opened
 from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.rate import bounded, check_rate, first_step
 from qmoe_lite.compression.replay import check_first_blocks
@@ -38,9 +40,10 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.quantization.grid import UniformGrid
 
-COMPARED_TOKENS = 1024  # of which predictions are compared, at least
-_TOKENS_OF_EXPERT = 256  # in its Hessian, on average
+COMPARED_TOKENS = 1024  # whose predictions are compared, at least
+RUN_TOKENS = 256  # the same at the start of a compression, which has other work
 LEAST_TOKENS = 4096  # in all Hessians of a layer
+_TOKENS_OF_EXPERT = 256  # in its Hessian, on average
 
 
 def sensitivity(
@@ -65,7 +68,7 @@ def sensitivity(
     rate : float
         Stored bits a weight, about, 0.6 to 4.
     sequence_length : int
-        Tokens of a sample.
+        Tokens of a sample; of a causal model's, at most 1,024 are taken.
     device : str or torch device
         Where blocks run and experts are solved.
     seed : int
@@ -78,7 +81,7 @@ def sensitivity(
     Returns
     -------
     Sensitivity
-        For `compress(.., sensitivity=)`.
+        For `compress(.., sensitivity=)`, which measures it by itself, on fewer tokens, where it is given none.
 
     Raises
     ------
@@ -93,47 +96,123 @@ def sensitivity(
     """
     check_rate(rate)
     check_family(family)
-    windows = -(-COMPARED_TOKENS // max(sequence_length, 1))
-    settings = Settings(
-        sequence_length=sequence_length,
-        batch_size=windows,
-        device=str(find_device(device)),
-        validation_samples=0,
-        seed=seed,
-        tune="none",
-    )
+    where = str(find_device(device))
+    settings = Settings(sequence_length=sequence_length, device=where, validation_samples=0, seed=seed, rate=rate)
     settings.check()
+    tell = progress or (lambda _: None)
     with torch.inference_mode():
-        return _Pass(find_model(model), settings, rate, family == "auto").run(calibration, progress or (lambda _: None))
+        found = opened(find_model(model), family == "auto")
+        check_first_blocks(found, settings)
+        check_window(found.config, sequence_length)
+        tokenizer = open_tokenizer(found.checkpoint.directory)
+        seq2seq = found.family.seq2seq
+        _, windows, wanted = amounts(found.layers, sequence_length, None, seq2seq, COMPARED_TOKENS)
+        text = DEFAULT_TEXT if calibration is None else calibration
+        samples, notes = RunSamples.make(text, tokenizer, wanted, seq2seq, settings)
+        if samples.calibration < 2 * windows:
+            few = f"the text gave {samples.calibration} samples of {sequence_length} tokens"
+            raise TextError(f"{few}; {2 * windows} are needed. Add text.")
+        check_ids(samples.all, found.config.get_text_config().vocab_size)
+        for note in notes:
+            tell(Progress(0, len(found.layers), note))
+        return measured(found, samples, tokenizer, settings, tell, COMPARED_TOKENS)
 
 
-class _Compressor(LayerCompressor):
-    """Solves for tokens that go through the dense experts."""
+def measured(
+    found: Opened,
+    samples: RunSamples,
+    tokenizer: Any,
+    settings: Settings,
+    progress: Callable[[Progress], None],
+    tokens: int = RUN_TOKENS,
+    spill: Path | None = None,
+) -> Sensitivity:
+    """Measure the same of an opened model on the first of given samples.
 
-    def _solved_once(self, layer: MoELayer) -> bool:
-        return False
+    Parameters
+    ----------
+    found : Opened
+        The model, none of whose weights need be loaded.
+    samples : RunSamples
+        Their first calibration samples are taken, of a causal model's the first `tokens` tokens.
+    tokenizer
+        Of the model.
+    settings : Settings
+        Of a compression, whose rate is about the one that experts are quantised at.
+    progress : callable
+        Called with a `Progress` for each layer.
+    tokens : int
+        Whose predictions are compared, at least; fewer where half of the samples have fewer.
+    spill : Path, optional
+        Folder for the activations.
+    """
+    labels, seq2seq = samples.all.labels, found.family.seq2seq
+    what = found.layers, settings.sequence_length, samples.calibration, seq2seq, tokens
+    length, windows, count = amounts(*what)
+    ids = samples.all.input_ids[:count] if seq2seq else samples.all.input_ids[:count, :length]
+    cut = RunSamples(Samples(ids, None if labels is None else labels[:count], count), count, count)
+    settings = replace(settings, batch_size=windows, sequence_length=length)
+    return _Pass(found, settings, spill).run(cut, hessian_masks(cut.all, tokenizer), progress)
+
+
+def amounts(
+    layers: Sequence[MoELayer], length: int, samples: int | None, seq2seq: bool, tokens: int = RUN_TOKENS
+) -> tuple[int, int, int]:
+    """Return how many tokens of a sample are taken, of how many samples predictions are compared, and of how many all.
+
+    Parameters
+    ----------
+    layers : sequence of MoELayer
+        Of the model.
+    length : int
+        Tokens that a sample has.
+    samples : int or None
+        That there are, as many as are wanted by default.
+    seq2seq : bool
+        Samples have labels, which are of the whole of them.
+    tokens : int
+        That are to be compared, at least; fewer where half of the samples have fewer.
+    """
+    length = length if seq2seq else min(length, tokens)
+    windows = -(-tokens // length)
+    others = max(LEAST_TOKENS, *(_TOKENS_OF_EXPERT * layer.count // layer.top_k for layer in layers))
+    wanted = windows * (1 + -(-others // (windows * length)))
+    if samples is not None:
+        windows = max(min(windows, samples // 2), 1)
+        wanted = min(wanted, samples) // windows * windows
+    return length, windows, wanted
+
+
+class _Solver(LayerCompressor):
+    """Quantises experts for tokens that go through the dense ones, and keeps nothing of them."""
+
+    def run_quantised(self, layer: MoELayer, number: int, seen: LayerInputs) -> None:
+        """Add all experts' outputs to `seen.hidden`: dense ones of reference tokens, and else quantised ones."""
+        groups = self.groups(layer)
+        for place, group in enumerate(groups):
+            self._read_ahead(layer, groups[place + 1 : place + 2])
+            self._run_group(layer, group, self._solver(layer, number, group, seen, None)(self._grid), seen)
+            return_freed()
 
 
 class _Pass:
     """One pass through a model: samples of the dense one, and behind them a copy of the first few for each layer."""
 
-    def __init__(self, model: Path, settings: Settings, rate: float, auto: bool) -> None:
-        self._settings, self._rate = settings, rate
-        found = opened(model, auto)
+    def __init__(self, found: Opened, settings: Settings, spill: Path | None) -> None:
+        self._settings, self._rate = settings, settings.rate or USUAL_RATE
         self._family, self._checkpoint, self._config = found.family, found.checkpoint, found.config
         self._model, self._layers = found.model, found.layers
-        grid = UniformGrid(level_dtype=torch.bfloat16, step=bounded(first_step(0.95 * rate)))
-        self._compressor = _Compressor(self._family, self._config, self._checkpoint, grid, settings)
-        check_first_blocks(self._family, self._checkpoint, self._config, self._layers, self._compressor, settings)
-        self._runner = BlockRunner(self._model, self._family, self._checkpoint, self._layers, settings)
+        grid = UniformGrid(level_dtype=torch.bfloat16, step=bounded(first_step(0.95 * self._rate)))
+        self._solver = _Solver(self._family, self._config, self._checkpoint, grid, settings)
+        self._runner = BlockRunner(self._model, self._family, self._checkpoint, self._layers, settings, spill=spill)
         self._windows = settings.batch_size  # of a copy
 
-    def run(self, calibration: str | Path | None, progress: Callable[[Progress], None]) -> Sensitivity:
-        check_window(self._config, self._settings.sequence_length)
-        tokenizer = open_tokenizer(self._checkpoint.directory)
-        samples, notes = self._samples(calibration, tokenizer)
-        for note in notes:
-            progress(Progress(0, len(self._layers), note))
+    def run(
+        self,
+        samples: RunSamples,
+        masks: tuple[NDArray[np.bool_], NDArray[np.bool_] | None],
+        progress: Callable[[Progress], None],
+    ) -> Sensitivity:
         windows = self._windows
         self._family.load_outside_blocks(self._model, self._checkpoint, torch.float32)
         ids = [samples.all.input_ids]
@@ -143,7 +222,6 @@ class _Pass:
         memory: ListBuffer | None = None
         done = list[int]()
         with capacity_lifted(self._model):
-            masks = hessian_masks(samples.all, tokenizer)
             for stack, tokens, mask in zip(self._family.stacks(self._config), ids, masks, strict=False):
                 assert mask is not None
                 hidden = self._runner.buffer((count + windows * len(done), tokens.shape[1]))
@@ -152,7 +230,7 @@ class _Pass:
                 for index, block in enumerate(stack.blocks):
                     number = places.get(block)
                     if number is not None:
-                        progress(Progress(len(done), len(self._layers), block))
+                        progress(Progress(len(done), len(self._layers), f"what layers lose alone, {block}"))
                         if 0 in self._runner.handed:
                             self._runner.handed[len(hidden)] = self._runner.handed[0]
                         hidden, memory = self._copied(hidden), None if memory is None else self._copied(memory)
@@ -160,7 +238,7 @@ class _Pass:
                     if caught is not None and number is not None:
                         own = len(hidden) - windows
                         seen = LayerInputs.of(caught, _flags(mask, own, len(hidden)), self._settings.seed, number)
-                        self._compressor.compress(self._layers[number], number, seen, lambda *_: None)
+                        self._solver.run_quantised(self._layers[number], number, seen)
                         caught.finish()
                         done.append(number)
                         del seen
@@ -173,27 +251,11 @@ class _Pass:
         if labels is not None:
             told = torch.from_numpy(labels[:windows] != IGNORED)
         dense, *others = (memory.read(slice(at, at + windows))[told] for at in (0, *range(count, len(memory), windows)))
-        progress(Progress(len(done), len(self._layers), "comparing predictions"))
+        progress(Progress(len(done), len(self._layers), "what layers lose alone, comparing predictions"))
         weight, finish = self._family.head(self._model, self._checkpoint)
         losses = _divergences(dense, others, head_on(weight, self._settings.device), finish)
         found = {self._layers[number].experts: loss for number, loss in zip(done, losses, strict=True)}
         return Sensitivity(self._rate, len(dense), {layer.experts: found[layer.experts] for layer in self._layers})
-
-    def _samples(self, calibration: str | Path | None, tokenizer: Any) -> tuple[RunSamples, list[str]]:
-        """Return the dense model's samples, as many as fill whole batches, and what is less than it should be."""
-        length = self._settings.sequence_length
-        tokens = max(LEAST_TOKENS, *(_TOKENS_OF_EXPERT * layer.count // layer.top_k for layer in self._layers))
-        wanted = self._windows * (1 + -(-tokens // (self._windows * length)))
-        text = DEFAULT_TEXT if calibration is None else calibration
-        found, notes = RunSamples.make(text, tokenizer, wanted, self._family.seq2seq, self._settings)
-        count = found.calibration // self._windows * self._windows
-        if count < 2 * self._windows:
-            few = f"the text gave {found.calibration} samples of {length} tokens"
-            raise TextError(f"{few}; {2 * self._windows} are needed. Add text.")
-        check_ids(found.all, self._config.get_text_config().vocab_size)
-        labels = found.all.labels
-        kept = Samples(found.all.input_ids[:count], None if labels is None else labels[:count], found.all.windows)
-        return RunSamples(kept, count, count), notes
 
     def _copied(self, buffer: ListBuffer) -> ListBuffer:
         """Return a buffer with the first windows once more at its end."""
@@ -207,11 +269,13 @@ class _Pass:
 def _flags(mask: NDArray[np.bool_], own: int, count: int) -> tuple[Tensor, ...]:
     """Return which tokens may enter a Hessian, are for validation, and go through the dense experts.
 
-    The last samples, from `own` on, go through the quantised ones; what is compared enters no Hessian.
+    The last samples, from `own` on, go through the quantised ones; what is compared enters no Hessian, unless there is
+    nothing else.
     """
     tokens, windows = mask.shape[1], count - own
     eligible, reference = np.zeros((count, tokens), bool), np.ones((count, tokens), bool)
-    eligible[windows : len(mask)] = mask[windows:]
+    first = windows if len(mask) > windows else 0
+    eligible[first : len(mask)] = mask[first:]
     reference[own:] = False
     return tuple(torch.from_numpy(flag.reshape(-1)) for flag in (eligible, np.zeros_like(eligible), reference))
 
@@ -222,7 +286,8 @@ def _divergences(
     """Return KL(dense || other) of each, nats a token, of what the last norm puts out (N, C) and the head (V, C)."""
     sums = [0.0] * len(others)
     for part in slices(len(dense), len(weight)):
-        expected = finish(head_products(dense[part], weight))
-        for place, other in enumerate(others):
-            sums[place] += summed_divergence(finish(head_products(other[part], weight)), expected)[0]
+        in_turn = (finish(head_products(each[part], weight)).log_softmax(-1) for each in (dense, *others))
+        expected = next(in_turn)
+        for place, other in enumerate(in_turn):
+            sums[place] += divergence_of(other, expected)
     return [max(each / len(dense), 0.0) for each in sums]  # of equal predictions rounding makes less than 0

@@ -115,5 +115,9 @@ def summed_divergence(logits: Tensor, reference: Tensor) -> tuple[float, int]:
         Tokens for which both hold the same one for the likeliest.
     """
     expected, found = (each.float().log_softmax(-1) for each in (reference, logits))
-    divergence = float(torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
-    return divergence, int((expected.argmax(-1) == found.argmax(-1)).sum())
+    return divergence_of(found, expected), int((expected.argmax(-1) == found.argmax(-1)).sum())
+
+
+def divergence_of(found: Tensor, expected: Tensor) -> float:
+    """Return the sum over the tokens of KL(expected || found), in nats, of log-probabilities (N, V), float32."""
+    return float(torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True))

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from qmoe_lite.checkpoint.reader import Checkpoint, materialise
 from qmoe_lite.compression.block_runner import BlockRunner
-from qmoe_lite.compression.layer import LayerCompressor
+from qmoe_lite.compression.expert_runner import ExpertRunner
+from qmoe_lite.compression.opening import Opened
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.errors import UnsupportedFamilyError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.building import skeleton
 from qmoe_lite.models.causal import Causal
-from qmoe_lite.models.family import FAMILIES, Family
+from qmoe_lite.models.family import FAMILIES
 from qmoe_lite.models.routing import in_order
 
 _TOKENS = (3, 12)  # samples, tokens of each: a few, since the experts that they take are in memory together
@@ -39,19 +40,14 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def check_first_blocks(
-    family: Family,
-    checkpoint: Checkpoint,
-    config: Any,
-    layers: list[MoELayer],
-    compressor: LayerCompressor,
-    settings: Settings,
-) -> None:
+def check_first_blocks(found: Opened, settings: Settings) -> None:
     """Compare the hidden states after the first blocks, of a type that is not among the tested ones.
 
     Parameters
     ----------
-    family, checkpoint, config, layers, compressor, settings
+    found : Opened
+        The model.
+    settings : Settings
         Of the run.
 
     Raises
@@ -59,11 +55,13 @@ def check_first_blocks(
     UnsupportedFamilyError
         They differ, or the model's own code fails.
     """
+    family, checkpoint, config, layers = found.family, found.checkpoint, found.config, found.layers
     if not isinstance(family, Causal) or family.model_type in FAMILIES:
         return
     (stack,) = family.stacks(config)
     tried = layers[:_SPARSE]
     last = stack.blocks.index(tried[-1].block)
+    experts = ExpertRunner(family, config, checkpoint, settings)
     tokens = np.random.default_rng(0).integers(0, config.get_text_config().vocab_size, _TOKENS)
     try:
         expected = _by_transformers(family, config, checkpoint, tried, stack.blocks[: last + 1], tokens)
@@ -80,15 +78,15 @@ def check_first_blocks(
             for expert in range(layer.count):
                 rows, weights = caught.assigned.of_expert(expert)
                 if len(rows):
-                    x = caught.inputs.gather(rows).to(compressor.device)
-                    y = compressor.expert(x, [replace(each, products=None) for each in compressor.truth(layer, expert)])
+                    x = caught.inputs.gather(rows).to(experts.device)
+                    y = experts.expert(x, [replace(each, products=None) for each in experts.truth(layer, expert)])
                     caught.outputs.add(rows, y.cpu() * weights[:, None])
             caught.finish()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} in its first {last + 1} blocks: {' '.join(str(error).split())[:200]}"
         raise UnsupportedFamilyError(f"model type {family.model_type} is not supported: {reason}.") from error
-    found = hidden.read(slice(None))
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    own = hidden.read(slice(None))
+    difference = float((own - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
         text = (
             f"model type {family.model_type} is not supported: run block by block, its first {last + 1} blocks differ"

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.identity import check_same, contents_of, fingerprint_of
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult
+from qmoe_lite.compression.layer_sensitivity import measured
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.losses import head_on
@@ -39,9 +41,9 @@ from qmoe_lite.compression.positions import check_window
 from qmoe_lite.compression.ranks import ALONE, Ranks
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.replay import check_first_blocks
-from qmoe_lite.compression.run_samples import RunSamples, text_for, twins_for
+from qmoe_lite.compression.run_samples import RunSamples, samples_for, text_for, twins_for
 from qmoe_lite.compression.settings import Progress, Settings
-from qmoe_lite.compression.shares import Sensitivity, layers_of, shares_of
+from qmoe_lite.compression.shares import MEASURED, Sensitivity, layers_of, shares_of
 from qmoe_lite.compression.spill import check_folder
 from qmoe_lite.compression.state import Unfinished
 from qmoe_lite.compression.stored import know_layers_before, run_stored
@@ -50,8 +52,6 @@ from qmoe_lite.compression.verdict import Verdict, bad_layer
 from qmoe_lite.errors import BadResultError, OutputError
 from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.quantization.grid import Grid, UniformGrid
-
-SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 
 
 def compress(
@@ -147,8 +147,9 @@ def compress(
         What experts do about what is lost: see `block_tuning`. "targets": their last projections are solved for it;
         "block": steps and scales are trained too; "none". By default "block" at a rate of up to 2.75 bits, else
         "targets", and "none" for the recipes "paper" and "nearest".
-    sensitivity : Sensitivity or path, optional
+    sensitivity : Sensitivity, path or "none", optional
         Which layers lose how much, by `qmoe_lite.sensitivity` or of a file: those that lose much get more of the bits.
+        By default it is measured first where there is a rate; "none" gives all layers the same step.
     stop_when_bad : bool
         End with `BadResultError` after the first layer whose held-out error says that the model will be bad.
     check_first : bool
@@ -236,17 +237,17 @@ class _Run:
     ) -> None:
         self.started = time.perf_counter()
         self.out, self.partial = out, partial
-        found = opened(model, auto)
+        found = self._opened = opened(model, auto)
         self.family, self.checkpoint, self.config = found.family, found.checkpoint, found.config
         self.model, self.layers, self.degraded = found.model, found.layers, found.notes
-        self.grid, self.settings = choose(grid, settings, self.family.model_type)
+        self.grid, self.settings = choose(grid, settings, self.family.model_type, len(self.layers))
         self.adapts = grid is None and isinstance(self.grid, UniformGrid)  # its dead zone follows the model
         shares_of(self.settings.sensitivity, self.layers)  # refuses another model's
         self.number_of = {layer.block: number for number, layer in enumerate(self.layers)}
         stored = functools.partial(self.family.stored, self.config, checkpoint=self.checkpoint)
         self.writer = Writer(self.partial, self.checkpoint, stored, len(self.layers))
         self.compressor = LayerCompressor(self.family, self.config, self.checkpoint, self.grid, self.settings)
-        check_first_blocks(self.family, self.checkpoint, self.config, self.layers, self.compressor, self.settings)
+        check_first_blocks(found, self.settings)
         self._tell = tell
         self._warning: str | None = None
         self.verdict: Verdict | None = None
@@ -268,6 +269,8 @@ class _Run:
             check_ids(samples.all, self.config.get_text_config().vocab_size)
             self._open_partial(samples.all, resume, samples.calibration)
             if not self.unfinished.finished:
+                if self.settings.sensitivity == MEASURED:
+                    self._share_bits(samples, tokenizer)
                 self._calibrated(samples, hessian_masks(samples.all, tokenizer))
         return self.ranks.share(functools.partial(self._write_rest, name_of_text(calibration)))
 
@@ -286,11 +289,19 @@ class _Run:
         self._tell.started(list(self.done.held_out_error), samples=calibration)
 
     def _samples(self, calibration: str | Path, tokenizer: Any) -> RunSamples:
-        wanted = self.settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in self.layers)
-        what = calibration, tokenizer, wanted, self.family.seq2seq, self.settings
+        what = calibration, tokenizer, samples_for(self.layers, self.settings), self.family.seq2seq, self.settings
         samples, notes = RunSamples.make(*what, twins_for(self.layers, self.settings))
         self.degraded += notes
         return samples
+
+    def _share_bits(self, samples: RunSamples, tokenizer: Any) -> None:
+        """Let layers' steps follow what each layer loses alone, which is measured once."""
+        if self.done.sensitivity is None:
+            what = self._opened, samples, tokenizer, self.settings, self._tell.of_layers
+            self.done.sensitivity = self.ranks.share(lambda: measured(*what, spill=self.spill).layers)
+            self.unfinished.save()
+            self._tell.rest()
+        self.settings = replace(self.settings, sensitivity=self.done.sensitivity)
 
     def _calibrated(self, samples: RunSamples, masks: tuple[np.ndarray, np.ndarray | None]) -> None:
         self.family.load_outside_blocks(self.model, self.checkpoint, torch.float32)

@@ -26,6 +26,7 @@ from qmoe_lite.compression.verdict import Verdict, judge
 from qmoe_lite.errors import SettingError
 from qmoe_lite.models.blocks import MoELayer
 
+SAMPLES_PER_EXPERT = 80  # the paper's ratio, one expert a token: 10K samples for 128 experts, 160K for 2048
 TUNED_TOKENS = 4096  # that an expert is tuned on, about
 
 
@@ -34,6 +35,11 @@ def text_for(recipe: str, calibration: str | Path | None) -> str | Path | None:
     if recipe == "nearest" and calibration is not None:
         raise SettingError("recipe nearest needs no calibration text.")
     return calibration if recipe == "nearest" or calibration is not None else DEFAULT_TEXT
+
+
+def samples_for(layers: Sequence[MoELayer], settings: Settings) -> int:
+    """Return how many calibration samples are wanted."""
+    return settings.samples or max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in layers)
 
 
 def twins_for(layers: Sequence[MoELayer], settings: Settings) -> int:

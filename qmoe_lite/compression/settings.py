@@ -62,9 +62,10 @@ class Settings:
     tune : str or None
         "targets": each expert's last projection is solved for what is missing; "block": its steps and scales are
         trained for that too: see `block_tuning`; or "none". None leaves it to the recipe and the rate.
-    sensitivity : dict, experts module to float, or None
-        What each layer quantised alone loses, by which bits are shared out: see `sensitivity`. None gives all layers
-        the same step.
+    sensitivity : dict, experts module to float, or str or None
+        What each layer quantised alone loses, by which a rate's bits are shared out: see `sensitivity`; "measured":
+        that is found out before the first layer; or "none": all layers have the same step. None leaves it to the
+        recipe and the rate.
     device : str
         Where blocks run and experts are solved; activations stay in the CPU's memory.
     """
@@ -88,7 +89,7 @@ class Settings:
     stop_when_bad: bool = False
     check_first: bool = False
     tune: str | None = None
-    sensitivity: dict[str, float] | None = None
+    sensitivity: dict[str, float] | str | None = None
     device: str = "cpu"
 
     @property

@@ -16,6 +16,7 @@ from qmoe_lite.models.blocks import MoELayer
 
 _FOLLOWED = 0.35  # of the way to where all layers lose the same
 _FURTHEST = 1.0  # octaves between a layer's step and the mean
+NONE, MEASURED = "none", "measured"  # in place of what layers lose: no shares; it is measured first
 _MAKE_IT = "Make it by qmoe sensitivity MODEL FILE."
 
 
@@ -64,10 +65,10 @@ class Sensitivity:
         return result
 
 
-def layers_of(sensitivity: Sensitivity | str | Path | None) -> dict[str, float] | None:
-    """Return what each layer loses, as given or from a file; raise FormatError for what cannot be."""
-    if sensitivity is None:
-        return None
+def layers_of(sensitivity: Sensitivity | str | Path | None) -> dict[str, float] | str | None:
+    """Return what each layer loses, as given or from a file, or "none"; raise FormatError for what cannot be."""
+    if sensitivity is None or sensitivity == NONE:
+        return sensitivity
     found = sensitivity if isinstance(sensitivity, Sensitivity) else Sensitivity.read(sensitivity)
     layers = {name: float(each) for name, each in found.layers.items()}
     _check(layers, "what was given")
@@ -79,13 +80,13 @@ def _check(layers: dict[str, float], where: str) -> None:
         raise FormatError(f"{where} holds a sensitivity below 0 or not finite, or none. {_MAKE_IT}")
 
 
-def shares_of(losses: dict[str, float] | None, layers: Sequence[MoELayer]) -> list[float]:
+def shares_of(losses: dict[str, float] | str | None, layers: Sequence[MoELayer]) -> list[float]:
     """Return by how many octaves each layer's step is to differ from the others', none without losses.
 
     Parameters
     ----------
-    losses : dict, experts module to float, or None
-        What each layer alone loses at equal steps.
+    losses : dict, experts module to float, or str or None
+        What each layer alone loses at equal steps; a word where that is not known.
     layers : sequence of MoELayer
         Of the model, in the order in which they run.
 
@@ -94,7 +95,7 @@ def shares_of(losses: dict[str, float] | None, layers: Sequence[MoELayer]) -> li
     SettingError
         The losses are of other layers.
     """
-    if losses is None:
+    if not isinstance(losses, dict):
         return []
     names = [layer.experts for layer in layers]
     if others := losses.keys() ^ set(names):

@@ -40,7 +40,7 @@ class Done:
     """What is known of the finished layers; saved with the state, so that a resumed run reports them too."""
 
     seconds: float = 0.0
-
+    sensitivity: dict[str, float] | None = None  # what each layer quantised alone loses, where that is measured
     projections: list[ProjectionReport] = field(default_factory=list)
     held_out_error: dict[str, float | None] = field(default_factory=dict)
     codebooks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)

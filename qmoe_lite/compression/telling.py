@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -73,6 +73,14 @@ class Teller:
         self._begun = True
         self.write("start", resumed=len(resumed), layers=len(self._groups), groups=sum(self._groups), **facts)
         self._mark = time.perf_counter()
+
+    def of_layers(self, event: Progress) -> None:
+        """Tell how far what comes before the first group is, by an event that counts layers."""
+        self(replace(event, done=0, total=sum(self._groups), place=f"{event.place} ({event.done} of {event.total})"))
+
+    def rest(self) -> None:
+        """Note that what was done until now is not what lies between two layers."""
+        self._lap()
 
     def layer(self, number: int, layer: MoELayer, tokens: int) -> Callable[[int, float | None, bool], None]:
         """Note that the dense part that leads to a layer is done.

@@ -115,7 +115,7 @@ def _settings(found: Inspection) -> dict[str, Any]:
     known: dict[str, Any] = {"recipe": found.recipe, "grid": found.grid}
     known |= {f"version of {name}": version for name, version in found.versions.items()}
     for name, value in (found.report.settings if found.report else {}).items():
-        if name == "sensitivity" and value:
+        if name == "sensitivity" and isinstance(value, dict):
             known[name] = f"of {len(value)} layers, {sum(value.values()):.6g} in all"
         elif isinstance(value, dict):
             known |= {f"{name}.{part}": each for part, each in value.items()}

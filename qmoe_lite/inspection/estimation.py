@@ -16,6 +16,7 @@ from qmoe_lite.checkpoint.headers import read_headers
 from qmoe_lite.compression.choice import choose
 from qmoe_lite.compression.rate import check_rate
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.shares import Sensitivity, layers_of
 from qmoe_lite.compression.spill import check_folder
 from qmoe_lite.devices import find_device
 from qmoe_lite.inspection.anatomy import Anatomy, anatomy_of, directory_of
@@ -132,6 +133,7 @@ def estimate(
     activations: str = "float32",
     products: str = "float32",
     tune: str | None = None,
+    sensitivity: Sensitivity | str | Path | None = None,
     device: str | torch.device = "auto",
     expert_cache: int | str | None = None,
     out: str | Path | None = None,
@@ -148,7 +150,7 @@ def estimate(
         headers of the shards are fetched.
     rate, grid, recipe, samples, sequence_length, validation_samples, batch_size
         As `compress` takes them.
-    activations, products, tune, device, family
+    activations, products, tune, sensitivity, device, family
         As `compress` takes them.
     expert_cache : int or str, optional
         Memory for experts when the model runs, such as "4GiB"; by default what they take, or what there is.
@@ -177,6 +179,7 @@ def estimate(
         activations=activations,
         products=products,
         tune=tune,
+        sensitivity=layers_of(sensitivity),
         rate=None if rate is None else check_rate(rate),
         device=str(find_device(device)),
     )
@@ -184,7 +187,7 @@ def estimate(
     check_folder(spill)
     headers = read_headers(model)
     anatomy = anatomy_of(headers, family == "auto")
-    grid, settings = choose(grid, settings, anatomy.family.model_type)
+    grid, settings = choose(grid, settings, anatomy.family.model_type, len(anatomy.layers))
     read, assumed = list(anatomy.read), list(anatomy.assumed)
     bits = settings.rate or bits_of_grid(headers, anatomy, grid, read, assumed)
     target = None if out is None else Path(out)

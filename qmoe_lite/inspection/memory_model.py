@@ -15,10 +15,11 @@ from qmoe_lite.compression.calibration import noise_counts, window_length
 from qmoe_lite.compression.expert_runner import CHUNK_TOKENS, KEPT_BYTES
 from qmoe_lite.compression.group_sizes import expert_bytes, groups_of
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
+from qmoe_lite.compression.layer_sensitivity import amounts
 from qmoe_lite.compression.losses import SLICE_VALUES
-from qmoe_lite.compression.run import SAMPLES_PER_EXPERT
-from qmoe_lite.compression.run_samples import twins_for
+from qmoe_lite.compression.run_samples import samples_for, twins_for
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.shares import MEASURED
 from qmoe_lite.inspection.anatomy import Anatomy, BlockParts
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import Grid, UniformGrid
@@ -62,8 +63,7 @@ class Rows:
 
 def rows_of(anatomy: Anatomy, settings: Settings) -> Rows:
     """Return the samples that a run takes, if the text is long enough."""
-    usual = max(SAMPLES_PER_EXPERT * layer.count // layer.top_k for layer in anatomy.layers)
-    samples = settings.samples or usual
+    samples = samples_for(anatomy.layers, settings)
     kept = min(settings.validation_samples, (samples + settings.validation_samples) // 8)
     tokens = [settings.sequence_length]
     if anatomy.family.seq2seq:
@@ -72,6 +72,19 @@ def rows_of(anatomy: Anatomy, settings: Settings) -> Rows:
         tokens = [length - masked + spans + 1, masked + spans + 1]
     twins = min(samples, twins_for(anatomy.layers, settings))
     return Rows(samples, samples + 2 * kept + twins, tokens, twins)
+
+
+def rows_measured(anatomy: Anatomy, settings: Settings, rows: Rows) -> Rows | None:
+    """Return the samples, and their copies for each layer, by which it is measured what layers lose; None if it is not.
+
+    Samples are those of the dense model; as many as `validation` are copied for all layers together.
+    """
+    if settings.sensitivity != MEASURED:
+        return None
+    given = settings.sequence_length
+    length, windows, samples = amounts(anatomy.layers, given, rows.samples, anatomy.family.seq2seq)
+    tokens = [each * length // given for each in rows.tokens]
+    return Rows(samples, samples + windows * len(anatomy.layers), tokens)
 
 
 def compressed_bytes(anatomy: Anatomy, bits: float) -> tuple[int, int]:
@@ -147,7 +160,9 @@ def need_of(anatomy: Anatomy, settings: Settings, grid: Grid, bits: float, spill
     writing = max(_layer_codes(layer, grid, bits) for layer in anatomy.layers)
     device_parts: list[int] = []
     certain = group[0] if cpu else 0
-    buffers = _buffers(anatomy, settings, rows) if calibrated else 0
+    measured = rows_measured(anatomy, settings, rows)
+    several = [rows] if measured is None else [rows, measured]
+    buffers = max(_buffers(anatomy, settings, each) for each in several) if calibrated else 0
     if calibrated:
         always["outside the blocks, float32"] = 4 * anatomy.outside
         if not spilled:

@@ -9,8 +9,8 @@ from qmoe_lite.compression.group_sizes import groups_of
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE, last_sample
 from qmoe_lite.compression.run_samples import TUNED_TOKENS
 from qmoe_lite.compression.settings import Settings
-from qmoe_lite.inspection.anatomy import Anatomy
-from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_of
+from qmoe_lite.inspection.anatomy import Anatomy, BlockParts
+from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_measured, rows_of
 from qmoe_lite.inspection.speeds import Speeds, inner_work, scaled_expert, token_work
 from qmoe_lite.models.blocks import MoELayer
 
@@ -71,13 +71,16 @@ def seconds_of(
     """
     rows = rows_of(anatomy, settings)
     size = anatomy.expert_bytes + anatomy.other_bytes
-    times = 1 if size < memory // 2 else 2
+    measured = rows_measured(anatomy, settings, rows)
+    times = 1 if size < memory // 2 else 2 + (measured is not None)
     phases = {"start": _START + speeds.start, "reading": times * size / speeds.disk + size / _CHECKSUM}
     assumed.append(f"{_START:.0f} s to start besides kernels; checksums of {_CHECKSUM / 1e9:g} GB/s")
-    assumed.append(f"the dense files are read from the disk {'once' if times == 1 else 'twice'}")
+    assumed.append(f"the dense files are read from the disk {('once', 'twice', 'three times')[times - 1]}")
     calibrated = settings.recipe != "nearest"
     if calibrated:
         phases["dense parts"] = _dense(anatomy, settings, rows, speeds)
+    if measured is not None:
+        phases["what layers lose alone"] = _alone(anatomy, settings, measured, speeds)
     solving = tokens = tuning = 0.0
     for number, stack in enumerate(anatomy.stacks):
         for layer in (block.layer for block in stack if block.layer is not None):
@@ -118,6 +121,24 @@ def seconds_of(
     return {name: seconds for name, seconds in phases.items() if seconds}
 
 
+def _alone(anatomy: Anatomy, settings: Settings, rows: Rows, speeds: Speeds) -> float:
+    """Seconds of measuring what layers lose alone; behind the samples run the copies of the layers until then."""
+    seconds, copies, copied = 0.0, 0, rows.validation // len(anatomy.layers)
+    for number, stack in enumerate(anatomy.stacks):
+        tokens = rows.tokens[number]
+        for block in stack:
+            layer = block.layer
+            copies += copied if layer is not None else 0
+            seconds += _block(anatomy, block, settings, rows, number, rows.samples + copies, speeds)
+            if layer is not None:
+                own, of_token = scaled_expert(speeds, layer.shapes)
+                pairs, again = (samples * tokens * layer.top_k for samples in (rows.samples, copies))
+                work = _DENSE * (pairs + again) * layer.weights / layer.count
+                seconds += layer.count * own + pairs * of_token + work / speeds.multiply
+    head = 2.0 * (copies + copied) * rows.tokens[-1] * anatomy.head
+    return seconds + head / speeds.multiply
+
+
 def _tuning(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> float:
     """Return the operations of tuning a layer, besides its twins' way through the block."""
     if not rows.twins:
@@ -142,15 +163,18 @@ def _of_layer(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> tu
 
 def _dense(anatomy: Anatomy, settings: Settings, rows: Rows, speeds: Speeds) -> float:
     """Seconds of all samples' way through the blocks without their experts."""
-    seconds = 0.0
-    for number, stack in enumerate(anatomy.stacks):
-        tokens = rows.tokens[number]
-        of_all = rows.all * tokens
-        for block in stack:
-            work = 2.0 * of_all * block.weights + 4.0 * of_all * tokens * anatomy.hidden
-            moved = 2.0 * batch_bytes(anatomy, block, settings, rows, number) * rows.all / settings.batch_size
-            seconds += work / speeds.multiply + moved / speeds.vector
-    return seconds
+    every = ((number, block) for number, stack in enumerate(anatomy.stacks) for block in stack)
+    return sum(_block(anatomy, block, settings, rows, number, rows.all, speeds) for number, block in every)
+
+
+def _block(
+    anatomy: Anatomy, block: BlockParts, settings: Settings, rows: Rows, stack: int, samples: int, speeds: Speeds
+) -> float:
+    """Seconds of some samples' way through a block without its experts."""
+    tokens = rows.tokens[stack]
+    work = 2.0 * samples * tokens * (block.weights + 2.0 * tokens * anatomy.hidden)
+    moved = 2.0 * batch_bytes(anatomy, block, settings, rows, stack) * samples / settings.batch_size
+    return work / speeds.multiply + moved / speeds.vector
 
 
 def running(

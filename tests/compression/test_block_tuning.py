@@ -149,7 +149,7 @@ def test_few_large_tokens_among_those_with_twins_do_not_make_a_change_overshoot(
 
 def test_what_is_tuned_by_default():
     def tune(grid=None, model="qwen3_moe", **given):
-        return choose(grid, Settings(**given), model)[1].tune
+        return choose(grid, Settings(**given), model, 2)[1].tune
 
     assert tune() == tune(rate=TRAINED_RATE) == tune(recipe="paper", tune="block") == "block"
     assert tune(rate=TRAINED_RATE + 0.01) == tune(model="switch_transformers") == tune(qm.MinMaxTwoBit()) == "targets"

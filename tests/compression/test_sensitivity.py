@@ -6,11 +6,16 @@ import json
 
 import pytest
 import torch
+from checks import Killed, bytes_of
 
 import qmoe_lite as qm
 from qmoe_lite.compression import layer_sensitivity
+from qmoe_lite.compression import run as run_module
+from qmoe_lite.compression.choice import choose
 from qmoe_lite.compression.expert_runner import ExpertRunner
-from qmoe_lite.compression.shares import Sensitivity, octaves, shares_of
+from qmoe_lite.compression.layer_sensitivity import amounts, measured
+from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.shares import MEASURED, NONE, Sensitivity, octaves, shares_of
 from qmoe_lite.errors import FormatError, SettingError, TextError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.dense import load_dense
@@ -19,6 +24,7 @@ from qmoe_lite.models.routing import in_order
 from qmoe_lite.models.skeletons import open_checkpoint
 
 LENGTH = 32
+SMALL = {"samples": 24, "sequence_length": LENGTH, "validation_samples": 2}
 
 
 class Quantised(torch.nn.Module):
@@ -83,6 +89,73 @@ def test_it_is_what_the_whole_model_says(monkeypatch, noted, causal, switch, tex
         assert found.layers[name] == pytest.approx(float(expected), rel=1e-3)
         assert found.layers[name] > 0
     assert found.tokens == int(told.sum())
+
+
+def test_a_run_measures_it_where_there_is_a_rate_and_a_choice():
+    def shares(grid=None, model="qwen3_moe", layers=2, **given):
+        return choose(grid, Settings(**given), model, layers)[1].sensitivity
+
+    assert shares() == shares(rate=3.5) == shares(rate=1.0, model="switch_transformers") == MEASURED
+    assert shares(layers=1) == shares(model="switch_transformers") == shares(qm.UniformGrid(1.0)) == NONE
+    assert shares(recipe="paper") == shares(recipe="nearest", rate=2.0) == shares(sensitivity=NONE) == NONE
+    assert shares(sensitivity={"a": 1.0}) == {"a": 1.0}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "switch"])
+def test_what_a_run_measures_is_what_it_takes_from_a_file(causal, switch, text_file, tmp_path, model_type):
+    model = switch if model_type == "switch" else causal(model_type)
+    given = {"calibration": text_file, "rate": 2.0, "device": "cpu", **SMALL}
+    events = []
+    report = qm.compress(model, tmp_path / "out", progress=events.append, **given)
+    losses = report.settings["sensitivity"]
+    assert list(losses) == list(dict.fromkeys(row.layer for row in report.projections))
+    assert min(losses.values()) > 0
+    first = [event for event in events if event.place.startswith("what layers lose alone")]
+    assert len(first) == len(losses) + 1
+    assert {(event.done, event.total) for event in first} == {(0, events[-1].total)}
+    Sensitivity(2.0, 1, losses).write(tmp_path / "layers.json")
+    qm.compress(model, tmp_path / "again", sensitivity=tmp_path / "layers.json", **given)
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
+    report = qm.compress(model, tmp_path / "even", sensitivity="none", **given)
+    assert report.settings["sensitivity"] == "none"
+    assert bytes_of(tmp_path / "even") != bytes_of(tmp_path / "out")
+
+
+def test_what_was_measured_is_kept_and_what_was_not_is_measured_again(causal, text_file, tmp_path, monkeypatch):
+    model, given = causal("qwen3_moe"), {"calibration": text_file, "rate": 2.0, "device": "cpu", **SMALL}
+    qm.compress(model, tmp_path / "whole", **given)
+    calls = []
+    monkeypatch.setattr(run_module, "measured", lambda *what, **more: calls.append(1) or measured(*what, **more))
+
+    def killed_at(place):
+        def kill(event):
+            if event.place.startswith(place):
+                raise Killed
+
+        with pytest.raises(Killed):
+            qm.compress(model, tmp_path / "out", progress=kill, **given)
+
+    killed_at("what layers lose alone, comparing")
+    killed_at("model.layers.0")
+    killed_at("model.layers.2")
+    qm.compress(model, tmp_path / "out", **given)
+    assert len(calls) == 2
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_single_sample_is_compared_and_calibrated_on(causal, text_file, tmp_path):
+    given = {**SMALL, "samples": 1, "validation_samples": 0}
+    report = qm.compress(causal("qwen3_moe"), tmp_path / "out", calibration=text_file, rate=2.0, **given)
+    assert min(report.settings["sensitivity"].values()) > 0
+
+
+def test_how_many_samples_are_taken():
+    layers = [MoELayer("experts", "block", 128, {}, top_k=8)]
+    assert amounts(layers, 512, 1000, seq2seq=False) == (256, 1, 17)
+    assert amounts(layers, 512, None, seq2seq=True) == (512, 1, 9)
+    assert amounts(layers, 64, 1000, seq2seq=False, tokens=100) == (64, 2, 66)
+    assert amounts(layers, 64, 5, seq2seq=False) == (64, 2, 4)
+    assert amounts(layers, 64, 1, seq2seq=False) == (64, 1, 1)
 
 
 def test_steps_of_layers_that_lose_more_are_shorter():

@@ -15,6 +15,7 @@ from qmoe_lite.checkpoint.headers import Held, read_headers
 from qmoe_lite.checkpoint.report import read_report
 from qmoe_lite.compression.choice import choose
 from qmoe_lite.compression.settings import Settings
+from qmoe_lite.compression.shares import MEASURED, NONE
 from qmoe_lite.inspection import estimation, time_model
 from qmoe_lite.inspection.anatomy import anatomy_of
 from qmoe_lite.inspection.fitting import Room, doubts, obstacles
@@ -163,7 +164,7 @@ def test_missing_shards_and_damaged_headers(causal, tmp_path):
 
 def test_what_cannot_fit_is_told_from_what_may_not(switch):
     anatomy = anatomy_of(read_headers(switch))
-    grid, settings = choose(None, Settings(samples=4000, sequence_length=128), "switch_transformers")
+    grid, settings = choose(None, Settings(samples=4000, sequence_length=128), "switch_transformers", 2)
     need = need_of(anatomy, settings, grid, 1.0)
     assert need.certain < need.memory
     assert need.certain_disk < need.disk
@@ -266,6 +267,21 @@ def test_what_is_tuned_takes_its_time(causal):
     none, targets, block = (phases[tune].pop("experts: tuning", 0) for tune in phases)
     assert 0 == none < targets < block
     assert phases["none"]["dense parts"] < phases["targets"]["dense parts"] == phases["block"]["dense parts"]
+
+
+def test_what_is_measured_first_takes_its_time_and_its_activations(causal):
+    headers = read_headers(causal("qwen3_moe"))
+    anatomy, found = anatomy_of(headers), {}
+    for word in (MEASURED, NONE):
+        grid, settings = choose(None, Settings(sequence_length=32, samples=8, sensitivity=word), "qwen3_moe", 2)
+        phases = seconds_of(anatomy, settings, headers, SPEEDS, 10**12, [])
+        found[word] = phases.pop("what layers lose alone", 0), phases, need_of(anatomy, settings, grid, 2.0)
+    assert found[NONE][0] == 0 < found[MEASURED][0]
+    assert found[NONE][1] == found[MEASURED][1]
+    own, more = (found[word][2].activations for word in (NONE, MEASURED))  # 8 samples, and 4 of each layer
+    hidden, columns = anatomy.hidden, anatomy.layers[0].shapes["gate_proj"][1]
+    copies = (8 + 4 * len(anatomy.layers)) * 32 * 4 * (hidden + columns)
+    assert more == max(own, copies)
 
 
 def test_groups_are_solved_again_on_the_layers_that_decide_on_the_rate(causal):
