@@ -40,6 +40,15 @@ CalibrationOption = Annotated[
         "[default: a small text in the package, of Python's documentation and sources]"
     ),
 ]
+SensitivityOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What qmoe sensitivity wrote: layers that lose much get more of the rate's bits; none: all layers get the "
+        "same step. [default: measured first]",
+        metavar="FILE|none",
+        show_default=False,
+    ),
+]
 SequenceLengthOption = Annotated[int, typer.Option(help="Tokens per sample.")]
 ProductsOption = Annotated[
     str,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import print_wrapped
-from qmoe_lite.cli._options import JsonOption
+from qmoe_lite.cli._options import JsonOption, SensitivityOption
 from qmoe_lite.errors import SettingError
 
 PlotOption = Annotated[Path | None, typer.Option(help="Draw the figures into this .png file.")]
@@ -155,10 +155,7 @@ def accuracy(
         str | None,
         typer.Option(help="none, targets or block, as compress takes it, where it calibrates.", show_default=False),
     ] = None,
-    sensitivity: Annotated[
-        str | None,
-        typer.Option(help="As compress takes it, for the rates.", metavar="FILE|none", show_default=False),
-    ] = None,
+    sensitivity: SensitivityOption = None,
     samples: Annotated[int | None, typer.Option(help="Calibration samples.", min=1)] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sample.", min=16)] = 512,
     held_out: Annotated[int | None, typer.Option(help="Samples of the held-out text. [default: all]", min=1)] = None,
@@ -176,7 +173,7 @@ def accuracy(
     from qmoe_lite.compression.shares import layers_of
 
     _check(plot)
-    layers = layers_of(sensitivity)
+    layers_of(sensitivity)  # refuses what is none before anything is measured
     _output.quiet_transformers()
     report = measure(
         model,
@@ -190,7 +187,7 @@ def accuracy(
         sequence_length=sequence_length,
         held_out=held_out,
         directory=directory,
-        settings={"sensitivity": layers},
+        settings={"sensitivity": sensitivity},
         progress=_output.note,
     )
     _show(report, json, print_accuracy, plot, draw_accuracy)

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import duration, megabytes, print_rows, print_table, print_text
-from qmoe_lite.cli._options import CalibrationOption, DeviceOption, JsonOption, ProductsOption, SequenceLengthOption
+from qmoe_lite.cli._options import (
+    CalibrationOption,
+    DeviceOption,
+    JsonOption,
+    ProductsOption,
+    SensitivityOption,
+    SequenceLengthOption,
+)
 
 if TYPE_CHECKING:
     from qmoe_lite.checkpoint.report import Report
@@ -90,15 +97,7 @@ def compress(
             show_default=False,
         ),
     ] = 0,
-    sensitivity: Annotated[
-        str | None,
-        typer.Option(
-            help="What qmoe sensitivity wrote: layers that lose much get more of the rate's bits; none: all layers "
-            "get the same step. [default: measured first]",
-            metavar="FILE|none",
-            show_default=False,
-        ),
-    ] = None,
+    sensitivity: SensitivityOption = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed for samples, masked spans and drawn tokens.", min=0)] = 0,
     family: Annotated[

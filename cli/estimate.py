@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import duration, print_table, print_text
-from qmoe_lite.cli._options import DeviceOption, JsonOption, ProductsOption, SequenceLengthOption
+from qmoe_lite.cli._options import DeviceOption, JsonOption, ProductsOption, SensitivityOption, SequenceLengthOption
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +41,7 @@ def estimate(
         str | None,
         typer.Option(help="none, targets or block, as compress takes it.", show_default=False),
     ] = None,
+    sensitivity: SensitivityOption = None,
     spill: Annotated[
         Path | None, typer.Option(help="Folder for activations, as compress takes it.", metavar="DIR")
     ] = None,
@@ -91,6 +92,7 @@ def estimate(
         activations=activations,
         products=products,
         tune=tune,
+        sensitivity=sensitivity,
         device=device,
         expert_cache=expert_cache,
         out=out,

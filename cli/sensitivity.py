@@ -27,9 +27,10 @@ def sensitivity(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure what each layer's experts, quantised alone, make a model lose; compress then shares out the bits by it.
+    """Measure what each layer's experts, quantised alone, make a model lose; compress shares out a rate's bits by it.
 
-    Some thousand tokens go through the model once. A file serves for all rates.
+    compress measures it by itself, on fewer tokens; a file serves for all rates. Some thousand tokens go through the
+    model once.
 
     Example: qmoe sensitivity Qwen/Qwen3-30B-A3B layers.json --calibration text.txt
     """

@@ -315,6 +315,7 @@ class BlockRunner:
                 catcher.take()
                 self._check(block, out)
                 hidden.write(part, out)
+            catcher.answer = None  # it views `outputs`, and stays in the model
             self._next(following, calls)
             module.to("meta")
 

@@ -16,6 +16,7 @@ from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.compression.calibration import Samples
 from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.settings import Progress, Settings
+from qmoe_lite.compression.shares import NONE
 from qmoe_lite.errors import SettingError, unreadable
 from qmoe_lite.quantization.grid import Grid
 
@@ -31,6 +32,8 @@ def fingerprint_of(checkpoint: Checkpoint, settings: Settings, grid: Grid, sampl
     decisive = {name: value for name, value in asdict(settings).items() if name not in ignored}
     if isinstance(settings.sensitivity, dict):
         decisive["sensitivity"] = _digest(json.dumps(settings.sensitivity).encode())
+    elif settings.sensitivity == NONE:
+        decisive["sensitivity"] = None  # as earlier versions had it
     sizes = [(name, (checkpoint.directory / name).stat().st_size) for name in checkpoint.files]
     ids = [] if samples is None else [samples.input_ids, *([] if samples.labels is None else [samples.labels])]
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.losses import IGNORED, divergence_of, head_on, head_products, slices
 from qmoe_lite.compression.opening import Opened, check_family, opened
 from qmoe_lite.compression.positions import check_window
+from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.rate import bounded, check_rate, first_step
 from qmoe_lite.compression.replay import check_first_blocks
 from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Progress, Settings
 from qmoe_lite.compression.shares import Sensitivity
 from qmoe_lite.devices import find_device
-from qmoe_lite.errors import TextError
+from qmoe_lite.errors import NotFiniteError, TextError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.skeletons import capacity_lifted
 from qmoe_lite.quantization.grid import UniformGrid
@@ -115,22 +117,40 @@ def sensitivity(
         check_ids(samples.all, found.config.get_text_config().vocab_size)
         for note in notes:
             tell(Progress(0, len(found.layers), note))
-        return measured(found, samples, tokenizer, settings, tell, COMPARED_TOKENS)
+        return measured(tell, found, samples, tokenizer, settings, None, COMPARED_TOKENS)
+
+
+def measured_by_first(ranks: Ranks, progress: Callable[[Progress], None], *what: Any) -> dict[str, float]:
+    """Let the first rank measure what layers lose; `what` is what `measured` takes.
+
+    The others wait for it, with a sign of life at each layer, since all of it may take longer than their patience.
+    """
+
+    def told(event: Progress) -> None:
+        progress(event)
+        ranks.of(0, None)
+
+    found = measured(told, *what).layers if ranks.first else None
+    while (losses := ranks.of(0, found)) is None:
+        pass
+    return losses
 
 
 def measured(
+    progress: Callable[[Progress], None],
     found: Opened,
     samples: RunSamples,
     tokenizer: Any,
     settings: Settings,
-    progress: Callable[[Progress], None],
+    spill: Path | None,
     tokens: int = RUN_TOKENS,
-    spill: Path | None = None,
 ) -> Sensitivity:
     """Measure the same of an opened model on the first of given samples.
 
     Parameters
     ----------
+    progress : callable
+        Called with a `Progress` for each layer.
     found : Opened
         The model, none of whose weights need be loaded.
     samples : RunSamples
@@ -139,12 +159,10 @@ def measured(
         Of the model.
     settings : Settings
         Of a compression, whose rate is about the one that experts are quantised at.
-    progress : callable
-        Called with a `Progress` for each layer.
+    spill : Path or None
+        Folder for the activations.
     tokens : int
         Whose predictions are compared, at least; fewer where half of the samples have fewer.
-    spill : Path, optional
-        Folder for the activations.
     """
     labels, seq2seq = samples.all.labels, found.family.seq2seq
     what = found.layers, settings.sequence_length, samples.calibration, seq2seq, tokens
@@ -255,6 +273,9 @@ class _Pass:
         weight, finish = self._family.head(self._model, self._checkpoint)
         losses = _divergences(dense, others, head_on(weight, self._settings.device), finish)
         found = {self._layers[number].experts: loss for number, loss in zip(done, losses, strict=True)}
+        if not all(map(isfinite, losses)):
+            text = "what layers lose alone is not finite: a layer's predictions hold NaN."
+            raise NotFiniteError(f"{text} Choose --sensitivity none (sensitivity='none').")
         return Sensitivity(self._rate, len(dense), {layer.experts: found[layer.experts] for layer in self._layers})
 
     def _copied(self, buffer: ListBuffer) -> ListBuffer:

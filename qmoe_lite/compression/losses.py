@@ -86,7 +86,7 @@ def loss_of_states(
 
 
 def head_on(weight: Tensor, device: str) -> Tensor:
-    """Return a head's weight on a device, or where it is if that has no room: only the time of comparing differs."""
+    """Return a head's weight on a device, or where it is if that has no room: comparing takes longer there."""
     try:
         return weight.to(device)
     except torch.OutOfMemoryError:

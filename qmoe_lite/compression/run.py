@@ -31,7 +31,7 @@ from qmoe_lite.compression.finite import check_finite
 from qmoe_lite.compression.identity import check_same, contents_of, fingerprint_of
 from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.layer_parts import LayerInputs, LayerResult
-from qmoe_lite.compression.layer_sensitivity import measured
+from qmoe_lite.compression.layer_sensitivity import measured_by_first
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.lock import check_free, locked
 from qmoe_lite.compression.losses import head_on
@@ -297,8 +297,8 @@ class _Run:
     def _share_bits(self, samples: RunSamples, tokenizer: Any) -> None:
         """Let layers' steps follow what each layer loses alone, which is measured once."""
         if self.done.sensitivity is None:
-            what = self._opened, samples, tokenizer, self.settings, self._tell.of_layers
-            self.done.sensitivity = self.ranks.share(lambda: measured(*what, spill=self.spill).layers)
+            what = self._opened, samples, tokenizer, self.settings, self.spill
+            self.done.sensitivity = measured_by_first(self.ranks, self._tell.of_layers, *what)
             self.unfinished.save()
             self._tell.rest()
         self.settings = replace(self.settings, sensitivity=self.done.sensitivity)

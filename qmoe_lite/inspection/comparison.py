@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qmoe_lite.compression.shares import NONE
 from qmoe_lite.errors import SettingError
 from qmoe_lite.inspection.contents import Inspection
 
@@ -117,6 +118,8 @@ def _settings(found: Inspection) -> dict[str, Any]:
     for name, value in (found.report.settings if found.report else {}).items():
         if name == "sensitivity" and isinstance(value, dict):
             known[name] = f"of {len(value)} layers, {sum(value.values()):.6g} in all"
+        elif name == "sensitivity":
+            known[name] = value or NONE  # which earlier reports had no word for
         elif isinstance(value, dict):
             known |= {f"{name}.{part}": each for part, each in value.items()}
         else:

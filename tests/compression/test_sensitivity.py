@@ -10,13 +10,17 @@ from checks import Killed, bytes_of
 
 import qmoe_lite as qm
 from qmoe_lite.compression import layer_sensitivity
-from qmoe_lite.compression import run as run_module
+from qmoe_lite.compression.block_runner import _Catcher
+from qmoe_lite.compression.calibration import open_tokenizer
 from qmoe_lite.compression.choice import choose
 from qmoe_lite.compression.expert_runner import ExpertRunner
+from qmoe_lite.compression.identity import fingerprint_of
 from qmoe_lite.compression.layer_sensitivity import amounts, measured
+from qmoe_lite.compression.opening import opened
+from qmoe_lite.compression.run_samples import RunSamples
 from qmoe_lite.compression.settings import Settings
-from qmoe_lite.compression.shares import MEASURED, NONE, Sensitivity, octaves, shares_of
-from qmoe_lite.errors import FormatError, SettingError, TextError
+from qmoe_lite.compression.shares import MEASURED, NONE, Sensitivity, layers_of, octaves, shares_of
+from qmoe_lite.errors import FormatError, NotFiniteError, SettingError, TextError
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.dense import load_dense
 from qmoe_lite.models.family import inner
@@ -125,7 +129,7 @@ def test_what_was_measured_is_kept_and_what_was_not_is_measured_again(causal, te
     model, given = causal("qwen3_moe"), {"calibration": text_file, "rate": 2.0, "device": "cpu", **SMALL}
     qm.compress(model, tmp_path / "whole", **given)
     calls = []
-    monkeypatch.setattr(run_module, "measured", lambda *what, **more: calls.append(1) or measured(*what, **more))
+    monkeypatch.setattr(layer_sensitivity, "measured", lambda *what: calls.append(1) or measured(*what))
 
     def killed_at(place):
         def kill(event):
@@ -141,6 +145,29 @@ def test_what_was_measured_is_kept_and_what_was_not_is_measured_again(causal, te
     qm.compress(model, tmp_path / "out", **given)
     assert len(calls) == 2
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+@torch.inference_mode()
+def test_no_activations_are_kept_when_it_was_measured(causal, text_file):
+    found = opened(causal("granitemoehybrid"), auto=False)
+    settings = Settings(rate=2.0, sequence_length=LENGTH, validation_samples=0)
+    tokenizer = open_tokenizer(found.checkpoint.directory)
+    samples, _ = RunSamples.make(text_file, tokenizer, 8, False, settings)
+    measured(lambda _: None, found, samples, tokenizer, settings, None)
+    catchers = [module for module in found.model.modules() if isinstance(module, _Catcher)]
+    assert [catcher.answer for catcher in catchers] == [None] * len(found.layers)
+
+
+def test_predictions_that_are_not_finite_are_told_of(causal, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_sensitivity, "divergence_of", lambda *_: float("nan"))
+    with pytest.raises(NotFiniteError, match="Choose --sensitivity none"):
+        qm.compress(causal("qwen3_moe"), tmp_path / "out", calibration=text_file, rate=2.0, **SMALL)
+
+
+def test_work_without_it_is_what_earlier_versions_began(causal):
+    checkpoint = opened(causal("qwen3_moe"), auto=False).checkpoint
+    _, settings = choose(None, Settings(sensitivity=NONE), "qwen3_moe", 2)
+    assert fingerprint_of(checkpoint, settings, qm.UniformGrid(1.0), None)["sensitivity"] is None
 
 
 def test_a_single_sample_is_compared_and_calibrated_on(causal, text_file, tmp_path):
@@ -226,6 +253,26 @@ def test_the_command_writes_what_compress_takes(run, monkeypatch, tmp_path):
     assert (code, noted.count("\n")) == (1, 1)
     assert "folder" in noted
     assert "is a folder" in run("sensitivity", "m", tmp_path)[2]
+
+
+def test_other_commands_take_the_file(run, monkeypatch, tmp_path, causal):
+    given, file = {}, tmp_path / "layers.json"
+    Sensitivity(2.0, 1024, {"model.layers.0.mlp.experts": 0.08}).write(file)
+
+    def stopped(*what, **options):
+        given.update(options)
+        raise SettingError("stopped.")
+
+    monkeypatch.setattr("qmoe_lite.bench.accuracy.measure", stopped)
+    what = ["bench", "accuracy", "m", "--calibration", "c.txt", "--text", "t.txt", "--sensitivity"]
+    assert "stopped" in run(*what, file)[2]
+    assert layers_of(given["settings"]["sensitivity"]) == {"model.layers.0.mlp.experts": 0.08}
+    assert "cannot be read" in run(*what, tmp_path / "missing.json")[2]
+    seconds = []
+    for word in ("none", None):
+        command = ["estimate", causal("qwen3_moe"), "--json", *(["--sensitivity", word] if word else [])]
+        seconds.append(json.loads(run(*command)[1])["compressing"]["phases"].get("what layers lose alone", 0))
+    assert 0 == seconds[0] < seconds[1]
 
 
 def test_too_little_text_is_told_of(causal, tmp_path):
