@@ -83,9 +83,9 @@ def compress(
         str | None,
         typer.Option(
             help="Make up for what is lost, at no bits. targets: GPTQ solves each expert's last matrix for what is "
-            "missing (asymmetric calibration); block: then the expert's steps and scales are trained; full: targets, "
-            "then the whole model trained as qmoe tune does; none. [default: block at a rate of up to 2.75 bits, else "
-            "targets; none for the other recipes]",
+            "missing (asymmetric calibration); block: then the expert's steps and scales are trained; full: the "
+            "default, then the whole model trained as qmoe tune does; none. [default: block at a rate of up to 2.75 "
+            "bits, else targets; none for the other recipes]",
             show_default=False,
         ),
     ] = None,
@@ -154,7 +154,7 @@ def compress(
         "batch_size": batch_size,
         "activations": activations,
         "products": products,
-        "tune": "targets" if tune == "full" else tune,
+        "tune": None if tune == "full" else tune,
         "sensitivity": sensitivity,
         "spill": spill,
         "seed": seed,

@@ -73,7 +73,7 @@ def decode_window_rows(packets: WindowPackets, expert: int, first: int, out: Ten
     staged = 2 * WARPS * WARP * dictionary.width
     held = table.nbytes + staged <= launch.shared_limit(out.device)
     sizes = dictionary.bits, codewords_each(dictionary.bits), table.numel(), rows, out.shape[1]
-    made = decode_kernel(dictionary.width, held, out.dtype != torch.int16)
+    made = decode_kernel(dictionary.width, held, out.dtype != torch.int16, WARPS)
     made.launch(blocks, WARPS * WARP, *arrays, *sizes, shared_bytes=table.nbytes if held else 0)
 
 
@@ -142,14 +142,14 @@ def load_table(table: Any, words: Any, first: Any, count: int, thread: Any, thre
 
 
 @functools.cache
-def decode_kernel(width: int, held: bool, weights: bool) -> launch.Kernel:
+def decode_kernel(width: int, held: bool, weights: bool, warps: int = WARPS) -> launch.Kernel:
     """Return the kernel that fills out (R, C) with digits, or with weights.
 
-    `width`: digits of a table's row; `held`: the table is copied to shared memory.
+    `width`: digits of a table's row; `held`: the table is copied to shared memory; `warps`: of a block.
     """
     kinds = KINDS.values() if weights else ("int16*",)
     arrays = "uint32*, int32*, int32*, int32*, uint32*, float32*, float32*"
-    staged = WARPS * WARP * width
+    staged = warps * WARP * width
 
     @kernel(*(f"{arrays}, {out}" + ", int32" * 5 for out in kinds))
     def _decode_windows_kernel(

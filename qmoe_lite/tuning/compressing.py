@@ -40,7 +40,6 @@ def compress_and_tune(
     ----------
     model, out, calibration, resume, progress, log, before, each_group, **settings
         As for `compress`.
-        But for `tune`, which is "targets" unless another is named or the recipe decides.
     epochs : int
         As for `tune`, which takes the same text, sequence length, seed and device, and as many samples where they were
         named.
@@ -61,8 +60,6 @@ def compress_and_tune(
         raise SettingError("recipe nearest takes no text, and tuning needs one. Choose another recipe, or do not tune.")
     if settings.pop("ranks", ALONE).count > 1:
         raise SettingError("tuning is the work of one process. Compress without it, then tune: qmoe tune.")
-    if settings.get("tune") is None and settings.get("recipe", "default") == "default":
-        settings["tune"] = "targets"  # the whole model's training wins more after targets than after block
     target = Path(out)
     check_free(target)
     untuned, request = (target.with_name(f"{target.name}.untuned{end}") for end in ("", ".json"))

@@ -224,7 +224,7 @@ def test_what_cannot_be_tuned_is_refused(causal, tmp_path, change, words):
 
 @pytest.mark.parametrize(
     ("options", "tune", "epochs"),
-    [(("full",), "targets", 1), (("block", "--tune-epochs", 3), "block", 3)],
+    [(("full",), None, 1), (("block", "--tune-epochs", 3), "block", 3)],
     ids=["full", "both"],
 )
 def test_the_whole_is_tuned_after_targets_or_blocks(run, tmp_path, monkeypatch, options, tune, epochs):

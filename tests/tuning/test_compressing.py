@@ -77,21 +77,3 @@ def test_tuning_that_wins_nothing_leaves_what_was_compressed_and_says_so(asked, 
 def test_what_has_no_text_is_not_tuned(tmp_path):
     with pytest.raises(SettingError, match="tuning needs one"):
         compress_and_tune("m", tmp_path / "out", epochs=1, recipe="nearest")
-
-
-@pytest.mark.parametrize(
-    ("given", "tune"),
-    [({}, "targets"), ({"tune": "block"}, "block"), ({"recipe": "paper"}, None)],
-    ids=["default", "block", "paper"],
-)
-def test_the_whole_is_trained_after_targets_unless_told_otherwise(tmp_path, monkeypatch, given, tune):
-    asked = {}
-
-    def refuse(*arguments, **settings):
-        asked.update(settings)
-        raise SettingError("enough")
-
-    monkeypatch.setattr(compressing, "compress", refuse)
-    with pytest.raises(SettingError, match="enough"):
-        compress_and_tune("m", tmp_path / "out", epochs=1, **given)
-    assert asked.get("tune") == tune
