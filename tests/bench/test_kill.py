@@ -10,12 +10,16 @@ from qmoe_lite.bench.kill import FAILED, REFUSED, Runs, everything_of, where
 
 def test_all_is_compared_but_the_time(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"abc")
-    (tmp_path / "qmoe_report.json").write_text(json.dumps({"bits": 2.0, "seconds": 3.5}))
-    before = everything_of(tmp_path)
-    (tmp_path / "qmoe_report.json").write_text(json.dumps({"bits": 2.0, "seconds": 4.5}))
-    assert everything_of(tmp_path) == before
-    (tmp_path / "qmoe_report.json").write_text(json.dumps({"bits": 2.1, "seconds": 3.5}))
-    assert everything_of(tmp_path) != before
+    def with_report(bits, seconds, after=0.1):
+        tuning = {"seconds": seconds / 2, "after": after}
+        report = {"bits": bits, "seconds": seconds, "tuning_by_block": tuning}
+        (tmp_path / "qmoe_report.json").write_text(json.dumps(report))
+        return everything_of(tmp_path)
+
+    before = with_report(2.0, 3.5)
+    assert with_report(2.0, 4.5) == before
+    assert with_report(2.1, 3.5) != before
+    assert with_report(2.0, 3.5, after=0.2) != before
 
 
 def ended_with(code):
