@@ -10,6 +10,7 @@ from qmoe_lite.bench.kill import FAILED, REFUSED, Runs, everything_of, where
 
 def test_all_is_compared_but_the_time(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"abc")
+
     def with_report(bits, seconds, after=0.1):
         tuning = {"seconds": seconds / 2, "after": after}
         report = {"bits": bits, "seconds": seconds, "tuning_by_block": tuning}
