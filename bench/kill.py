@@ -39,16 +39,20 @@ SETTINGS: dict[str, Any] = {"samples": 32, "sequence_length": 64, "validation_sa
 REFUSED, FAILED = 3, 4  # exit codes: QMoEError, something else
 
 
+def untimed(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report's values without the times in it, which no two runs share."""
+    for timed in (report, report.get("tuning_by_block") or {}):
+        timed.pop("seconds", None)
+    return report
+
+
 def everything_of(directory: Path) -> dict[str, str]:
     """Return the SHA-256 of each file; of the report of all but the time."""
     found = {}
     for file in sorted(directory.iterdir()):
         content = file.read_bytes()
         if file.name == "qmoe_report.json":
-            report = json.loads(content)
-            for timed in (report, report.get("tuning_by_block") or {}):
-                timed.pop("seconds", None)
-            content = json.dumps(report).encode()
+            content = json.dumps(untimed(json.loads(content))).encode()
         found[file.name] = hashlib.sha256(content).hexdigest()
     return found
 

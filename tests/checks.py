@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from qmoe_lite.bench.kill import untimed
+
 
 def draw_digits(rng, shares, shape):
     """Independent digits, int8: -1, 0, +1 where there are three shares, 0 to 3 where there are four."""
@@ -193,7 +195,5 @@ def outputs(model, seed=3, tokens=11):
 def everything_of(directory):
     """SHA-256 of each file; of the report all but the time."""
     found = {file.name: file.read_bytes() for file in directory.iterdir()}
-    report = json.loads(found.pop("qmoe_report.json"))
-    del report["seconds"]
-    (report.get("tuning_by_block") or {}).pop("seconds", None)
+    report = untimed(json.loads(found.pop("qmoe_report.json")))
     return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()} | {"report": report}

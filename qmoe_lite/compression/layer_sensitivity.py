@@ -165,8 +165,7 @@ def measured(
         Whose predictions are compared, at least; fewer where half of the samples have fewer.
     """
     labels, seq2seq = samples.all.labels, found.family.seq2seq
-    what = found.layers, settings.sequence_length, samples.calibration, seq2seq, tokens
-    length, windows, count = amounts(*what)
+    length, windows, count = amounts(found.layers, settings.sequence_length, samples.calibration, seq2seq, tokens)
     ids = samples.all.input_ids[:count] if seq2seq else samples.all.input_ids[:count, :length]
     cut = RunSamples(Samples(ids, None if labels is None else labels[:count], count), count, count)
     settings = replace(settings, batch_size=windows, sequence_length=length)
@@ -217,7 +216,8 @@ class _Pass:
     """One pass through a model: samples of the dense one, and behind them a copy of the first few for each layer."""
 
     def __init__(self, found: Opened, settings: Settings, spill: Path | None) -> None:
-        self._settings, self._rate = settings, settings.rate or USUAL_RATE
+        assert settings.rate is not None
+        self._settings, self._rate = settings, settings.rate
         self._family, self._checkpoint, self._config = found.family, found.checkpoint, found.config
         self._model, self._layers = found.model, found.layers
         grid = UniformGrid(level_dtype=torch.bfloat16, step=bounded(first_step(0.95 * self._rate)))
