@@ -50,6 +50,8 @@ class Size:
         What `qmoe estimate` said that it would take at the peak, write, and last.
     clock : str
         By which that was measured: "wall", or "processor".
+    phases : dict, phase to seconds
+        What it said that these are made of.
     """
 
     dense_bytes: int
@@ -58,6 +60,7 @@ class Size:
     output_bytes: int
     seconds: float
     clock: str
+    phases: dict[str, float]
 
     @property
     def longer(self) -> float:
@@ -124,7 +127,8 @@ def measure(scratch: Path, config: dict[str, Any], settings: dict[str, Any]) -> 
     for made in (model, out):
         shutil.rmtree(made)
     work, clock = expected.compressing, expected.measured["clock"]
-    return Size(size, took, work.memory_bytes, sum(expected.compressed_bytes.values()), work.seconds or 0.0, clock)
+    written, seconds = sum(expected.compressed_bytes.values()), work.seconds or 0.0
+    return Size(size, took, work.memory_bytes, written, seconds, clock, work.phases)
 
 
 def measure_groups(scratch: Path, config: dict[str, Any], settings: dict[str, Any]) -> dict[int, Compressed]:
@@ -181,6 +185,8 @@ def show_sizes(sizes: list[Size]) -> None:
         estimated, by_processor = f"{size.seconds:,.1f}", size.clock == "processor"
         add("seconds", f"{took.seconds:,.1f}", "" if by_processor else estimated)
         add("  of all processors", f"{took.processor_seconds:,.1f}", estimated if by_processor else "")
+        name = "what layers lose alone"
+        add(f"  {name}", f"{took.alone_seconds:,.1f}", f"{size.phases.get(name, 0.0):,.1f}")
         add("memory at the peak, GB", f"{took.peak_bytes / 1e9:.3f}", f"{size.memory_bytes / 1e9:.3f}")
         add("  over the imports, GB", f"{(took.peak_bytes - took.import_bytes) / 1e9:.3f}")
         add("  in the phase", took.peak_phase)
@@ -255,6 +261,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--scratch", type=Path, help="folder with room for the larger one; by default a temporary one")
+    parser.add_argument("--no-half", action="store_true", help="leave out the smaller one")
     parser.add_argument("--no-groups", action="store_true", help="leave out 1, 4 and 16 experts at a time")
     parser.add_argument("--no-projection", action="store_true", help="leave out the large models")
     parser.add_argument("--json", action="store_true")
@@ -271,7 +278,8 @@ def main() -> None:
             "spill": scratch / "spill",
         }
         configs = [config_of(options.family, share * options.gigabytes) for share in (0.5, 1.0)]
-        sizes = [measure(scratch, config, settings) for config in configs[configs[0] == configs[1] :]]
+        alone = options.no_half or configs[0] == configs[1]
+        sizes = [measure(scratch, config, settings) for config in configs[alone:]]
         groups = {} if options.no_groups else measure_groups(scratch, config_of(options.family, 0.0), settings)
         projected = [] if options.no_projection else list(project(scratch))
     machine = machine_line("torch", "transformers", "numba")

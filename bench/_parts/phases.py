@@ -16,7 +16,7 @@ from unittest.mock import patch
 from qmoe_lite.inspection.fitting import anonymous_bytes
 
 _PAUSE = 0.02  # seconds between two looks at the memory
-OTHER = "other"
+OTHER, ALONE = "other", "layers alone"
 
 
 class Stopwatch:
@@ -26,10 +26,13 @@ class Stopwatch:
     ----------
     seconds : defaultdict
         By phase; `OTHER` for what is in none.
+    within : defaultdict
+        By phase, those inside it included.
     """
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.within: defaultdict[str, float] = defaultdict(float)
         self._thread = threading.get_ident()
         self._phases = [OTHER]
         self._mark = time.perf_counter()
@@ -54,10 +57,12 @@ class Stopwatch:
                 return call(*args, **named)
             self.lap()
             self._phases.append(phase)
+            begun = self._mark
             try:
                 return call(*args, **named)
             finally:
                 self.lap()
+                self.within[phase] += self._mark - begun
                 self._phases.pop()
 
         return timed
@@ -79,6 +84,7 @@ def _watched() -> Iterator[tuple[str, Any, str]]:
     places: dict[str, list[tuple[Any, str]]] = {
         "read": [(Checkpoint, "tensor"), (LayerCompressor, "_weights")],  # mapped by one, touched by the other
         "checksums": [(run, "contents_of")],
+        ALONE: [(run, "measured_by_first")],
         "dense forward": [(BlockRunner, name) for name in ("enter", "run", "leave")],
         "gather": [(LayerCompressor, "gather")],
         "Hessian": [(LayerCompressor, "_hessians"), (LayerCompressor, "_hessian_and_inner")],
@@ -165,6 +171,8 @@ class Compressed:
         Of the directory that was written.
     seconds, processor_seconds : float
         By the clock, and of all processors.
+    alone_seconds : float
+        To measure what layers lose alone, in all phases.
     phases : dict, phase to seconds
     import_bytes, peak_bytes : int
         Anonymous memory after the imports, and at most.
@@ -179,6 +187,7 @@ class Compressed:
     bytes: int
     seconds: float
     processor_seconds: float
+    alone_seconds: float
     phases: dict[str, float]
     import_bytes: int
     peak_bytes: int
@@ -207,6 +216,7 @@ def compress_watched(model: Path, out: Path, settings: dict[str, Any]) -> Compre
         report.bits_per_weight,
         sum(file.stat().st_size for file in out.iterdir()),
         *took,
+        watch.within[ALONE],
         dict(watch.seconds),
         memory.before,
         memory.most,

@@ -6,6 +6,7 @@ said in `decode_kernels`. Floor: C bytes of digits in or out, about C/12 bytes o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,10 +132,7 @@ def _encode_windows(digits: Any, levels: Any, dictionary: Dictionary, column_sca
     rows, columns = array.shape
     if columns > MAX_COLUMNS:
         raise ShapeError(f"digits has {columns} columns; expected at most {MAX_COLUMNS}. Split the matrix by columns.")
-    steps = _levels_tensor(levels.cpu() if isinstance(levels, torch.Tensor) else levels)
-    if tuple(steps.shape) != (rows, 1):
-        raise ShapeError(f"levels has shape {tuple(steps.shape)}; expected ({rows}, 1), the rows' steps.")
-    _check_levels_finite(steps)
+    steps = _steps_tensor(levels, rows)
     stream = encode_rows(array, dictionary.bits, dictionary.clip, *dictionary.encoder)
     row_codewords, fewest = shorten_counts(torch.from_numpy(stream.row_codewords))
     starts, positions, values = (torch.from_numpy(part) for part in stream.exceptions)
@@ -152,6 +150,35 @@ def _encode_windows(digits: Any, levels: Any, dictionary: Dictionary, column_sca
         _validated=True,
     )
     return packed if home.type == "cpu" else packed.to(home)
+
+
+def with_steps(packed: PackedMatrix, levels: Any, column_scales: Any = None) -> PackedMatrix:
+    """Return a dictionary's digits with other steps and column scales: what `encode` makes of them, without its work.
+
+    Parameters
+    ----------
+    packed : PackedMatrix
+        On the CPU.
+    levels, column_scales
+        As `encode` takes them.
+
+    Raises
+    ------
+    ShapeError, DtypeError, NotFiniteError
+        As `encode`.
+    """
+    rows, columns = packed.shape
+    scales = None if column_scales is None else _scales_tensor(column_scales, columns)
+    return replace(packed, levels=_steps_tensor(levels, rows), column_scales=scales)
+
+
+def _steps_tensor(levels: Any, rows: int) -> torch.Tensor:
+    """Return the steps of rows, shape (R, 1); refuse others than finite ones."""
+    steps = _levels_tensor(levels.cpu() if isinstance(levels, torch.Tensor) else levels)
+    if tuple(steps.shape) != (rows, 1):
+        raise ShapeError(f"levels has shape {tuple(steps.shape)}; expected ({rows}, 1), the rows' steps.")
+    _check_levels_finite(steps)
+    return steps
 
 
 def _scales_tensor(scales: Any, columns: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from qmoe_lite.checkpoint.format import bytes_of_experts, pack_experts
 from qmoe_lite.checkpoint.report import ProjectionReport
 from qmoe_lite.coding.alphabet import ALPHABETS
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.codec import decode, encode
+from qmoe_lite.coding.codec import decode, encode, with_steps
 from qmoe_lite.coding.dictionary import Dictionary, count_sizes
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.window_parts import dictionary_of
@@ -188,13 +188,20 @@ class WindowTally:
 
     def encode(self, solved: Solved) -> list[PackedMatrix]:
         """Write a group of experts, which may yet be solved again."""
-        all_digits = solved.quantized.digits.cpu().numpy()
-        book = self.dictionary or self._dictionaries.choose(count_sizes(all_digits))
-        if self._latest is not None and self._latest[0] is solved and self._latest[1] is book:
-            return self._latest[2]
+        digits, latest = solved.quantized.digits, self._latest
+        if latest is not None and latest[0].quantized.digits is not digits:
+            latest = None
+        if latest is not None and latest[0] is solved:
+            return latest[2]
         levels, scales = solved.quantized.levels.cpu().to(self._dtype), solved.quantized.column_scales
-        per_expert = [None] * len(all_digits) if scales is None else list(scales.cpu())
-        packed = [encode(d, steps, book, s) for d, steps, s in zip(all_digits, levels, per_expert, strict=True)]
+        per_expert = [None] * len(levels) if scales is None else list(scales.cpu())
+        if latest is not None:  # training has left the digits
+            book = latest[1]
+            packed = [with_steps(*each) for each in zip(latest[2], levels, per_expert, strict=True)]
+        else:
+            all_digits = digits.cpu().numpy()
+            book = self.dictionary or self._dictionaries.choose(count_sizes(all_digits))
+            packed = [encode(d, steps, book, s) for d, steps, s in zip(all_digits, levels, per_expert, strict=True)]
         self._latest = solved, book, packed
         return packed
 

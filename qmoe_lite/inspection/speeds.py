@@ -1,7 +1,7 @@
 """How fast this machine does what compressing and running a model consist of: a few seconds of measuring.
 
-Experts are measured through `LayerCompressor` itself, on drawn weights and tokens of this model's shapes, or of smaller
-ones where those would take too long.
+Experts are measured through `LayerCompressor` itself (drawn_experts.py), on this model's shapes, or on smaller ones
+where those would take too long.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from qmoe_lite.checkpoint import atomic as files
 from qmoe_lite.checkpoint.weight_file import WeightFile, page_memory, room
@@ -29,17 +25,13 @@ from qmoe_lite.coding.dictionary import Dictionary, count_sizes
 from qmoe_lite.coding.matmul import decode_matmul
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.windows_product import USUAL_BITS
-from qmoe_lite.compression.dictionaries import Dictionaries
 from qmoe_lite.compression.importance import TOKENS
-from qmoe_lite.compression.layer import LayerCompressor
-from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.rate import first_step
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy
-from qmoe_lite.inspection.tries import Tries, median, one_thread
-from qmoe_lite.models.blocks import MoELayer
-from qmoe_lite.models.routing import Assignment
+from qmoe_lite.inspection.drawn_experts import DrawnExperts
+from qmoe_lite.inspection.tries import median
 from qmoe_lite.quantization.digits import count
 from qmoe_lite.quantization.grid import Grid, UniformGrid
 from qmoe_lite.quantization.solver import gptq
@@ -48,6 +40,7 @@ _WORK = 26e9  # operations of an expert's solve that are worth measuring
 _FEW, _MORE = 32, 2048  # tokens of a small expert, and of others besides as many as what counts for outputs is seen by
 _RANK = 16  # columns to a token at least: of fewer tokens, the error is computed in another way, which takes longer
 _LEAST = 0.7  # share of a token's products that it takes at least: half of a Hessian's are mirrored
+_TUNED = 1024  # tokens of an expert that is tuned, besides the same
 _SOME, _TINY = 3, 9  # experts of a layer, of this model's shape and of small ones
 _SECONDS = 1.0  # that a group of experts may take
 _DISK_BYTES = 64 << 20
@@ -95,6 +88,10 @@ class Speeds:
     weight : float
         Seconds of a solve that grow with the weights, not with the operations; measured where experts are larger than
         what was.
+    tuned : float
+        Seconds that tuning an expert of the measured shape takes, whatever its tokens.
+    tuned_token : float
+        Seconds of a token that it is tuned on, its way through the dense expert among them.
     load : float
         By which share the experts that were measured took longer, by the clock, than what is said of them here.
     clock : str
@@ -116,6 +113,8 @@ class Speeds:
     disk_file: str
     save: float
     weight: float = 0.0
+    tuned: float = 0.0
+    tuned_token: float = 0.0
     load: float = 0.0
     clock: str = "wall"
 
@@ -159,7 +158,7 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     rows, columns = layer.shapes[names[0]]
     code = _coded(max(_ROW_BLOCK, min(rows, _PRODUCT_WEIGHTS // columns)), columns, grid, settings)
     packed = code.packed
-    run = _Experts(anatomy, settings, grid)
+    run = DrawnExperts(anatomy, settings, grid)
     begun = time.perf_counter()
     run.seconds(tiny, 1, _FEW)  # kernels are compiled, or fetched
     start = time.perf_counter() - begun
@@ -178,6 +177,7 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     token = max((many - few) / (several * _MORE), least)
     expert = max(expert - tokens * token, 0.0)
     fixed = min(max(fixed, 0.0) / (_TINY - 1), expert)
+    tuned, tuned_token = _tuning(run, shapes, tokens, one) if settings.tune in ("block", "targets") else (0.0, 0.0)
     weight = 0.0 if shapes == layer.shapes else _of_weight(run, shapes, expert - fixed, fixed, token)
     choosing = len(names) * code.choosing if isinstance(grid, UniformGrid) else max(one - expert, 0.0)
     x = torch.randn(columns)
@@ -199,12 +199,24 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
         disk_file,
         _save(folder),
         weight,
+        tuned,
+        tuned_token,
         run.tries.load,
         "processor" if run.tries.by_processor else "wall",
     )
 
 
-def _of_weight(run: _Experts, shapes: dict[str, tuple[int, int]], solve: float, fixed: float, token: float) -> float:
+def _tuning(run: DrawnExperts, shapes: dict[str, tuple[int, int]], tokens: int, untuned: float) -> tuple[float, float]:
+    """Return the seconds that tuning an expert takes besides its tokens, and of each of them."""
+    few = run.best(shapes, 1, tokens, tuned=True) - untuned
+    many = run.best(shapes, 1, tokens + _TUNED, tuned=True) - run.best(shapes, 1, tokens + _TUNED)
+    token = max(many - few, 0.0) / _TUNED
+    return max(few - tokens * token, 0.0), token
+
+
+def _of_weight(
+    run: DrawnExperts, shapes: dict[str, tuple[int, int]], solve: float, fixed: float, token: float
+) -> float:
     """Return the seconds of a solve that grow with the weights: what half as wide experts take beyond an eighth."""
     half = {name: (_rounded(rows / 2), _rounded(columns / 2)) for name, (rows, columns) in shapes.items()}
     several, tokens = 2 * _SOME, max(TOKENS, *(width // _RANK for _, width in half.values()))
@@ -226,70 +238,6 @@ def _affordable(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]
 
 def _rounded(size: float) -> int:
     return max(128, round(size / 64) * 64)
-
-
-class _Drawn:
-    """Stands for a checkpoint whose experts' weights are drawn."""
-
-    directory = Path("drawn")
-
-    def __init__(self, shapes: dict[str, tuple[int, int]]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._of = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        """Return the same matrix for each expert."""
-        return self._of[name.split(".")[-2]]
-
-    def will_need(self, names: Iterable[str]) -> None:
-        """Do nothing: they are here."""
-
-
-class _Chosen(Dictionaries):
-    """Takes the first dictionary for all digits: choosing is measured apart."""
-
-    def choose(self, sizes: NDArray[np.int64]) -> Dictionary:
-        """Return the one that is known, or one for these digits."""
-        return self.known[0] if self.known else super().choose(sizes)
-
-
-class _Experts:
-    """Compresses drawn experts by the code that a run uses."""
-
-    def __init__(self, anatomy: Anatomy, settings: Settings, grid: Grid) -> None:
-        # one solve an expert: of a rate that is aimed at, some groups are solved several times, which is counted apart
-        self._settings = replace(settings, rate=None, blend_tokens=0, validation_samples=0)
-        step = first_step(0.95 * (settings.rate or 2.0))
-        self._grid = replace(grid, step=step) if isinstance(grid, UniformGrid) else grid
-        self._anatomy, self._dictionaries = anatomy, _Chosen(USUAL_BITS)
-        self.tries = Tries(by_processor=one_thread(torch.device(settings.device)))
-
-    def seconds(self, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
-        """Seconds for a layer of experts of this shape that get so many tokens each."""
-        family, config = self._anatomy.family, self._anatomy.config
-        layer = MoELayer(self._anatomy.layers[0].experts, "drawn", experts, shapes)  # a name that has an activation
-        drawn: Any = _Drawn(shapes)
-        compressor = LayerCompressor(family, config, drawn, self._grid, self._settings)
-        if isinstance(self._grid, UniformGrid):
-            compressor.dictionaries = self._dictionaries
-        seen = None if self._settings.recipe == "nearest" else _seen(shapes, experts, tokens)
-        with torch.inference_mode():
-            return self.tries.once(partial(compressor.compress, layer, 0, seen, lambda *progress: None))
-
-    def best(self, shapes: dict[str, tuple[int, int]], experts: int, tokens: int) -> float:
-        """Do what `seconds` does a few times; return the least."""
-        return self.tries.best(partial(self.seconds, shapes, experts, tokens))
-
-
-def _seen(shapes: dict[str, tuple[int, int]], experts: int, tokens_of_each: int) -> LayerInputs:
-    names, tokens = list(shapes), experts * tokens_of_each
-    inputs = ListBuffer(1, tokens, shapes[names[0]][1])
-    inputs.rows.normal_(generator=torch.Generator().manual_seed(1))
-    outputs = ListBuffer(1, tokens, shapes[names[-1]][0])
-    outputs.rows.zero_()
-    assigned = Assignment.group(torch.arange(tokens)[:, None] % experts, torch.ones(tokens, 1), experts)
-    none = torch.zeros(tokens, dtype=torch.bool)
-    return LayerInputs(inputs, assigned, ~none, none, none, inputs.rows[:1], outputs)
 
 
 @dataclass(frozen=True)
@@ -372,6 +320,12 @@ def _read(path: Path) -> float:
         return done / max(time.perf_counter() - begun, 1e-6)
     finally:
         file.close()
+
+
+def scaled_tuning(speeds: Speeds, shapes: dict[str, tuple[int, int]]) -> tuple[float, float]:
+    """Return the seconds of tuning an expert of another shape without tokens, and of each token."""
+    grown = solve_work(shapes) / solve_work(speeds.shape), token_work(shapes) / token_work(speeds.shape)
+    return speeds.tuned * grown[0], speeds.tuned_token * grown[1]
 
 
 def scaled_expert(speeds: Speeds, shapes: dict[str, tuple[int, int]]) -> tuple[float, float]:

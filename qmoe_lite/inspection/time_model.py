@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qmoe_lite.checkpoint.headers import Headers
@@ -11,14 +12,14 @@ from qmoe_lite.compression.run_samples import TUNED_TOKENS
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.inspection.anatomy import Anatomy, BlockParts
 from qmoe_lite.inspection.memory_model import Rows, batch_bytes, rows_measured, rows_of
-from qmoe_lite.inspection.speeds import Speeds, inner_work, scaled_expert, token_work
+from qmoe_lite.inspection.speeds import Speeds, inner_work, scaled_expert, scaled_tuning, token_work
 from qmoe_lite.models.blocks import MoELayer
 
 _START = 3.0  # seconds: the skeleton, the tokenizer, the text
 # solves of groups for the rate and the dead zone, besides one each, on the first and last layer: 3 to 5 were counted
 # where a layer is one group, 4 to 5 where it is several, 5 to 8 where those are single experts
 _AGAIN, _AGAIN_OF_SEVERAL = 4, 5
-_DENSE, _TRAINING = 2.0, 12.0  # operations a weight and token: what dense experts put out; training on it
+_DENSE = 2.0  # operations a weight and token: what dense experts put out
 _CHECKSUM = 1.5e9  # bytes a second
 _BLOCK_OVERHEAD, _TOKEN_OVERHEAD = 1e-3, 2.5e-3  # seconds of transformers' own code: a block, the loop around them
 
@@ -87,8 +88,8 @@ def seconds_of(
             own, of_token = scaled_expert(speeds, layer.shapes)
             solving += layer.count * own
             if calibrated:
-                pairs = rows.all * rows.tokens[number] * layer.top_k
-                tuning += _tuning(layer, settings, rows, number)
+                pairs = (rows.all - rows.twins) * rows.tokens[number] * layer.top_k
+                tuning += _tuning(layer, settings, rows, number, speeds)
                 first, last = _of_layer(layer, settings, rows, number)
                 work = first * 2.0 * layer.shapes[layer.projections[0]][1] ** 2 * len(groups_of(layer, settings))
                 again = (work + last * layer.count * inner_work(layer.shapes)) / token_work(layer.shapes)
@@ -105,7 +106,7 @@ def seconds_of(
     phases["layers: choosing codes"] = codes * speeds.layer
     phases["experts: Hessians and outputs"] = tokens
     phases["experts: solving and encoding"] = solving
-    phases["experts: tuning"] = tuning / speeds.multiply
+    phases["experts: tuning"] = tuning
     if calibrated:
         saved = sum(
             rows.all
@@ -139,18 +140,18 @@ def _alone(anatomy: Anatomy, settings: Settings, rows: Rows, speeds: Speeds) -> 
     return seconds + head / speeds.multiply
 
 
-def _tuning(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> float:
-    """Return the operations of tuning a layer, besides its twins' way through the block."""
+def _tuning(layer: MoELayer, settings: Settings, rows: Rows, stack: int, speeds: Speeds) -> float:
+    """Seconds of tuning a layer, besides its twins' way through the block."""
     if not rows.twins:
         return 0.0
-    *first, (height, inner) = layer.shapes.values()
-    seen, tuned = (samples * rows.tokens[stack] * layer.top_k for samples in (rows.samples, rows.twins))
-    weights, most = layer.weights / layer.count, TUNED_TOKENS * layer.count
-    work = _DENSE * tuned * weights + min(seen, most) * (inner_work(layer.shapes) + 2.0 * height * inner)
+    seen, twins = (samples * rows.tokens[stack] * layer.top_k for samples in (rows.samples, rows.twins))
+    tuned = min(seen, twins, TUNED_TOKENS * layer.count)
+    own, of_token = scaled_tuning(speeds, layer.shapes)
+    seconds = layer.count * own + tuned * of_token
     if settings.tune == "block":  # which solves a group before it runs it: its first matrices are used twice
-        again = 2.0 * sum(rows * columns for rows, columns in first) * seen
-        work += again + _TRAINING * min(tuned, most) * weights
-    return work
+        *first, _ = layer.shapes.values()
+        seconds += 2.0 * sum(map(math.prod, first)) * (seen - tuned) / speeds.multiply
+    return seconds
 
 
 def _of_layer(layer: MoELayer, settings: Settings, rows: Rows, stack: int) -> tuple[int, int]:

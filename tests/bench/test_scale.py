@@ -67,6 +67,7 @@ def test_seconds_go_to_the_innermost_phase_of_one_thread(monkeypatch):
     other.join()
     watch.lap()
     assert watch.seconds == {"other": 1 + 16, "outer": 2 + 8, "inner": 4}
+    assert watch.within == {"outer": 2 + 4 + 8, "inner": 4}
 
 
 def test_the_peak_is_what_was_there_for_a_moment():
@@ -82,8 +83,8 @@ def test_the_peak_is_what_was_there_for_a_moment():
 def test_tables_fit_into_80_columns(capsys):
     phases = {phase: 1234.5 for phase in ("read", "factor", "solve", "experts' outputs", "dense forward")}
     moved = dict.fromkeys(("read", "written", "from the disk", "to the disk"), 10**12)
-    took = Compressed(10**10, 2.0, 10**9, 6e4, 6e4, phases, 3 * 10**8, 10**10, "dense forward", moved)
-    sizes = [Size(2 * 10**10, took, 10**10, 10**9, 6e4, clock) for clock in ("wall", "processor")]
+    took = Compressed(10**10, 2.0, 10**9, 6e4, 6e4, 5e3, phases, 3 * 10**8, 10**10, "dense forward", moved)
+    sizes = [Size(2 * 10**10, took, 10**10, 10**9, 6e4, clock, {}) for clock in ("wall", "processor")]
     show_sizes(sizes)
     assert [size.longer for size in sizes] == [took.seconds / 6e4, took.processor_seconds / 6e4]
     show_groups(dict.fromkeys((1, 4, 16), took))

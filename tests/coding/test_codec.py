@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_lite.coding.codebook import Codebook
-from qmoe_lite.coding.codec import decode, encode
+from qmoe_lite.coding.codec import decode, encode, with_steps
+from qmoe_lite.coding.dictionary import Dictionary
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.coding.stream import shorten_counts
 from qmoe_lite.coding.validation import validate
@@ -222,6 +223,30 @@ def test_input_of_any_strides_and_container_gives_the_same_bytes():
         assert torch.equal(encode(other, levels, TERNARY).codes, packed.codes)
     digits.flags.writeable = levels.flags.writeable = False
     assert torch.equal(encode(digits, levels, TERNARY).codes, packed.codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_steps_and_scales_give_the_bytes_of_encoding_anew(dtype):
+    rng = np.random.default_rng(5)
+    digits = rng.integers(-9, 10, (33, 70)).astype(np.int8)
+    book = Dictionary.fit_counts([40, 50, 26, 9, 2], bits=9)  # clips some
+    first, second = draw_levels(rng, 33, 1, dtype), draw_levels(rng, 33, 1, dtype)
+    scales = torch.from_numpy(rng.uniform(0.5, 2.0, 70).astype(np.float32)).bfloat16()
+    for own in (None, scales):
+        changed, anew = with_steps(encode(digits, first, book), second, own), encode(digits, second, book, own)
+        for field in dataclasses.fields(anew):
+            found, expected = getattr(changed, field.name), getattr(anew, field.name)
+            assert torch.equal(found, expected) if torch.is_tensor(expected) else found == expected, field.name
+    for levels, own, error in (
+        (second[1:], None, ShapeError),
+        (second.double(), None, DtypeError),
+        (second / 0, None, NotFiniteError),
+        (second, scales[1:], ShapeError),
+        (second, 0 * scales, NotFiniteError),
+        (second, scales.float() + 1e-4, DtypeError),
+    ):
+        with pytest.raises(error):
+            with_steps(encode(digits, first, book), levels, own)
 
 
 def test_later_changes_of_the_levels_do_not_reach_the_packed_matrix():

@@ -14,13 +14,15 @@ import qmoe_lite as qm
 from qmoe_lite.checkpoint.headers import Held, read_headers
 from qmoe_lite.checkpoint.report import read_report
 from qmoe_lite.compression.choice import choose
+from qmoe_lite.compression.layer import LayerCompressor
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.shares import MEASURED, NONE
 from qmoe_lite.inspection import estimation, time_model
 from qmoe_lite.inspection.anatomy import anatomy_of
+from qmoe_lite.inspection.drawn_experts import DrawnExperts
 from qmoe_lite.inspection.fitting import Room, doubts, obstacles
 from qmoe_lite.inspection.memory_model import need_of, rows_of
-from qmoe_lite.inspection.speeds import Speeds, _Experts, scaled_expert, solve_work, token_work
+from qmoe_lite.inspection.speeds import Speeds, scaled_expert, solve_work, token_work
 from qmoe_lite.inspection.time_model import seconds_of
 
 C_2048 = {  # flaxformer/t5x/configs/moe/models/switch_c.gin
@@ -260,12 +262,14 @@ def test_each_stage_takes_of_the_layer_s_tokens_what_it_needs(causal):
 
 def test_what_is_tuned_takes_its_time(causal):
     headers = read_headers(causal("qwen3_moe"))
-    anatomy, phases = anatomy_of(headers), {}
+    anatomy, phases, speeds = anatomy_of(headers), {}, replace(SPEEDS, tuned=0.02, tuned_token=3e-5)
     for tune in ("none", "targets", "block"):
         settings = Settings(sequence_length=32, samples=2000, tune=tune)
-        phases[tune] = seconds_of(anatomy, settings, headers, SPEEDS, 10**12, [])
+        phases[tune] = seconds_of(anatomy, settings, headers, speeds, 10**12, [])
     none, targets, block = (phases[tune].pop("experts: tuning", 0) for tune in phases)
     assert 0 == none < targets < block
+    seconds = (0.02 * solve_work(layer.shapes) / solve_work(SPEEDS.shape) for layer in anatomy.layers)
+    assert targets > sum(layer.count * own for layer, own in zip(anatomy.layers, seconds, strict=True))
     assert phases["none"]["dense parts"] < phases["targets"]["dense parts"] == phases["block"]["dense parts"]
 
 
@@ -299,8 +303,20 @@ def test_groups_are_solved_again_on_the_layers_that_decide_on_the_rate(causal):
 
 def test_experts_of_a_decoder_are_measured_with_its_own_activation(causal):
     anatomy = anatomy_of(read_headers(causal("qwen3_moe")))
-    run = _Experts(anatomy, Settings(sequence_length=32), qm.MinMaxTernary(torch.bfloat16))
+    run = DrawnExperts(anatomy, Settings(sequence_length=32), qm.MinMaxTernary(torch.bfloat16))
     assert run.seconds(anatomy.layers[0].shapes, 2, 8) > 0
+
+
+@pytest.mark.parametrize("tune", ["targets", "block"])
+def test_experts_are_tuned_where_that_is_measured(causal, tune, monkeypatch):
+    anatomy, tuned = anatomy_of(read_headers(causal("qwen3_moe"))), []
+    own = LayerCompressor.compress
+    monkeypatch.setattr(LayerCompressor, "compress", lambda *what: tuned.append(own(*what).tuning))
+    run = DrawnExperts(anatomy, Settings(sequence_length=32, tune=tune), qm.UniformGrid(1.0))
+    assert run.seconds(anatomy.layers[0].shapes, 2, 8, tuned=True) > 0
+    assert run.seconds(anatomy.layers[0].shapes, 2, 8) > 0
+    assert tuned[0]["seconds"] > 0
+    assert not tuned[1]
 
 
 @pytest.mark.slow
@@ -308,6 +324,6 @@ def test_a_machine_is_measured(switch):
     found = qm.estimate(switch, samples=24, sequence_length=32)
     assert found.compressing.seconds > 0
     assert found.running.tokens_per_second > 0
-    for name in ("multiply", "expert", "encode", "codes", "vector", "disk", "save"):
+    for name in ("multiply", "expert", "tuned", "encode", "codes", "vector", "disk", "save"):
         assert found.measured[name] > 0
     assert found.running.resident == 1.0
