@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SILENT = 90.0  # seconds without a word after which a worker hangs, whatever else the machine does
-BUSY = 20.0  # seconds of processor time after which it does; what takes over 5 and ends is told by `judge`
+BUSY = 20.0  # seconds of processor time after which it does, as for `judge`
 WIDTH = 80
 GOOD = ("as before", "as it says", "refused", "cannot run")  # as tests/judge.py has them
 BAD = ("wrong", "exception", "slow", "hang", "memory", "crash")

@@ -61,7 +61,9 @@ def compress(
     codeword_bits: Annotated[
         int | None,
         typer.Option(
-            help="Bits of a codeword. [default: 10, or what fits each layer best with few digits]", min=8, max=13
+            help="Bits of a codeword, 9 to 12 at a rate. [default: 10 at a rate, else what fits each layer best]",
+            min=8,
+            max=13,
         ),
     ] = None,
     dampening: Annotated[float, typer.Option(help="Added to a Hessian's diagonal, as a share of its mean.")] = 0.1,

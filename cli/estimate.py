@@ -39,7 +39,10 @@ def estimate(
     products: ProductsOption = "float32",
     tune: Annotated[
         str | None,
-        typer.Option(help="none, targets or block, as compress takes it.", show_default=False),
+        typer.Option(
+            help="none, targets, block or full, as compress takes it; training the whole model is not counted.",
+            show_default=False,
+        ),
     ] = None,
     sensitivity: SensitivityOption = None,
     spill: Annotated[

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Compressed directory, or a dense model's directory or name.")],
     *,
-    text: Annotated[str, typer.Option(help="UTF-8 text, .jsonl with a text field, a directory, or a data set.")],
+    text: Annotated[str, typer.Option(help="UTF-8 text, .jsonl with text or messages, a directory, or a data set.")],
     samples: Annotated[int | None, typer.Option(help="Samples drawn. [default: the whole text]", min=1)] = None,
     sequence_length: SequenceLengthOption = 512,
     passes: Annotated[

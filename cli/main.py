@@ -34,7 +34,7 @@ from qmoe_lite.errors import QMoEError
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 app = typer.Typer(
-    help="Compress the experts of a Mixture-of-Experts model below one bit a weight, and run the result.",
+    help="Compress the experts of a Mixture-of-Experts model to 0.6 to 4 bits a weight, and run the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -79,7 +79,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Exit code 0, 1 (what went wrong, in one line), 2 (usage)."""
+    """Run the command line. Exit code 0, 1 (what went wrong, in one line), 2 (usage), 130 (Ctrl-C)."""
     debug = "--debug" in sys.argv[1:]
     if debug:  # wherever it stands
         sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a != "--debug")]

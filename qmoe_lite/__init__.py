@@ -1,4 +1,4 @@
-"""Compress Mixture-of-Experts models to about one bit a weight or less, and run them (QMoE, arXiv:2310.16795)."""
+"""Compress Mixture-of-Experts models to 0.6 to 4 bits a weight in experts, and run them (QMoE, arXiv:2310.16795)."""
 
 from __future__ import annotations
 

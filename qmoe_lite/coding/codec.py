@@ -57,14 +57,14 @@ def encode(digits: Any, levels: Any, codebook: Code, column_scales: Any = None) 
     ShapeError
         `digits` is not (R, C) within those bounds, or `levels` does not match it.
     DtypeError
-        `digits` is not int8, or `levels` is none of the three floats (float64 would lose precision silently), or
-        `column_scales` are not exact in bfloat16.
+        `digits` is not int8, of a Dictionary no integers, `levels` is none of the three floats (float64 would lose
+        precision silently), or `column_scales` are not exact in bfloat16.
     DigitError
         A digit outside the codebook's alphabet; names row, column and value.
     NotFiniteError
-        A level is NaN or infinite.
+        A level is NaN or infinite, or a column scale not above 0 and finite.
     SettingError
-        The arguments are on two devices.
+        The arguments are on two devices, or `column_scales` are given with a Codebook.
     DeviceError
         They are on a GPU that the kernels cannot use; says what to install.
 

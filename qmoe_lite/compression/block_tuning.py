@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qmoe_lite.coding.narrow import rescaled
 from qmoe_lite.compression.correction import Correction, Found, Lack
-from qmoe_lite.compression.expert_training import Factors, train_expert
+from qmoe_lite.compression.expert_training import Factors, squares, train_expert
 from qmoe_lite.compression.layer_parts import LayerInputs, Taken, draw
 from qmoe_lite.compression.layer_waves import LayerWaves
 from qmoe_lite.compression.list_buffer import ListBuffer
@@ -107,7 +107,7 @@ class LayerTuner:
         self, runner: LayerWaves, layer: MoELayer, number: int, seen: LayerInputs, lack: Lack, settings: Settings
     ) -> None:
         self._runner, self._layer, self._number, self._seen = runner, layer, number, seen
-        self._lack, self._settings = lack, settings
+        self._lack, self._settings, self._trains = lack, settings, settings.tune == "block"
         self._begun: tuple[int, Correction] | None = None  # of the expert that is under way
         self._found = dict[int, Found]()
         self._latest: tuple[dict[str, Solved], dict[str, Solved], list[Found]] | None = None
@@ -127,7 +127,8 @@ class LayerTuner:
         if self._begun is None or self._begun[0] != expert:
             truth = self._runner.truth(self._layer, expert)
             of_expert = self._seen.assigned.of_expert(expert)
-            self._begun = expert, Correction(self._runner, truth, self._lack, *of_expert)
+            tells = not self._trains  # which measures it in the end
+            self._begun = expert, Correction(self._runner, truth, self._lack, *of_expert, tells=tells)
         self._begun[1].take(rows, x, inside)
         self.seconds += time.perf_counter() - begun
 
@@ -159,7 +160,7 @@ class LayerTuner:
 
     def _tuned(self, group: range, solved: dict[str, Solved]) -> tuple[dict[str, Solved], list[Found]]:
         """Return a group as it is to be, and what its experts lacked."""
-        if self._settings.tune != "block":
+        if not self._trains:
             return solved, [self._found[expert] for expert in group if expert in self._found]
         begun = time.perf_counter()
         tuned = {name: _copied(each) for name, each in solved.items()}
@@ -179,7 +180,7 @@ class LayerTuner:
         rows, gates = rows[chosen], gates[chosen]
         truth = self._runner.truth(layer, expert)
         goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in chunks(rows, gates)])
-        energy = float(goal.double().square().sum())  # of the dense expert's outputs alone
+        energy = squares(goal)  # of the dense expert's outputs alone
         if self._lack.buffer is not None:
             goal += self._lack.share(rows, gates.square()).to(device)
         weights = {name: each.quantized.weight_of(place) for name, each in solved.items()}

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.compression.expert_runner import ExpertRunner
+from qmoe_lite.compression.expert_training import squares
 from qmoe_lite.compression.layer_parts import Inputs, Linear
 from qmoe_lite.compression.run_samples import TUNED_TOKENS
 from qmoe_lite.quantization.hessian import accumulate, added, blend, mean, new
 
-MEASURED_TOKENS = 1024  # of an expert, on which what is missing is measured for the report
+MEASURED_TOKENS = 256  # of an expert, on which what is missing is measured for the report
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,21 @@ class Correction:
         Of the block.
     rows, gates : int64, float32 tensor
         All tokens of the expert.
+    tells : bool
+        Measure what is missing before and after, for the report.
     """
 
-    def __init__(self, runner: ExpertRunner, truth: list[Linear], lack: Lack, rows: Tensor, gates: Tensor) -> None:
-        self._runner, self._truth, self._lack = runner, truth, lack
+    def __init__(
+        self,
+        runner: ExpertRunner,
+        truth: list[Linear],
+        lack: Lack,
+        rows: Tensor,
+        gates: Tensor,
+        *,
+        tells: bool = True,
+    ) -> None:
+        self._runner, self._truth, self._lack, self._tells = runner, truth, lack, tells
         self._rows, self._gates = rows, gates
         weights = truth[-1].weight
         # over the same tokens: where a few are larger by orders, other tokens' Hessian would let a change overshoot
@@ -105,7 +117,7 @@ class Correction:
         if self._lack.buffer is not None:
             lacking = self._lack.share(rows, gates).to(inside.device)
             self._lacking.addmm_(lacking.T, inside)
-        if self._measured is None:
+        if self._tells and self._measured is None:
             few, last = slice(0, MEASURED_TOKENS), self._truth[-1]
             gates = gates[few, None].to(inside.device)
             missing = change[few] @ last.weight.T
@@ -113,7 +125,7 @@ class Correction:
             self._measured = last.of(dense[few]) * gates, missing * gates, inside[few] * gates
 
     def add_to(self, weights: Tensor, hessian: Tensor, dampening: float, blend_tokens: int) -> Found | None:
-        """Add to a last projection what makes up for what is missing; return how much does.
+        """Add to a last projection what makes up for what is missing; return how much does, if it `tells`.
 
         Parameters
         ----------
@@ -126,9 +138,9 @@ class Correction:
         blend_tokens : int
             How many of those count where there are fewer tokens than columns.
         """
-        if self._measured is None:
-            return None
         tokens, columns = self._tokens, len(hessian)
+        if not tokens:
+            return None
         own, missing = mean(self._hessian, tokens), (self._truth[-1].weight @ self._cross + self._lacking) / tokens
         if tokens < columns:
             own, missing = blend(own, hessian, tokens, blend_tokens), missing * (tokens / (tokens + blend_tokens))
@@ -138,5 +150,7 @@ class Correction:
         if info.item() or not change.isfinite().all():
             return None
         weights += change
+        if self._measured is None:
+            return None
         goal, before, inside = self._measured
-        return Found(*(float(each.double().square().sum()) for each in (goal, before, before - inside @ change.T)))
+        return Found(*map(squares, (goal, before, before - inside @ change.T)))

@@ -68,7 +68,7 @@ class ExpertRunner:
         """Return an expert's dense matrices, with their biases."""
         return self.linears(layer, expert, {name: self._weights(layer, expert, name) for name in layer.projections})
 
-    def _group_weights(self, layer: MoELayer, group: range, projection: str) -> Tensor:
+    def _group_weights(self, layer: MoELayer, group: Sequence[int], projection: str) -> Tensor:
         weights = torch.empty(len(group), *layer.shapes[projection], device=self.device)
         for place, expert in enumerate(group):  # one at a time: no second copy of all
             weights[place] = self._weights(layer, expert, projection)

@@ -126,7 +126,7 @@ class _Factored:
 
     @torch.no_grad()
     def lacks(self, x: Tensor, gates: Tensor, goal: Tensor) -> float:
-        return float((self(x) * gates - goal).double().square().sum())
+        return squares(self(x) * gates - goal)
 
     @torch.no_grad()
     def settle(self, settle: Settle) -> None:
@@ -140,6 +140,11 @@ class _Factored:
     def _factors(self) -> tuple[Factors, Factors]:
         of_rows = {name: each.detach().exp() for name, each in self._rows.items()}
         return of_rows, {name: each.detach().exp() for name, each in self._columns.items()}
+
+
+def squares(values: Tensor) -> float:
+    """Return the sum of the squares of float32 (N, R): of each row in that, of all rows in float64."""
+    return float(values.square().sum(dim=1).double().sum())
 
 
 def _batches(tokens: int, seed: tuple[int, ...]) -> list[Tensor]:

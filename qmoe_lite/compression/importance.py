@@ -20,7 +20,7 @@ TOKENS = 512  # of an expert, that are looked at: more hardly change a step
 
 
 def importance_of(
-    runner: ExpertRunner, layer: MoELayer, group: range, seen: LayerInputs, rows_of: Sequence[Tensor]
+    runner: ExpertRunner, layer: MoELayer, group: Sequence[int], seen: LayerInputs, rows_of: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Return how much the outputs of a group's projections count.
 
@@ -30,7 +30,7 @@ def importance_of(
         Runs experts.
     layer : MoELayer
         Whose.
-    group : range
+    group : sequence of int
         Its experts.
     seen : LayerInputs
         What they are given.

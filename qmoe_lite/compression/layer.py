@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -36,7 +37,7 @@ class LayerCompressor(LayerWaves):
         self,
         layer: MoELayer,
         number: int,
-        group: range,
+        group: Sequence[int],
         seen: LayerInputs | None,
         sums: list[NDArray[np.float64]] | None,
     ) -> Solver:
@@ -154,11 +155,11 @@ class LayerCompressor(LayerWaves):
         if all(energies):
             zone.begin(*energies)
 
-    def _linears_of(self, layer: MoELayer, group: range, solved: dict[str, Solved], place: int) -> list[Linear]:
+    def _linears_of(self, layer: MoELayer, group: Sequence[int], solved: dict[str, Solved], place: int) -> list[Linear]:
         """Return the matrices of an expert of a group that were solved."""
         return self.linears(layer, group[place], {name: solved[name].quantized.weight_of(place) for name in solved})
 
-    def _nearest(self, layer: MoELayer, group: range, grid: Grid) -> dict[str, Solved]:
+    def _nearest(self, layer: MoELayer, group: Sequence[int], grid: Grid) -> dict[str, Solved]:
         def one(name: str) -> Solved:
             quantized = gptq(self._group_weights(layer, group, name), None, grid)
             return Solved(quantized, [0] * len(group), ["nearest"] * len(group), grid)
@@ -168,7 +169,7 @@ class LayerCompressor(LayerWaves):
     def _solve(
         self,
         layer: MoELayer,
-        group: range,
+        group: Sequence[int],
         seen: LayerInputs,
         rows_of: list[Tensor],
         importance: dict[str, Tensor],
@@ -211,7 +212,7 @@ class LayerCompressor(LayerWaves):
     def _solve_and_run(
         self,
         layer: MoELayer,
-        group: range,
+        group: Sequence[int],
         seen: LayerInputs,
         rows_of: list[Tensor],
         importance: dict[str, Tensor],

@@ -74,7 +74,7 @@ def sensitivity(
     device : str or torch device
         Where blocks run and experts are solved.
     seed : int
-        For masked spans.
+        For masked spans and drawn tokens.
     family : str, optional
         As `compress` takes it.
     progress : callable, optional
@@ -204,8 +204,18 @@ class _Solver(LayerCompressor):
     """Quantises experts for tokens that go through the dense ones, and keeps nothing of them."""
 
     def run_quantised(self, layer: MoELayer, number: int, seen: LayerInputs) -> None:
-        """Add all experts' outputs to `seen.hidden`: dense ones of reference tokens, and else quantised ones."""
-        groups = self.groups(layer)
+        """Add all experts' outputs to `seen.hidden`: dense ones of reference tokens, and else quantised ones.
+
+        Experts that get none but reference tokens are not solved.
+        """
+        met, size = list[int](), len(self.groups(layer)[0])
+        for expert in range(layer.count):
+            rows, _ = seen.assigned.of_expert(expert)
+            if not seen.reference[rows].all():
+                met.append(expert)
+            elif len(rows):
+                self.run_reference(expert, self.truth(layer, expert), seen)
+        groups = [met[start : start + size] for start in range(0, len(met), size)]
         for place, group in enumerate(groups):
             self._read_ahead(layer, groups[place + 1 : place + 2])
             self._run_group(layer, group, self._solver(layer, number, group, seen, None)(self._grid), seen)

@@ -8,7 +8,7 @@ nothing changed, and where nothing has, that is its solution.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -94,7 +94,7 @@ class LayerWaves(ExpertRunner, ABC):
         self,
         layer: MoELayer,
         number: int,
-        group: range,
+        group: Sequence[int],
         seen: LayerInputs | None,
         sums: list[NDArray[np.float64]] | None,
     ) -> Solver:
@@ -171,13 +171,13 @@ class LayerWaves(ExpertRunner, ABC):
                     group_done(done, found[0] / found[2] if found[2] else None, solved_now)
         return self._finish(layer, tallies, found, taken) if ranks.first else None
 
-    def _read_ahead(self, layer: MoELayer, groups: list[range]) -> None:
+    def _read_ahead(self, layer: MoELayer, groups: Sequence[Sequence[int]]) -> None:
         """Let the disk work while a group is solved: the system reads this rank's next one."""
         names = partial(self._family.weight_name, layer)
         self._checkpoint.will_need(names(expert, each) for of in groups for expert in of for each in layer.projections)
 
     def _run_group(
-        self, layer: MoELayer, group: range, solved: dict[str, Solved], seen: LayerInputs
+        self, layer: MoELayer, group: Sequence[int], solved: dict[str, Solved], seen: LayerInputs
     ) -> list[NDArray[np.float64]]:
         """Run the quantised experts of a group; return what `run` does of each."""
         found = []

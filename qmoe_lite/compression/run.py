@@ -117,7 +117,7 @@ def compress(
     sequence_length : int
         Tokens of a sample.
     codeword_bits : int, optional
-        8 to 13; by default chosen for each layer and projection.
+        8 to 13, at a rate 9 to 12; by default 10 at a rate, else chosen for each layer and projection.
     dampening : float
         Added to a Hessian's diagonal, as a share of its mean.
     block_size : int
@@ -181,7 +181,7 @@ def compress(
         `OUT.partial` belongs to another model, text or setting.
     BadResultError
         `stop_when_bad` was asked for, and a layer is bad; the work so far is kept.
-    CheckpointError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
+    CheckpointError, FormatError, UnsupportedFamilyError, TextError, SettingError, DeviceError, NotFiniteError
         What is wrong with the input, before or where it is met.
 
     Notes

@@ -26,7 +26,8 @@ class Settings:
     sequence_length : int
         Tokens of a sample.
     codeword_bits : int or None
-        8 to 13; None chooses for each layer and projection, by what its digits take: see `Codebook.choose`.
+        8 to 13, at a rate 9 to 12; None takes 10 at a rate, else chooses for each layer and projection, by what its
+        digits take: see `Codebook.choose`.
     dampening : float
         Added to the Hessian's diagonal, as a fraction of its mean ("percdamp" in GPTQ). QMoE, section 3.2: 0.1.
     block_size : int

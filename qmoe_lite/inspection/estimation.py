@@ -28,6 +28,7 @@ from qmoe_lite.inspection.time_model import Running, running, seconds_of
 from qmoe_lite.offload.sizes import parse_size
 from qmoe_lite.quantization.grid import Grid
 
+_WHOLE = "full"
 KERNEL_BYTES = 200_000_000  # of compiled kernels and their compiler, where none has run yet
 
 
@@ -151,7 +152,7 @@ def estimate(
     rate, grid, recipe, samples, sequence_length, validation_samples, batch_size
         As `compress` takes them.
     activations, products, tune, sensitivity, device, family
-        As `compress` takes them.
+        As `compress` takes them. Of the command's `--tune full`, here "full", what comes first is estimated.
     expert_cache : int or str, optional
         Memory for experts when the model runs, such as "4GiB"; by default what they take, or what there is.
     out : path or str, optional
@@ -167,7 +168,7 @@ def estimate(
 
     Raises
     ------
-    CheckpointError, UnsupportedFamilyError, SettingError, DeviceError
+    CheckpointError, FormatError, UnsupportedFamilyError, SettingError, DeviceError
         As `compress`.
     """
     settings = Settings(
@@ -178,7 +179,7 @@ def estimate(
         batch_size=batch_size,
         activations=activations,
         products=products,
-        tune=tune,
+        tune=None if tune == _WHOLE else tune,
         sensitivity=layers_of(sensitivity),
         rate=None if rate is None else check_rate(rate),
         device=str(find_device(device)),
@@ -189,6 +190,8 @@ def estimate(
     anatomy = anatomy_of(headers, family == "auto")
     grid, settings = choose(grid, settings, anatomy.family.model_type, len(anatomy.layers))
     read, assumed = list(anatomy.read), list(anatomy.assumed)
+    if tune == _WHOLE:
+        assumed.append("training the whole model afterwards is not counted")
     bits = settings.rate or bits_of_grid(headers, anatomy, grid, read, assumed)
     target = None if out is None else Path(out)
     speeds: Speeds | None = None

@@ -135,7 +135,8 @@ def _alone(anatomy: Anatomy, settings: Settings, rows: Rows, speeds: Speeds) -> 
                 own, of_token = scaled_expert(speeds, layer.shapes)
                 pairs, again = (samples * tokens * layer.top_k for samples in (rows.samples, copies))
                 work = _DENSE * (pairs + again) * layer.weights / layer.count
-                seconds += layer.count * own + pairs * of_token + work / speeds.multiply
+                met = 1 - (1 - layer.top_k / layer.count) ** (copied * tokens)  # experts that a copy meets are solved
+                seconds += met * (layer.count * own + pairs * of_token) + work / speeds.multiply
     head = 2.0 * (copies + copied) * rows.tokens[-1] * anatomy.head
     return seconds + head / speeds.multiply
 

@@ -148,12 +148,23 @@ def test_what_was_measured_is_kept_and_what_was_not_is_measured_again(causal, te
 
 
 @torch.inference_mode()
-def test_no_activations_are_kept_when_it_was_measured(causal, text_file):
-    found = opened(causal("granitemoehybrid"), auto=False)
+def measured_of(directory, text_file, *tokens):
+    found = opened(directory, auto=False)
     settings = Settings(rate=2.0, sequence_length=LENGTH, validation_samples=0)
     tokenizer = open_tokenizer(found.checkpoint.directory)
     samples, _ = RunSamples.make(text_file, tokenizer, 8, False, settings)
-    measured(lambda _: None, found, samples, tokenizer, settings, None)
+    return found, measured(lambda _: None, found, samples, tokenizer, settings, None, *tokens)
+
+
+def test_experts_that_nothing_compared_meets_are_not_solved(noted, causal, text_file):
+    found, losses = measured_of(causal("qwen3_moe"), text_file, 1)
+    for layer in found.layers:
+        assert len(noted[layer.experts]) == layer.top_k < layer.count
+        assert losses.layers[layer.experts] > 0
+
+
+def test_no_activations_are_kept_when_it_was_measured(causal, text_file):
+    found, _ = measured_of(causal("granitemoehybrid"), text_file)
     catchers = [module for module in found.model.modules() if isinstance(module, _Catcher)]
     assert [catcher.answer for catcher in catchers] == [None] * len(found.layers)
 

@@ -307,6 +307,12 @@ def test_experts_of_a_decoder_are_measured_with_its_own_activation(causal):
     assert run.seconds(anatomy.layers[0].shapes, 2, 8) > 0
 
 
+def test_of_full_tuning_what_comes_first_is_estimated(causal):
+    found, whole = (qm.estimate(causal("qwen3_moe"), rate=2.0, tune=tune, measuring=False) for tune in (None, "full"))
+    assert whole.compressing.activation_bytes == found.compressing.activation_bytes > 0
+    assert set(whole.assumed) - set(found.assumed) == {"training the whole model afterwards is not counted"}
+
+
 @pytest.mark.parametrize("tune", ["targets", "block"])
 def test_experts_are_tuned_where_that_is_measured(causal, tune, monkeypatch):
     anatomy, tuned = anatomy_of(read_headers(causal("qwen3_moe"))), []
