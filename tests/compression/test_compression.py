@@ -105,7 +105,7 @@ def test_the_next_group_is_read_while_one_is_solved(switch, tmp_path, monkeypatc
     events, solve = [], LayerCompressor._solve_group
 
     def solved(self, layer, group, *rest):
-        events.append(("solve", layer.block[:7], group.start))
+        events.append(("solve", layer.block[:7], group[0]))
         return solve(self, layer, group, *rest)
 
     def asked(self, names):

@@ -45,7 +45,7 @@ def solves(monkeypatch):
     found, solve = [], LayerCompressor._solve
 
     def counted(self, layer, group, *rest):
-        found.append((layer.block.split(".")[0], group.start))
+        found.append((layer.block.split(".")[0], group[0]))
         return solve(self, layer, group, *rest)
 
     monkeypatch.setattr(LayerCompressor, "_solve", counted)
