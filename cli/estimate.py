@@ -61,7 +61,7 @@ def estimate(
         str | None, typer.Option(help="auto: a model type that is not in the list of tested ones.")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Measure this machine's speed for a few seconds.")
+        bool, typer.Option("--measure/--no-measure", help="Measure this machine's speed, 10 to 30 seconds.")
     ] = True,
     json: JsonOption = False,
 ) -> None:

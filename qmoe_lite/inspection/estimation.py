@@ -160,7 +160,7 @@ def estimate(
     spill : path or str, optional
         Folder for the activations, as `compress` takes it.
     measuring : bool
-        Measure this machine's speed for a few seconds; else there are no times.
+        Measure this machine's speed for 10 to 30 seconds; else there are no times.
 
     Returns
     -------

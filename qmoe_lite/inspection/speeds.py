@@ -1,4 +1,4 @@
-"""How fast this machine does what compressing and running a model consist of: a few seconds of measuring.
+"""How fast this machine does what compressing and running a model consist of: half a minute of measuring at most.
 
 Experts are measured through `LayerCompressor` itself (drawn_experts.py), on this model's shapes, or on smaller ones
 where those would take too long.
@@ -138,7 +138,7 @@ def inner_work(shapes: dict[str, tuple[int, int]]) -> float:
 
 
 def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path], folder: Path) -> Speeds:
-    """Measure for a few seconds.
+    """Measure for 10 to 30 seconds.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
     token = max((many - few) / (several * _MORE), least)
     expert = max(expert - tokens * token, 0.0)
     fixed = min(max(fixed, 0.0) / (_TINY - 1), expert)
-    tuned, tuned_token = _tuning(run, shapes, tokens, one) if settings.tune in ("block", "targets") else (0.0, 0.0)
+    tuned, tuned_token = (0.0, 0.0) if settings.tune == "none" else _tuning(run, shapes, tokens, one)
     weight = 0.0 if shapes == layer.shapes else _of_weight(run, shapes, expert - fixed, fixed, token)
     choosing = len(names) * code.choosing if isinstance(grid, UniformGrid) else max(one - expert, 0.0)
     x = torch.randn(columns)
