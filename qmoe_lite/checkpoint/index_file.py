@@ -9,6 +9,7 @@ from pathlib import Path
 from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.errors import CheckpointError, unreadable
 
+_LARGEST = 64 << 20  # bytes; that of switch-c-2048's 368,000 tensors has some 36 MB
 _PLAIN = re.compile(r"[ -~]{1,255}")  # a name that may stand in a path and in a message
 
 
@@ -23,7 +24,7 @@ def read_index(index: Path, ours: bool = False) -> tuple[dict[str, str], dict[st
         It cannot be read, is no index, or names a file that would lie elsewhere than beside it.
     """
     try:
-        content = read_json(index)
+        content = read_json(index, largest=_LARGEST)
         file_of: dict[str, str] = content["weight_map"]
         checksums: dict[str, int] = (content["metadata"] if ours else content.get("metadata", {})).get("crc32", {})
         if not all(_PLAIN.fullmatch(name) for name in {*file_of, *file_of.values()}):
@@ -34,7 +35,9 @@ def read_index(index: Path, ours: bool = False) -> tuple[dict[str, str], dict[st
             raise TypeError("crc32 is no object")
     except OSError as error:
         raise unreadable(index, error) from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except ValueError as error:
+        raise CheckpointError(f"{index} is no shard index: {error}. Fetch the file again.") from error
+    except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
     return file_of, checksums
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import qmoe_lite as qm
 from qmoe_lite.checkpoint.atomic import write_json
+from qmoe_lite.checkpoint.index_file import read_index
 from qmoe_lite.checkpoint.json_file import LARGEST, parse_json, read_json
 from qmoe_lite.checkpoint.pickles import load_tensors
 from qmoe_lite.checkpoint.reader import Checkpoint
@@ -73,6 +74,15 @@ def test_json_is_read_up_to_its_limit(tmp_path):
     os.truncate(path, LARGEST + 1)
     with pytest.raises(ValueError, match="it has 33,554,433 bytes, of which at most 33,554,432 are read"):
         read_json(path)
+
+
+def test_an_index_may_be_larger_than_other_json(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(b'{"weight_map": {"a": "b.safetensors"}}' + b" " * LARGEST)
+    assert read_index(path) == ({"a": "b.safetensors"}, {})
+    os.truncate(path, 2 * LARGEST + 1)
+    with pytest.raises(CheckpointError, match="no shard index: it has 67,108,865 bytes, of which at most 67,108,864"):
+        read_index(path)
 
 
 DEEP = "[" * 100_000 + "]" * 100_000
