@@ -278,8 +278,9 @@ def main() -> None:
             "spill": scratch / "spill",
         }
         configs = [config_of(options.family, share * options.gigabytes) for share in (0.5, 1.0)]
-        alone = options.no_half or configs[0] == configs[1]
-        sizes = [measure(scratch, config, settings) for config in configs[alone:]]
+        if options.no_half or configs[0] == configs[1]:
+            configs = configs[1:]
+        sizes = [measure(scratch, config, settings) for config in configs]
         groups = {} if options.no_groups else measure_groups(scratch, config_of(options.family, 0.0), settings)
         projected = [] if options.no_projection else list(project(scratch))
     machine = machine_line("torch", "transformers", "numba")

@@ -9,7 +9,7 @@ from pathlib import Path
 from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.errors import CheckpointError, unreadable
 
-_LARGEST = 64 << 20  # bytes; that of switch-c-2048's 368,000 tensors has some 36 MB
+_LARGEST = 64 << 20  # bytes; that of a Switch of 369,500 tensors has 36 MB
 _PLAIN = re.compile(r"[ -~]{1,255}")  # a name that may stand in a path and in a message
 
 

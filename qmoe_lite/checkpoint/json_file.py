@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LARGEST = 32 << 20  # bytes; the index of a model of 140,000 tensors has 15. What they hold takes up to 20 times that
+LARGEST = 32 << 20  # bytes, but of an index (index_file.py). What they hold takes up to 20 times that
 
 
 def read_json(path: Path, twice: Callable[[str], None] | None = None, largest: int = LARGEST) -> Any:

@@ -189,13 +189,11 @@ class WindowTally:
     def encode(self, solved: Solved) -> list[PackedMatrix]:
         """Write a group of experts, which may yet be solved again."""
         digits, latest = solved.quantized.digits, self._latest
-        if latest is not None and latest[0].quantized.digits is not digits:
-            latest = None
         if latest is not None and latest[0] is solved:
             return latest[2]
         levels, scales = solved.quantized.levels.cpu().to(self._dtype), solved.quantized.column_scales
         per_expert = [None] * len(levels) if scales is None else list(scales.cpu())
-        if latest is not None:  # training has left the digits
+        if latest is not None and latest[0].quantized.digits is digits:  # training has left them
             book = latest[1]
             packed = [with_steps(*each) for each in zip(latest[2], levels, per_expert, strict=True)]
         else:
