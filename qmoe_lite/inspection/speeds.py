@@ -208,10 +208,12 @@ def measure(anatomy: Anatomy, settings: Settings, grid: Grid, shards: list[Path]
 
 def _tuning(run: DrawnExperts, shapes: dict[str, tuple[int, int]], tokens: int, untuned: float) -> tuple[float, float]:
     """Return the seconds that tuning an expert takes besides its tokens, and of each of them."""
-    few = run.best(shapes, 1, tokens, tuned=True) - untuned
+    few = max(run.best(shapes, 1, tokens, tuned=True) - untuned, 0.0)
     many = run.best(shapes, 1, tokens + _TUNED, tuned=True) - run.best(shapes, 1, tokens + _TUNED)
     token = max(many - few, 0.0) / _TUNED
-    return max(few - tokens * token, 0.0), token
+    if tokens * token > few:  # small experts, a busy machine: all of it goes with the tokens
+        return 0.0, many / (tokens + _TUNED)
+    return few - tokens * token, token
 
 
 def _of_weight(
