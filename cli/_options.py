@@ -50,6 +50,12 @@ SensitivityOption = Annotated[
     ),
 ]
 SequenceLengthOption = Annotated[int, typer.Option(help="Tokens per sample.")]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Samples per pass through a block. [default: what makes 1,024 tokens on a CPU, 16 on a GPU]", min=1
+    ),
+]
 ProductsOption = Annotated[
     str,
     typer.Option(

@@ -14,6 +14,7 @@ import typer
 
 from qmoe_lite.bench._show.text import duration, megabytes, print_rows, print_table, print_text
 from qmoe_lite.cli._options import (
+    BatchSizeOption,
     CalibrationOption,
     DeviceOption,
     JsonOption,
@@ -70,7 +71,7 @@ def compress(
     validation_samples: Annotated[
         int, typer.Option(help="Samples from the text's end that measure the error and enter no Hessian.", min=0)
     ] = 8,
-    batch_size: Annotated[int, typer.Option(help="Samples per pass through a block.", min=1)] = 16,
+    batch_size: BatchSizeOption = None,
     activations: Annotated[
         str, typer.Option(help="How activations are kept: float32, or bfloat16 at half the memory.")
     ] = "float32",

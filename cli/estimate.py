@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qmoe_lite.bench._show.text import duration, print_table, print_text
-from qmoe_lite.cli._options import DeviceOption, JsonOption, ProductsOption, SensitivityOption, SequenceLengthOption
+from qmoe_lite.cli._options import (
+    BatchSizeOption,
+    DeviceOption,
+    JsonOption,
+    ProductsOption,
+    SensitivityOption,
+    SequenceLengthOption,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +41,7 @@ def estimate(
     ] = None,
     sequence_length: SequenceLengthOption = 512,
     validation_samples: Annotated[int, typer.Option(help="Samples that measure the error.", min=0)] = 8,
-    batch_size: Annotated[int, typer.Option(help="Samples per pass through a block.", min=1)] = 16,
+    batch_size: BatchSizeOption = None,
     activations: Annotated[str, typer.Option(help="How activations are kept: float32, or bfloat16.")] = "float32",
     products: ProductsOption = "float32",
     tune: Annotated[

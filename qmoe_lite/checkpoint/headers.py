@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qmoe_lite.checkpoint.config_file import read_config_file
 from qmoe_lite.checkpoint.finding import check_hub_name
+from qmoe_lite.checkpoint.index_file import read_index
 from qmoe_lite.checkpoint.reader import Checkpoint
 from qmoe_lite.checkpoint.sources import DTYPES, Source, dequantised
 from qmoe_lite.errors import CheckpointError, first_line, unreadable
@@ -121,7 +122,8 @@ def _of_directory(directory: Path) -> Headers:
     if whole.is_file():
         names = [whole.name]
     elif index.is_file():
-        names, total = _files_of(index)
+        found = read_index(index)
+        names, total = sorted({*found.file_of.values()}), found.total_bytes
     elif any((directory / name).is_file() for name in ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         return _of_pickles(directory, config)
     else:
@@ -132,17 +134,6 @@ def _of_directory(directory: Path) -> Headers:
         return Headers(directory, config, {}, total, origin, here)
     held = {each.name: each for shard in here for each in _header(shard)}
     return Headers(directory, config, held, None, f"the headers of {len(here)} safetensors files", here)
-
-
-def _files_of(index: Path) -> tuple[list[str], int | None]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        names, total = sorted(set(content["weight_map"].values())), content.get("metadata", {}).get("total_size")
-        return [str(name) for name in names], None if total is None else int(total)
-    except OSError as error:
-        raise unreadable(index, error) from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
 
 
 def _header(shard: Path) -> Iterator[Held]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from qmoe_lite.checkpoint.json_file import read_json
 from qmoe_lite.errors import CheckpointError, unreadable
@@ -13,8 +14,26 @@ _LARGEST = 64 << 20  # bytes; that of a Switch of 369,500 tensors has 36 MB
 _PLAIN = re.compile(r"[ -~]{1,255}")  # a name that may stand in a path and in a message
 
 
-def read_index(index: Path, ours: bool = False) -> tuple[dict[str, str], dict[str, int]]:
-    """Return the file of each tensor, and the tensors' CRC-32 where `compress` put them there.
+class Index(NamedTuple):
+    """What an index says.
+
+    Attributes
+    ----------
+    file_of : dict
+        The file of each tensor.
+    checksums : dict
+        The tensors' CRC-32, where `compress` put them there.
+    total_bytes : int or None
+        Of all tensors.
+    """
+
+    file_of: dict[str, str]
+    checksums: dict[str, int]
+    total_bytes: int | None = None
+
+
+def read_index(index: Path, ours: bool = False) -> Index:
+    """Read an index.
 
     `ours`: of a compressed model, which has metadata, as transformers asks for; others' may have none.
 
@@ -26,7 +45,8 @@ def read_index(index: Path, ours: bool = False) -> tuple[dict[str, str], dict[st
     try:
         content = read_json(index, largest=_LARGEST)
         file_of: dict[str, str] = content["weight_map"]
-        checksums: dict[str, int] = (content["metadata"] if ours else content.get("metadata", {})).get("crc32", {})
+        metadata: dict[str, Any] = content["metadata"] if ours else content.get("metadata", {})
+        checksums, total = metadata.get("crc32", {}), metadata.get("total_size")
         if not all(_PLAIN.fullmatch(name) for name in {*file_of, *file_of.values()}):
             raise ValueError("a name is empty, too long or not printable")
         if any("/" in name or name in (".", "..") for name in file_of.values()):
@@ -39,7 +59,8 @@ def read_index(index: Path, ours: bool = False) -> tuple[dict[str, str], dict[st
         raise CheckpointError(f"{index} is no shard index: {error}. Fetch the file again.") from error
     except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
-    return file_of, checksums
+    whole = isinstance(total, int | float) and float(total).is_integer()  # some programs wrote 5e9
+    return Index(file_of, checksums, int(total) if whole else None)
 
 
 def check_inside(directory: Path, file_name: str) -> None:

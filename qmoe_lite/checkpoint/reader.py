@@ -124,7 +124,7 @@ class Checkpoint:
                 break
             index = directory / with_variant(f"{usual}.index.json", variant)
             if index.is_file():
-                self._file_of, self._checksums = read_index(index, method_of(self.config) == "qmoe")
+                self._file_of, self._checksums, _ = read_index(index, method_of(self.config) == "qmoe")
                 break
         else:
             text = f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin."

@@ -186,8 +186,8 @@ class BlockRunner:
     def _all_batches(self, samples: int) -> Iterator[slice]:
         first = samples if self._apart is None else self._apart
         for begin, end in ((0, first), (first, samples)):
-            for start in range(begin, end, self._settings.batch_size):
-                yield slice(start, min(start + self._settings.batch_size, end))
+            for start in range(begin, end, self._settings.batch):
+                yield slice(start, min(start + self._settings.batch, end))
 
     def enter(
         self, stack: Stack, tokens: np.ndarray, encoder_output: ListBuffer | None, hidden: ListBuffer, first: int

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qmoe_lite.coding.narrow import rescaled
 from qmoe_lite.compression.correction import Correction, Found, Lack
-from qmoe_lite.compression.expert_training import Factors, squares, train_expert
+from qmoe_lite.compression.expert_training import Factors, measured, squares, train_expert
 from qmoe_lite.compression.layer_parts import LayerInputs, Taken, draw
 from qmoe_lite.compression.layer_waves import LayerWaves
 from qmoe_lite.compression.list_buffer import ListBuffer
@@ -180,7 +180,7 @@ class LayerTuner:
         rows, gates = rows[chosen], gates[chosen]
         truth = self._runner.truth(layer, expert)
         goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in chunks(rows, gates)])
-        energy = squares(goal)  # of the dense expert's outputs alone
+        energy = squares(goal[measured(len(goal))])  # of the dense expert's outputs alone
         if self._lack.buffer is not None:
             goal += self._lack.share(rows, gates.square()).to(device)
         weights = {name: each.quantized.weight_of(place) for name, each in solved.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from qmoe_lite.models.family import inner
 
 EPOCHS, BATCH = 1, 64  # how often a token is seen, and tokens a step
 RATE = 0.02  # highest change of a factor's logarithm in a step
+_MEASURED = 1024  # tokens that tell what training won
 
 
 Factors = dict[str, Tensor]  # by projection
@@ -33,13 +34,18 @@ class Trained:
     columns : dict, first projection of a stage to float32 tensor (C,)
         What column scales are to be multiplied by.
     before, after : float
-        Sum over the tokens of the squares of what it lacked of the goal, and lacks.
+        Sum over the `measured` tokens of the squares of what it lacked of the goal, and lacks.
     """
 
     rows: Factors
     columns: Factors
     before: float
     after: float
+
+
+def measured(tokens: int) -> slice:
+    """Return which of so many tokens tell what training won: every one of few, some of many, evenly spread."""
+    return slice(None, None, max(1, tokens // _MEASURED))
 
 
 def train_expert(
@@ -78,13 +84,12 @@ def train_expert(
     Trained
     """
     with torch.inference_mode(False), torch.enable_grad():
-        x, gates, goal = x.clone(), gates.clone(), goal.clone()  # what inference mode made cannot be trained on
-        expert = _Factored(layer, matrices, scaled)
-        before = expert.lacks(x, gates, goal)
+        expert, some = _Factored(layer, matrices, scaled), measured(len(x))
+        before = expert.lacks(x[some], gates[some], goal[some])
         scale = float(goal.square().mean())
         if not scale > 0:
             return expert.trained(before, before)
-        optimizer = torch.optim.Adam(expert.parameters, lr=RATE, betas=BETAS)
+        optimizer = torch.optim.Adam([expert.logarithms], lr=RATE, betas=BETAS, fused=True)
         batches = list(_batches(len(x), seed))
         for number, part in enumerate(batches):
             optimizer.param_groups[0]["lr"] = RATE * share_of_rate(number, len(batches))
@@ -94,35 +99,35 @@ def train_expert(
             optimizer.step()
         if settle is not None:
             expert.settle(settle)
-        return expert.trained(before, expert.lacks(x, gates, goal))
+        return expert.trained(before, expert.lacks(x[some], gates[some], goal[some]))
 
 
 class _Factored:
-    """An expert with factors, which are powers, since a scale of a column has to stay above 0."""
+    """An expert with factors, which are powers, since a scale of a column has to stay above 0.
+
+    Attributes
+    ----------
+    logarithms : float32 tensor
+        Of all factors, by stage: its rows', then its columns'. One tensor: many small ones take longer.
+    """
 
     def __init__(self, layer: MoELayer, matrices: dict[str, Linear], scaled: bool) -> None:
-        self._layer = layer
-        self._matrices = {name: replace(each, weight=each.weight.clone()) for name, each in matrices.items()}
-        self._rows, self._columns = dict[str, Tensor](), dict[str, Tensor]()
-        for name, matrix in self._matrices.items():
-            rows, columns = matrix.weight.shape
-            self._rows[name] = matrix.weight.new_zeros(rows).requires_grad_()
-            if scaled and layer.first_of_stage(name) == name:
-                self._columns[name] = matrix.weight.new_zeros(columns).requires_grad_()
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [*self._rows.values(), *self._columns.values()]
+        self._stages = [[matrices[name] for name in names] for names in layer.stages]
+        self._names, self._scaled = layer.stages, scaled
+        # matrices of the same inputs are multiplied at once; copies, since what inference mode made is not trained on
+        self._weights = [torch.cat([each.weight for each in stage]) for stage in self._stages]
+        self._sizes = [size for weight in self._weights for size in weight.shape[: 1 + scaled]]
+        self.logarithms = self._weights[0].new_zeros(sum(self._sizes)).requires_grad_()
 
     def __call__(self, x: Tensor) -> Tensor:
-        first, (last,) = self._layer.stages
-        activation = self._matrices[last].activation
-        return self._multiply(last, inner(activation, [self._multiply(name, x) for name in first]))
-
-    def _multiply(self, name: str, x: Tensor) -> Tensor:
-        matrix, columns = self._matrices[name], self._columns.get(self._layer.first_of_stage(name))
-        y = (x if columns is None else x * columns.exp()) @ matrix.weight.T * self._rows[name].exp()
-        return y if matrix.bias is None else y + matrix.bias
+        factors = iter(self.logarithms.exp().split(self._sizes))
+        for stage, weight in zip(self._stages, self._weights, strict=True):
+            rows, columns = next(factors), next(factors) if self._scaled else None
+            y = (x if columns is None else x * columns) @ weight.T * rows
+            parts = y.split([len(each.weight) for each in stage], dim=1)
+            parts = [part if each.bias is None else part + each.bias for part, each in zip(parts, stage, strict=True)]
+            x = parts[0] if stage is self._stages[-1] else inner(stage[0].activation, parts)
+        return x
 
     @torch.no_grad()
     def lacks(self, x: Tensor, gates: Tensor, goal: Tensor) -> float:
@@ -130,16 +135,24 @@ class _Factored:
 
     @torch.no_grad()
     def settle(self, settle: Settle) -> None:
-        for factors, settled in zip((self._rows, self._columns), settle(*self._factors()), strict=True):
-            for name, each in settled.items():
-                factors[name].copy_(each.log())
+        rows, columns = settle(*self._factors())
+        settled = list[Tensor]()
+        for names in self._names:
+            settled += [*(rows[name] for name in names), *([columns[names[0]]] if self._scaled else [])]
+        self.logarithms.copy_(torch.cat(settled).log())
 
     def trained(self, before: float, after: float) -> Trained:
         return Trained(*self._factors(), before, after)
 
     def _factors(self) -> tuple[Factors, Factors]:
-        of_rows = {name: each.detach().exp() for name, each in self._rows.items()}
-        return of_rows, {name: each.detach().exp() for name, each in self._columns.items()}
+        rows, columns = Factors(), Factors()
+        found = iter(self.logarithms.detach().exp().split(self._sizes))
+        for names, stage in zip(self._names, self._stages, strict=True):
+            sizes = [len(each.weight) for each in stage]
+            rows |= dict(zip(names, next(found).split(sizes), strict=True))
+            if self._scaled:
+                columns[names[0]] = next(found)
+        return rows, columns
 
 
 def squares(values: Tensor) -> float:

@@ -22,7 +22,7 @@ from qmoe_lite.quantization.grid import Grid
 
 _NOT_DECISIVE = ("stop_when_bad", "check_first", "batch_size")
 _SIZES_OF_GROUPS = ("group_size", "group_bytes")
-_SOLVER = 2  # raised when it rounds otherwise: what another one began would not end with the same bytes
+_SOLVER = 3  # raised when it rounds otherwise: what another one began would not end with the same bytes
 _LARGE = 1 << 30  # bytes of a model that take a while to read
 
 

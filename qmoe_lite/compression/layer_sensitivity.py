@@ -229,11 +229,11 @@ class _Pass:
         assert settings.rate is not None
         self._settings, self._rate = settings, settings.rate
         self._family, self._checkpoint, self._config = found.family, found.checkpoint, found.config
-        self._model, self._layers = found.model, found.layers
+        self._model, self._layers, self._notes = found.model, found.layers, found.notes
         grid = UniformGrid(level_dtype=torch.bfloat16, step=bounded(first_step(0.95 * self._rate)))
         self._solver = _Solver(self._family, self._config, self._checkpoint, grid, settings)
         self._runner = BlockRunner(self._model, self._family, self._checkpoint, self._layers, settings, spill=spill)
-        self._windows = settings.batch_size  # of a copy
+        self._windows = settings.batch  # of a copy
 
     def run(
         self,
@@ -281,7 +281,8 @@ class _Pass:
         dense, *others = (memory.read(slice(at, at + windows))[told] for at in (0, *range(count, len(memory), windows)))
         progress(Progress(len(done), len(self._layers), "what layers lose alone, comparing predictions"))
         weight, finish = self._family.head(self._model, self._checkpoint)
-        losses = _divergences(dense, others, head_on(weight, self._settings.device), finish)
+        weight = head_on(weight, self._settings.device, self._notes)
+        losses = _divergences(dense, others, weight, finish)
         found = {self._layers[number].experts: loss for number, loss in zip(done, losses, strict=True)}
         if not all(map(isfinite, losses)):
             text = "what layers lose alone is not finite: a layer's predictions hold NaN."

@@ -85,11 +85,13 @@ def loss_of_states(
     return total
 
 
-def head_on(weight: Tensor, device: str) -> Tensor:
-    """Return a head's weight on a device, or where it is if that has no room: comparing takes longer there."""
+def head_on(weight: Tensor, device: str, notes: list[str]) -> Tensor:
+    """Return a head's weight on a device, or where it is if that has no room; then a note says so."""
     try:
         return weight.to(device)
     except torch.OutOfMemoryError:
+        note = f"{device} has no room for the output matrix: predictions were compared on the CPU, which takes longer"
+        notes += [] if note in notes else [note]
         return weight
 
 

@@ -10,6 +10,7 @@ from qmoe_lite.errors import SettingError
 RECIPES = ("default", "paper", "nearest")
 TUNE = ("none", "targets", "block")
 _CPU_GROUP, _GPU_GROUP = 1 << 30, 4 << 30  # bytes
+_CPU_BATCH, _GPU_BATCH = 1024, 16  # tokens; samples
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Settings:
         of one from random tokens of the layer; this is n0, and 0 switches it off.
     validation_samples : int
         Samples that ride along for `Report.held_out_error` and enter no Hessian.
-    batch_size : int
-        Samples per pass through a block.
+    batch_size : int or None
+        Samples per pass through a block; None takes as many as make 1,024 tokens on a CPU, where more take memory and
+        gain nothing, and 16 on a GPU.
     activations : str
         "float32", or "bfloat16" at half the memory.
     products : str
@@ -82,7 +84,7 @@ class Settings:
     token_cap: float = 4.0
     blend_tokens: int = 64
     validation_samples: int = 8
-    batch_size: int = 16
+    batch_size: int | None = None
     activations: str = "float32"
     products: str = "float32"
     seed: int = 0
@@ -97,6 +99,12 @@ class Settings:
     def group_room(self) -> int:
         """Bytes that a group may take."""
         return self.group_bytes or (_CPU_GROUP if self.device == "cpu" else _GPU_GROUP)
+
+    @property
+    def batch(self) -> int:
+        """Samples that pass through a block together."""
+        usual = max(1, _CPU_BATCH // self.sequence_length) if self.device == "cpu" else _GPU_BATCH
+        return self.batch_size or usual
 
     def check(self) -> None:
         """Raise SettingError for a value outside its range."""
@@ -113,7 +121,7 @@ class Settings:
             ("token_cap", 0 < self.token_cap < float("inf"), "above 0 and finite"),
             ("blend_tokens", self.blend_tokens >= 0, "at least 0"),
             ("validation_samples", self.validation_samples >= 0, "at least 0"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1"),
             ("activations", self.activations in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("products", self.products in ("float32", "bfloat16"), "float32 or bfloat16"),
             ("tune", self.tune is None or self.tune in TUNE, "none, targets or block"),

@@ -130,7 +130,7 @@ def estimate(
     samples: int | None = None,
     sequence_length: int = 512,
     validation_samples: int = 8,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     activations: str = "float32",
     products: str = "float32",
     tune: str | None = None,

@@ -252,7 +252,7 @@ def _dense(anatomy: Anatomy, block: BlockParts, settings: Settings, rows: Rows, 
 
 def batch_bytes(anatomy: Anatomy, block: BlockParts, settings: Settings, rows: Rows, stack: int) -> int:
     """Bytes that one batch takes while it passes through a block without its experts."""
-    samples, tokens = min(settings.batch_size, rows.all), rows.tokens[stack]
+    samples, tokens = min(settings.batch, rows.all), rows.tokens[stack]
     of_batch = samples * tokens
     passing = 4 * of_batch * (10 * anatomy.hidden + 3 * block.widest)
     if getattr(anatomy.config.get_text_config(), "_attn_implementation", None) == "eager":

@@ -175,7 +175,7 @@ def _block(
     """Seconds of some samples' way through a block without its experts."""
     tokens = rows.tokens[stack]
     work = 2.0 * samples * tokens * (block.weights + 2.0 * tokens * anatomy.hidden)
-    moved = 2.0 * batch_bytes(anatomy, block, settings, rows, stack) * samples / settings.batch_size
+    moved = 2.0 * batch_bytes(anatomy, block, settings, rows, stack) * samples / settings.batch
     return work / speeds.multiply + moved / speeds.vector
 
 

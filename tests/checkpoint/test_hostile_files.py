@@ -79,7 +79,10 @@ def test_json_is_read_up_to_its_limit(tmp_path):
 def test_an_index_may_be_larger_than_other_json(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(b'{"weight_map": {"a": "b.safetensors"}}' + b" " * LARGEST)
-    assert read_index(path) == ({"a": "b.safetensors"}, {})
+    assert read_index(path) == ({"a": "b.safetensors"}, {}, None)
+    for total, read in (("5e9", 5_000_000_000), ("7", 7), ("1e999", None), ("NaN", None), ('"7"', None)):
+        path.write_text(f'{{"weight_map": {{"a": "b.safetensors"}}, "metadata": {{"total_size": {total}}}}}')
+        assert read_index(path).total_bytes == read
     os.truncate(path, 2 * LARGEST + 1)
     with pytest.raises(CheckpointError, match="no shard index: it has 67,108,865 bytes, of which at most 67,108,864"):
         read_index(path)

@@ -24,6 +24,23 @@ def test_a_loss_in_slices_is_the_loss(monkeypatch, dtype):
     assert summed_loss(logits, labels) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_head_stays_where_it_is_if_the_device_has_no_room_and_the_report_says_so():
+    weight, notes = torch.randn(3, 2), []
+    assert losses.head_on(weight, "cpu", notes) is weight
+    assert not notes
+
+    class Large:
+        def to(self, device):
+            raise torch.OutOfMemoryError
+
+    large = Large()
+    for _ in range(2):
+        assert losses.head_on(large, "cuda:0", notes) is large
+    assert [note.split(":0 ")[1] for note in notes] == [
+        "has no room for the output matrix: predictions were compared on the CPU, which takes longer"
+    ]
+
+
 def test_a_gap_is_of_sums_and_its_error_is_that_of_equal_samples():
     rng = np.random.default_rng(0)
     reference, more = rng.normal(300, 50, 400), rng.normal(10, 3, 400)
