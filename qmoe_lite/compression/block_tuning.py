@@ -27,7 +27,7 @@ from qmoe_lite.compression.ranks import Ranks
 from qmoe_lite.compression.run_samples import TUNED_TOKENS, RunSamples
 from qmoe_lite.compression.settings import Settings
 from qmoe_lite.compression.tally import Solved
-from qmoe_lite.compression.twins import chunks, lack_of
+from qmoe_lite.compression.twins import lack_of
 from qmoe_lite.compression.waves import borrow
 from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.grid import UniformGrid
@@ -179,7 +179,7 @@ class LayerTuner:
             return None
         rows, gates = rows[chosen], gates[chosen]
         truth = self._runner.truth(layer, expert)
-        goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in chunks(rows, gates)])
+        goal = torch.cat([self._runner.outputs(truth, seen, *part) for part in self._runner.chunks(rows, gates)])
         energy = squares(goal[measured(len(goal))])  # of the dense expert's outputs alone
         if self._lack.buffer is not None:
             goal += self._lack.share(rows, gates.square()).to(device)

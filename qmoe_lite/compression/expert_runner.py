@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,14 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.quantization.hessian import accumulate, all_finite, blend, mean, new
 
-CHUNK_TOKENS = 1 << 14  # tokens that go through an expert at a time
+CHUNK_TOKENS = 1 << 14  # tokens that are gathered, or go through an expert, at a time
+_CPU_CHUNK = 1 << 11  # that go through one on a CPU: what becomes of them on the way stays in its caches
 KEPT_BYTES = 1 << 28  # of what an expert's tokens are in front of its last projection
+
+
+def chunk_of(device_type: str) -> int:
+    """Return how many tokens go through an expert at a time."""
+    return _CPU_CHUNK if device_type == "cpu" else CHUNK_TOKENS
 
 
 class ExpertRunner:
@@ -35,11 +41,19 @@ class ExpertRunner:
         Where the experts' weights are read.
     settings : Settings
         How to compress.
+
+    Attributes
+    ----------
+    device : torch device
+        Where experts are solved and run.
+    chunk : int
+        Tokens that go through an expert at a time.
     """
 
     def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, settings: Settings) -> None:
         self._family, self._config, self._checkpoint, self._settings = family, config, checkpoint, settings
         self.device = torch.device(settings.device)
+        self.chunk = chunk_of(self.device.type)
 
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
@@ -94,7 +108,7 @@ class ExpertRunner:
         of_layer: Tensor | None = None
         for place, (rows, matrices, few) in enumerate(zip(rows_of, before, starved, strict=False)):
             hessian = new(columns, device=self.device)
-            for part in torch.split(rows, CHUNK_TOKENS):
+            for part in torch.split(rows, self.chunk if matrices else CHUNK_TOKENS):
                 x = self.gather(seen, part)
                 inside = self.inner(x, matrices) if matrices else x
                 accumulate(hessian, inside)
@@ -128,8 +142,8 @@ class ExpertRunner:
         rows, _ = _of_samples(seen, expert, reference=False)
         kept, hessian = dict[int, Tensor](), new(columns, device=self.device)
         wanted, room = torch.isin(rows, drawn), KEPT_BYTES // (4 * columns)
-        for start in range(0, len(rows), CHUNK_TOKENS):
-            part, chosen = rows[start : start + CHUNK_TOKENS], wanted[start : start + CHUNK_TOKENS]
+        for start in range(0, len(rows), self.chunk):
+            part, chosen = rows[start : start + self.chunk], wanted[start : start + self.chunk]
             if start + len(part) <= room:
                 x = self.gather(seen, part)
                 inside = kept[start] = self.inner(x, matrices)
@@ -175,8 +189,8 @@ class ExpertRunner:
         rows, gates = _of_samples(seen, expert, reference=False)
         truth: list[Linear] = []
         found = np.zeros(3)
-        for start in range(0, len(rows), CHUNK_TOKENS):
-            part, weights = rows[start : start + CHUNK_TOKENS], gates[start : start + CHUNK_TOKENS, None]
+        for start in range(0, len(rows), self.chunk):
+            part, weights = rows[start : start + self.chunk], gates[start : start + self.chunk, None]
             weights = weights.to(self.device)
             x = kept.pop(start) if start in kept else self.inner(self.gather(seen, part), matrices[:-1])
             y = matrices[-1].of(x) * weights
@@ -192,8 +206,12 @@ class ExpertRunner:
 
     def run_reference(self, expert: int, truth: list[Linear], seen: LayerInputs) -> None:
         """Add a dense expert's outputs to the hidden states of the reference samples."""
-        rows, gates = _of_samples(seen, expert, reference=True)
-        seen.hidden.add(rows, self.outputs(truth, seen, rows, gates).cpu())
+        for rows, gates in self.chunks(*_of_samples(seen, expert, reference=True)):
+            seen.hidden.add(rows, self.outputs(truth, seen, rows, gates).cpu())
+
+    def chunks(self, rows: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an expert's tokens, and their gates, as many as go through it at a time."""
+        return zip(torch.split(rows, self.chunk), torch.split(gates, self.chunk), strict=True)
 
     def outputs(self, matrices: list[Linear], seen: LayerInputs, rows: Tensor, gates: Tensor) -> Tensor:
         """Return what an expert adds to some tokens."""

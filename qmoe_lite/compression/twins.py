@@ -5,7 +5,6 @@ Some calibration samples go through the dense model too; these are their twins, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from qmoe_lite.compression.correction import Lack
-from qmoe_lite.compression.expert_runner import CHUNK_TOKENS
 from qmoe_lite.compression.layer_parts import LayerInputs
 from qmoe_lite.compression.layer_waves import LayerWaves
 from qmoe_lite.compression.list_buffer import ListBuffer
@@ -61,7 +59,7 @@ def lack_of(runner: LayerWaves, layer: MoELayer, seen: LayerInputs, samples: Run
             truth = runner.truth(layer, expert)
             runner.run_reference(expert, truth, lent[0])
             for own in lent[1:]:
-                for some, gates in chunks(*own.assigned.of_expert(expert)):
+                for some, gates in runner.chunks(*own.assigned.of_expert(expert)):
                     own.hidden.add(some, -runner.outputs(truth, own, some, gates).cpu())
         for part, each in zip(parts, lent, strict=True):
             give_back(part, each, wave, ranks)
@@ -102,8 +100,3 @@ def _common(spans: list[range], other: range) -> list[Tensor]:
     """Return the rows that each of some spans has in common with another."""
     both = [range(max(span.start, other.start), min(span.stop, other.stop)) for span in spans]
     return [torch.arange(each.start, max(each.start, each.stop)) for each in both]
-
-
-def chunks(rows: Tensor, gates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an expert's tokens, and their gates, as many as go through it at a time."""
-    return zip(torch.split(rows, CHUNK_TOKENS), torch.split(gates, CHUNK_TOKENS), strict=True)
