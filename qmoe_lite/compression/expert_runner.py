@@ -169,9 +169,9 @@ class ExpertRunner:
         if before:
             some = last_sample(len(sample), columns)
             sample = sample[torch.arange(some) * len(sample) // some]
-        x = sample.to(self.device)
-        accumulate(hessian, self.inner(x, before) if before else x)
-        return mean(hessian, len(x))
+        for x in torch.split(sample.to(self.device), self.chunk if before else CHUNK_TOKENS):
+            accumulate(hessian, self.inner(x, before) if before else x)
+        return mean(hessian, len(sample))
 
     def run(
         self,

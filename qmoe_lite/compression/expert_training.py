@@ -16,7 +16,7 @@ from qmoe_lite.models.family import inner
 
 EPOCHS, BATCH = 1, 64  # how often a token is seen, and tokens a step
 RATE = 0.02  # highest change of a factor's logarithm in a step
-_MEASURED = 1024  # tokens that tell what training won
+_MEASURED = 1024  # tokens of an expert, at most, that tell what training won
 
 
 Factors = dict[str, Tensor]  # by projection
@@ -43,9 +43,10 @@ class Trained:
     after: float
 
 
-def measured(tokens: int) -> slice:
-    """Return which of so many tokens tell what training won: every one of few, some of many, evenly spread."""
-    return slice(None, None, max(1, tokens // _MEASURED))
+def measured(tokens: int) -> Tensor:
+    """Return which of so many tokens tell what training won, int64: all of few, some of many, evenly spread."""
+    some = min(tokens, _MEASURED)
+    return torch.arange(some) * tokens // max(some, 1)
 
 
 def train_expert(
@@ -85,7 +86,8 @@ def train_expert(
     """
     with torch.inference_mode(False), torch.enable_grad():
         expert, some = _Factored(layer, matrices, scaled), measured(len(x))
-        before = expert.lacks(x[some], gates[some], goal[some])
+        kept = x[some], gates[some], goal[some]
+        before = expert.lacks(*kept)
         scale = float(goal.square().mean())
         if not scale > 0:
             return expert.trained(before, before)
@@ -99,7 +101,7 @@ def train_expert(
             optimizer.step()
         if settle is not None:
             expert.settle(settle)
-        return expert.trained(before, expert.lacks(x[some], gates[some], goal[some]))
+        return expert.trained(before, expert.lacks(*kept))
 
 
 class _Factored:

@@ -14,7 +14,6 @@ from torch import Tensor
 from qmoe_lite.coding.codebook import Codebook
 from qmoe_lite.coding.packed import PackedMatrix
 from qmoe_lite.compression.dead_zone import USUAL
-from qmoe_lite.compression.expert_runner import CHUNK_TOKENS
 from qmoe_lite.compression.group_sizes import groups_of
 from qmoe_lite.compression.importance import importance_of
 from qmoe_lite.compression.layer_parts import LayerInputs, Linear, MadeInTurn, Taken, Tuner, compared, draw
@@ -25,6 +24,8 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.quantization.factors import Factors, factorise_all
 from qmoe_lite.quantization.grid import Grid, Quantized, UniformGrid, joined
 from qmoe_lite.quantization.solver import gptq, gptq_shared
+
+_DEAD_ZONE_TOKENS = 1 << 14  # of an expert, at most, that show what a dead zone does
 
 
 class LayerCompressor(LayerWaves):
@@ -146,11 +147,11 @@ class LayerCompressor(LayerWaves):
             found = np.zeros(3)
             for place, expert in enumerate(group):
                 rows, gates = seen.assigned.of_expert(expert)
-                rides = seen.validation[rows].nonzero()[:CHUNK_TOKENS, 0]
-                x, shares = self.gather(seen, rows[rides]), gates[rides, None].to(self.device)
+                rides = seen.validation[rows].nonzero()[:_DEAD_ZONE_TOKENS, 0]
                 weights = {name: solved[name].quantized.weight_of(place) for name in layer.projections}
                 both = self.linears(layer, expert, weights), self.truth(layer, expert)
-                found += compared(*(self.expert(x, matrices) * shares for matrices in both))
+                for part in self.chunks(rows[rides], gates[rides]):
+                    found += compared(*(self.outputs(matrices, seen, *part) for matrices in both))
             energies.append(found[1] / found[2] if found[2] else 0.0)
         if all(energies):
             zone.begin(*energies)

@@ -163,7 +163,7 @@ class Taken:
     tells: bool = False
     dead: bool = False  # a group is all zeros
     tuning_seconds: float = 0.0
-    tuning_goal: float = 0.0  # sum of squares of what dense experts put out
+    tuning_goal: float = 0.0  # sum of squares of what dense experts put out for some tokens
     tuning_before: float = 0.0  # and of what was lacking of that before tuning, and afterwards
     tuning_after: float = 0.0
 

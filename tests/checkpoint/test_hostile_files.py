@@ -80,7 +80,8 @@ def test_an_index_may_be_larger_than_other_json(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(b'{"weight_map": {"a": "b.safetensors"}}' + b" " * LARGEST)
     assert read_index(path) == ({"a": "b.safetensors"}, {}, None)
-    for total, read in (("5e9", 5_000_000_000), ("7", 7), ("1e999", None), ("NaN", None), ('"7"', None)):
+    huge, others = 10**400, ("1e999", "NaN", '"7"', "-1", "true", "1.5", "null")
+    for total, read in (("5e9", 5 * 10**9), ("7", 7), (str(huge), huge), *((each, None) for each in others)):
         path.write_text(f'{{"weight_map": {{"a": "b.safetensors"}}, "metadata": {{"total_size": {total}}}}}')
         assert read_index(path).total_bytes == read
     os.truncate(path, 2 * LARGEST + 1)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import qmoe_lite as qm
 from qmoe_lite.compression.choice import TRAINED_RATE, choose
 from qmoe_lite.compression.correction import Correction, Lack
-from qmoe_lite.compression.expert_training import train_expert
+from qmoe_lite.compression.expert_training import measured, train_expert
 from qmoe_lite.compression.layer_parts import Linear
 from qmoe_lite.compression.list_buffer import ListBuffer
 from qmoe_lite.compression.settings import Settings
@@ -32,15 +32,23 @@ def layer_of(rows, inner):
     )
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_an_expert_learns_what_its_rows_and_columns_were_divided_by(scaled):
+def run(matrices, x):
+    """Return what an expert puts out, its matrices by projection."""
+    inside = torch.nn.functional.silu(matrices["gate_proj"].of(x)) * matrices["up_proj"].of(x)
+    return matrices["down_proj"].of(inside)
+
+
+@pytest.mark.parametrize(("scaled", "biased"), [(True, False), (False, False), (True, True)])
+def test_an_expert_learns_what_its_rows_and_columns_were_divided_by(scaled, biased):
     layer, generator = layer_of(8, 12), torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     act = torch.nn.functional.silu
-    dense = {name: Linear(draw(*shape) / 3, None, act) for name, shape in layer.shapes.items()}
+    dense = {
+        name: Linear(draw(*shape) / 3, draw(shape[0]) / 3 if biased else None, act)
+        for name, shape in layer.shapes.items()
+    }
     x, gates = draw(5000, 8), torch.rand(5000, 1, generator=generator)
-    inside = act(dense["gate_proj"].of(x)) * dense["up_proj"].of(x)
-    goal = dense["down_proj"].of(inside) * gates
+    goal = run(dense, x) * gates
     wrong = {
         name: replace(each, weight=each.weight * (1 + 0.1 * draw(len(each.weight), 1))) for name, each in dense.items()
     }
@@ -51,6 +59,15 @@ def test_an_expert_learns_what_its_rows_and_columns_were_divided_by(scaled):
     assert found.rows.keys() == layer.shapes.keys()
     assert set(found.columns) == ({"gate_proj", "down_proj"} if scaled else set())
     assert all(torch.equal(each, again.rows[name]) for name, each in found.rows.items())
+    learnt = {}
+    for name, each in wrong.items():  # the projections of a stage share their columns' factors
+        columns = found.columns.get(layer.first_of_stage(name), torch.ones(1))
+        learnt[name] = replace(each, weight=each.weight * found.rows[name][:, None] * columns)
+    some = measured(len(x))
+    assert len(some) == 1024
+    assert some[-1] == 5000 - 5
+    lacks = run(learnt, x[some]) * gates[some] - goal[some]
+    assert found.after == pytest.approx(float(lacks.square().sum()), rel=1e-3)
 
 
 def test_a_goal_of_zeros_changes_nothing():
@@ -67,13 +84,19 @@ def test_what_an_expert_lacks_is_measured_with_factors_that_can_be_stored():
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     given = layer, matrices, True, x, torch.ones(64, 1), 3 * x, (0,)
 
-    def halves(*factors):
-        return tuple({name: torch.full_like(each, 0.5) for name, each in of.items()} for of in factors)
+    rows, columns = {"gate_proj": 0.5, "up_proj": 2.0, "down_proj": 0.75}, {"gate_proj": 1.25, "down_proj": 0.25}
 
-    found = train_expert(*given, halves)
-    assert all((each == 0.5).all() for of in (found.rows, found.columns) for each in of.values())
-    gate, up = 0.25 * x, 0.25 * x  # a row's and a column's half
-    lacks = 0.25 * torch.nn.functional.silu(gate) * up - 3 * x
+    def stored(*factors):
+        own = zip((rows, columns), factors, strict=True)
+        return tuple({name: torch.full_like(each, values[name]) for name, each in of.items()} for values, of in own)
+
+    found = train_expert(*given, stored)
+    for values, of in ((rows, found.rows), (columns, found.columns)):
+        assert {name: each.tolist() for name, each in of.items()} == {
+            name: pytest.approx([value] * 4) for name, value in values.items()
+        }
+    gate, up = 0.5 * 1.25 * x, 2.0 * 1.25 * x
+    lacks = 0.75 * 0.25 * torch.nn.functional.silu(gate) * up - 3 * x
     assert found.after == pytest.approx(float(lacks.square().sum()), rel=1e-5)
 
 
