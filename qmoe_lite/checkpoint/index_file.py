@@ -59,8 +59,9 @@ def read_index(index: Path, ours: bool = False) -> Index:
         raise CheckpointError(f"{index} is no shard index: {error}. Fetch the file again.") from error
     except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is no shard index. Fetch the file again.") from error
-    whole = type(total) is int or (isinstance(total, float) and total.is_integer())  # some programs wrote 5e9
-    return Index(file_of, checksums, int(total) if whole and total > 0 else None)
+    if isinstance(total, float) and total.is_integer():  # some programs wrote 5e9
+        total = int(total)
+    return Index(file_of, checksums, total if type(total) is int and total > 0 else None)
 
 
 def check_inside(directory: Path, file_name: str) -> None:

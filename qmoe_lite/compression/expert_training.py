@@ -122,12 +122,12 @@ class _Factored:
         self.logarithms = self._weights[0].new_zeros(sum(self._sizes)).requires_grad_()
 
     def __call__(self, x: Tensor) -> Tensor:
-        factors = iter(self.logarithms.exp().split(self._sizes))
+        factors = iter(torch.split(self.logarithms.exp(), self._sizes))
         for stage, weight in zip(self._stages, self._weights, strict=True):
             rows, columns = next(factors), next(factors) if self._scaled else None
             y = (x if columns is None else x * columns) @ weight.T * rows
-            parts = y.split([len(each.weight) for each in stage], dim=1)
-            parts = [part if each.bias is None else part + each.bias for part, each in zip(parts, stage, strict=True)]
+            own = zip(torch.split(y, [len(each.weight) for each in stage], dim=1), stage, strict=True)
+            parts = [part if each.bias is None else part + each.bias for part, each in own]
             x = parts[0] if stage is self._stages[-1] else inner(stage[0].activation, parts)
         return x
 
@@ -148,10 +148,10 @@ class _Factored:
 
     def _factors(self) -> tuple[Factors, Factors]:
         rows, columns = Factors(), Factors()
-        found = iter(self.logarithms.detach().exp().split(self._sizes))
+        found = iter(torch.split(self.logarithms.detach().exp(), self._sizes))
         for names, stage in zip(self._names, self._stages, strict=True):
             sizes = [len(each.weight) for each in stage]
-            rows |= dict(zip(names, next(found).split(sizes), strict=True))
+            rows |= dict(zip(names, torch.split(next(found), sizes), strict=True))
             if self._scaled:
                 columns[names[0]] = next(found)
         return rows, columns
