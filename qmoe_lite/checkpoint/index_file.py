@@ -29,7 +29,7 @@ class Index(NamedTuple):
 
     file_of: dict[str, str]
     checksums: dict[str, int]
-    total_bytes: int | None = None
+    total_bytes: int | None
 
 
 def read_index(index: Path, ours: bool = False) -> Index:

@@ -18,14 +18,8 @@ from qmoe_lite.models.blocks import MoELayer
 from qmoe_lite.models.family import Family, inner
 from qmoe_lite.quantization.hessian import accumulate, all_finite, blend, mean, new
 
-CHUNK_TOKENS = 1 << 14  # tokens that are gathered, or go through an expert, at a time
-_CPU_CHUNK = 1 << 11  # that go through one on a CPU: what becomes of them on the way stays in its caches
+GATHERED_TOKENS = 1 << 14  # that enter a Hessian at a time where no matrix stands in front of it
 KEPT_BYTES = 1 << 28  # of what an expert's tokens are in front of its last projection
-
-
-def chunk_of(device_type: str) -> int:
-    """Return how many tokens go through an expert at a time."""
-    return _CPU_CHUNK if device_type == "cpu" else CHUNK_TOKENS
 
 
 class ExpertRunner:
@@ -53,7 +47,7 @@ class ExpertRunner:
     def __init__(self, family: Family, config: Any, checkpoint: Checkpoint, settings: Settings) -> None:
         self._family, self._config, self._checkpoint, self._settings = family, config, checkpoint, settings
         self.device = torch.device(settings.device)
-        self.chunk = chunk_of(self.device.type)
+        self.chunk = settings.chunk
 
     def _weights(self, layer: MoELayer, expert: int, projection: str) -> Tensor:
         """Read one matrix, float32 (R, C), to where it is solved."""
@@ -108,7 +102,7 @@ class ExpertRunner:
         of_layer: Tensor | None = None
         for place, (rows, matrices, few) in enumerate(zip(rows_of, before, starved, strict=False)):
             hessian = new(columns, device=self.device)
-            for part in torch.split(rows, self.chunk if matrices else CHUNK_TOKENS):
+            for part in torch.split(rows, self.chunk if matrices else GATHERED_TOKENS):
                 x = self.gather(seen, part)
                 inside = self.inner(x, matrices) if matrices else x
                 accumulate(hessian, inside)
@@ -169,7 +163,7 @@ class ExpertRunner:
         if before:
             some = last_sample(len(sample), columns)
             sample = sample[torch.arange(some) * len(sample) // some]
-        for x in torch.split(sample.to(self.device), self.chunk if before else CHUNK_TOKENS):
+        for x in torch.split(sample.to(self.device), self.chunk if before else GATHERED_TOKENS):
             accumulate(hessian, self.inner(x, before) if before else x)
         return mean(hessian, len(sample))
 

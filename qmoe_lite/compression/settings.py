@@ -11,6 +11,7 @@ RECIPES = ("default", "paper", "nearest")
 TUNE = ("none", "targets", "block")
 _CPU_GROUP, _GPU_GROUP = 1 << 30, 4 << 30  # bytes
 _CPU_BATCH, _GPU_BATCH = 1024, 16  # tokens; samples
+_CPU_CHUNK, _GPU_CHUNK = 1 << 11, 1 << 14  # tokens: what becomes of a CPU's on the way stays in its caches
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ class Settings:
         """Samples that pass through a block together."""
         usual = max(1, _CPU_BATCH // self.sequence_length) if self.device == "cpu" else _GPU_BATCH
         return self.batch_size or usual
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that go through an expert at a time."""
+        return _CPU_CHUNK if self.device == "cpu" else _GPU_CHUNK
 
     def check(self) -> None:
         """Raise SettingError for a value outside its range."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmoe_lite.compression.calibration import noise_counts, window_length
-from qmoe_lite.compression.expert_runner import CHUNK_TOKENS, KEPT_BYTES, chunk_of
+from qmoe_lite.compression.expert_runner import GATHERED_TOKENS, KEPT_BYTES
 from qmoe_lite.compression.group_sizes import expert_bytes, groups_of
 from qmoe_lite.compression.layer_parts import LAYER_SAMPLE
 from qmoe_lite.compression.layer_sensitivity import amounts
@@ -273,9 +273,8 @@ def _group(anatomy: Anatomy, layer: MoELayer, settings: Settings) -> tuple[int, 
         return 4 * experts * wide, solving
     rows = rows_of(anatomy, settings)
     many = 2 * rows.all * max(rows.tokens) * layer.top_k // layer.count
-    through = min(chunk_of(settings.device.split(":")[0]), many)
-    passing = 4 * through * (columns + 3 * sum(layer.shapes[name][0] for name in first))
-    passing = max(passing, 4 * min(CHUNK_TOKENS, many) * columns)
+    passing = 4 * min(settings.chunk, many) * (columns + 3 * sum(layer.shapes[name][0] for name in first))
+    passing = max(passing, 4 * min(GATHERED_TOKENS, many) * columns)
     kept = min(KEPT_BYTES, 4 * many * inner) + 8 * inner * inner + 2 * experts * layer.weights // layer.count
     solving = max(solving, kept)  # where a group is solved once, its experts are run one after another
     if settings.tune != "none":  # what one last projection is solved for, and all of them; a dense expert

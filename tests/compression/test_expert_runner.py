@@ -57,7 +57,7 @@ def test_a_hessian_and_outputs_share_what_is_in_front_of_the_last_projection(
     runner, monkeypatch, chunk, kept_bytes, kept
 ):
     runner.chunk = chunk
-    monkeypatch.setattr(expert_runner, "CHUNK_TOKENS", 2 * chunk)
+    monkeypatch.setattr(expert_runner, "GATHERED_TOKENS", 2 * chunk)
     monkeypatch.setattr(expert_runner, "KEPT_BYTES", kept_bytes)
     layer, seen, other = MoELayer("model.layers.0.mlp.experts", "drawn", 2, SHAPES), seen_by(2), seen_by(2)
     weights = {name: runner._weights(layer, 1, name) + 0.01 for name in SHAPES}
